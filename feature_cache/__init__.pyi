@@ -1,0 +1,30 @@
+from .augment import IDENTITY as IDENTITY
+from .augment import Draw as Draw
+from .backbones import BackboneInfo as BackboneInfo
+from .backbones import list_backbones as list_backbones
+from .backbones import load_backbone as load_backbone
+from .cache import FeatureCache as FeatureCache
+from .cache import MovieFeatures as MovieFeatures
+from .dataset import CachedFeatureDataset as CachedFeatureDataset
+from .errors import BackboneError as BackboneError
+from .errors import CacheVersionError as CacheVersionError
+from .errors import CorruptRecordError as CorruptRecordError
+from .errors import DrawError as DrawError
+from .errors import FeatureCacheError as FeatureCacheError
+from .errors import FrameError as FrameError
+from .errors import MissingDependencyError as MissingDependencyError
+from .errors import MissingRecordError as MissingRecordError
+from .errors import MovieError as MovieError
+from .errors import MovieNotFoundError as MovieNotFoundError
+from .errors import NotACacheError as NotACacheError
+from .errors import ReadOnlyCacheError as ReadOnlyCacheError
+from .errors import StoreError as StoreError
+from .errors import UnknownNameError as UnknownNameError
+from .key import Record as Record
+from .movies import Movie as Movie
+from .pooling import POOLINGS as POOLINGS
+from .spec import BackboneSpec as BackboneSpec
+from .spec import Normalization as Normalization
+from .spec import SpaceSpec as SpaceSpec
+
+__version__: str

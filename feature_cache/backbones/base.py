@@ -1,0 +1,199 @@
+"""What a backbone is, and the common part of those that run a torch module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackboneError, UnknownNameError
+from ..hashing import Digest, state_digest
+from ..memo import remembered_digest
+from ..spec import BackboneSpec
+
+COMPUTE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A frozen model that maps frames to grids of embeddings: the one plug point."""
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """Everything that changes this backbone's numbers."""
+        ...
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Embed frames.
+
+        Parameters
+        ----------
+        frames : (B, H, W) float32
+            Normalised as ``spec.normalization`` says; not changed.
+
+        Returns
+        -------
+        (B, gh, gw, C)
+            Grids that span the frames. The same for a frame whatever else is in the batch.
+        """
+        ...
+
+
+def find_device(device: str | None = None) -> torch.device:
+    """Give the device asked for, or the best there is: cuda, mps, cpu."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class TorchBackbone(ABC):
+    """A backbone around a torch module that is built when it is first needed.
+
+    Parameters
+    ----------
+    weights : str, Path or None
+        None for the model's own; a path to a checkpoint; ``"random:<seed>"`` for the real
+        architecture with seeded random weights.
+    device : str, optional
+        Such as ``"cuda:0"``; by default the best there is.
+    dtype : str, optional
+        Of the computation: ``"float32"`` (default), or ``"bfloat16"``, ``"float16"`` by autocast.
+    """
+
+    name: ClassVar[str]
+    revision: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.weights = str(weights) if weights is not None else None
+        self.device = find_device(device)
+        self.dtype = dtype or "float32"
+        if self.dtype not in COMPUTE_DTYPES:
+            raise UnknownNameError("compute dtype", self.dtype, COMPUTE_DTYPES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the loaded module: another process builds its own if it needs one."""
+        state = self.__dict__.copy()
+        state.pop("module", None)
+        return state
+
+    @cached_property
+    def spec(self) -> BackboneSpec:
+        """Everything that changes this backbone's numbers; loads no weights that are known."""
+        return self._describe(self._weights_digest().hex())
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The network, loaded, frozen and on its device."""
+        module = self._build().eval().requires_grad_(False)
+        return module.to(self.device)
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32, on the device."""
+        images = torch.as_tensor(frames, dtype=torch.float32).to(self.device)
+        with torch.inference_mode(), self._autocast():
+            grid = self._forward(self._as_input(images))
+        return grid.float()
+
+    @abstractmethod
+    def _describe(self, weights: str) -> BackboneSpec:
+        """Complete the spec, given the hex digest of the weights."""
+
+    @abstractmethod
+    def _build(self) -> nn.Module:
+        """Build the network with its weights, on the CPU."""
+
+    @abstractmethod
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """Map the network's input to grids (B, gh, gw, C)."""
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        """Map frames (B, H, W) to the network's input: three channels, standardised."""
+        spec = self.spec
+        stacked = images[:, None].expand(-1, 3, -1, -1)
+        mean, std = (torch.tensor(v, device=images.device) for v in (spec.mean, spec.std))
+        return (stacked - mean[:, None, None]) / std[:, None, None]
+
+    def _weights_file(self) -> Path | None:
+        """Name the file the weights come from, where they come from one."""
+        return None if self._seed() is not None or self.weights is None else Path(self.weights)
+
+    def _seed(self) -> int | None:
+        if self.weights is None or not self.weights.startswith("random:"):
+            return None
+        text = self.weights.removeprefix("random:")
+        if not text.isdecimal():
+            raise BackboneError(f"weights {self.weights!r}: expected random:<seed>, a whole number")
+        return int(text)
+
+    def _weights_digest(self) -> Digest:
+        file = self._weights_file()
+        if file is None:
+            return module_digest(self.module)
+        if not file.is_file():
+            raise BackboneError(f"no weights at {file}: name a checkpoint file, or random:<seed>")
+        purpose = f"weights of {self.name}, revision {self.revision}"
+        return remembered_digest(file, purpose, lambda: module_digest(self.module))
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = COMPUTE_DTYPES[self.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            yield
+
+
+def module_digest(module: nn.Module) -> Digest:
+    """Digest a network's weights: names, dtypes, shapes and bytes of its state dict."""
+    return state_digest((name, _as_array(tensor)) for name, tensor in module.state_dict().items())
+
+
+def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.int16).numpy()
+    return plain.numpy()
+
+
+def load_checkpoint(file: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, executing nothing in it.
+
+    Raises
+    ------
+    BackboneError
+        If the file holds anything but named tensors.
+    """
+    import pickle
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackboneError(f"{file} is no state dict that can be read safely: {first}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise BackboneError(f"{file} holds a {type(state).__name__}, expected named tensors")
+    return state
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with torch's CPU generator seeded, and put it back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

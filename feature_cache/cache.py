@@ -1,0 +1,514 @@
+"""FeatureCache: the one place where the store and the backbones meet."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import platform
+import secrets
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .augment import IDENTITY, Draw
+from .compute import Job, compute_records
+from .errors import FrameError, MissingRecordError, MovieError, StoreError, UnknownNameError
+from .hashing import (
+    DIGEST_BYTES,
+    JSON,
+    Digest,
+    frame_digest,
+    frame_pixels,
+    mask_digest,
+    mask_labels,
+)
+from .key import Keys, Record, record_key
+from .spec import SpaceSpec
+from .store import CODECS, Entry, Mode, Space, Store, Usage
+
+if TYPE_CHECKING:
+    from .backbones.base import Backbone
+
+_log = logging.getLogger(__name__)
+_COMMIT_BYTES = 64 << 20
+_COMMIT_SECONDS = 30.0
+_SAVE_USAGE_SECONDS = 10.0
+
+Progress = Callable[[int], None]
+"""Called with the number of records just committed."""
+
+
+class Images(Protocol):
+    """A movie's frames or masks: an array (T, H, W), a list, or files read lazily."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> NDArray[Any]: ...
+
+
+class FeatureCache:
+    """A directory of features, computed once and read at the speed of memory.
+
+    Equal keys mean equal numbers: a record is found by the content of frame and mask and by all
+    that changes its numbers, never by a name. Safe to share between processes, and to pickle or
+    fork. A record is in the cache when it is committed as a whole, never before.
+
+    Parameters
+    ----------
+    root : path
+        The cache's folder.
+    mode : str
+        ``"a"`` reads and writes, and makes the folder where there is none; ``"r"`` only reads.
+    codec : str
+        How new features are stored: ``"raw"`` (mapped, fastest), ``"zstd"`` or ``"blosc"``
+        (smaller). All are lossless and none is in a key.
+
+    Raises
+    ------
+    StoreError
+        `NotACacheError`, `CacheVersionError` or `ReadOnlyCacheError`, as the folder is.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile
+    >>> from feature_cache import FeatureCache
+    >>> from feature_cache.testing import FakeBackbone
+    >>> frames = np.random.default_rng(0).random((2, 32, 32))
+    >>> masks = np.zeros((2, 32, 32), int); masks[:, 4:9, 4:9] = 7
+    >>> cache = FeatureCache(tempfile.mkdtemp())
+    >>> [record] = cache.get_or_compute(frames[:1], masks[:1], FakeBackbone(dim=4))
+    >>> record.features.shape, record.labels.tolist()
+    ((1, 4), [7])
+    """
+
+    def __init__(self, root: str | os.PathLike[str], mode: Mode = "a", codec: str = "raw") -> None:
+        if codec not in CODECS:
+            raise UnknownNameError("codec", codec, CODECS)
+        self.store = Store(root, mode)
+        self.codec = codec
+        self.counter = _Counter(self.store)
+
+    def __repr__(self) -> str:
+        """Show root and mode."""
+        return f"FeatureCache({str(self.store.root)!r}, mode={self.store.mode!r})"
+
+    def __reduce__(self) -> tuple[type, tuple[str, Mode, str]]:
+        """Open the same folder elsewhere; the counters belong to this process."""
+        return type(self), (str(self.store.root), self.store.mode, self.codec)
+
+    def movie(
+        self,
+        frames: Images,
+        masks: Images | None,
+        backbone: Backbone,
+        *,
+        pooling: str | None = "mean_patches_exact",
+        draw: Draw | None = None,
+        dtype: str = "float16",
+        name: str = "",
+    ) -> MovieFeatures:
+        """Bind a movie to a space of this cache; reads, hashes and computes nothing yet.
+
+        Parameters as `get_or_compute`; `name` is how errors and provenance call the movie.
+        """
+        return MovieFeatures(
+            self, frames, masks, backbone, SpaceSpec(backbone.spec, pooling, dtype),
+            draw or IDENTITY, name,
+        )  # fmt: skip
+
+    def get_or_compute(
+        self,
+        frames: Images,
+        masks: Images | None,
+        backbone: Backbone,
+        *,
+        pooling: str | None = "mean_patches_exact",
+        draw: Draw | None = None,
+        dtype: str = "float16",
+        batch_size: int = 8,
+    ) -> list[Record]:
+        """Give one record a frame, in order; compute and commit what is missing.
+
+        A hit touches no model. The numbers of a hit and of a miss are the same.
+
+        Parameters
+        ----------
+        frames : (T, H, W) or (T, Z, H, W), or a sequence of such frames
+            Bool, integer or float, as loaded; not changed.
+        masks : as `frames`, integer labels, 0 is background; None where `pooling` is None
+        backbone : Backbone
+        pooling : str or None
+            One of `feature_cache.pooling.POOLINGS`; None gives grids.
+        draw : Draw, optional
+            The augmentation, by default none.
+        dtype : str
+            Storage dtype: ``"float16"`` or ``"float32"``.
+        batch_size : int
+            Frames embedded at once.
+
+        Returns
+        -------
+        list of Record
+
+        Raises
+        ------
+        FrameError, MovieError
+            Pixels that are no numbers; frames and masks that don't fit.
+        UnknownNameError
+            No such pooling or dtype.
+        BackboneError
+            The embedding is not usable; nothing wrong is stored.
+        MissingRecordError
+            Something is missing, and the cache is read-only.
+        StoreError
+            The cache can't be read or written.
+        """
+        movie = self.movie(frames, masks, backbone, pooling=pooling, draw=draw, dtype=dtype)
+        return movie.get_or_compute(batch_size=batch_size)
+
+    def get(
+        self,
+        frames: Images,
+        masks: Images | None,
+        backbone: Backbone,
+        *,
+        pooling: str | None = "mean_patches_exact",
+        draw: Draw | None = None,
+        dtype: str = "float16",
+    ) -> list[Record | None]:
+        """Give what is in the cache, None where there is nothing; compute nothing.
+
+        Parameters and errors as `get_or_compute`.
+        """
+        return self.movie(frames, masks, backbone, pooling=pooling, draw=draw, dtype=dtype).get()
+
+    def contains(
+        self,
+        frames: Images,
+        masks: Images | None,
+        backbone: Backbone,
+        *,
+        pooling: str | None = "mean_patches_exact",
+        draw: Draw | None = None,
+        dtype: str = "float16",
+    ) -> list[bool]:
+        """Tell for each frame whether its record is there. Parameters as `get_or_compute`."""
+        movie = self.movie(frames, masks, backbone, pooling=pooling, draw=draw, dtype=dtype)
+        return [bool(there) for there in movie.contains()]
+
+    def stats(self, *, lifetime: bool = False) -> dict[str, int]:
+        """Count what is in the cache, and how it was used.
+
+        Parameters
+        ----------
+        lifetime : bool
+            Count hits, misses and computed records of all processes that ever used the cache,
+            instead of those of this object in this process.
+
+        Returns
+        -------
+        dict
+            ``spaces``, ``records``, ``packs``, ``bytes`` (on disk), and in records ``hits``,
+            ``misses``, ``computed``.
+        """
+        self.counter.save()
+        spaces = self.store.spaces()
+        usage = self.store.total_usage() if lifetime else self.counter.total
+        return {
+            "spaces": len(spaces),
+            "records": sum(map(len, spaces)),
+            "packs": sum(len(space.pack_names()) for space in spaces),
+            "bytes": sum(space.disk_bytes() for space in spaces),
+            **usage.to_json(),
+        }
+
+
+class _Counter:
+    """Counts one process's hits, misses and computed records, and keeps them in the store.
+
+    Kept every few seconds while counting, when asked, and when the process ends; never in a
+    read-only store. A forked child counts its own.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._restart()
+        _counters.add(self)
+
+    def _restart(self) -> None:
+        self._process, self._total = os.getpid(), Usage()
+        self._name = f"{self._process}-{secrets.token_hex(8)}"
+        self._saved_at, self._saved = time.monotonic(), Usage()
+
+    @property
+    def total(self) -> Usage:
+        if self._process != os.getpid():
+            self._restart()
+        return self._total
+
+    def add(self, usage: Usage) -> None:
+        self._total = self.total + usage
+        if time.monotonic() - self._saved_at > _SAVE_USAGE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        total, self._saved_at = self.total, time.monotonic()
+        if self._store.mode == "r" or total == self._saved or not self._store.root.exists():
+            return
+        try:
+            self._store.save_usage(self._name, total)
+            self._saved = total
+        except StoreError as error:
+            _log.warning("hits and misses are not kept: %s", error)
+
+
+_counters: weakref.WeakSet[_Counter] = weakref.WeakSet()
+
+
+@atexit.register
+def _save_counters() -> None:
+    for counter in list(_counters):
+        counter.save()
+
+
+@dataclass(eq=False)
+class MovieFeatures:
+    """The records of one movie in one space under one draw.
+
+    Made by `FeatureCache.movie`. Frames and masks are read once, when the keys are first asked
+    for, and again where something is missing.
+    """
+
+    cache: FeatureCache
+    frames: Images
+    masks: Images | None
+    backbone: Backbone
+    spec: SpaceSpec
+    draw: Draw = IDENTITY
+    name: str = ""
+    _space: Space | None = field(default=None, repr=False)
+    _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
+    _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading."""
+        if self.spec.pooling is None:
+            self.masks = None
+        elif self.masks is None:
+            raise MovieError(
+                f"pooling {self.spec.pooling!r} needs masks: pass them, or pooling=None for grids"
+            )
+        elif len(self.masks) != len(self.frames):
+            raise MovieError(
+                f"{self.name or 'the movie'} has {len(self.frames)} frames and "
+                f"{len(self.masks)} masks: expected as many masks as frames"
+            )
+
+    def __len__(self) -> int:
+        """Count the frames."""
+        return len(self.frames)
+
+    def with_draw(self, draw: Draw) -> MovieFeatures:
+        """Give the same movie under another draw; what is hashed stays hashed."""
+        return replace(self, draw=draw, _keys={})
+
+    @property
+    def space(self) -> Space:
+        """The space in the store."""
+        if self._space is None:
+            self._space = self.cache.store.space(self.spec)
+        return self._space
+
+    def digests(self, t: int) -> tuple[Digest, Digest | None]:
+        """Give the digests of frame `t` and of its mask; reads them the first time.
+
+        Raises
+        ------
+        FrameError, MovieError
+            The frame can't be read, or holds NaN; frame and mask don't fit.
+        """
+        if t not in self._digests:
+            frame = self.frames[t]
+            digest = frame_digest(frame, self.where(t))
+            if self.masks is None:
+                self._digests[t] = digest, None
+            else:
+                mask = self.masks[t]
+                self._check_shapes(t, frame, mask)
+                self._digests[t] = digest, mask_digest(mask, self.where(t, "mask"))
+        return self._digests[t]
+
+    def key(self, t: int) -> Digest:
+        """Give the key of frame `t`'s record: 16 bytes. Errors as `digests`."""
+        if t not in self._keys:
+            self._keys[t] = record_key(self.spec.digest, *self.digests(t), self.draw)
+        return self._keys[t]
+
+    def keys(self, indices: Sequence[int] | None = None) -> Keys:
+        """Give the keys of some frames, by default all: (n, 16) uint8. Errors as `digests`."""
+        wanted = range(len(self)) if indices is None else indices
+        joined = b"".join(self.key(int(t)) for t in wanted)
+        return np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
+
+    def contains(self, indices: Sequence[int] | None = None) -> NDArray[np.bool_]:
+        """Tell for some frames, by default all, whether their records are there: (n,) bool."""
+        return self.space.contains(self.keys(indices))
+
+    def get(self, indices: Sequence[int] | None = None) -> list[Record | None]:
+        """Read records of some frames, by default all; None where there is none."""
+        records = self.space.read(self.keys(indices))
+        hits = sum(record is not None for record in records)
+        self.cache.counter.add(Usage(hits=hits, misses=len(records) - hits))
+        return records
+
+    def get_or_compute(
+        self, indices: Sequence[int] | None = None, *, batch_size: int = 8
+    ) -> list[Record]:
+        """Read records of some frames, by default all; compute and commit what is missing.
+
+        Raises
+        ------
+        As `FeatureCache.get_or_compute`.
+        """
+        wanted = list(range(len(self)) if indices is None else indices)
+        records = self.get(wanted)
+        absent = [t for t, record in zip(wanted, records, strict=True) if record is None]
+        if absent:
+            self.compute(absent, batch_size=batch_size)
+            fresh = dict(zip(absent, self.space.read(self.keys(absent)), strict=True))
+            records = [fresh[t] if r is None else r for t, r in zip(wanted, records, strict=True)]
+        return [self.expect(t, record) for t, record in zip(wanted, records, strict=True)]
+
+    def expect(self, t: int, record: Record | None) -> Record:
+        """Give the record of frame `t` just computed or read, or raise if it is gone."""
+        if record is None:
+            raise MissingRecordError(
+                f"{self.where(t)} was computed, and is gone from {self.cache!r}: "
+                "is another process removing records?"
+            )
+        return record
+
+    def compute(
+        self,
+        indices: Sequence[int],
+        *,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> int:
+        """Compute and commit the records of some frames, whether they are there or not.
+
+        Commits every 64 MB or 30 seconds, and what is complete when an error ends it.
+
+        Returns
+        -------
+        int
+            How many were computed; fewer than asked for where frames are equal.
+
+        Raises
+        ------
+        As `FeatureCache.get_or_compute`; FrameError also where a frame changed since it was hashed.
+        """
+        if self.cache.store.mode == "r":
+            raise MissingRecordError(
+                f"{len(indices)} records, first {self.where(indices[0])}, are not in "
+                f"{self.cache!r}, which is read-only: warm it, or open it with mode='a'"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected 1 or more")
+        unique = list({self.key(t): t for t in reversed(indices)}.values())[::-1]
+        jobs = (self._job(t) for t in unique)
+        records = compute_records(jobs, self.spec, self.backbone, self.draw, batch_size)
+        with _Commits(self, progress) as commits:
+            for t, record in zip(unique, records, strict=True):
+                commits.add(t, record)
+        return len(unique)
+
+    def _job(self, t: int) -> Job:
+        frame = frame_pixels(self.frames[t], self.where(t))
+        mask = None if self.masks is None else mask_labels(self.masks[t], self.where(t, "mask"))
+        digest, masked = self.digests(t)
+        if frame_digest(frame) != digest or (mask is not None and mask_digest(mask) != masked):
+            raise FrameError(f"{self.where(t)} changed since it was hashed: open the movie anew")
+        return Job(frame, mask, digest, self.where(t))
+
+    def provenance(self, t: int) -> dict[str, JSON]:
+        """Say where the record of frame `t` comes from."""
+        frame, mask = self.digests(t)
+        return {
+            "movie": self.name,
+            "frame": t,
+            "draw": self.draw.to_json(),
+            "frame_digest": frame.hex(),
+            "mask_digest": mask.hex() if mask is not None else None,
+        }
+
+    def _check_shapes(self, t: int, frame: NDArray[Any], mask: NDArray[Any]) -> None:
+        if np.shape(frame) != np.shape(mask):
+            raise MovieError(
+                f"{self.where(t)} has shape {np.shape(frame)} and its mask {np.shape(mask)}: "
+                "expected the same"
+            )
+
+    def where(self, t: int, kind: str = "frame") -> str:
+        """Name a frame (or its mask) for people."""
+        images = self.frames if kind == "frame" else self.masks
+        named = getattr(images, "name_of", None)
+        place = f"{kind} {t} of {self.name}" if self.name else f"{kind} {t}"
+        return f"{place} ({named(t)})" if named is not None else place
+
+
+class _Commits:
+    """Collects computed records and commits them now and then, and at the end."""
+
+    def __init__(self, movie: MovieFeatures, progress: Progress | None) -> None:
+        self.movie, self.progress = movie, progress
+        self.pending: list[Entry] = []
+        self.bytes = 0
+        self.since = time.monotonic()
+
+    def __enter__(self) -> _Commits:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+
+    def add(self, t: int, record: Record) -> None:
+        key = self.movie.key(t)
+        self.pending.append(Entry(key, record, self.movie.provenance(t)))
+        self.bytes += record.features.nbytes
+        if self.bytes >= _COMMIT_BYTES or time.monotonic() - self.since >= _COMMIT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        entries, self.pending, self.bytes = self.pending, [], 0
+        self.since = time.monotonic()
+        if not entries:
+            return
+        cache = self.movie.cache
+        self.movie.space.write(entries, _versions(), cache.codec)
+        cache.counter.add(Usage(computed=len(entries)))
+        if self.progress is not None:
+            self.progress(len(entries))
+
+
+def _versions() -> dict[str, JSON]:
+    """Say who writes: for people who ask where a record comes from."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed() -> Iterator[tuple[str, JSON]]:
+        for package in ("feature-cache", "torch", "zarr", "numpy"):
+            try:
+                yield package, version(package)
+            except PackageNotFoundError:
+                continue
+
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "versions": dict(installed()),
+    }

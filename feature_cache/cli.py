@@ -1,0 +1,213 @@
+"""The command ``feature-cache``: a thin shell over the library.
+
+Exit status: 0 done, 1 part of it failed, 2 wrong use or nothing could be done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import FeatureCacheError
+
+app = typer.Typer(
+    name="feature-cache",
+    help="A content-hashed cache of foundation-model features for training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+CacheOption = Annotated[
+    Path, typer.Option("--cache", envvar="FEATURE_CACHE_DIR", help="The cache's folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except FeatureCacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+@app.command()
+def warm(
+    movies: Annotated[
+        list[str], typer.Argument(metavar="MOVIE…", help="Folders of frames, such as data/01.")
+    ],
+    cache: CacheOption,
+    backbone: Annotated[str, typer.Option(help="See: feature-cache backbones.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint file, or random:<seed>; default: the model's own."),
+    ] = None,
+    pooling: Annotated[
+        str, typer.Option(help="How a region's vector is made; 'none' keeps grids.")
+    ] = "mean_patches_exact",
+    detections: Annotated[str, typer.Option(help="Where the masks are.")] = "TRA",
+    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: the best.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames embedded at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Storage: float16 or float32.")] = "float16",
+    codec: Annotated[str, typer.Option(help="Storage: raw, zstd or blosc.")] = "raw",
+    as_json: JsonOption = False,
+) -> None:
+    """Compute the features of movies that are not in the cache yet.
+
+    Example: feature-cache warm data/01 data/02 --cache features --backbone efficientnet-lite0
+    """
+    from .backbones import load_backbone
+    from .cache import FeatureCache
+    from .warm import open_movies, plan_warm, run_warm
+
+    model = load_backbone(backbone, weights, device)
+    pooled = None if pooling == "none" else pooling
+    _check_names(model, pooled, dtype, codec)
+    opened, failures = open_movies(movies, detections)
+    if not opened:
+        raise _NoMovieError("; ".join(failure.reason for failure in failures))
+    store = FeatureCache(cache, codec=codec)
+    with _bar("hashing", sum(map(len, opened))) as bar:
+        plan = plan_warm(
+            store,
+            opened,
+            model,
+            pooling=pooled,
+            dtype=dtype,
+            failures=failures,
+            progress=bar.update,
+        )
+    with _bar("computing", plan.missing) as bar:
+        report = run_warm(plan, batch_size=batch_size, progress=bar.update)
+    store.counter.save()
+    for failure in report.failures:
+        typer.echo(f"failed: {failure.reason}", err=True)
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+    else:
+        typer.echo(
+            f"{report.planned} records: {report.present} were there, {report.computed} computed, "
+            f"{report.failed} failed, {report.seconds:.1f} s"
+        )
+    if report.failed:
+        raise typer.Exit(1 if report.present + report.computed else 2)
+
+
+class _NoMovieError(FeatureCacheError):
+    """No movie could be opened."""
+
+
+def _check_names(model: Any, pooling: str | None, dtype: str, codec: str) -> None:
+    """Find mistakes in names before anything is read or written."""
+    from .errors import UnknownNameError
+    from .spec import SpaceSpec
+    from .store import CODECS
+
+    if codec not in CODECS:
+        raise UnknownNameError("codec", codec, CODECS)
+    SpaceSpec(model.spec, pooling, dtype)
+
+
+def _bar(what: str, total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="frame", file=sys.stderr, leave=False)
+
+
+@app.command("ls")
+def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
+    """List the spaces of a cache: one for each backbone, pooling and dtype."""
+    from .store import Store
+
+    rows = [
+        {
+            "space": space.path.name,
+            "backbone": space.spec["backbone"]["name"],
+            "pooling": (space.spec["pooling"] or {}).get("name", "none"),
+            "dtype": space.spec["dtype"],
+            "records": len(space),
+            "packs": len(space.pack_names()),
+            "bytes": space.disk_bytes(),
+        }
+        for space in Store(cache, "r").spaces()
+    ]
+    _print_table(rows, as_json)
+
+
+@app.command()
+def stats(cache: CacheOption, as_json: JsonOption = False) -> None:
+    """Count what is in a cache, and how it was used by all processes so far."""
+    from .cache import FeatureCache
+
+    counts = FeatureCache(cache, "r").stats(lifetime=True)
+    if as_json:
+        typer.echo(json.dumps(counts))
+        return
+    for name, value in counts.items():
+        typer.echo(f"{name:<9} {_size(value) if name == 'bytes' else f'{value:,}'}")
+
+
+@app.command()
+def backbones(as_json: JsonOption = False) -> None:
+    """List the backbones, and how to install those that are not."""
+    from .backbones import list_backbones
+
+    rows = [
+        {
+            "name": info.name,
+            "width": info.width,
+            "stride": info.stride,
+            "input": info.input,
+            "licence": info.licence,
+            "installed": "yes" if info.installed else info.install,
+        }
+        for info in list_backbones()
+    ]
+    _print_table(rows, as_json)
+
+
+def _print_table(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    if not rows:
+        typer.echo("nothing here yet")
+        return
+    texts = [[_cell(name, value) for name, value in row.items()] for row in rows]
+    lines = [list(rows[0]), *texts]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _cell(name: str, value: object) -> str:
+    if name == "bytes" and isinstance(value, int):
+        return _size(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(count: int) -> str:
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+if __name__ == "__main__":
+    main()

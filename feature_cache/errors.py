@@ -1,0 +1,118 @@
+"""Every error that feature_cache raises on purpose.
+
+::
+
+    FeatureCacheError
+    ├── FrameError              ValueError       a frame or mask that can't be embedded
+    ├── DrawError               ValueError       a draw or policy that is not defined
+    ├── MovieError              ValueError       a movie whose parts are missing or disagree
+    │   └── MovieNotFoundError  FileNotFoundError
+    ├── UnknownNameError        LookupError      no backbone, pooling, dtype of that name
+    ├── MissingDependencyError  ImportError      an optional package is not installed
+    ├── BackboneError           RuntimeError     weights that don't fit, a wrong embedding
+    ├── MissingRecordError      LookupError      not in the cache, and not to be computed
+    └── StoreError              OSError
+        ├── NotACacheError                       the folder is something else
+        ├── CacheVersionError                    a newer feature_cache wrote it
+        ├── ReadOnlyCacheError  PermissionError
+        └── CorruptRecordError                   the bytes are not those that were written
+
+Whatever can't enter a key is a plain ``TypeError``, raised where the key is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FeatureCacheError(Exception):
+    """Base of all errors of this package."""
+
+
+class FrameError(FeatureCacheError, ValueError):
+    """A frame or a mask that can't be embedded: NaN pixels, wrong shape or dtype."""
+
+
+class DrawError(FeatureCacheError, ValueError):
+    """An augmentation (operation, draw or policy) that is not defined."""
+
+
+class MovieError(FeatureCacheError, ValueError):
+    """A movie whose frames or masks are missing, unreadable, or don't belong together."""
+
+
+class MovieNotFoundError(MovieError, FileNotFoundError):
+    """No folder at the path of a movie."""
+
+
+class UnknownNameError(FeatureCacheError, LookupError):
+    """A name that stands for nothing here.
+
+    Parameters
+    ----------
+    kind : str
+        What was asked for, such as ``"backbone"``.
+    name : str
+        The name that is unknown.
+    known : iterable of str
+        The names that would have been right.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, tuple(known)
+        close = get_close_matches(name, self.known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        super().__init__(f"unknown {kind} {name!r}: {hint}Known: {', '.join(self.known)}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.kind, self.name, self.known)
+
+
+class MissingDependencyError(FeatureCacheError, ImportError):
+    """An optional package is needed and not installed.
+
+    Parameters
+    ----------
+    package : str
+        The distribution that is missing.
+    purpose : str
+        What needs it.
+    install : str
+        The command that brings it.
+    """
+
+    def __init__(self, package: str, purpose: str, install: str) -> None:
+        self.package, self.purpose, self.install = package, purpose, install
+        super().__init__(f"{purpose} needs the package {package!r}; install it with: {install}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.package, self.purpose, self.install)
+
+
+class BackboneError(FeatureCacheError, RuntimeError):
+    """A backbone that can't be built from its weights, or whose output is wrong."""
+
+
+class MissingRecordError(FeatureCacheError, LookupError):
+    """A record that is not in the cache and may not be computed here."""
+
+
+class StoreError(FeatureCacheError, OSError):
+    """The cache directory can't be used as asked."""
+
+
+class NotACacheError(StoreError):
+    """A folder that is not a feature cache."""
+
+
+class CacheVersionError(StoreError):
+    """A cache written in a format that this version does not know."""
+
+
+class ReadOnlyCacheError(StoreError, PermissionError):
+    """A write to a cache that was opened, or is, read-only."""
+
+
+class CorruptRecordError(StoreError):
+    """Bytes on disk differ from those that were committed."""

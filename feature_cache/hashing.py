@@ -1,0 +1,199 @@
+"""Canonical JSON and digests: the ground that every key stands on.
+
+A digest is 16 bytes of xxh3-128. It is fast, and not cryptographic: whoever may write to a
+shared cache is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from .errors import FrameError
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+Digest: TypeAlias = bytes
+"""16 bytes, xxh3-128, big-endian as xxhash gives them."""
+
+DIGEST_BYTES = 16
+_INT32 = np.iinfo(np.int32)
+
+
+def canonical_json(value: object) -> str:
+    """Write `value` as JSON in the one way that equal values share.
+
+    Keys sorted, no spaces, ASCII, floats as their shortest exact form, ``-0.0`` as ``0.0``.
+    NumPy scalars count as the Python numbers they hold, tuples as lists.
+
+    Raises
+    ------
+    TypeError
+        For anything else, and for NaN or infinity; the message names the place.
+
+    Examples
+    --------
+    >>> canonical_json({"b": (1, 2.0), "a": None})
+    '{"a":null,"b":[1,2.0]}'
+    """
+    return json.dumps(_plain(value, "$"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: object, where: str) -> JSON:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{where} is {value!r}: only finite numbers can enter a key")
+        return value + 0.0
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {_text(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which can't enter a key: "
+        "expected None, bool, int, float, str, list, tuple or a mapping of these"
+    )
+
+
+def _text(key: object, where: str) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{where} has the key {key!r}: only strings can name a part of a key")
+    return key
+
+
+def digest_bytes(*parts: bytes | memoryview) -> Digest:
+    """Digest the concatenation of `parts` (buffers must be C-contiguous)."""
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
+
+
+def digest_json(value: object) -> Digest:
+    """Digest `value` by its canonical JSON.
+
+    Raises
+    ------
+    TypeError
+        As `canonical_json`.
+    """
+    return digest_bytes(canonical_json(value).encode())
+
+
+def digest_array(array: NDArray[np.generic]) -> Digest:
+    """Digest dtype, shape and C-order bytes of `array`.
+
+    Memory layout and byte order don't matter; the dtype does.
+    """
+    contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    header = canonical_json([array.dtype.name, list(array.shape)]).encode()
+    return digest_bytes(header, contiguous.reshape(-1).view(np.uint8).data)
+
+
+def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest:
+    """Digest a frame by its pixels as float32, before normalisation.
+
+    A uint16 frame and its float32 copy agree; so do a frame and a view of it in another memory
+    layout.
+
+    Parameters
+    ----------
+    frame : (H, W) or (Z, H, W), bool, integer or float
+        The frame as loaded.
+    where : str
+        What to call the frame in an error.
+
+    Raises
+    ------
+    TypeError
+        If the pixels are no real numbers.
+    FrameError
+        If a pixel is NaN or infinite, or the shape is not that of a frame.
+    """
+    return digest_array(frame_pixels(frame, where))
+
+
+def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArray[np.float32]:
+    """Give a frame's pixels as a new or shared float32 array, checked as in `frame_digest`."""
+    frame = np.asarray(frame)
+    if frame.dtype.kind not in "buif":
+        raise TypeError(f"{where} has dtype {frame.dtype}: expected bool, integer or float pixels")
+    if frame.ndim not in (2, 3) or frame.size == 0:
+        raise FrameError(
+            f"{where} has shape {frame.shape}: expected (H, W) or (Z, H, W), none of them 0"
+        )
+    pixels = np.ascontiguousarray(frame, dtype=np.float32)
+    if frame.dtype.kind == "f":
+        bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
+        if bad:
+            raise FrameError(
+                f"{where} has {bad} NaN or infinite pixels of {pixels.size} (as float32): "
+                "replace them, or leave the frame out"
+            )
+        pixels = pixels + np.float32(0)  # -0.0 is 0.0
+    return pixels
+
+
+def mask_digest(mask: NDArray[np.generic], where: str = "the mask") -> Digest:
+    """Digest an instance mask by its labels as int32.
+
+    Parameters
+    ----------
+    mask : (H, W) or (Z, H, W), bool or integer
+        0 is background.
+    where : str
+        What to call the mask in an error.
+
+    Raises
+    ------
+    TypeError
+        If the labels are not integers.
+    FrameError
+        If a label is negative or above 2**31 - 1, or the shape is not that of a mask.
+    """
+    return digest_array(mask_labels(mask, where))
+
+
+def mask_labels(mask: NDArray[np.generic], where: str = "the mask") -> NDArray[np.int32]:
+    """Give a mask's labels as a new or shared int32 array, checked as in `mask_digest`."""
+    mask = np.asarray(mask)
+    if mask.dtype.kind not in "bui":
+        raise TypeError(f"{where} has dtype {mask.dtype}: expected integer labels")
+    if mask.ndim not in (2, 3) or mask.size == 0:
+        raise FrameError(
+            f"{where} has shape {mask.shape}: expected (H, W) or (Z, H, W), none of them 0"
+        )
+    if mask.dtype.kind != "b" and (mask.min() < 0 or mask.max() > _INT32.max):
+        raise FrameError(
+            f"{where} has labels from {mask.min()} to {mask.max()}: expected 0 to {_INT32.max}"
+        )
+    return np.ascontiguousarray(mask, dtype=np.int32)
+
+
+def state_digest(tensors: Iterable[tuple[str, NDArray[np.generic]]]) -> Digest:
+    """Digest named arrays (a model's weights), in whatever order they come.
+
+    Parameters
+    ----------
+    tensors : iterable of (name, array)
+        Names must be unique.
+
+    Raises
+    ------
+    ValueError
+        If a name comes twice.
+    """
+    parts: dict[str, str] = {}
+    for name, array in tensors:
+        if name in parts:
+            raise ValueError(f"the weights have two tensors named {name!r}")
+        parts[name] = digest_array(array).hex()
+    return digest_json(parts)

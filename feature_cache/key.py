@@ -1,0 +1,55 @@
+"""Record keys, and the record that a key stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .augment import Draw
+from .hashing import Digest, canonical_json, digest_bytes
+
+Keys: TypeAlias = NDArray[np.uint8]
+"""(n, 16) uint8, one record key a row."""
+
+
+def record_key(space: Digest, frame: Digest, mask: Digest | None, draw: Draw) -> Digest:
+    """Make the key of one frame's record.
+
+    Equal keys mean equal numbers; whatever changes the numbers changes the key.
+
+    Parameters
+    ----------
+    space : bytes
+        `feature_cache.spec.SpaceSpec.digest`.
+    frame : bytes
+        `feature_cache.hashing.frame_digest`.
+    mask : bytes or None
+        `feature_cache.hashing.mask_digest`; None where whole grids are kept.
+    draw : Draw
+
+    Returns
+    -------
+    bytes, 16
+    """
+    masked = b"\0" if mask is None else b"\1" + mask
+    return digest_bytes(space, frame, masked, canonical_json(draw.to_json()).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The features of one frame under one draw.
+
+    Attributes
+    ----------
+    features : (N, C), or a grid (gh, gw, C) or (Z, gh, gw, C), float16 or float32, read-only
+        In the storage dtype, the same numbers on a hit and on a miss. Mapped from the pack where
+        that can be.
+    labels : (N,) int32, ascending; None for a grid
+        The label of each row, as in the mask.
+    """
+
+    features: NDArray[np.floating[Any]]
+    labels: NDArray[np.int32] | None

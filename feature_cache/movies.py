@@ -1,0 +1,334 @@
+"""Movies in the layout of the Cell Tracking Challenge: frames and masks, read lazily.
+
+::
+
+    01/t000.tif …                      frames (or 01/img/*.tif)
+    01_GT/TRA/man_track000.tif …       masks, with man_track.txt (or 01/TRA)
+    01_ST/SEG/man_seg000.tif …         silver truth, merged into the masks of 01_GT/TRA
+    01_ERR_SEG/mask000.tif …           any other detections (or 01/<name>)
+
+Which folder holds what, and the merging of silver truth, follow ``CTCData`` of trackastra 0.5.6, so
+that masks warmed here have the keys of those in training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from scipy import sparse
+
+from .errors import MovieError, MovieNotFoundError
+
+Masks = NDArray[np.int32]
+Tracks = NDArray[np.int64]
+"""(N, 4) int64: label, first frame, last frame, parent's label or 0, as in man_track.txt."""
+
+
+@dataclass(frozen=True)
+class TiffSeries:
+    """Images of one folder, each read when asked for.
+
+    Parameters
+    ----------
+    files : sequence of Path
+    downscale : int
+        Every n-th pixel of each axis.
+    overlays : sequence of Path
+        As many files as `files`, or none; the larger pixel counts.
+    labels : bool
+        Whether the images are masks: int32, as Trackastra holds them.
+    """
+
+    files: tuple[Path, ...]
+    downscale: int = 1
+    overlays: tuple[Path, ...] = ()
+    labels: bool = False
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.files)
+
+    def __getitem__(self, t: int) -> NDArray[Any]:
+        """Read image `t`: (H, W) or (Z, H, W).
+
+        Raises
+        ------
+        MovieError
+            If the file can't be read.
+        """
+        image = self._read(self.files[t])
+        if self.overlays:
+            overlay = self._read(self.overlays[t])
+            if overlay.shape != image.shape:
+                raise MovieError(
+                    f"{self.files[t]} has shape {image.shape} and {self.overlays[t]} "
+                    f"{overlay.shape}: expected the same"
+                )
+            image = np.maximum(image, overlay)
+        return image[(slice(None, None, self.downscale),) * image.ndim]
+
+    def _read(self, file: Path) -> NDArray[Any]:
+        image = read_tiff(file)
+        if not self.labels:
+            return image
+        labels = image.astype(np.int32)
+        if not np.array_equal(labels, image):
+            raise MovieError(f"{file} holds {image.dtype} values that are no int32 labels")
+        return labels
+
+    def name_of(self, t: int) -> str:
+        """Name the file of image `t`."""
+        return self.files[t].name
+
+
+def read_tiff(file: Path) -> NDArray[Any]:
+    """Read one TIFF file.
+
+    Raises
+    ------
+    MovieError
+        If it is missing or damaged.
+    """
+    try:
+        return np.asarray(tifffile.imread(file))
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        tifffile.TiffFileError,
+    ) as error:
+        raise MovieError(f"can't read {file}: {error}; restore the file or leave it out") from error
+
+
+@dataclass(frozen=True)
+class Movie:
+    """Frames and the masks of one detection folder.
+
+    Attributes
+    ----------
+    root : Path
+        The folder of the frames.
+    frames, masks : TiffSeries
+        As many of one as of the other.
+    detections : str
+        The detection folder's name as asked for.
+    detection_folder : Path
+    """
+
+    root: Path
+    frames: TiffSeries
+    masks: TiffSeries
+    detections: str
+    detection_folder: Path
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        detections: str = "TRA",
+        *,
+        slice_pct: tuple[float, float] = (0.0, 1.0),
+        downscale_temporal: int = 1,
+        downscale_spatial: int = 1,
+    ) -> Movie:
+        """Find a movie's files; reads none of them.
+
+        Parameters
+        ----------
+        path : path
+            ``01``, ``01_GT/TRA`` or ``01_ERR_SEG``; or a folder with ``img`` and ``TRA`` in it.
+        detections : str
+            Where the masks are, such as ``"TRA"`` or ``"ERR_SEG"``.
+        slice_pct : (float, float)
+            Part of the movie, from and to, 0 to 1.
+        downscale_temporal, downscale_spatial : int
+            Every n-th frame, every n-th pixel.
+
+        Raises
+        ------
+        MovieNotFoundError
+            No such folder.
+        MovieError
+            No frames or masks in it, or not as many.
+        """
+        root, default = _find_root(Path(path).expanduser())
+        if not root.is_dir():
+            raise MovieNotFoundError(f"no movie at {root}: no such folder")
+        folder = _find_detections(root, default or detections)
+        image_files = _list_tiffs(image_folder(root), "frames")
+        mask_files = _list_tiffs(folder, f"masks ({detections})")
+        if len(image_files) != len(mask_files):
+            raise MovieError(
+                f"{root} has {len(image_files)} frames and {folder} has {len(mask_files)} masks: "
+                "expected as many masks as frames"
+            )
+        overlays = _find_overlays(folder, len(mask_files))
+        part = slice(
+            int(len(mask_files) * slice_pct[0]),
+            int(len(mask_files) * slice_pct[1]),
+            downscale_temporal,
+        )
+        return cls(
+            root=root,
+            frames=TiffSeries(image_files[part], downscale_spatial),
+            masks=TiffSeries(mask_files[part], downscale_spatial, overlays[part], labels=True),
+            detections=detections,
+            detection_folder=folder,
+        )
+
+    def __len__(self) -> int:
+        """Count the frames."""
+        return len(self.frames)
+
+    @cached_property
+    def tracks(self) -> Tracks:
+        """(N, 4): label, first and last frame (of the whole movie), parent; from man_track.txt.
+
+        Raises
+        ------
+        MovieError
+            If there is no such file, or it holds anything else.
+        """
+        return read_tracks(self.detection_folder / "man_track.txt")
+
+
+def _find_root(path: Path) -> tuple[Path, str | None]:
+    """Give the folder of the frames, and the detections that `path` itself names."""
+    if path.name == "TRA":
+        return path.parent.parent / path.parent.name.split("_")[0], "TRA"
+    if "ERR_SEG" in path.name:
+        return path.parent / path.name.split("_")[0], "ERR_SEG"
+    return path, None
+
+
+def _find_detections(root: Path, name: str) -> Path:
+    guesses = (root / name, Path(f"{root}_{name}"), Path(f"{root}_GT") / name)
+    for folder in guesses:
+        if folder.is_dir():
+            return folder
+    raise MovieError(
+        f"{root} has no masks {name!r}: looked for {', '.join(map(str, guesses))}; "
+        "name the detection folder (--detections)"
+    )
+
+
+def _find_overlays(folder: Path, count: int) -> tuple[Path, ...]:
+    """List the silver truth that belongs to ground truth ``<n>_GT/TRA``."""
+    truth = folder.parent
+    silver = truth.with_name(truth.name.removesuffix("_GT") + "_ST") / "SEG"
+    if folder.name != "TRA" or not truth.name.endswith("_GT") or not silver.is_dir():
+        return ()
+    files = _list_tiffs(silver, "silver truth masks")
+    if len(files) != count:
+        raise MovieError(f"{silver} has {len(files)} masks, expected {count} as in {folder}")
+    return files
+
+
+def image_folder(root: Path) -> Path:
+    """Give the folder of a movie's frames: ``img`` in it, or itself."""
+    return root / "img" if (root / "img").is_dir() else root
+
+
+def _list_tiffs(folder: Path, kind: str) -> tuple[Path, ...]:
+    files = tuple(sorted(folder.glob("*.tif")))
+    if not files:
+        raise MovieError(f"{folder} has no {kind}: expected files named *.tif")
+    return files
+
+
+def read_tracks(file: Path) -> Tracks:
+    """Read a man_track.txt.
+
+    Raises
+    ------
+    MovieError
+        If there is no such file, or a line is not four whole numbers.
+    """
+    if not file.is_file():
+        raise MovieError(f"no tracks at {file}: expected man_track.txt beside the masks")
+    lines = file.read_text().splitlines()
+    rows = [line for line in lines if line.strip()]
+    bad = [line for line in rows if not re.fullmatch(r"\s*\d+(\s+\d+){3}\s*", line)]
+    if bad:
+        raise MovieError(f"{file} has the line {bad[0]!r}: expected label, first, last, parent")
+    return np.array([line.split() for line in rows], np.int64).reshape(-1, 4)
+
+
+def write_movie(
+    root: Path, frames: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]], tracks: Tracks
+) -> None:
+    """Write a movie as ``<root>`` and ``<root>_GT/TRA``.
+
+    Parameters
+    ----------
+    root : Path
+        Such as ``data/01``.
+    frames, masks : sequences of (H, W) or (Z, H, W)
+        A label is the same cell over time.
+    tracks : (N, 4) int64
+    """
+    truth = Path(f"{root}_GT") / "TRA"
+    for folder in (root, truth):
+        folder.mkdir(parents=True, exist_ok=True)
+    for t, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
+        tifffile.imwrite(root / f"t{t:03d}.tif", frame, compression="zlib")
+        labels = np.asarray(mask, np.uint16 if np.max(mask) < 1 << 16 else np.int32)
+        tifffile.imwrite(truth / f"man_track{t:03d}.tif", labels, compression="zlib")
+    np.savetxt(truth / "man_track.txt", tracks, fmt="%d")
+
+
+def link_by_overlap(masks: Sequence[NDArray[Any]]) -> tuple[list[Masks], Tracks]:
+    """Give each cell one label over time, linking regions that overlap most in consecutive frames.
+
+    A region is the continuation of the region of the frame before that it shares most pixels with,
+    if no other is; two or more of the same one are its daughters, with labels of their own.
+
+    Parameters
+    ----------
+    masks : sequence of (H, W) or (Z, H, W), integer
+        Labels need not mean the same cell from frame to frame.
+
+    Returns
+    -------
+    masks : list of int32 arrays, relabelled
+    tracks : (N, 4) int64
+    """
+    linked: list[Masks] = []
+    tracks: dict[int, list[int]] = {}
+    for t, mask in enumerate(masks):
+        parents = _most_overlapped(linked[-1], mask) if linked else {}
+        found = np.unique(mask[mask > 0]).tolist()
+        heirs = [parents.get(label, 0) for label in found]
+        lookup = np.zeros(int(mask.max()) + 1, np.int32)
+        for label, parent in zip(found, heirs, strict=True):
+            if parent and heirs.count(parent) == 1:
+                lookup[label], tracks[parent][1] = parent, t
+            else:
+                lookup[label] = len(tracks) + 1
+                tracks[len(tracks) + 1] = [t, t, parent]
+        linked.append(lookup[mask])
+    return linked, np.array([[n, *row] for n, row in tracks.items()], np.int64).reshape(-1, 4)
+
+
+def _most_overlapped(before: NDArray[Any], after: NDArray[Any]) -> dict[int, int]:
+    """Map each label of `after` to the label of `before` that it shares most pixels with."""
+    both = (before > 0) & (after > 0)
+    ones = np.ones(int(both.sum()), np.int64)
+    shape = int(after.max()) + 1, int(before.max()) + 1
+    counts = sparse.csr_array((ones, (after[both], before[both])), shape=shape)
+    counts.sum_duplicates()
+    rows = np.flatnonzero(np.diff(counts.indptr))
+    spans = ((r, slice(counts.indptr[r], counts.indptr[r + 1])) for r in rows)
+    return {
+        int(row): int(counts.indices[span][np.argmax(counts.data[span])]) for row, span in spans
+    }

@@ -1,0 +1,301 @@
+"""From a grid of embeddings and an instance mask to one vector a region.
+
+The grid spans the frame: pixel row ``y`` lies in grid row ``floor(y * (gh / H))``, columns alike.
+A stack ``(Z, H, W)`` has one grid a slice, and a region's pixels count over all slices.
+
+Notes
+-----
+Names, the mapping of pixels to cells, and normalisation before aggregation (after it for
+``nearest_patch``) follow ``pretrained_features.py`` of trackastra-pretrained-feats 0.0.2, whose
+results these match where they are right. Differences: bounding boxes index ``[row, column]``, cells
+come from the same mapping in every mode, and the median of an even number is the mean of the middle
+two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from .errors import FrameError, UnknownNameError
+from .hashing import mask_labels
+
+Floats: TypeAlias = NDArray[np.float32]
+Ints: TypeAlias = NDArray[np.int64]
+Votes: TypeAlias = sparse.csr_array
+"""(N regions, K cells): how much each cell counts for each region; no row is empty."""
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+_EPSILON = np.float32(1e-8)
+_LOOKUP_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """The pixels of one mask, told apart by region.
+
+    Attributes
+    ----------
+    labels : (N,) int32, ascending
+    shape : (Z, H, W); Z is 1 for a single frame
+    index : (P,) int64
+        For each foreground pixel, the row of its label in `labels`.
+    pixels : (3, P) int64, (z, y, x)
+    """
+
+    labels: NDArray[np.int32]
+    shape: tuple[int, int, int]
+    index: Ints
+    pixels: Ints
+
+    @classmethod
+    def of_mask(cls, mask: NDArray[np.generic], labels: NDArray[np.int32] | None = None) -> Regions:
+        """Sort a mask's pixels by region.
+
+        Parameters
+        ----------
+        mask : (H, W) or (Z, H, W), integer; 0 is background
+        labels : (N,) int32, ascending, optional
+            The regions wanted, by default all in the mask. One without a pixel stays, empty;
+            pixels with other labels are left out.
+        """
+        stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
+        flat = np.flatnonzero(stack)
+        values = stack.reshape(-1)[flat]
+        wanted = _distinct(values) if labels is None else labels
+        index = np.searchsorted(wanted, values)
+        if labels is not None:
+            inside = np.isin(values, wanted)
+            flat, index = flat[inside], index[inside]
+        pixels = np.stack(np.unravel_index(flat, stack.shape)).astype(np.int64)
+        return cls(wanted, stack.shape, index.astype(np.int64), pixels)
+
+    @property
+    def sizes(self) -> Ints:
+        """(N,) int64, pixels of each region."""
+        return np.bincount(self.index, minlength=len(self.labels))
+
+    def centroids(self) -> NDArray[np.float64]:
+        """(N, 3) float64, (z, y, x): mean pixel of each region, NaN for an empty one."""
+        sums = [np.bincount(self.index, axis, minlength=len(self.labels)) for axis in self.pixels]
+        with np.errstate(invalid="ignore"):
+            return np.stack(sums, axis=-1) / self.sizes[:, None]
+
+
+def region_labels(mask: NDArray[np.generic]) -> NDArray[np.int32]:
+    """List the labels of a mask's regions: (N,) int32, ascending, without background."""
+    values = mask_labels(mask).reshape(-1)
+    return _distinct(values[values != 0])
+
+
+def _distinct(values: NDArray[np.int32]) -> NDArray[np.int32]:
+    if values.size and int(values.max()) < _LOOKUP_LIMIT:
+        return np.flatnonzero(np.bincount(values)).astype(np.int32)
+    return np.unique(values)
+
+
+def pool(
+    grid: NDArray[np.floating],
+    mask: NDArray[np.generic],
+    mode: str,
+    *,
+    labels: NDArray[np.int32] | None = None,
+    centroids: NDArray[np.float64] | None = None,
+) -> Floats:
+    """Pool a frame's grid into one vector a region.
+
+    Parameters
+    ----------
+    grid : (gh, gw, C), or (Z, gh, gw, C) for a stack, float
+        Embeddings; the grid spans the frame that `mask` labels.
+    mask : (H, W) or (Z, H, W), integer; 0 is background
+    mode : str
+        One of `POOLINGS`.
+    labels : (N,) int32, ascending, optional
+        The regions wanted; by default those in the mask.
+    centroids : (N, 2) or (N, 3) float64, (y, x) or (z, y, x) in pixels of `mask`, optional
+        Where a region lies that has no pixel: it takes the cell under this point (the nearest
+        cell of the frame, when the point lies outside).
+
+    Returns
+    -------
+    (N, C) float32, in the order of `labels`
+
+    Raises
+    ------
+    UnknownNameError
+        No such mode.
+    FrameError
+        Grid and mask don't fit, or a region has neither a pixel nor a centroid.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> mask = np.array([[1, 1, 0, 2]] * 4)
+    >>> grid = np.arange(8, dtype=np.float32).reshape(2, 2, 2) + 1
+    >>> pool(grid, mask, "nearest_patch").round(2).tolist()
+    [[0.45, 0.89], [0.6, 0.8]]
+    """
+    steps = _steps(mode)
+    stack = grid[None] if grid.ndim == 3 else grid
+    if stack.ndim != 4 or stack.shape[0] != _as_stack(mask).shape[0]:
+        raise FrameError(
+            f"a grid of shape {grid.shape} does not belong to a mask of shape {mask.shape}: "
+            "expected (gh, gw, C) for (H, W), or (Z, gh, gw, C) for (Z, H, W)"
+        )
+    regions = Regions.of_mask(mask, labels)
+    votes = _fill_empty(steps.vote(regions, stack.shape[:3]), regions, stack.shape[:3], centroids)
+    return steps.aggregate(votes, _unit_vectors(stack, votes))
+
+
+def _as_stack(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    return array[None] if array.ndim == 2 else array
+
+
+def _cells(points: NDArray[np.generic], regions: Regions, grid: tuple[int, ...]) -> Ints:
+    """Find the number of the grid cell under each point (3, P), (z, y, x), clipped to the frame."""
+    axes = []
+    for axis, length, cells in zip(points, regions.shape, grid, strict=True):
+        axes.append(np.clip((axis * (cells / length)).astype(np.int64), 0, cells - 1))
+    return np.ravel_multi_index(tuple(axes), grid).astype(np.int64)
+
+
+def _tally(rows: Ints, cells: Ints, regions: Regions, grid: tuple[int, ...]) -> Votes:
+    ones = np.ones(len(rows), np.float32)
+    votes = sparse.csr_array((ones, (rows, cells)), shape=(len(regions.labels), int(np.prod(grid))))
+    votes.sum_duplicates()
+    return votes
+
+
+def _vote_by_pixel(regions: Regions, grid: tuple[int, ...]) -> Votes:
+    return _tally(regions.index, _cells(regions.pixels, regions, grid), regions, grid)
+
+
+def _vote_by_centroid(regions: Regions, grid: tuple[int, ...]) -> Votes:
+    rows = np.flatnonzero(regions.sizes)
+    return _tally(rows, _cells(regions.centroids()[rows].T, regions, grid), regions, grid)
+
+
+def _vote_by_box(regions: Regions, grid: tuple[int, ...]) -> Votes:
+    low = np.full((3, len(regions.labels)), np.iinfo(np.int64).max)
+    high = np.full((3, len(regions.labels)), -1)
+    for axis in range(3):
+        np.minimum.at(low[axis], regions.index, regions.pixels[axis])
+        np.maximum.at(high[axis], regions.index, regions.pixels[axis])
+    rows = np.flatnonzero(regions.sizes)
+    first = np.stack(np.unravel_index(_cells(low[:, rows], regions, grid), grid), axis=-1)
+    last = np.stack(np.unravel_index(_cells(high[:, rows], regions, grid), grid), axis=-1)
+    boxes = [_box_cells(a, b, grid) for a, b in zip(first, last, strict=True)]
+    counts = [len(box) for box in boxes]
+    cells = np.concatenate(boxes) if boxes else np.empty(0, np.int64)
+    return _tally(np.repeat(rows, counts), cells, regions, grid)
+
+
+def _box_cells(first: Ints, last: Ints, grid: tuple[int, ...]) -> Ints:
+    spans = [np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
+    return np.ravel_multi_index(np.ix_(*spans), grid).reshape(-1).astype(np.int64)
+
+
+def _fill_empty(
+    votes: Votes,
+    regions: Regions,
+    grid: tuple[int, ...],
+    centroids: NDArray[np.float64] | None,
+) -> Votes:
+    empty = np.flatnonzero(np.diff(votes.indptr) == 0)
+    if not len(empty):
+        return votes
+    if centroids is None:
+        raise FrameError(
+            f"the mask has no pixel of label {regions.labels[empty[0]]} and its centroid is not "
+            "given: pass centroids, or ask only for labels in the mask"
+        )
+    points = centroids[empty]
+    if points.shape[1] == 2:
+        points = np.column_stack([np.zeros(len(points)), points])
+    return votes + _tally(empty, _cells(points.T, regions, grid), regions, grid)
+
+
+def _unit_vectors(stack: NDArray[np.floating], votes: Votes) -> Floats:
+    """(votes.nnz, C) float32: the vector of length 1 for each vote."""
+    cells, place = np.unique(votes.indices, return_inverse=True)
+    vectors = stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + _EPSILON
+    return vectors[place]
+
+
+def _mean(votes: Votes, vectors: Floats) -> Floats:
+    owners = sparse.csr_array(
+        (votes.data, np.arange(votes.nnz), votes.indptr), shape=(votes.shape[0], votes.nnz)
+    )
+    return np.asarray(owners @ vectors, np.float32) / votes.sum(axis=1, dtype=np.float32)[:, None]
+
+
+def _max(votes: Votes, vectors: Floats) -> Floats:
+    if not votes.shape[0]:
+        return vectors[:0]
+    return np.maximum.reduceat(vectors, votes.indptr[:-1], axis=0)
+
+
+def _median(votes: Votes, vectors: Floats) -> Floats:
+    pooled = np.empty((votes.shape[0], vectors.shape[1]), np.float32)
+    for row, (start, stop) in enumerate(zip(votes.indptr[:-1], votes.indptr[1:], strict=True)):
+        pooled[row] = _weighted_median(vectors[start:stop], votes.data[start:stop])
+    return pooled
+
+
+def _weighted_median(vectors: Floats, weights: Floats) -> Floats:
+    """(C,): the median of (K, C) vectors, each standing there `weights` times."""
+    order = np.argsort(vectors, axis=0, kind="stable")
+    ranked = np.take_along_axis(vectors, order, axis=0)
+    reached = np.cumsum(weights[order], axis=0, dtype=np.float64)
+    half = reached[-1] / 2
+    lower = np.take_along_axis(ranked, (reached < half).sum(axis=0)[None], axis=0)[0]
+    upper = np.take_along_axis(ranked, (reached <= half).sum(axis=0)[None], axis=0)[0]
+    return (lower + upper) / np.float32(2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    vote: Callable[[Regions, tuple[int, ...]], Votes]
+    aggregate: Callable[[Votes, Floats], Floats]
+    revision: int = 1
+
+
+_MODES = MappingProxyType(
+    {
+        "nearest_patch": _Steps(_vote_by_centroid, _mean),
+        "mean_patches_exact": _Steps(_vote_by_pixel, _mean),
+        "max_patches_exact": _Steps(_vote_by_pixel, _max),
+        "median_patches_exact": _Steps(_vote_by_pixel, _median),
+        "mean_patches_bbox": _Steps(_vote_by_box, _mean),
+        "max_patches_bbox": _Steps(_vote_by_box, _max),
+        "median_patches_bbox": _Steps(_vote_by_box, _median),
+    }
+)
+
+POOLINGS = tuple(_MODES)
+"""The names of all poolings."""
+
+
+def pooling_revision(mode: str) -> int:
+    """Give the number that changes whenever a pooling's results do.
+
+    Raises
+    ------
+    UnknownNameError
+        No such mode.
+    """
+    return _steps(mode).revision
+
+
+def _steps(mode: str) -> _Steps:
+    if mode not in _MODES:
+        raise UnknownNameError("pooling", mode, POOLINGS)
+    return _MODES[mode]

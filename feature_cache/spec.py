@@ -1,0 +1,186 @@
+"""What is the same for all records of a space: backbone, normalisation, pooling, dtype.
+
+Everything here is frozen, becomes canonical JSON, and comes back from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import UnknownNameError
+from .hashing import JSON, Digest, digest_json
+from .pooling import pooling_revision
+
+KEY_VERSION = 1
+"""Part of every key; goes up when the same request would give other keys or other numbers."""
+
+STORAGE_DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """How a frame's pixels become float32 in 0..1, before the draw.
+
+    Parameters
+    ----------
+    name : str
+        ``"percentile"``: between two percentiles of the frame, clipped. ``"none"``: as loaded.
+    low, high : float
+        The percentiles, 0 to 100; the defaults are trackastra-pretrained-feats'.
+    """
+
+    name: str = "percentile"
+    low: float = 1.0
+    high: float = 99.8
+
+    def __post_init__(self) -> None:
+        if self.name not in ("percentile", "none"):
+            raise UnknownNameError("normalisation", self.name, ("percentile", "none"))
+        if not 0 <= self.low < self.high <= 100:
+            raise ValueError(
+                f"percentiles {self.low} and {self.high}: expected 0 <= low < high <= 100"
+            )
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the name and, where they matter, the constants."""
+        if self.name == "none":
+            return {"name": "none"}
+        return {"name": self.name, "low": float(self.low), "high": float(self.high)}
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneSpec:
+    """All that decides which grid a backbone gives for a frame.
+
+    Parameters
+    ----------
+    name : str
+        As users write it, such as ``"efficientnet-lite0"``.
+    revision : int
+        The adapter's own number; goes up when its numbers change.
+    weights : str
+        Hex digest over names, dtypes, shapes and bytes of the state dict.
+    layer : str
+        Which features of the network.
+    width : int
+        C, channels of the grid.
+    stride : int
+        Pixels of the (resized) input for each grid cell.
+    input_size : tuple of two ints, or None
+        (H, W) that frames are resized to; None leaves them as they are.
+    resize : str
+        Interpolation of that resize; ``"none"`` where there is none.
+    channels : str
+        How one channel becomes the network's, such as ``"repeat-3"``.
+    mean, std : tuples of float
+        Subtracted from, and dividing, each channel after the normalisation.
+    dtype : str
+        Of the computation, such as ``"float32"``.
+    normalization : Normalization
+    extra : mapping of str to JSON
+        Any further terms.
+    """
+
+    name: str
+    revision: int
+    weights: str
+    layer: str
+    width: int
+    stride: int
+    input_size: tuple[int, int] | None = None
+    resize: str = "none"
+    channels: str = "repeat-3"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    dtype: str = "float32"
+    normalization: Normalization = field(default_factory=Normalization)
+    extra: Mapping[str, JSON] = field(default_factory=dict, hash=False)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give every field, nested ones as their own JSON."""
+        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["normalization"] = self.normalization.to_json()
+        plain["mean"] = [float(value) for value in self.mean]
+        plain["std"] = [float(value) for value in self.std]
+        plain["input_size"] = list(self.input_size) if self.input_size else None
+        plain["extra"] = dict(self.extra)
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> BackboneSpec:
+        """Build the spec that `to_json` wrote.
+
+        Raises
+        ------
+        TypeError
+            If a field is missing or unknown.
+        """
+        size = plain["input_size"]
+        changed = {
+            "normalization": Normalization(**plain["normalization"]),
+            "mean": tuple(plain["mean"]),
+            "std": tuple(plain["std"]),
+            "input_size": (size[0], size[1]) if size else None,
+        }
+        return cls(**{**plain, **changed})
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceSpec:
+    """All that is the same for the records of one space.
+
+    Parameters
+    ----------
+    backbone : BackboneSpec
+    pooling : str or None
+        One of `feature_cache.pooling.POOLINGS`; None keeps whole grids.
+    dtype : str
+        Storage dtype, ``"float16"`` or ``"float32"``.
+
+    Raises
+    ------
+    UnknownNameError
+        For a pooling or dtype that does not exist.
+    """
+
+    backbone: BackboneSpec
+    pooling: str | None = "mean_patches_exact"
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORAGE_DTYPES:
+            raise UnknownNameError("storage dtype", self.dtype, STORAGE_DTYPES)
+        if self.pooling is not None:
+            pooling_revision(self.pooling)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the full spec, as it stands in the space's attributes."""
+        pooling: JSON = None
+        if self.pooling is not None:
+            pooling = {"name": self.pooling, "revision": pooling_revision(self.pooling)}
+        return {
+            "key_version": KEY_VERSION,
+            "backbone": self.backbone.to_json(),
+            "pooling": pooling,
+            "dtype": self.dtype,
+        }
+
+    @property
+    def digest(self) -> Digest:
+        """16 bytes that stand for the whole spec."""
+        return digest_json(self.to_json())
+
+    @property
+    def slug(self) -> str:
+        """A readable name, safe as a folder's."""
+        parts = (self.backbone.name, self.pooling or "grid", self.dtype)
+        return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-.") for part in parts)
+
+
+def describe(spec: Mapping[str, Any]) -> str:
+    """Name a space, given as JSON, in one line for people."""
+    backbone, pooling = spec["backbone"], spec["pooling"]
+    return f"{backbone['name']} {pooling['name'] if pooling else 'grid'} {spec['dtype']}"

@@ -1,0 +1,18 @@
+"""The right wing: records on disk. Knows zarr, and nothing of torch."""
+
+from .index import Index
+from .pack import CODECS, Entry, Pack, read_provenance
+from .store import FORMAT_VERSION, Mode, Space, Store, Usage
+
+__all__ = [
+    "CODECS",
+    "FORMAT_VERSION",
+    "Entry",
+    "Index",
+    "Mode",
+    "Pack",
+    "Space",
+    "Store",
+    "Usage",
+    "read_provenance",
+]
