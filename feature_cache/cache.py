@@ -41,7 +41,7 @@ _COMMIT_SECONDS = 30.0
 _SAVE_USAGE_SECONDS = 10.0
 
 Progress = Callable[[int], None]
-"""Called with the number of records just committed."""
+"""Called with the number of frames or records just done."""
 
 
 class Images(Protocol):
@@ -481,6 +481,8 @@ class _Commits:
         key = self.movie.key(t)
         self.pending.append(Entry(key, record, self.movie.provenance(t)))
         self.bytes += record.features.nbytes
+        if self.progress is not None:
+            self.progress(1)
         if self.bytes >= _COMMIT_BYTES or time.monotonic() - self.since >= _COMMIT_SECONDS:
             self.flush()
 
@@ -492,8 +494,6 @@ class _Commits:
         cache = self.movie.cache
         self.movie.space.write(entries, _versions(), cache.codec)
         cache.counter.add(Usage(computed=len(entries)))
-        if self.progress is not None:
-            self.progress(len(entries))
 
 
 def _versions() -> dict[str, JSON]:

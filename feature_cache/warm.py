@@ -12,6 +12,7 @@ from .cache import FeatureCache, MovieFeatures, Progress
 from .errors import BackboneError, FrameError, MovieError
 from .hashing import JSON, Digest
 from .movies import Movie
+from .store import Usage
 
 _log = logging.getLogger(__name__)
 _PART_FAILS = (BackboneError, FrameError, MovieError, TypeError)
@@ -52,6 +53,7 @@ class Task:
 class WarmPlan:
     """What there is and what is missing, in records; records of equal keys count once."""
 
+    cache: FeatureCache
     tasks: tuple[Task, ...]
     present: int
     failures: tuple[Failure, ...]
@@ -147,7 +149,7 @@ def plan_warm(
         missing = tuple(t for t, found in zip(new, there, strict=True) if not found)
         if missing:
             tasks.append(Task(features, missing))
-    return WarmPlan(tuple(tasks), present, tuple(failed))
+    return WarmPlan(cache, tuple(tasks), present, tuple(failed))
 
 
 def _hash_frames(
@@ -178,7 +180,7 @@ def run_warm(
     batch_size : int
         Frames embedded at once.
     progress : callable, optional
-        Called with the number of records just committed.
+        Called with the number of records just computed.
 
     Raises
     ------
@@ -186,6 +188,7 @@ def run_warm(
         The cache can't be written; what was committed stays.
     """
     started = time.monotonic()
+    plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
     computed, failures = 0, list(plan.failures)
     for task in plan.tasks:
         try:
