@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import platform
@@ -92,6 +91,7 @@ class FeatureCache:
         self.store = Store(root, mode)
         self.codec = codec
         self.counter = _Counter(self.store)
+        weakref.finalize(self, self.counter.save)
 
     def __repr__(self) -> str:
         """Show root and mode."""
@@ -231,14 +231,13 @@ class FeatureCache:
 class _Counter:
     """Counts one process's hits, misses and computed records, and keeps them in the store.
 
-    Kept every few seconds while counting, when asked, and when the process ends; never in a
+    Kept every few seconds while counting, when asked, and when cache object or process end; never in a
     read-only store. A forked child counts its own.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._restart()
-        _counters.add(self)
 
     def _restart(self) -> None:
         self._process, self._total = os.getpid(), Usage()
@@ -265,15 +264,6 @@ class _Counter:
             self._saved = total
         except StoreError as error:
             _log.warning("hits and misses are not kept: %s", error)
-
-
-_counters: weakref.WeakSet[_Counter] = weakref.WeakSet()
-
-
-@atexit.register
-def _save_counters() -> None:
-    for counter in list(_counters):
-        counter.save()
 
 
 @dataclass(eq=False)

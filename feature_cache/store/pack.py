@@ -2,8 +2,8 @@
 
 ::
 
-    <pack>/zarr.json       group
-      keys       (n, 16) uint8   the record keys; the attributes hold the provenance
+    <pack>/zarr.json       group; its attributes hold the provenance
+      keys       (n, 16) uint8   the record keys
       offsets    (n + 1,) int64  regions: record i has rows offsets[i] to offsets[i + 1]
       checksums  (n,) uint64     xxh3-64 over key, labels and features of each record
       labels     (R,) int32      regions only
@@ -19,10 +19,13 @@ import json
 import math
 import mmap
 import os
+import resource
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,7 +35,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError, UnknownNameError
-from ..hashing import JSON, Digest, digest_bytes
+from ..hashing import DIGEST_BYTES, JSON, Digest, digest_bytes
 from ..key import Keys, Record
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
+_MAPS_LIMIT = 1 << 14
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 AnyArray: TypeAlias = NDArray[Any]
 
@@ -111,11 +116,14 @@ def write_pack(
 
     Raises
     ------
+    ValueError
+        For entries that could not be read back as they are; nothing is written.
     OSError
         When the disk is full or the folder can't be written; nothing is left behind.
     """
     if codec not in CODECS:
         raise UnknownNameError("codec", codec, CODECS)
+    _check_entries(entries)
     arrays = _pack_arrays(entries)
     name = digest_bytes(arrays["keys"].tobytes(), arrays["checksums"].tobytes()).hex()
     temporary = folder / f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
@@ -128,6 +136,24 @@ def write_pack(
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder)
     return name
+
+
+def _check_entries(entries: Sequence[Entry]) -> None:
+    dtypes = {entry.record.features.dtype for entry in entries}
+    if dtypes not in ({_DTYPES["float16"]}, {_DTYPES["float32"]}):
+        found = ", ".join(sorted(map(str, dtypes))) or "none"
+        raise ValueError(f"a pack of dtypes {found}: expected all float16 or all float32")
+    if len({entry.key for entry in entries}) < len(entries):
+        raise ValueError("a pack can't hold the same key twice")
+    for entry in entries:
+        features, labels = entry.record.features, entry.record.labels
+        fits = features.ndim > 2 if labels is None else labels.shape == features.shape[:-1]
+        if len(entry.key) != DIGEST_BYTES or not fits:
+            raise ValueError(
+                f"record {entry.key.hex()} has features {features.shape} and labels "
+                f"{None if labels is None else labels.shape}: expected a key of {DIGEST_BYTES} "
+                "bytes, and (N, C) with (N,), or a grid without labels"
+            )
 
 
 def _pack_arrays(entries: Sequence[Entry]) -> dict[str, AnyArray]:
@@ -154,7 +180,10 @@ def _write_group(
     group = zarr.create_group(
         path,
         zarr_format=3,
-        attributes={"feature_cache": {"pack_version": PACK_VERSION, "kind": kind}},
+        attributes={
+            "feature_cache": {"pack_version": PACK_VERSION, "kind": kind},
+            "provenance": dict(attributes),
+        },
     )
     for name, array in arrays.items():
         target = group.create_array(
@@ -164,7 +193,6 @@ def _write_group(
             chunks=_chunk_shape(name, array, codec),
             compressors=_compressors(codec if name == "features" else "raw", array.dtype),
             config={"write_empty_chunks": True},
-            attributes={"provenance": dict(attributes)} if name == "keys" else None,
         )
         if array.size:
             target[...] = array
@@ -265,11 +293,18 @@ class _ArrayFile:
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
     def map_chunk(self, *index: int) -> AnyArray:
-        """Map one raw chunk, read-only."""
+        """Map one raw chunk, read-only; read it where the process has many mapped already."""
+        data: mmap.mmap | bytes
         with open(self._chunk_file(*index), "rb") as file:
             self._check_size(file.name, os.fstat(file.fileno()).st_size)
-            mapped = mmap.mmap(file.fileno(), self.chunk_bytes, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, self.dtype).reshape(self.chunk_shape)
+            if len(_maps) < _maps_allowed():
+                data = mmap.mmap(file.fileno(), self.chunk_bytes, access=mmap.ACCESS_READ)
+                _maps.add(data)
+            else:
+                data = file.read()
+                self._check_size(file.name, len(data))
+        values = np.frombuffer(data, self.dtype, math.prod(self.chunk_shape))
+        return values.reshape(self.chunk_shape)
 
     def read_whole(self) -> AnyArray:
         """Read an array of one raw chunk into memory, and check its CRC."""
@@ -299,6 +334,12 @@ class _ArrayFile:
             )
 
 
+def _maps_allowed() -> int:
+    """Half of the files that the process may have open: each map keeps a descriptor."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAPS_LIMIT if limit == resource.RLIM_INFINITY else min(limit // 2, _MAPS_LIMIT)
+
+
 def _is_raw(codecs: Sequence[tuple[str, Any]]) -> bool:
     if [name for name, _ in codecs] != ["bytes", "crc32c"]:
         return False
@@ -315,15 +356,29 @@ def read_keys(pack: Path) -> Keys:
     FileNotFoundError
         If the pack is gone.
     """
-    array = _ArrayFile.read(pack / "keys")
-    if len(array.shape) != 2 or array.shape[1] != 16 or array.dtype != np.uint8:
-        raise CorruptRecordError(f"{pack / 'keys'} has shape {array.shape}, expected (n, 16) uint8")
-    return array.read_whole()
+    with _missing_is_corrupt(pack):
+        array = _ArrayFile.read(pack / "keys")
+        if len(array.shape) != 2 or array.shape[1] != DIGEST_BYTES or array.dtype != np.uint8:
+            raise CorruptRecordError(
+                f"{pack / 'keys'} has shape {array.shape}, expected (n, {DIGEST_BYTES}) uint8"
+            )
+        return array.read_whole()
+
+
+@contextmanager
+def _missing_is_corrupt(pack: Path) -> Iterator[None]:
+    """Tell a pack that lacks a file from one that is gone: packs come and go by a rename."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if not pack.is_dir():
+            raise
+        raise CorruptRecordError(f"{error.filename or pack} is missing from a pack") from error
 
 
 def read_provenance(pack: Path) -> dict[str, Any]:
     """Read what a pack's writer said of itself and of each record."""
-    meta = json.loads((pack / "keys" / "zarr.json").read_bytes())
+    meta = json.loads((pack / "zarr.json").read_bytes())
     provenance: dict[str, Any] = meta["attributes"]["provenance"]
     return provenance
 
@@ -350,9 +405,10 @@ class Pack:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.keys = read_keys(path)
-        self._checksums = _ArrayFile.read(path / "checksums").read_whole()
-        self._features = _ArrayFile.read(path / "features")
-        self._offsets, self._labels = self._read_rows()
+        with _missing_is_corrupt(path):
+            self._checksums = _ArrayFile.read(path / "checksums").read_whole()
+            self._features = _ArrayFile.read(path / "features")
+            self._offsets, self._labels = self._read_rows()
         self._verified = np.zeros(len(self.keys), bool)
         self._mapped: AnyArray | None = None
         self._array: zarr.Array[Any] | None = None
@@ -367,14 +423,16 @@ class Pack:
         return offsets, labels
 
     def _check_shapes(self) -> None:
-        n, rows = len(self.keys), self._features.shape[0]
-        sound = self._checksums.shape == (n,) and len(self._features.shape) >= 2
+        n, features = len(self.keys), self._features
+        rows, chunk = features.shape[0], features.chunk_shape
+        sound = self._checksums.shape == (n,) and features.shape[1:] == chunk[1:] != ()
         if self._offsets is None or self._labels is None:
-            sound = sound and rows == n and self._features.chunk_shape[0] == 1
+            sound = sound and rows == n and chunk[0] == 1
         else:
             bounds = self._offsets
             sound = (
                 sound
+                and (chunk[0] == max(1, rows) or not features.raw)
                 and bounds.shape == (n + 1,)
                 and self._labels.shape == (rows,)
                 and (bounds[0], bounds[-1]) == (0, rows)
@@ -411,22 +469,20 @@ class Pack:
         if not self._features.raw:
             return self._decode(slice(start, stop))
         if self._mapped is None:
-            self._mapped = self._map_rows()
+            with _missing_is_corrupt(self.path):
+                self._mapped = self._map_rows()
         return self._mapped[start:stop]
 
     def _map_rows(self) -> AnyArray:
-        if 0 in self._features.shape:
-            return np.empty(self._features.shape, self._features.dtype)
-        if self._features.chunk_shape != self._features.shape:
-            raise CorruptRecordError(f"{self._features.path} should be one chunk and isn't")
-        return self._features.map_chunk(0, 0)
+        if self._features.shape[0]:
+            return self._features.map_chunk(0, 0)
+        return np.frombuffer(b"", self._features.dtype).reshape(self._features.shape)
 
     def _grid(self, row: int) -> AnyArray:
         if not self._features.raw:
             return self._decode(row)
-        if self._features.chunk_shape[1:] != self._features.shape[1:]:
-            raise CorruptRecordError(f"{self._features.path} should have one chunk a frame")
-        return self._features.map_chunk(row, *(0 for _ in self._features.shape[1:]))[0]
+        with _missing_is_corrupt(self.path):
+            return self._features.map_chunk(row, *(0 for _ in self._features.shape[1:]))[0]
 
     def _decode(self, rows: int | slice) -> AnyArray:
         import zarr

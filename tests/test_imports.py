@@ -1,0 +1,101 @@
+"""What importing loads, and which module may know which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import feature_cache
+
+PACKAGE = Path(feature_cache.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"hashing"},
+    {"pooling", "memo"},
+    {"spec", "movies"},
+    {"augment", "backbones"},
+    {"key"},
+    {"store", "compute"},
+    {"cache"},
+    {"warm"},
+    {"dataset", "cli"},
+    {"trackastra"},
+]
+EXEMPT = {"testing", "__init__"}
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import feature_cache", {"torch", "zarr", "scipy", "trackastra", "timm"}),
+        ("import feature_cache.store", {"torch", "timm", "trackastra"}),
+        ("import feature_cache.augment", {"torch", "zarr"}),
+        ("import feature_cache.backbones", {"torch", "zarr", "timm"}),
+        ("import feature_cache.backbones.efficientnet", {"zarr", "timm"}),
+        ("import feature_cache.compute", {"zarr", "timm"}),
+        ("import feature_cache.cache", {"timm", "trackastra"}),
+        ("import feature_cache.cli", {"torch", "zarr"}),
+    ],
+)
+def test_importing_is_light(statement, absent):
+    assert not loaded_after(statement) & absent
+
+
+def test_all_public_names_exist_and_are_sorted_in_the_stub():
+    names = feature_cache.__all__
+    for name in names:
+        assert getattr(feature_cache, name) is not None
+    assert set(names) <= set(dir(feature_cache))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        feature_cache.no_such_name  # noqa: B018
+
+
+def imported_by(file: Path) -> set[str]:
+    """Name the top modules of the package that a file imports when it runs or is type-checked."""
+    depth = len(file.relative_to(PACKAGE).parts)
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("feature_cache"):
+            found |= set((node.module or "").split(".")[1:2])
+    return found
+
+
+def test_imports_go_downward_only():
+    rank = {name: level for level, names in enumerate(LAYERS) for name in names}
+    for file in PACKAGE.rglob("*.py"):
+        module = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if module in EXEMPT:
+            continue
+        for other in imported_by(file) - {module}:
+            assert rank[other] < rank[module], f"{module} imports {other}"
+
+
+def test_the_wings_never_see_each_other():
+    for file in (PACKAGE / "store").glob("*.py"):
+        assert not {"backbones", "compute"} & imported_by(file)
+        assert "torch" not in file.read_text().replace("nothing of torch", "")
+    for file in (PACKAGE / "backbones").glob("*.py"):
+        assert not {"store", "cache"} & imported_by(file)
+
+
+def test_only_one_file_imports_trackastra():
+    users = {
+        file.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trackastra.") and not node.level)
+        or (isinstance(node, ast.Import) and any(a.name.startswith("trackastra") for a in node.names))
+    }  # fmt: skip
+    assert users == {"trackastra.py"}

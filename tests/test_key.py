@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from feature_cache import IDENTITY, BackboneSpec, Draw, Normalization, SpaceSpec, UnknownNameError
+from feature_cache.key import record_key
+from feature_cache.pooling import POOLINGS
+from feature_cache.spec import STORAGE_DTYPES
+
+SPEC = BackboneSpec(
+    name="model",
+    revision=1,
+    weights="00" * 16,
+    layer="last",
+    width=8,
+    stride=16,
+    mean=(0.5,),
+    std=(0.25,),
+    extra={"no_mem_embed": True},
+)
+CHANGES = {
+    "name": "other",
+    "revision": 2,
+    "weights": "01" + "00" * 15,
+    "layer": "first",
+    "width": 9,
+    "stride": 8,
+    "input_size": (1024, 1024),
+    "resize": "bilinear",
+    "channels": "repeat-2",
+    "mean": (0.25,),
+    "std": (0.5,),
+    "dtype": "bfloat16",
+    "normalization": Normalization(high=99.9),
+    "extra": {"no_mem_embed": False},
+}
+
+
+def test_every_field_of_a_backbone_changes_the_space():
+    assert set(CHANGES) == {field.name for field in fields(BackboneSpec)}
+    specs = [SPEC, *(replace(SPEC, **{name: value}) for name, value in CHANGES.items())]
+    assert len({SpaceSpec(spec).digest for spec in specs}) == len(CHANGES) + 1
+
+
+def test_pooling_dtype_and_normalisation_change_the_space():
+    spaces = [SpaceSpec(SPEC, p, d) for p in (*POOLINGS, None) for d in STORAGE_DTYPES]
+    assert len({space.digest for space in spaces}) == len(spaces)
+    norms = [Normalization(), Normalization(low=2.0), Normalization("none")]
+    digests = {SpaceSpec(replace(SPEC, normalization=n)).digest for n in norms}
+    assert len(digests) == 3
+
+
+def test_constants_without_effect_do_not():
+    plain, other = Normalization("none"), Normalization("none", low=3.0)
+    assert plain.to_json() == other.to_json()
+
+
+def test_specs_come_back_from_json():
+    for name, value in CHANGES.items():
+        spec = replace(SPEC, **{name: value})
+        again = BackboneSpec.from_json(json.loads(json.dumps(spec.to_json())))
+        assert again == spec
+        assert SpaceSpec(again).digest == SpaceSpec(spec).digest
+
+
+def test_whole_numbers_given_as_floats_are_the_same():
+    assert (
+        SpaceSpec(replace(SPEC, mean=(1,))).digest == SpaceSpec(replace(SPEC, mean=(1.0,))).digest
+    )
+
+
+def test_every_part_changes_the_key():
+    space, frame, mask = b"s" * 16, b"f" * 16, b"m" * 16
+    keys = {
+        record_key(space, frame, mask, IDENTITY),
+        record_key(b"t" * 16, frame, mask, IDENTITY),
+        record_key(space, b"g" * 16, mask, IDENTITY),
+        record_key(space, frame, b"n" * 16, IDENTITY),
+        record_key(space, frame, None, IDENTITY),
+        record_key(space, frame, mask, Draw.from_json([{"name": "brightness", "factor": 1.5}])),
+    }
+    assert len(keys) == 6
+    assert all(len(key) == 16 for key in keys)
+
+
+def test_golden_keys():
+    """A change here means that caches written before are not found any more: raise KEY_VERSION."""
+    assert SpaceSpec(SPEC).digest.hex() == "08989fa09f1375d56bdf09f82cf46186"
+    assert SpaceSpec(SPEC, None, "float32").digest.hex() == "8c641b50e32a854bd169f81ee2b67333"
+    assert (
+        record_key(b"s" * 16, b"f" * 16, b"m" * 16, IDENTITY).hex()
+        == "47f1cc7d4ca258d4dca094d08a32718d"
+    )
+    assert (
+        record_key(b"s" * 16, b"f" * 16, None, IDENTITY).hex() == "e20b11ca59c441b2009a5d9b6d890ae9"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SpaceSpec(SPEC, "mean_patch_exact"), "did you mean 'mean_patches_exact'"),
+        (lambda: SpaceSpec(SPEC, dtype="float61"), "unknown storage dtype 'float61'"),
+        (lambda: Normalization("minmax"), "unknown normalisation 'minmax'"),
+    ],
+)
+def test_unknown_names(make, message):
+    with pytest.raises(UnknownNameError, match=message):
+        make()
+
+
+def test_percentiles_out_of_order():
+    with pytest.raises(ValueError, match=r"0 <= low < high <= 100"):
+        Normalization(low=50, high=50)
+
+
+def test_slug_is_safe_as_a_folder_name():
+    space = SpaceSpec(replace(SPEC, name="../facebook/sam2.1 hiera\n"))
+    assert space.slug == "facebook-sam2.1-hiera-mean_patches_exact-float16"

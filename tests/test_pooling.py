@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feature_cache import POOLINGS, FrameError, UnknownNameError
+from feature_cache.pooling import pool, region_labels
+
+AGGREGATE = {"mean": np.mean, "max": np.max, "median": np.median}
+
+
+def brute_force(grid, mask, mode):
+    """Pool region by region, pixel by pixel, as the docstring says."""
+    (height, width), (gh, gw) = mask.shape, grid.shape[:2]
+    row = [min(int(y * (gh / height)), gh - 1) for y in range(height)]
+    column = [min(int(x * (gw / width)), gw - 1) for x in range(width)]
+    unit = grid.astype(np.float64)
+    unit = unit / (np.linalg.norm(unit, axis=-1, keepdims=True) + 1e-8)
+    pooled = []
+    for label in np.unique(mask[mask > 0]):
+        ys, xs = np.nonzero(mask == label)
+        if mode == "nearest_patch":
+            cy, cx = ys.mean(), xs.mean()
+            cells = [(min(int(cy * (gh / height)), gh - 1), min(int(cx * (gw / width)), gw - 1))]
+        elif mode.endswith("_exact"):
+            cells = [(row[y], column[x]) for y, x in zip(ys, xs, strict=True)]
+        else:
+            rows = range(row[ys.min()], row[ys.max()] + 1)
+            columns = range(column[xs.min()], column[xs.max()] + 1)
+            cells = [(r, c) for r in rows for c in columns]
+        vectors = np.stack([unit[cell] for cell in cells])
+        aggregate = AGGREGATE.get(mode.split("_")[0], np.mean)
+        pooled.append(aggregate(vectors, axis=0))
+    return np.stack(pooled) if pooled else np.zeros((0, grid.shape[-1]))
+
+
+@st.composite
+def cases(draw):
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    gh, gw = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    grid = rng.normal(size=(gh, gw, draw(st.integers(1, 5)))).astype(np.float32)
+    labels = rng.choice([0, 0, 1, 2, 7, 300, 2**31 - 1], (height, width))
+    blocks = draw(st.integers(1, 6))
+    mask = np.kron(labels, np.ones((blocks, blocks), np.int64))[:height, :width]
+    return grid, mask
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+@settings(max_examples=60)
+@given(case=cases())
+def test_equals_brute_force(mode, case):
+    grid, mask = case
+    expected = brute_force(grid, mask, mode)
+    found = pool(grid, mask, mode)
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_rows_and_columns_are_not_swapped(mode):
+    """Each cell has its own direction; a region in one cell takes exactly that cell."""
+    gh, gw = 3, 7
+    grid = np.eye(gh * gw, dtype=np.float32).reshape(gh, gw, -1)
+    mask = np.zeros((gh * 10, gw * 10), np.int32)
+    mask[22:28, 41:49] = 1  # row 2, column 4
+    [vector] = pool(grid, mask, mode)
+    assert vector.argmax() == 2 * gw + 4
+    assert vector.max() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+@pytest.mark.parametrize("shape", [(700, 1100), (33, 47), (5, 3)])
+def test_frames_that_are_no_multiple_of_the_grid(mode, shape):
+    """The last pixels lie in the last cells (H // grid runs off, or falls short)."""
+    grid = np.random.default_rng(0).normal(size=(16, 24, 4)).astype(np.float32)
+    mask = np.zeros(shape, np.int32)
+    mask[-1, -1] = 9
+    expected = grid[int((shape[0] - 1) * 16 / shape[0]), int((shape[1] - 1) * 24 / shape[1])]
+    [vector] = pool(grid, mask, mode)
+    np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_empty_mask(mode):
+    assert pool(np.ones((2, 2, 3), np.float32), np.zeros((8, 8), int), mode).shape == (0, 3)
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_a_region_without_a_pixel_takes_the_cell_of_its_centroid(mode):
+    grid = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
+    mask = np.zeros((16, 16), int)
+    mask[:4, :4] = 1
+    labels = np.array([1, 5, 6], np.int32)
+    centroids = np.array([[1.5, 1.5], [9.0, 14.0], [-50.0, 99.0]])
+    pooled = pool(grid, mask, mode, labels=labels, centroids=centroids)
+    for vector, cell in zip(pooled, [(0, 0), (2, 3), (0, 3)], strict=True):
+        np.testing.assert_allclose(vector, grid[cell] / np.linalg.norm(grid[cell]), atol=1e-6)
+
+
+def test_labels_choose_and_leave_out():
+    grid = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
+    mask = np.repeat(np.arange(4), 4).reshape(4, 4)
+    every = pool(grid, mask, "mean_patches_exact")
+    chosen = pool(grid, mask, "mean_patches_exact", labels=np.array([1, 3], np.int32))
+    np.testing.assert_array_equal(chosen, every[[0, 2]])
+
+
+@pytest.mark.parametrize("mode", ["mean_patches_exact", "max_patches_exact", "nearest_patch"])
+def test_a_stack_pools_over_all_slices(mode):
+    rng = np.random.default_rng(0)
+    grid = rng.normal(size=(3, 4, 5, 2)).astype(np.float32)
+    mask = np.zeros((3, 8, 10), int)
+    mask[0, :4, :4], mask[1:, 4:, 6:] = 1, 2
+    unit = grid / np.linalg.norm(grid, axis=-1, keepdims=True)
+    pooled = pool(grid, mask, mode)
+    if mode == "nearest_patch":
+        expected = [unit[0, 0, 0], unit[1, 2, 3]]
+    else:
+        cells = [unit[0, :2, :2].reshape(-1, 2), unit[1:, 2:, 3:].reshape(-1, 2)]
+        expected = [AGGREGATE[mode.split("_")[0]](c, axis=0) for c in cells]
+    np.testing.assert_allclose(pooled, expected, atol=1e-6)
+
+
+def test_input_is_not_changed():
+    grid, mask = np.ones((2, 2, 3), np.float32), np.ones((4, 4), int)
+    for mode in POOLINGS:
+        pool(grid, mask, mode)
+    assert (grid == 1).all()
+    assert (mask == 1).all()
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1))
+def test_labels_ascend_without_background(values):
+    labels = region_labels(np.array([values]))
+    assert labels.dtype == np.int32
+    assert labels.tolist() == sorted(set(values) - {0})
+
+
+def test_bad_calls():
+    grid, mask = np.ones((2, 2, 3), np.float32), np.ones((4, 4), int)
+    with pytest.raises(UnknownNameError, match="did you mean 'mean_patches_exact'"):
+        pool(grid, mask, "mean_patches_exakt")
+    with pytest.raises(FrameError, match="does not belong to a mask"):
+        pool(grid, np.ones((2, 4, 4), int), "nearest_patch")
+    with pytest.raises(FrameError, match="no pixel of label 9"):
+        pool(grid, mask, "nearest_patch", labels=np.array([1, 9], np.int32))
