@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,14 +409,20 @@ def test_mapped_regions_lie_where_their_pixels_points_go(draw):
     mapped_mask = draw.apply_mask(mask)
     whole = [label for label in range(1, mask.max() + 1) if is_whole(mapped_mask == label)]
     assert len(whole) > 20
+    errors, growth = [], []
     for label in whole:
         pixels = np.argwhere(mask == label)
         areas = np.abs(np.linalg.det(draw.jacobians(pixels, shape)))
         expected = areas @ draw.map_points(pixels, shape) / areas.sum()
         found = np.argwhere(mapped_mask == label)
-        # Nearest-neighbour edges move and resize a disk of radius 6 by at most this much.
-        np.testing.assert_allclose(found.mean(axis=0), expected, atol=0.35)
-        assert len(found) == pytest.approx(areas.sum(), rel=0.12)
+        errors.append(found.mean(axis=0) - expected)
+        growth.append(len(found) / areas.sum() - 1.0)
+    # Nearest-neighbour edges can move a disk's flat sides by half a pixel a resampling; on
+    # average they don't.
+    assert np.abs(errors).max() < 0.8
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.1
+    assert np.abs(growth).max() < 0.2
+    assert abs(np.mean(growth)) < 0.05
 
 
 def is_whole(region: np.ndarray) -> bool:
@@ -613,7 +620,7 @@ def fingerprint(copies: int, *, reverse: bool = False) -> str:
 
 
 def test_500_draws_are_the_same_in_another_process_order_and_with_more_copies():
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", REPRODUCE, "1000"]
     there = subprocess.run(
@@ -716,27 +723,93 @@ def test_a_policy_of_ones_own(shuffle):
 
 def test_golden_draws():
     found = {
-        name: [canonical_json(Augmentations(name, 5, 0).draw(k).to_json()) for k in range(1, 6)]
+        name: [draw.to_json() for draw in Augmentations(name, copies=5, seed=0).draws()[1:]]
         for name in PRESETS
     }
-    assert found == GOLDEN_DRAWS
+    assert canonical_json(found) == canonical_json(json.loads(GOLDEN_DRAWS))
 
 
 def test_golden_pixels():
     ramp = np.arange(7 * 10, dtype=np.float32).reshape(1, 7, 10) / np.float32(128)
     frames = torch.from_numpy(ramp)
-    found = {
-        canonical_json(operation.to_json()): digest_array(
-            Draw.of(operation).apply(frames, digests=[b"0123456789abcdef"]).numpy()
-        ).hex()
-        for operation in EVERY_KIND
-    }
-    assert found == GOLDEN_PIXELS
+    digests = [b"0123456789abcdef"]
+    results = [Draw.of(operation).apply(frames, digests=digests) for operation in EVERY_KIND]
+    assert [digest_array(result.numpy()).hex() for result in results] == GOLDEN_PIXELS
 
 
-GOLDEN_DRAWS = {}
+GOLDEN_DRAWS = """{
+  "none": [
+    [],
+    [],
+    [],
+    [],
+    []
+  ],
+  "flips": [
+    [{"element": "rotate_180", "name": "d4"}],
+    [{"element": "rotate_180", "name": "d4"}],
+    [],
+    [{"element": "rotate_180", "name": "d4"}],
+    [{"element": "rotate_180", "name": "d4"}]
+  ],
+  "geometric": [
+    [{"factor": 0.9541, "name": "scale"}, {"element": "flip_horizontal", "name": "d4"}],
+    [{"element": "flip_vertical", "name": "d4"}, {"factor": 0.8849, "name": "scale"},
+     {"element": "rotate_180", "name": "d4"}],
+    [{"element": "transpose", "name": "d4"}, {"factor": 0.8905, "name": "scale"},
+     {"element": "flip_vertical", "name": "d4"}],
+    [{"factor": 0.9292, "name": "scale"}, {"element": "flip_vertical", "name": "d4"}],
+    [{"element": "rotate_180", "name": "d4"}]
+  ],
+  "intensity": [
+    [{"factor": 1.03, "name": "contrast"}, {"factor": 0.9747, "name": "brightness"},
+     {"name": "noise", "seed": 1880931765, "sigma": 0.02}],
+    [{"factor": 0.9781, "name": "contrast"},
+     {"name": "noise", "seed": 3992190849, "sigma": 0.02},
+     {"factor": 0.9879, "name": "brightness"}],
+    [{"factor": 1.038, "name": "contrast"}, {"factor": 1.05, "name": "brightness"},
+     {"name": "noise", "seed": 2031323989, "sigma": 0.02}],
+    [{"factor": 0.9926, "name": "brightness"},
+     {"name": "noise", "seed": 2540347801, "sigma": 0.02},
+     {"factor": 1.004, "name": "contrast"}],
+    [{"name": "noise", "seed": 2922983766, "sigma": 0.02},
+     {"factor": 0.9871, "name": "brightness"}, {"factor": 0.9941, "name": "contrast"}]
+  ],
+  "default": [
+    [{"factor": 0.966, "name": "brightness"}, {"factor": 0.832, "name": "scale"},
+     {"element": "flip_horizontal", "name": "d4"},
+     {"kernel": 5, "name": "blur", "sigma": 0.185}, {"factor": 0.8176, "name": "contrast"}],
+    [{"element": "flip_vertical", "name": "d4"},
+     {"kernel": 5, "name": "blur", "sigma": 1.062}, {"factor": 0.96, "name": "contrast"},
+     {"factor": 0.7462, "name": "brightness"}, {"factor": 0.91, "name": "scale"},
+     {"element": "rotate_90", "name": "d4"}],
+    [{"factor": 1.298, "name": "contrast"},
+     {"kernel": 5, "name": "blur", "sigma": 0.07463}, {"factor": 0.9808, "name": "scale"},
+     {"element": "transpose", "name": "d4"}, {"factor": 0.7403, "name": "brightness"}],
+    [{"element": "transpose", "name": "d4"}, {"factor": 1.261, "name": "brightness"},
+     {"factor": 1.09, "name": "contrast"}, {"factor": 0.977, "name": "scale"},
+     {"element": "flip_vertical", "name": "d4"},
+     {"kernel": 5, "name": "blur", "sigma": 0.85}],
+    [{"element": "flip_vertical", "name": "d4"}, {"factor": 0.8094, "name": "brightness"},
+     {"factor": 1.127, "name": "contrast"}, {"kernel": 5, "name": "blur", "sigma": 1.528},
+     {"factor": 0.9776, "name": "scale"}]
+  ]
+}"""
 
-GOLDEN_PIXELS = {}
+GOLDEN_PIXELS = [
+    "446c99433f93c4466ada6124ac1f2878",  # d4
+    "49a1a6b755e98a00204e5ad27ad08b3f",  # d4
+    "e0e3923113ef252a5f1eb4d82315a366",  # scale
+    "2c7625ba7b8549fe4f6b1d8b4e01e30c",  # scale
+    "92a5c1c45a333bdb1bbd721c3e0d9fa9",  # affine
+    "3e6a84404bab1c8cc3d651a7145e9c1c",  # elastic
+    "7696cc9713b15798230e55fdecf15d1c",  # brightness
+    "99afe53633e0b4a4b09505004a3f40b1",  # contrast
+    "cb80844440241fc6360932dccbb2fb34",  # contrast
+    "6581fd23d28b6dc49c36d6a02ca7d989",  # blur
+    "3cc72d9b81bef59cfa0945c4a404dd6f",  # blur
+    "ff68ae6f50332ea56845e1a0c0a7d78b",  # noise
+]
 
 
 # ---------------------------------------------------------------- bad input
@@ -815,7 +888,7 @@ def test_bad_input_names_the_field_and_what_is_allowed(make, message):
 
 
 def test_an_unknown_policy_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match="did you mean 'flips'.*none, flips, geometric"):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'flips'.*none, flips, geometric"):
         Augmentations("flip")
 
 

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from feature_cache import CachedFeatureDataset, FrameError, MissingRecordError
+from feature_cache.testing import FakeBackbone
+
+
+class Tokens(Dataset):
+    """Samples of tokens in any order, some frames left out."""
+
+    def __init__(self, masks, size=20):
+        rng = np.random.default_rng(0)
+        every = [(t, int(n)) for t, mask in enumerate(masks) for n in np.unique(mask[mask > 0])]
+        self.samples = [
+            [every[i] for i in rng.permutation(len(every))[: rng.integers(0, 9)]]
+            for _ in range(size)
+        ]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        tokens = torch.tensor(self.samples[index], dtype=torch.long).reshape(-1, 2)
+        return {"timepoints": tokens[:, 0], "labels": tokens[:, 1]}
+
+
+@pytest.fixture
+def movie(cache, small):
+    return cache.movie(*small, FakeBackbone(dim=4), name="movie")
+
+
+def test_each_token_has_the_row_of_its_label(movie, small):
+    dataset = CachedFeatureDataset(Tokens(small[1]), [movie])
+    assert len(dataset) == 20
+    records = movie.get_or_compute()
+    for sample in dataset:
+        features = sample["pretrained_feats"]
+        assert features.dtype == torch.float32
+        assert features.shape == (len(sample["labels"]), 4)
+        tokens = zip(sample["timepoints"], sample["labels"], features, strict=True)
+        for t, label, vector in tokens:
+            record = records[int(t)]
+            [row] = np.flatnonzero(record.labels == int(label))
+            assert torch.equal(vector, torch.from_numpy(record.features[row].astype(np.float32)))
+
+
+def test_a_cold_cache_fills_as_it_is_touched(movie, small, cache):
+    dataset = CachedFeatureDataset(Tokens(small[1]), [movie])
+    touched = set(dataset[3]["timepoints"].tolist())
+    assert 0 < cache.stats()["computed"] == len(touched) < 6
+    _ = list(dataset)
+    assert cache.stats()["computed"] == 6
+
+
+def test_several_movies(cache, small):
+    frames, masks = small
+    backbone = FakeBackbone(dim=4)
+    movies = [cache.movie(frames, masks, backbone), cache.movie(frames[::-1], masks, backbone)]
+    tokens = Tokens(masks)
+    dataset = CachedFeatureDataset(tokens, movies, movie_of=lambda index: index % 2)
+    for index in (4, 5):
+        alone = CachedFeatureDataset(tokens, [movies[index % 2]])
+        assert torch.equal(dataset[index]["pretrained_feats"], alone[index]["pretrained_feats"])
+    with pytest.raises(ValueError, match="2 movies: pass movie_of"):
+        CachedFeatureDataset(tokens, movies)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_a_warm_cache(movie, small, method):
+    movie.get_or_compute()
+    dataset = CachedFeatureDataset(Tokens(small[1]), [movie])
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=method)
+    for sample, expected in zip(loader, dataset, strict=True):
+        assert torch.equal(sample["pretrained_feats"], expected["pretrained_feats"])
+
+
+def test_workers_of_a_cold_cache_say_what_to_do(movie, small):
+    dataset = CachedFeatureDataset(Tokens(small[1]), [movie])
+    with pytest.raises(MissingRecordError, match=r"this is a DataLoader worker\): warm"):
+        list(DataLoader(dataset, batch_size=None, num_workers=1))
+
+
+def test_misses_can_be_errors(movie, small, cache):
+    dataset = CachedFeatureDataset(Tokens(small[1]), [movie], on_miss="error")
+    with pytest.raises(MissingRecordError, match="on_miss is 'error'"):
+        dataset[3]
+    assert cache.stats()["computed"] == 0
+
+
+def test_an_unknown_label_is_never_zeros(movie):
+    class One(Tokens):
+        def __getitem__(self, index):
+            return {"timepoints": torch.tensor([2, 2]), "labels": torch.tensor([1, 77])}
+
+    dataset = CachedFeatureDataset(One([]), [movie])
+    with pytest.raises(FrameError, match="label 77 is not in the mask of frame 2 of movie"):
+        dataset[0]
+
+
+def test_grids_have_no_rows(cache, small):
+    movie = cache.movie(small[0], None, FakeBackbone(), pooling=None)
+    with pytest.raises(FrameError, match="choose a pooling"):
+        CachedFeatureDataset(Tokens(small[1]), [movie])[3]

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import make_movie
+from feature_cache import Movie, MovieError, MovieNotFoundError
+from feature_cache.movies import link_by_overlap, read_tracks
+
+
+def truth_of(root: Path) -> Path:
+    return Path(f"{root}_GT") / "TRA"
+
+
+def test_reads_what_was_written(small_folder):
+    root = small_folder()
+    frames, masks, tracks = make_movie()
+    movie = Movie.open(root)
+    assert len(movie) == len(frames)
+    for t in range(len(movie)):
+        assert np.array_equal(movie.frames[t], frames[t])
+        assert movie.frames[t].dtype == np.uint16
+        assert np.array_equal(movie.masks[t], masks[t])
+        assert movie.masks[t].dtype == np.int32
+    assert np.array_equal(movie.tracks, tracks)
+    assert movie.frames.name_of(3) == "t003.tif"
+
+
+def test_opening_reads_no_image(small_folder):
+    root = small_folder()
+    for file in root.glob("*.tif"):
+        file.write_bytes(b"broken")
+    movie = Movie.open(root)
+    with pytest.raises(MovieError, match=r"can't read .*t002\.tif"):
+        movie.frames[2]
+
+
+@pytest.mark.parametrize("form", ["01", "01_GT/TRA", "01_ERR_SEG", "img"])
+def test_layouts(small_folder, form):
+    root = small_folder()
+    if form == "01_ERR_SEG":
+        shutil.move(truth_of(root), f"{root}_ERR_SEG")
+    if form == "img":
+        (root / "img").mkdir()
+        for file in list(root.glob("*.tif")):
+            shutil.move(file, root / "img")
+        shutil.move(truth_of(root), root / "TRA")
+    path = root if form == "img" else root.parent / form
+    movie = Movie.open(path)
+    assert np.array_equal(movie.frames[1], make_movie()[0][1])
+    assert np.array_equal(movie.masks[1], make_movie()[1][1])
+
+
+def test_slices_and_downscaling(small_folder):
+    root = small_folder(frames=10)
+    frames, masks, _ = make_movie(frames=10)
+    movie = Movie.open(root, slice_pct=(0.2, 0.9), downscale_temporal=2, downscale_spatial=3)
+    expected = frames[2:9:2, ::3, ::3]
+    assert len(movie) == len(expected)
+    assert np.array_equal(movie.frames[3], expected[3])
+    assert np.array_equal(movie.masks[3], masks[2:9:2, ::3, ::3][3])
+
+
+def add_silver_truth(root: Path) -> None:
+    folder = Path(f"{root}_ST") / "SEG"
+    folder.mkdir(parents=True)
+    for file in sorted(truth_of(root).glob("*.tif")):
+        mask = tifffile.imread(file)
+        mask[40:46, 50:60] = 5
+        tifffile.imwrite(folder / file.name.replace("track", "seg"), mask)
+
+
+@pytest.mark.parametrize("form", ["plain", "silver", "img", "detections"])
+def test_masks_are_those_of_trackastra(small_folder, form):
+    """What is warmed by path must have the keys of what is trained on."""
+    from joblib import parallel_config
+    from trackastra.data import CTCData
+
+    root = small_folder()
+    detections = "TRA"
+    if form == "silver":
+        add_silver_truth(root)
+    if form == "img":
+        (root / "img").mkdir()
+        for file in list(root.glob("*.tif")):
+            shutil.move(file, root / "img")
+        shutil.move(truth_of(root), root / "TRA")
+    if form == "detections":
+        shutil.copytree(truth_of(root), f"{root}_ERR_SEG")
+        detections = "ERR_SEG"
+    with parallel_config(backend="sequential"):
+        data = CTCData(str(root), window_size=3, detection_folders=[detections])
+    movie = Movie.open(root, detections)
+    masks = data.det_masks[detections]
+    assert len(masks) == len(movie)
+    assert all(np.array_equal(movie.masks[t], masks[t]) for t in range(len(movie)))
+
+
+def remove(*patterns):
+    def change(root: Path) -> None:
+        for pattern in patterns:
+            for path in list(root.parent.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def other_shape(root: Path) -> None:
+    tifffile.imwrite(truth_of(root) / "man_track002.tif", np.zeros((3, 3), np.uint16))
+
+
+def half_labels(root: Path) -> None:
+    tifffile.imwrite(truth_of(root) / "man_track002.tif", np.full((48, 64), 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (remove("01"), MovieNotFoundError, "no movie at .*01: no such folder"),
+        (remove("01_GT"), MovieError, "has no masks 'TRA': looked for .*01_GT/TRA"),
+        (remove("01/*.tif"), MovieError, r"01 has no frames: expected files named \*\.tif"),
+        (remove("01_GT/TRA/*.tif"), MovieError, "has no masks"),
+        (remove("01/t004.tif"), MovieError, "has 5 frames and .* has 6 masks"),
+    ],
+)
+def test_what_is_missing_is_named_when_opening(small_folder, change, error, message):
+    root = small_folder()
+    change(root)
+    with pytest.raises(error, match=message):
+        Movie.open(root)
+
+
+def test_a_mask_of_another_shape(small_folder, cache):
+    from feature_cache.testing import FakeBackbone
+
+    root = small_folder()
+    other_shape(root)
+    movie = Movie.open(root)
+    with pytest.raises(MovieError, match=r"frame 2 \(t002.tif\) has shape \(48, 64\)"):
+        cache.get_or_compute(movie.frames, movie.masks, FakeBackbone())
+
+
+def test_a_mask_that_holds_no_labels(small_folder):
+    root = small_folder()
+    half_labels(root)
+    with pytest.raises(MovieError, match="float32 values that are no int32 labels"):
+        Movie.open(root).masks[2]
+
+
+def test_silver_truth_of_another_length(small_folder):
+    root = small_folder()
+    add_silver_truth(root)
+    (Path(f"{root}_ST") / "SEG" / "man_seg003.tif").unlink()
+    with pytest.raises(MovieError, match="SEG has 5 masks, expected 6"):
+        Movie.open(root)
+
+
+@pytest.mark.parametrize("line", ["1 2 3", "1 2 3 x", "1 2 3 4 5", "1 -2 3 0"])
+def test_broken_tracks(small_folder, line):
+    root = small_folder()
+    file = truth_of(root) / "man_track.txt"
+    file.write_text(f"1 0 5 0\n{line}\n")
+    with pytest.raises(MovieError, match=f"has the line '{line}'"):
+        _ = Movie.open(root).tracks
+    file.unlink()
+    with pytest.raises(MovieError, match="no tracks at"):
+        read_tracks(file)
+
+
+class TestLinkByOverlap:
+    def test_follows_moving_cells_whatever_their_labels(self):
+        _, masks, _ = make_movie()
+        rng = np.random.default_rng(0)
+        shuffled = []
+        for mask in masks:
+            lookup = np.concatenate([[0], rng.permutation(np.arange(1, 6)) + 10])
+            shuffled.append(lookup[mask])
+        linked, tracks = link_by_overlap(shuffled)
+        assert tracks.tolist() == [[label, 0, 5, 0] for label in range(1, 6)]
+        for label in range(1, 6):
+            same = {int(masks[t][linked[t] == label].min()) for t in range(6)}
+            assert len(same) == 1
+
+    def test_division_gives_two_daughters(self):
+        before, after = np.zeros((2, 8, 12), int)
+        before[2:6, 1:11], after[2:6, 1:5], after[2:6, 7:11] = 3, 8, 9
+        linked, tracks = link_by_overlap([before, before, after, after])
+        assert tracks.tolist() == [[1, 0, 1, 0], [2, 2, 3, 1], [3, 2, 3, 1]]
+        assert set(np.unique(linked[2])) == {0, 2, 3}
+
+    def test_appearing_and_vanishing(self):
+        empty, one = np.zeros((4, 4), int), np.eye(4, dtype=int)
+        linked, tracks = link_by_overlap([empty, one, empty, one])
+        assert tracks.tolist() == [[1, 1, 1, 0], [2, 3, 3, 0]]
+        assert not linked[2].any()
+
+    @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
+    def test_regions_keep_their_shape(self, seeds):
+        masks = [
+            np.kron(np.random.default_rng(s).integers(0, 5, (3, 4)), np.ones((2, 2), int))
+            for s in seeds
+        ]
+        linked, tracks = link_by_overlap(masks)
+        for t, (mask, new) in enumerate(zip(masks, linked, strict=True)):
+            pairs = {(int(a), int(b)) for a, b in zip(mask.flat, new.flat, strict=True)}
+            assert len(pairs) == len(np.unique(mask)) == len(np.unique(new))
+            alive = {int(n) for n, first, last, _ in tracks if first <= t <= last}
+            assert alive == set(np.unique(new).tolist()) - {0}

@@ -1,0 +1,253 @@
+"""Trackastra's real CTCData, samplers, collation and model, with cached features."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from joblib import parallel_config
+from torch.utils.data import ConcatDataset, DataLoader
+from trackastra.data import CTCData, collate_sequence_padding
+from trackastra.data.distributed import BalancedBatchSampler
+
+from conftest import make_movie
+from feature_cache import FeatureCache, MissingRecordError, Movie, MovieError
+from feature_cache.pooling import pool
+from feature_cache.testing import FakeBackbone
+from feature_cache.trackastra import CachedCTCData, wrap, write_example
+from feature_cache.warm import plan_warm, run_warm
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`RegionProperties.mean_intensity`:FutureWarning"),
+]
+
+
+def load(root: Path, **options):
+    with parallel_config(backend="sequential"):
+        return CTCData(str(root), **{"window_size": 4, **options})
+
+
+def expected_rows(frames, masks, sample, backbone):
+    """Embed and pool the frames of a sample by hand, straight from arrays."""
+    from feature_cache.compute import normalize
+    from feature_cache.spec import Normalization
+
+    by_time = {}
+    for t in np.unique(sample["timepoints"]).tolist():
+        pixels = normalize(frames[t].astype(np.float32), Normalization())
+        grid = backbone.embed(torch.from_numpy(pixels)[None])[0].numpy()
+        labels = np.unique(masks[t][masks[t] > 0])
+        vectors = pool(grid, masks[t], "mean_patches_exact").astype(np.float16)
+        by_time[t] = dict(zip(labels.tolist(), vectors, strict=True))
+    tokens = zip(sample["timepoints"].tolist(), sample["labels"].tolist(), strict=True)
+    return np.stack([by_time[t][label] for t, label in tokens]).astype(np.float32)
+
+
+OPTIONS = [
+    {},
+    {"augment": 1},
+    {"augment": 2, "crop_size": (30, 40)},
+    {"augment": 3, "crop_size": (36, 44), "max_tokens": 12},
+    {"max_tokens": 9},
+    {"compress": True, "augment": 3},
+    {"features": "regionprops2"},
+    {"slice_pct": (0.2, 0.9)},
+    {"downscale_temporal": 2, "window_size": 3},
+    {"downscale_spatial": 2},
+    {"downscale_spatial": 2, "downscale_temporal": 2, "slice_pct": (0.0, 0.8), "compress": True,
+     "window_size": 3},
+    {"ndim": 3},
+]  # fmt: skip
+
+
+def loaded_part(array, options):
+    """Cut an array (T, H, W) as CTCData does when it loads."""
+    first, last = (int(len(array) * part) for part in options.get("slice_pct", (0, 1)))
+    time, space = (options.get(f"downscale_{axis}", 1) for axis in ("temporal", "spatial"))
+    return array[first:last:time, ::space, ::space]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_every_token_has_the_row_of_its_timepoint_and_label(small_folder, cache, options):
+    movie = {"frames": 12, "height": 60, "width": 80, "cells": 6}
+    backbone = FakeBackbone(dim=4, stride=8)
+    data = wrap(load(small_folder(**movie), **options), cache, backbone)
+    frames, masks = (loaded_part(array, options) for array in make_movie(**movie)[:2])
+    seen = 0
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - Trackastra's augmentation draws from it
+    for _ in range(20):
+        for n in range(len(data)):
+            sample = data[n]
+            rows = expected_rows(frames, masks, sample, backbone)
+            assert np.array_equal(sample["pretrained_feats"], rows)
+            assert sample["pretrained_feats"].dtype == torch.float32
+            assert len(sample["coords"]) == len(rows)
+            seen += 1
+    assert seen >= 80
+
+
+def test_several_detection_folders_follow_one_another(small_folder, cache):
+    root = small_folder(frames=8)
+    other = Path(f"{root}_ERR_SEG")
+    shutil.copytree(Path(f"{root}_GT") / "TRA", other)
+    for file in other.glob("*.tif"):
+        mask = tifffile.imread(file)
+        mask[:, :12] = 0
+        tifffile.imwrite(file, np.where(mask > 0, mask + 20, 0).astype(np.uint16))
+    folders = ["missing", "ERR_SEG", "TRA"]
+    backbone = FakeBackbone(dim=4)
+    data = wrap(load(root, detection_folders=folders), cache, backbone)
+    assert len(data) == 2 * (8 - 4 + 1)
+    frames, truth, _ = make_movie(frames=8)
+    detected = np.stack([tifffile.imread(f) for f in sorted(other.glob("*.tif"))])
+    for n in range(len(data)):
+        masks = detected if n < 5 else truth
+        sample = data[n]
+        assert (sample["labels"] > 20).all() == (n < 5)
+        assert np.array_equal(
+            sample["pretrained_feats"], expected_rows(frames, masks, sample, backbone)
+        )
+
+
+def test_wrapping_changes_nothing_else(small_folder, cache):
+    plain = load(small_folder())
+    before = {name: id(value) for name, value in vars(plain).items()}
+    wrapped = wrap(plain, cache, FakeBackbone())
+    assert isinstance(wrapped, CTCData)
+    assert {name: id(value) for name, value in vars(plain).items()} == before
+    assert (len(wrapped), wrapped.n_objects, wrapped.n_divs) == (
+        len(plain),
+        plain.n_objects,
+        plain.n_divs,
+    )
+    for n in range(len(plain)):
+        ours, theirs = wrapped[n], plain[n]
+        assert set(ours) == {*theirs, "pretrained_feats"}
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    dense = wrapped.__getitem__(0, return_dense=True)
+    assert {"img", "mask", "pretrained_feats"} <= set(dense)
+
+
+def test_what_was_warmed_by_path_is_what_training_reads(small_folder, cache, tmp_path):
+    root = small_folder()
+    log = tmp_path / "log"
+    backbone = FakeBackbone(log=log)
+    run_warm(plan_warm(cache, [Movie.open(root)], backbone))
+    assert len(log.read_text().splitlines()) == 6
+    data = wrap(load(root), cache.store.root, backbone, on_miss="error")
+    assert all("pretrained_feats" in data[n] for n in range(len(data)))
+    assert len(log.read_text().splitlines()) == 6
+
+
+def test_warm_of_the_dataset(small_folder, cache):
+    data = wrap(load(small_folder()), cache, FakeBackbone())
+    assert data.warm() == 6
+    assert data.warm() == 0
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_pickled_and_in_workers(small_folder, cache, compress):
+    data = wrap(load(small_folder(frames=8), compress=compress), cache, FakeBackbone())
+    data.warm()
+    expected = [data[n]["pretrained_feats"] for n in range(len(data))]
+    again = pickle.loads(pickle.dumps(data))
+    assert isinstance(again, CachedCTCData)
+    assert all(torch.equal(again[n]["pretrained_feats"], e) for n, e in enumerate(expected))
+    for method in ("fork", "spawn"):
+        loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method)
+        for sample, features in zip(loader, expected, strict=True):
+            assert torch.equal(sample["pretrained_feats"], features)
+
+
+def test_cold_workers_say_what_to_do(small_folder, cache):
+    data = wrap(load(small_folder()), cache, FakeBackbone())
+    with pytest.raises(MissingRecordError, match="warm the cache first"):
+        list(DataLoader(data, batch_size=None, num_workers=1))
+
+
+@pytest.mark.parametrize("concat", [False, True])
+def test_balanced_batches_reach_the_model(small_folder, cache, concat):
+    from trackastra_pretrained_feats import TrackingTransformerwPretrainedFeats
+
+    one = load(small_folder("one", frames=9), augment=3)
+    two = load(small_folder("two", frames=7, cells=3, seed=5), augment=3)
+    data = wrap(ConcatDataset([one, two]) if concat else one, cache, FakeBackbone(dim=6))
+    sampler = BalancedBatchSampler(data, batch_size=3, n_pool=2)
+    model = TrackingTransformerwPretrainedFeats(
+        coord_dim=2, feat_dim=7, d_model=32, nhead=2, num_encoder_layers=1, num_decoder_layers=1,
+        window=4, pretrained_feat_dim=6, reduced_pretrained_feat_dim=8,
+    )  # fmt: skip
+    batches = list(DataLoader(data, batch_sampler=sampler, collate_fn=collate_sequence_padding))
+    assert batches
+    for batch in batches:
+        features = batch["pretrained_feats"]
+        assert features.shape == (*batch["coords"].shape[:2], 6)
+        assert (features[batch["padding_mask"]] == 0).all()
+        assert (features[~batch["padding_mask"]].norm(dim=-1) > 0).all()
+        logits = model(
+            batch["coords"], batch["features"], features, padding_mask=batch["padding_mask"]
+        )
+        assert logits.shape == batch["assoc_matrix"].shape
+        logits.mean().backward()
+    gradient = model.ptfeat_proj[0].weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_errors(small_folder, cache):
+    data = load(small_folder())
+    with pytest.raises(TypeError, match="wrap takes a CTCData"):
+        wrap([1, 2], cache, FakeBackbone())
+    with pytest.raises(TypeError, match="not a CachedCTCData"):
+        wrap(wrap(data, cache, FakeBackbone()), cache, FakeBackbone())
+    with pytest.raises(LookupError, match="unknown backbone 'sam9'"):
+        wrap(data, cache, "sam9")
+    (data.root / "t005.tif").unlink()
+    with pytest.raises(MovieError, match="5 frames and 6 masks"):
+        wrap(data, cache, FakeBackbone())
+
+
+@pytest.mark.slow
+def test_real_movie_through_crop_augmentation_and_token_limit(hela_folder, cache):
+    """Hundreds of random samples of HeLa, checked against the masks on disk."""
+    backbone = FakeBackbone(dim=4, stride=16)
+    movie = Movie.open(hela_folder)
+    masks = [movie.masks[t] for t in range(len(movie))]
+    records = cache.get_or_compute(movie.frames, movie.masks, backbone)
+    rows = [
+        dict(zip(r.labels.tolist(), r.features.astype(np.float32), strict=True)) for r in records
+    ]
+    seen = 0
+    for augment in range(4):
+        data = wrap(
+            load(hela_folder, augment=augment, crop_size=(320, 320), max_tokens=150),
+            cache, backbone, on_miss="error",
+        )  # fmt: skip
+        for n in list(range(len(data))) * 5:
+            sample = data[n]
+            tokens = zip(sample["timepoints"].tolist(), sample["labels"].tolist(), strict=True)
+            for (t, label), vector in zip(tokens, sample["pretrained_feats"].numpy(), strict=True):
+                assert (masks[t] == label).any()
+                assert np.array_equal(vector, rows[t][label])
+            seen += 1
+    assert seen == 340
+
+
+def test_example_movies_are_ctc_movies(tmp_path):
+    root = write_example("bacteria", tmp_path / "01")
+    movie = Movie.open(root)
+    assert len(movie) == 20
+    assert movie.frames[0].shape == (727, 1026)
+    present = [set(np.unique(movie.masks[t]).tolist()) - {0} for t in range(20)]
+    for label, first, last, parent in movie.tracks.tolist():
+        assert all(label in present[t] for t in range(first, last + 1))
+        assert parent == 0 or parent in present[first - 1]
+    data = load(root)
+    assert sum(data.n_divs) > 0
