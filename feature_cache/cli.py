@@ -126,7 +126,7 @@ def _check_names(model: Any, pooling: str | None, dtype: str, codec: str) -> Non
 def _bar(what: str, total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="frame", file=sys.stderr, leave=False)
+    return tqdm(total=total, desc=what, unit="frame", file=sys.stderr)
 
 
 @app.command("ls")

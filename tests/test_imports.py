@@ -91,11 +91,16 @@ def test_the_wings_never_see_each_other():
 
 
 def test_only_one_file_imports_trackastra():
+    def imports_it(node: ast.AST) -> bool:
+        if isinstance(node, ast.ImportFrom):
+            return not node.level and (node.module or "").split(".")[0] == "trackastra"
+        return isinstance(node, ast.Import) and any(
+            alias.name.split(".")[0] == "trackastra" for alias in node.names
+        )
+
     users = {
         file.name
         for file in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trackastra.") and not node.level)
-        or (isinstance(node, ast.Import) and any(a.name.startswith("trackastra") for a in node.names))
-    }  # fmt: skip
+        if any(map(imports_it, ast.walk(ast.parse(file.read_text()))))
+    }
     assert users == {"trackastra.py"}

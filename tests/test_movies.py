@@ -9,9 +9,9 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_movie
 from feature_cache import Movie, MovieError, MovieNotFoundError
 from feature_cache.movies import link_by_overlap, read_tracks
+from synthetic import make_movie
 
 
 def truth_of(root: Path) -> Path:

@@ -51,12 +51,30 @@ class Backbone(Protocol):
 
 
 def find_device(device: str | None = None) -> torch.device:
-    """Give the device asked for, or the best there is: cuda, mps, cpu."""
+    """Give the device asked for, or the best there is: cuda, mps, cpu.
+
+    Raises
+    ------
+    BackboneError
+        There is no such device here.
+    """
     if device is not None:
-        return torch.device(device)
+        return _check_device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise BackboneError(
+            f"no device {name!r} here ({first}); leave it out for the best there is, or use cpu"
+        ) from error
+    return device
 
 
 class TorchBackbone(ABC):

@@ -310,10 +310,10 @@ class _ArrayFile:
         """Read an array of one raw chunk into memory, and check its CRC."""
         from google_crc32c import value as crc32c
 
-        if not self.raw or any(s > c for s, c in zip(self.shape, self.chunk_shape, strict=True)):
+        if not self.raw or self.chunk_shape != tuple(max(1, n) for n in self.shape):
             raise CorruptRecordError(f"{self.path} should be one raw chunk and isn't")
         if math.prod(self.shape) == 0:
-            return np.empty(self.shape, self.dtype)
+            return np.frombuffer(b"", self.dtype).reshape(self.shape)
         file = self._chunk_file(*(0 for _ in self.shape))
         data = file.read_bytes()
         self._check_size(file, len(data))
@@ -321,8 +321,7 @@ class _ArrayFile:
             raise CorruptRecordError(
                 f"{file} fails its CRC: its bytes changed since it was written"
             )
-        whole = np.frombuffer(data, self.dtype, math.prod(self.chunk_shape))
-        return whole.reshape(self.chunk_shape)[tuple(slice(n) for n in self.shape)]
+        return np.frombuffer(data, self.dtype, math.prod(self.shape)).reshape(self.shape)
 
     def _chunk_file(self, *index: int) -> Path:
         return self.path.joinpath("c", *map(str, index))
@@ -418,9 +417,7 @@ class Pack:
         if len(self._features.shape) > 2:
             return None, None
         offsets = _ArrayFile.read(self.path / "offsets").read_whole()
-        labels = _ArrayFile.read(self.path / "labels").read_whole()
-        labels.flags.writeable = False
-        return offsets, labels
+        return offsets, _ArrayFile.read(self.path / "labels").read_whole()
 
     def _check_shapes(self) -> None:
         n, features = len(self.keys), self._features

@@ -311,9 +311,10 @@ class Store:
         """
         plain = spec.to_json()
         path = self.root / "spaces" / f"{spec.slug}-{spec.digest.hex()[:8]}"
-        there = (path / "zarr.json").exists()
-        if there and canonical_json(_read_spec(path)) != canonical_json(plain):
-            raise StoreError(f"{path / 'zarr.json'} holds another spec than its name says")
+        with _reading(path):
+            there = (path / "zarr.json").exists()
+            if there and canonical_json(_read_spec(path)) != canonical_json(plain):
+                raise StoreError(f"{path / 'zarr.json'} holds another spec than its name says")
         return Space(path, plain, self.mode)
 
     def spaces(self) -> list[Space]:

