@@ -319,6 +319,22 @@ def test_affine_shifts_by_fractions_of_the_frame():
     np.testing.assert_allclose(draw.map_points([[1, 9]], (8, 10)), [[3, 4]], atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("affine", "mapped"),
+    [
+        (Affine(shear_degrees=45.0), [7, 8]),
+        (Affine(scale=2.0), [9, 7]),
+        (Affine(degrees=90.0), [4, 7]),
+        (Affine(degrees=90.0, shear_degrees=45.0), [2, 7]),
+        (Affine(degrees=90.0, shear_degrees=45.0, scale=2.0, shift_y=0.1), [0.1, 9]),
+    ],
+)
+def test_affine_shears_then_scales_then_turns_then_shifts(affine, mapped):
+    """The point is 2 below and 1 right of the centre (5, 5)."""
+    found = Draw.of(affine).map_points([[7, 6]], (11, 11))
+    np.testing.assert_allclose(found, [mapped], atol=1e-9)
+
+
 def test_elastic_agrees_with_scipys_sampling():
     shape, operation = (40, 33), Elastic(2.0, 16.0, seed=7)
     frames, mask = make_frames(shape), make_mask(shape)
