@@ -1,5 +1,8 @@
 from .augment import IDENTITY as IDENTITY
+from .augment import Augmentations as Augmentations
 from .augment import Draw as Draw
+from .augment import Entry as Entry
+from .augment import Policy as Policy
 from .backbones import BackboneInfo as BackboneInfo
 from .backbones import list_backbones as list_backbones
 from .backbones import load_backbone as load_backbone
