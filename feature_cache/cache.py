@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -90,6 +91,7 @@ class FeatureCache:
             raise UnknownNameError("codec", codec, CODECS)
         self.store = Store(root, mode)
         self.codec = codec
+        self._spaces: dict[Digest, Space] = {}
         self.counter = _Counter(self.store)
         weakref.finalize(self, self.counter.save)
 
@@ -100,6 +102,13 @@ class FeatureCache:
     def __reduce__(self) -> tuple[type, tuple[str, Mode, str]]:
         """Open the same folder elsewhere; the counters belong to this process."""
         return type(self), (str(self.store.root), self.store.mode, self.codec)
+
+    def space(self, spec: SpaceSpec) -> Space:
+        """Give the space of a spec, opened once."""
+        digest = spec.digest
+        if digest not in self._spaces:
+            self._spaces[digest] = self.store.space(spec)
+        return self._spaces[digest]
 
     def movie(
         self,
@@ -231,8 +240,8 @@ class FeatureCache:
 class _Counter:
     """Counts one process's hits, misses and computed records, and keeps them in the store.
 
-    Kept every few seconds while counting, when asked, and when cache object or process end; never in a
-    read-only store. A forked child counts its own.
+    Kept every few seconds while counting, when asked, and when the cache object or the process
+    ends; never in a read-only store. A forked child counts its own.
     """
 
     def __init__(self, store: Store) -> None:
@@ -272,6 +281,12 @@ class MovieFeatures:
 
     Made by `FeatureCache.movie`. Frames and masks are read once, when the keys are first asked
     for, and again where something is missing.
+
+    Attributes
+    ----------
+    name, origin : str
+        How people call the movie, and where the draw comes from (such as ``"copy 3 of seed 0"``);
+        for errors and provenance, in no key.
     """
 
     cache: FeatureCache
@@ -281,7 +296,7 @@ class MovieFeatures:
     spec: SpaceSpec
     draw: Draw = IDENTITY
     name: str = ""
-    _space: Space | None = field(default=None, repr=False)
+    origin: str = ""
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
 
@@ -303,16 +318,22 @@ class MovieFeatures:
         """Count the frames."""
         return len(self.frames)
 
-    def with_draw(self, draw: Draw) -> MovieFeatures:
+    def with_draw(self, draw: Draw, origin: str = "") -> MovieFeatures:
         """Give the same movie under another draw; what is hashed stays hashed."""
-        return replace(self, draw=draw, _keys={})
+        return replace(self, draw=draw, origin=origin, _keys={})
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open space: another process opens its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "space"}
+
+    @cached_property
     def space(self) -> Space:
-        """The space in the store."""
-        if self._space is None:
-            self._space = self.cache.store.space(self.spec)
-        return self._space
+        """The space in the store, shared by all movies of one spec."""
+        return self.cache.space(self.spec)
+
+    @cached_property
+    def _space_digest(self) -> Digest:
+        return self.spec.digest
 
     def digests(self, t: int) -> tuple[Digest, Digest | None]:
         """Give the digests of frame `t` and of its mask; reads them the first time.
@@ -336,7 +357,7 @@ class MovieFeatures:
     def key(self, t: int) -> Digest:
         """Give the key of frame `t`'s record: 16 bytes. Errors as `digests`."""
         if t not in self._keys:
-            self._keys[t] = record_key(self.spec.digest, *self.digests(t), self.draw)
+            self._keys[t] = record_key(self._space_digest, *self.digests(t), self.draw)
         return self._keys[t]
 
     def keys(self, indices: Sequence[int] | None = None) -> Keys:
@@ -432,7 +453,9 @@ class MovieFeatures:
         return {
             "movie": self.name,
             "frame": t,
+            "file": _file_name(self.frames, t),
             "draw": self.draw.to_json(),
+            "origin": self.origin,
             "frame_digest": frame.hex(),
             "mask_digest": mask.hex() if mask is not None else None,
         }
@@ -447,9 +470,14 @@ class MovieFeatures:
     def where(self, t: int, kind: str = "frame") -> str:
         """Name a frame (or its mask) for people."""
         images = self.frames if kind == "frame" else self.masks
-        named = getattr(images, "name_of", None)
+        file = _file_name(images, t)
         place = f"{kind} {t} of {self.name}" if self.name else f"{kind} {t}"
-        return f"{place} ({named(t)})" if named is not None else place
+        return f"{place} ({file})" if file else place
+
+
+def _file_name(images: Images | None, t: int) -> str:
+    named = getattr(images, "name_of", None)
+    return str(named(t)) if named is not None else ""
 
 
 class _Commits:

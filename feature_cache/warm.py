@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .augment import Augmentations
 from .backbones.base import Backbone
 from .cache import FeatureCache, MovieFeatures, Progress
 from .errors import BackboneError, FrameError, MovieError
@@ -114,6 +115,7 @@ def plan_warm(
     *,
     pooling: str | None = "mean_patches_exact",
     dtype: str = "float16",
+    augmentations: Augmentations | None = None,
     failures: Iterable[Failure] = (),
     progress: Progress | None = None,
 ) -> WarmPlan:
@@ -124,11 +126,14 @@ def plan_warm(
     cache, backbone, pooling, dtype
         As `FeatureCache.get_or_compute`.
     movies : iterable of Movie
+    augmentations : Augmentations, optional
+        Copies to warm beside the movies themselves.
     failures : iterable of Failure
         What failed before, such as movies that could not be opened.
     progress : callable, optional
         Called with the number of frames just hashed.
     """
+    copies = augmentations or Augmentations("none", copies=0)
     tasks, failed, seen, present = [], list(failures), set[Digest](), 0
     for movie in movies:
         features = cache.movie(
@@ -141,14 +146,16 @@ def plan_warm(
         )
         good, bad = _hash_frames(features, progress)
         failed += bad
-        first = {features.key(t): t for t in reversed(good) if features.key(t) not in seen}
-        new = sorted(first.values())
-        seen |= first.keys()
-        there = features.contains(new)
-        present += int(there.sum())
-        missing = tuple(t for t, found in zip(new, there, strict=True) if not found)
-        if missing:
-            tasks.append(Task(features, missing))
+        for number, draw in enumerate(copies.draws()):
+            copy = features.with_draw(draw, copies.name_of(number))
+            first = {copy.key(t): t for t in reversed(good) if copy.key(t) not in seen}
+            new = sorted(first.values())
+            seen |= first.keys()
+            there = copy.contains(new)
+            present += int(there.sum())
+            missing = tuple(t for t, found in zip(new, there, strict=True) if not found)
+            if missing:
+                tasks.append(Task(copy, missing))
     return WarmPlan(cache, tuple(tasks), present, tuple(failed))
 
 

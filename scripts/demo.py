@@ -108,7 +108,7 @@ def time_reading(cached: ConcatDataset) -> float:
     """Read every record into a float32 tensor of its own."""
     started = time.perf_counter()
     for dataset in cached.datasets:
-        for movie in dataset.cached_tokens.movies:
+        for movie in dataset.feature_cache_extras.tokens.movies:
             for record in movie.get():
                 torch.tensor(record.features).float()
     return time.perf_counter() - started

@@ -21,7 +21,7 @@ LAYERS = [
     {"key"},
     {"store", "compute"},
     {"cache"},
-    {"warm"},
+    {"warm", "geometry"},
     {"dataset", "cli"},
     {"trackastra"},
 ]

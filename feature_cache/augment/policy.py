@@ -335,6 +335,11 @@ class Augmentations:
         """Give all copies, 0 to `copies`."""
         return tuple(self.draw(copy) for copy in range(self.copies + 1))
 
+    def name_of(self, copy: int) -> str:
+        """Name a copy for people; what it is stands in its draw."""
+        policy = self.policy if isinstance(self.policy, str) else "a policy of its own"
+        return f"copy {copy} of seed {self.seed} ({policy})"
+
     def to_json(self) -> dict[str, JSON]:
         """Give policy (in full), copies and seed."""
         policy = _policy(self.policy).to_json()
