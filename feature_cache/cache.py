@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .augment import IDENTITY, Draw
+from .augment import IDENTITY, Augmentations, Draw
 from .compute import Job, compute_records
 from .errors import FrameError, MissingRecordError, MovieError, StoreError, UnknownNameError
+from .explain import Explanation, Stored, explain_miss
 from .hashing import (
     DIGEST_BYTES,
     JSON,
@@ -30,7 +31,7 @@ from .hashing import (
 )
 from .key import Keys, Record, record_key
 from .spec import SpaceSpec
-from .store import CODECS, Entry, Mode, Space, Store, Usage
+from .store import CODECS, Entry, Mode, Space, Store, Usage, record_sources
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
@@ -209,6 +210,27 @@ class FeatureCache:
         """Tell for each frame whether its record is there. Parameters as `get_or_compute`."""
         movie = self.movie(frames, masks, backbone, pooling=pooling, draw=draw, dtype=dtype)
         return [bool(there) for there in movie.contains()]
+
+    def explain(
+        self,
+        frames: Images,
+        masks: Images | None,
+        backbone: Backbone,
+        *,
+        pooling: str | None = "mean_patches_exact",
+        draw: Draw | None = None,
+        dtype: str = "float16",
+        name: str = "",
+    ) -> list[Explanation]:
+        """Say for each frame why its record is there or not; compute nothing.
+
+        Parameters as `get_or_compute`; `name` is the movie's, as it was when it was warmed. For a
+        copy of `Augmentations` there is `MovieFeatures.explain`.
+        """
+        movie = self.movie(
+            frames, masks, backbone, pooling=pooling, draw=draw, dtype=dtype, name=name
+        )
+        return movie.explain()
 
     def stats(self, *, lifetime: bool = False) -> dict[str, int]:
         """Count what is in the cache, and how it was used.
@@ -438,6 +460,46 @@ class MovieFeatures:
             for t, record in zip(unique, records, strict=True):
                 commits.add(t, record)
         return len(unique)
+
+    def explain(
+        self,
+        augmentations: Augmentations | None = None,
+        copy: int = 0,
+        indices: Sequence[int] | None = None,
+    ) -> list[Explanation]:
+        """Say for some frames, by default all, why their records are there or not.
+
+        Parameters
+        ----------
+        augmentations : Augmentations, optional
+            Explain one of its copies, instead of this object's draw.
+        copy : int
+            Which one.
+        indices : sequence of int, optional
+            The frames.
+        """
+        frames = range(len(self)) if indices is None else indices
+        if augmentations is None:
+            return self._explain(frames, [])
+        asked = self.with_draw(augmentations.draw(copy), augmentations.name_of(copy))
+        return asked._explain(frames, [self.with_draw(draw) for draw in augmentations.draws()])
+
+    def _explain(self, frames: Sequence[int], copies: Sequence[MovieFeatures]) -> list[Explanation]:
+        there = self.contains(frames)
+        present = [movie.contains(frames) for movie in copies]
+        spaces = [] if there.all() else self.cache.store.spaces()
+        stored = [Stored(space.spec, list(record_sources(space))) for space in spaces]
+        spec = self.spec.to_json()
+        explanations = []
+        for i, t in enumerate(frames):
+            others = [k for k, found in enumerate(present) if found[i]]
+            reason = "stored"
+            if not there[i]:
+                reason = explain_miss(spec, self.provenance(t), stored, others)
+            explanations.append(
+                Explanation(self.where(t), self.key(t).hex(), bool(there[i]), reason)
+            )
+        return explanations
 
     def _job(self, t: int) -> Job:
         frame = frame_pixels(self.frames[t], self.where(t))

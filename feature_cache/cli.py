@@ -11,11 +11,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import FeatureCacheError
+
+if TYPE_CHECKING:
+    from .backbones.base import Backbone
 
 app = typer.Typer(
     name="feature-cache",
@@ -29,6 +32,21 @@ CacheOption = Annotated[
     Path, typer.Option("--cache", envvar="FEATURE_CACHE_DIR", help="The cache's folder.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BackboneOption = Annotated[str, typer.Option(help="See: feature-cache backbones.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint file, or random:<seed>; default: the model's own."),
+]
+PoolingOption = Annotated[
+    str, typer.Option(help="How a region's vector is made; 'none' keeps grids.")
+]
+DetectionsOption = Annotated[str, typer.Option(help="Where the masks are.")]
+DtypeOption = Annotated[str, typer.Option(help="Storage: float16 or float32.")]
+SeedOption = Annotated[int, typer.Option(help="Of the augmented copies.")]
+PolicyOption = Annotated[
+    str, typer.Option(help="Of the copies: none, flips, geometric, intensity or default.")
+]
+MOVIES = typer.Argument(metavar="MOVIE…", help="Folders of frames, such as data/01.")
 
 
 def main() -> None:
@@ -48,36 +66,31 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 @app.command()
 def warm(
-    movies: Annotated[
-        list[str], typer.Argument(metavar="MOVIE…", help="Folders of frames, such as data/01.")
-    ],
+    movies: Annotated[list[str], MOVIES],
     cache: CacheOption,
-    backbone: Annotated[str, typer.Option(help="See: feature-cache backbones.")],
-    weights: Annotated[
-        str | None,
-        typer.Option(help="A checkpoint file, or random:<seed>; default: the model's own."),
-    ] = None,
-    pooling: Annotated[
-        str, typer.Option(help="How a region's vector is made; 'none' keeps grids.")
-    ] = "mean_patches_exact",
-    detections: Annotated[str, typer.Option(help="Where the masks are.")] = "TRA",
+    backbone: BackboneOption,
+    weights: WeightsOption = None,
+    pooling: PoolingOption = "mean_patches_exact",
+    detections: DetectionsOption = "TRA",
     device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: the best.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Frames embedded at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Storage: float16 or float32.")] = "float16",
+    dtype: DtypeOption = "float16",
     codec: Annotated[str, typer.Option(help="Storage: raw, zstd or blosc.")] = "raw",
+    copies: Annotated[int, typer.Option(help="Augmented copies, beside the movie itself.")] = 0,
+    seed: SeedOption = 0,
+    policy: PolicyOption = "default",
     as_json: JsonOption = False,
 ) -> None:
     """Compute the features of movies that are not in the cache yet.
 
     Example: feature-cache warm data/01 data/02 --cache features --backbone efficientnet-lite0
     """
-    from .backbones import load_backbone
+    from .augment import Augmentations
     from .cache import FeatureCache
     from .warm import open_movies, plan_warm, run_warm
 
-    model = load_backbone(backbone, weights, device)
-    pooled = None if pooling == "none" else pooling
-    _check_names(model, pooled, dtype, codec)
+    augmentations = Augmentations(policy, copies, seed)
+    model, pooled = _load(backbone, weights, device, pooling, dtype, codec)
     opened, failures = open_movies(movies, detections)
     if not opened:
         raise _NoMovieError("; ".join(failure.reason for failure in failures))
@@ -89,6 +102,7 @@ def warm(
             model,
             pooling=pooled,
             dtype=dtype,
+            augmentations=augmentations,
             failures=failures,
             progress=bar.update,
         )
@@ -112,21 +126,86 @@ class _NoMovieError(FeatureCacheError):
     """No movie could be opened."""
 
 
-def _check_names(model: Any, pooling: str | None, dtype: str, codec: str) -> None:
-    """Find mistakes in names before anything is read or written."""
+def _load(
+    backbone: str,
+    weights: str | None,
+    device: str | None,
+    pooling: str,
+    dtype: str,
+    codec: str = "raw",
+) -> tuple[Backbone, str | None]:
+    """Load a backbone, and find mistakes in names before anything is read or written."""
+    from .backbones import load_backbone
     from .errors import UnknownNameError
     from .spec import SpaceSpec
     from .store import CODECS
 
+    model, pooled = load_backbone(backbone, weights, device), None if pooling == "none" else pooling
     if codec not in CODECS:
         raise UnknownNameError("codec", codec, CODECS)
-    SpaceSpec(model.spec, pooling, dtype)
+    SpaceSpec(model.spec, pooled, dtype)
+    return model, pooled
 
 
 def _bar(what: str, total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit="frame", file=sys.stderr)
+
+
+@app.command()
+def explain(
+    movie: Annotated[str, typer.Argument(metavar="MOVIE", help="A folder of frames.")],
+    cache: CacheOption,
+    backbone: BackboneOption,
+    weights: WeightsOption = None,
+    pooling: PoolingOption = "mean_patches_exact",
+    detections: DetectionsOption = "TRA",
+    dtype: DtypeOption = "float16",
+    copy: Annotated[int, typer.Option(help="Explain this augmented copy.")] = 0,
+    seed: SeedOption = 0,
+    policy: PolicyOption = "default",
+    frame: Annotated[int | None, typer.Option(help="Only this frame.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why each record of a movie is in the cache or not. Computes nothing.
+
+    Example: feature-cache explain data/01 --cache features --backbone efficientnet-lite0 --copy 9
+    """
+    from .augment import Augmentations
+    from .cache import FeatureCache
+    from .movies import Movie
+
+    augmentations = Augmentations(policy, copies=copy, seed=seed)
+    model, pooled = _load(backbone, weights, None, pooling, dtype)
+    opened = Movie.open(movie, detections)
+    frames = range(len(opened)) if frame is None else [frame]
+    features = FeatureCache(cache, "r").movie(
+        opened.frames, opened.masks, model, pooling=pooled, dtype=dtype, name=opened.name
+    )
+    explanations = features.explain(augmentations, copy, frames)
+    if as_json:
+        typer.echo(json.dumps([explanation.to_json() for explanation in explanations]))
+    else:
+        for explanation in explanations:
+            typer.echo(str(explanation))
+
+
+@app.command()
+def inspect(
+    what: Annotated[
+        str, typer.Argument(help="Beginning of a space's or pack's name, or of a record's key.")
+    ],
+    cache: CacheOption,
+) -> None:
+    """Show one space, pack or record in full, as JSON.
+
+    Example: feature-cache inspect efficientnet --cache features
+    """
+    from .store import Store
+    from .store import inspect as look
+
+    typer.echo(json.dumps(look(Store(cache, "r"), what), indent=2))
 
 
 @app.command("ls")

@@ -190,6 +190,11 @@ class Movie:
         """Count the frames."""
         return len(self.frames)
 
+    @property
+    def name(self) -> str:
+        """Folder and detections: how errors and provenance call the movie."""
+        return f"{self.root} {self.detections}"
+
     @cached_property
     def tracks(self) -> Tracks:
         """(N, 4): label, first and last frame (of the whole movie), parent; from man_track.txt.

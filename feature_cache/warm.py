@@ -142,15 +142,13 @@ def plan_warm(
             backbone,
             pooling=pooling,
             dtype=dtype,
-            name=f"{movie.root} {movie.detections}",
+            name=movie.name,
         )
-        good, bad = _hash_frames(features, progress)
+        good, bad = _hash_frames(features, copies.copies + 1, progress)
         failed += bad
         for number, draw in enumerate(copies.draws()):
             copy = features.with_draw(draw, copies.name_of(number))
-            first = {copy.key(t): t for t in reversed(good) if copy.key(t) not in seen}
-            new = sorted(first.values())
-            seen |= first.keys()
+            new = _unseen(copy, good, seen)
             there = copy.contains(new)
             present += int(there.sum())
             missing = tuple(t for t, found in zip(new, there, strict=True) if not found)
@@ -159,8 +157,15 @@ def plan_warm(
     return WarmPlan(cache, tuple(tasks), present, tuple(failed))
 
 
+def _unseen(movie: MovieFeatures, frames: list[int], seen: set[Digest]) -> list[int]:
+    """Give one frame for each key that is not in `seen`, and add these keys to it."""
+    first = {movie.key(t): t for t in reversed(frames) if movie.key(t) not in seen}
+    seen |= first.keys()
+    return sorted(first.values())
+
+
 def _hash_frames(
-    movie: MovieFeatures, progress: Progress | None
+    movie: MovieFeatures, records: int, progress: Progress | None
 ) -> tuple[list[int], list[Failure]]:
     good, bad = [], []
     for t in range(len(movie)):
@@ -168,7 +173,7 @@ def _hash_frames(
             movie.key(t)
             good.append(t)
         except _PART_FAILS as error:
-            bad.append(Failure(movie.where(t), str(error), 1))
+            bad.append(Failure(movie.where(t), str(error), records))
         if progress is not None:
             progress(1)
     return good, bad

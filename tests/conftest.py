@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
 from synthetic import make_movie
+
+settings.register_profile("tests", deadline=None)  # no test asserts on a time
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,7 +19,7 @@ LAYERS = [
     {"spec", "movies"},
     {"augment", "backbones"},
     {"key"},
-    {"store", "compute"},
+    {"store", "compute", "explain"},
     {"cache"},
     {"warm", "geometry"},
     {"dataset", "cli"},

@@ -132,8 +132,9 @@ class Scale(Operation):
 
     The predecessor's meaning (its ``RandomScale`` without ``preserve_size``, as its pipelines use
     it): the frame itself gets smaller and its field of view stays, nothing is cropped or padded.
-    Pixels are areas, the frame's edges stay its edges: ``y' = (y + 0.5) * H' / H - 0.5``, which is
-    ``align_corners=False``, without antialiasing. Unlike the predecessor's, the mask takes the
+    Pixels are areas, the frame's edges stay its edges: ``y' = (y + 0.5) * H' / H - 0.5``. Frames are
+    resized by `torch.nn.functional.interpolate`, ``bilinear``, ``align_corners=False``, without
+    antialiasing; masks as by its ``nearest-exact``. Unlike the predecessor's, the mask takes the
     same map (its ``nearest`` was half a pixel off), and sizes round half up (it cut off).
 
     Parameters
@@ -161,18 +162,24 @@ class Scale(Operation):
             matrix[axis, 2] = 0.5 * new / size - 0.5
         return matrix
 
-    def _source(self, shape: Shape) -> Source:
-        y, x = (
-            np.arange(1, 2 * new, 2) * size / (2 * new) - 0.5
-            for size, new in zip(shape, self.output_shape(shape), strict=True)
-        )
-        return y[:, None], x[None, :]
-
     def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
-        return sample_nearest(mask, self._source(_shape_of(mask)))
+        shape = _shape_of(mask)
+        rows, columns = map(_nearest_exact, shape, self.output_shape(shape))
+        return mask[np.ix_(rows, columns)]
 
     def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        return sample_bilinear(frames, self._source(_shape_of(frames)), extend=True)
+        import torch.nn.functional as functional
+
+        shape = self.output_shape(_shape_of(frames))
+        resized = functional.interpolate(frames[:, None], shape, mode="bilinear")
+        return resized[:, 0].clamp_(0.0, 1.0)  # the weights' sum may be an ulp above 1
+
+
+def _nearest_exact(size: int, new: int) -> NDArray[np.int64]:
+    """Give the pixel that each of `new` takes, as torch's ``nearest-exact``, rounding and all."""
+    scale = np.float32(size) / np.float32(new)
+    index = np.floor((np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale)
+    return np.minimum(index.astype(np.int64), size - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +260,7 @@ class Affine(Operation):
         return sample_nearest(mask, self._source(_shape_of(mask)))
 
     def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        return sample_bilinear(frames, self._source(_shape_of(frames)), extend=False)
+        return sample_bilinear(frames, self._source(_shape_of(frames)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +327,7 @@ class Elastic(Operation):
         return sample_nearest(mask, _elastic_source(self, _shape_of(mask)))
 
     def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        return sample_bilinear(frames, _elastic_source(self, _shape_of(frames)), extend=False)
+        return sample_bilinear(frames, _elastic_source(self, _shape_of(frames)))
 
 
 @lru_cache(maxsize=2)

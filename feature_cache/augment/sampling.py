@@ -1,7 +1,7 @@
 """Numerics on pixels, written so that no bit depends on batch size, threads or device.
 
 Everything here is elementwise float32 multiplication and addition (correctly rounded wherever
-they run) or an exact integer sum. Library kernels are not: on a CPU, torchvision's contrast
+they run) or an exact integer sum. Some library kernels are not: on a CPU, torchvision's contrast
 changes its last bit with the number of threads and with the batch (the order of a float sum), its
 blur with the batch (another convolution is chosen), and on a GPU a convolution may run in TF32.
 """
@@ -25,8 +25,8 @@ _Label = TypeVar("_Label", bound=np.generic)
 _FIXED_POINT = 2.0**30
 
 
-def sample_bilinear(frames: torch.Tensor, source: Source, *, extend: bool) -> torch.Tensor:
-    """Sample frames between their pixels.
+def sample_bilinear(frames: torch.Tensor, source: Source) -> torch.Tensor:
+    """Sample frames between their pixels; beyond a frame is 0.
 
     Parameters
     ----------
@@ -34,8 +34,6 @@ def sample_bilinear(frames: torch.Tensor, source: Source, *, extend: bool) -> to
         In 0..1, and so is the result.
     source : (H', W') each
         Pixel coordinates; whole numbers are pixel centres.
-    extend : bool
-        Beyond the frame: its border pixels go on (True), or 0 (False).
 
     Returns
     -------
@@ -47,8 +45,8 @@ def sample_bilinear(frames: torch.Tensor, source: Source, *, extend: bool) -> to
     def put(array: NDArray[np.generic]) -> torch.Tensor:
         return torch.tensor(array, device=frames.device)
 
-    rows = [(put(i), put(w)) for i, w in _taps(source[0], frames.shape[1], extend=extend)]
-    columns = [(put(i), put(w)) for i, w in _taps(source[1], frames.shape[2], extend=extend)]
+    rows = [(put(i), put(w)) for i, w in _taps(source[0], frames.shape[1])]
+    columns = [(put(i), put(w)) for i, w in _taps(source[1], frames.shape[2])]
     shape = np.broadcast_shapes(source[0].shape, source[1].shape)
     total = frames.new_zeros((len(frames), *shape))
     for y, weight_y in rows:
@@ -57,16 +55,13 @@ def sample_bilinear(frames: torch.Tensor, source: Source, *, extend: bool) -> to
     return total.clamp_(0.0, 1.0)  # the weights' sum may be an ulp above 1
 
 
-def _taps(
-    source: Coordinates, size: int, *, extend: bool
-) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def _taps(source: Coordinates, size: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Give the two pixels around each coordinate along one axis, and their weights."""
     low = np.floor(source)
     upper_weight = source - low
     taps = []
     for index, weight in ((low, 1.0 - upper_weight), (low + 1.0, upper_weight)):
-        if not extend:
-            weight = np.where((index >= 0) & (index < size), weight, 0.0)
+        weight = np.where((index >= 0) & (index < size), weight, 0.0)
         inside = np.clip(index, 0, size - 1).astype(np.int64)
         taps.append((inside, weight.astype(np.float32)))
     return taps

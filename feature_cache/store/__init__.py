@@ -1,6 +1,7 @@
 """The right wing: records on disk. Knows zarr, and nothing of torch."""
 
 from .index import Index
+from .inspect import inspect, record_sources
 from .pack import CODECS, Entry, Pack, read_provenance
 from .store import FORMAT_VERSION, Mode, Space, Store, Usage
 
@@ -14,5 +15,7 @@ __all__ = [
     "Space",
     "Store",
     "Usage",
+    "inspect",
     "read_provenance",
+    "record_sources",
 ]

@@ -387,7 +387,8 @@ class Pack:
 
     A mapped record is compared with its checksum the first time it is read here, a decoded one each
     time. Arrays given out stay valid as long as they are referenced, also when the pack is closed
-    or removed on this host.
+    or removed on this host. A file that is cut short while it is mapped ends the process (SIGBUS),
+    as with any map: packs are replaced, never edited.
 
     Parameters
     ----------

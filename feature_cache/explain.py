@@ -1,0 +1,155 @@
+"""Why was this a hit, or a miss? The difference with the nearest space and record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .hashing import JSON, canonical_json
+from .spec import describe
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why one frame's record was found, or not.
+
+    Attributes
+    ----------
+    what : str
+        The frame.
+    key : str
+        Hex key of its record.
+    hit : bool
+    reason : str
+        For a miss, what differs from the nearest that is stored, asked against stored.
+    """
+
+    what: str
+    key: str
+    hit: bool
+    reason: str
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the fields by name."""
+        return {"what": self.what, "key": self.key, "hit": self.hit, "reason": self.reason}
+
+    def __str__(self) -> str:
+        """Write one line for people."""
+        return f"{'hit ' if self.hit else 'miss'} {self.what}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A space as it is on disk: its spec, and the sources of its records."""
+
+    spec: Mapping[str, Any]
+    sources: Sequence[Mapping[str, Any]]
+
+
+def explain_miss(
+    spec: Mapping[str, Any],
+    source: Mapping[str, Any],
+    spaces: Sequence[Stored],
+    copies_present: Sequence[int],
+) -> str:
+    """Say how a request differs from the nearest that is stored.
+
+    Parameters
+    ----------
+    spec : mapping
+        The space that was asked for, as JSON.
+    source : mapping
+        The record that was asked for: `MovieFeatures.provenance`.
+    spaces : sequence of Stored
+        All there are.
+    copies_present : sequence of int
+        Which copies of the same augmentations are stored for this frame.
+    """
+    asked = canonical_json(spec)
+    own = [s for s in spaces if canonical_json(s.spec) == asked]
+    for stored in own:
+        reason = _nearest_record(source, stored.sources, copies_present)
+        if reason:
+            return reason
+    others = [s for s in spaces if canonical_json(s.spec) != asked]
+    same_frame = [s for s in others if _matching(s.sources, source, "frame_digest")]
+    nearest = min(
+        same_frame or others, key=lambda s: len(list(differences(s.spec, spec))), default=None
+    )
+    if own and not same_frame:
+        return "neither this frame nor this movie was ever computed with this backbone and pooling"
+    if nearest is None:
+        return "the cache is empty"
+    listed = "; ".join(differences(nearest.spec, spec))
+    stands = "this frame is stored" if same_frame else "nothing is stored"
+    where = "in" if same_frame else "with this spec; nearest is"
+    return f"{stands} {where} the space {describe(nearest.spec)!r}, where {listed}"
+
+
+def _nearest_record(
+    source: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], copies: Sequence[int]
+) -> str:
+    """Describe the nearest record of the same space; empty if none is near."""
+    same = _matching(sources, source, "frame_digest", "mask_digest")
+    if same:
+        return _other_draw(source, same, copies)
+    same = _matching(sources, source, "frame_digest")
+    if same:
+        found = _short(same[-1]["mask_digest"])
+        return f"labels differ from the mask stored with this frame: {found} stored, " + (
+            f"{_short(source['mask_digest'])} asked"
+        )
+    same = _matching(sources, source, "movie", "frame") if source["movie"] else []
+    if same:
+        found = _short(same[-1]["frame_digest"])
+        return f"pixels differ from the record stored for this frame before: {found} stored, " + (
+            f"{_short(source['frame_digest'])} asked"
+        )
+    return ""
+
+
+def _other_draw(
+    source: Mapping[str, Any], same: Sequence[Mapping[str, Any]], copies: Sequence[int]
+) -> str:
+    if source["origin"] and copies:
+        return f"{source['origin']} was never warmed ({_ranges(copies)} were)"
+    asked = canonical_json(source["draw"])
+    stored = sorted({canonical_json(row["draw"]) for row in same}, key=len)
+    return f"draw differs: {', '.join(stored[:3])} stored, {asked} asked"
+
+
+def _matching(
+    sources: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *fields: str
+) -> list[Mapping[str, Any]]:
+    return [row for row in sources if all(row.get(f) == source[f] for f in fields)]
+
+
+def differences(stored: JSON, asked: JSON, where: str = "") -> Iterator[str]:
+    """Compare two JSON values field by field; one line for each that differs."""
+    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
+        for name in sorted({*stored, *asked}):
+            inner = f"{where}.{name}" if where else name
+            yield from differences(stored.get(name), asked.get(name), inner)
+    elif canonical_json(stored) != canonical_json(asked):
+        label = where.removeprefix("backbone.")
+        verb = "differ" if label in ("weights", "channels") else "differs"
+        yield f"{label} {verb}: {_short(stored)} stored, {_short(asked)} asked"
+
+
+def _short(value: JSON) -> str:
+    """Write a value, and of a digest only its beginning."""
+    if isinstance(value, str) and len(value) == 32:
+        return f"xxh3 {value[:8]}…"
+    return value if isinstance(value, str) else canonical_json(value)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write numbers as ranges: 0-3, 7."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

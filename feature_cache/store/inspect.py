@@ -1,0 +1,112 @@
+"""Looking into a cache: one space, pack or record in full, and where records come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import MissingRecordError
+from ..hashing import JSON
+from .pack import Pack, read_keys, read_provenance
+from .store import Space, Store
+
+
+def record_sources(space: Space) -> Iterator[dict[str, Any]]:
+    """Give what the writers said of each record of a space, in no order that matters.
+
+    A pack that vanishes meanwhile, or whose provenance is damaged, is left out.
+    """
+    for name in space.pack_names():
+        try:
+            rows = read_provenance(space.packs_folder / name)["records"]
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+            continue
+        yield from (row for row in rows if isinstance(row, dict))
+
+
+def inspect(store: Store, what: str) -> dict[str, JSON]:
+    """Describe in full what a word stands for.
+
+    Parameters
+    ----------
+    store : Store
+    what : str
+        The beginning of a space's or pack's name, or of a record's key in hex.
+
+    Returns
+    -------
+    dict
+        JSON; its ``kind`` is ``"space"``, ``"pack"`` or ``"record"``.
+
+    Raises
+    ------
+    MissingRecordError
+        If it stands for nothing, or for several things.
+    """
+    found = list(_find(store, what))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise MissingRecordError(
+            f"{what!r} begins no name of a space or pack and no key of a record in {store.root}: "
+            "see feature-cache ls, and feature-cache explain for keys"
+        )
+    names = ", ".join(f"{entry['kind']} {entry['name']}" for entry in found[:5])
+    raise MissingRecordError(f"{what!r} begins {len(found)} names: {names} …; give more of it")
+
+
+def _find(store: Store, what: str) -> Iterator[dict[str, JSON]]:
+    for space in store.spaces():
+        if space.path.name.startswith(what):
+            yield _describe_space(space)
+            continue
+        for name in space.pack_names():
+            if name.startswith(what):
+                yield _describe_pack(space, name)
+                continue
+            for row, key in enumerate(read_keys(space.packs_folder / name)):
+                if key.tobytes().hex().startswith(what):
+                    yield _describe_record(space, name, row)
+
+
+def _describe_space(space: Space) -> dict[str, JSON]:
+    return {
+        "kind": "space",
+        "name": space.path.name,
+        "records": len(space),
+        "packs": list(space.pack_names()),
+        "bytes": space.disk_bytes(),
+        "spec": space.spec,
+    }
+
+
+def _describe_pack(space: Space, name: str) -> dict[str, JSON]:
+    keys = [key.tobytes().hex() for key in read_keys(space.packs_folder / name)]
+    provenance = read_provenance(space.packs_folder / name)
+    sources = provenance.pop("records", [])
+    records = [{"key": key, **source} for key, source in zip(keys, sources, strict=False)]
+    return {
+        "kind": "pack",
+        "name": name,
+        "space": space.path.name,
+        **provenance,
+        "records": records,
+    }
+
+
+def _describe_record(space: Space, name: str, row: int) -> dict[str, JSON]:
+    pack = Pack(space.packs_folder / name)
+    record = pack.record(row)
+    sources = read_provenance(pack.path).get("records", [])
+    return {
+        "kind": "record",
+        "name": pack.keys[row].tobytes().hex(),
+        "space": space.path.name,
+        "pack": name,
+        "row": row,
+        "shape": list(record.features.shape),
+        "dtype": str(record.features.dtype),
+        "labels": record.labels.tolist() if record.labels is not None else None,
+        **(sources[row] if row < len(sources) else {}),
+    }
