@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from .augment import IDENTITY, Augmentations, Draw
 from .compute import Job, compute_records
-from .errors import FrameError, MissingRecordError, MovieError, StoreError, UnknownNameError
+from .errors import FrameError, MissingRecordError, MovieError, UnknownNameError
 from .explain import Explanation, Stored, explain_miss
 from .hashing import (
     DIGEST_BYTES,
@@ -31,15 +29,13 @@ from .hashing import (
 )
 from .key import Keys, Record, record_key
 from .spec import SpaceSpec
-from .store import CODECS, Entry, Mode, Space, Store, Usage, record_sources
+from .store import CODECS, Counter, Entry, Mode, Space, Store, Usage, record_sources
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
 
-_log = logging.getLogger(__name__)
 _COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 30.0
-_SAVE_USAGE_SECONDS = 10.0
 
 Progress = Callable[[int], None]
 """Called with the number of frames or records just done."""
@@ -93,7 +89,7 @@ class FeatureCache:
         self.store = Store(root, mode)
         self.codec = codec
         self._spaces: dict[Digest, Space] = {}
-        self.counter = _Counter(self.store)
+        self.counter = Counter(self.store)
         weakref.finalize(self, self.counter.save)
 
     def __repr__(self) -> str:
@@ -257,44 +253,6 @@ class FeatureCache:
             "bytes": sum(space.disk_bytes() for space in spaces),
             **usage.to_json(),
         }
-
-
-class _Counter:
-    """Counts one process's hits, misses and computed records, and keeps them in the store.
-
-    Kept every few seconds while counting, when asked, and when the cache object or the process
-    ends; never in a read-only store. A forked child counts its own.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._restart()
-
-    def _restart(self) -> None:
-        self._process, self._total = os.getpid(), Usage()
-        self._name = f"{self._process}-{secrets.token_hex(8)}"
-        self._saved_at, self._saved = time.monotonic(), Usage()
-
-    @property
-    def total(self) -> Usage:
-        if self._process != os.getpid():
-            self._restart()
-        return self._total
-
-    def add(self, usage: Usage) -> None:
-        self._total = self.total + usage
-        if time.monotonic() - self._saved_at > _SAVE_USAGE_SECONDS:
-            self.save()
-
-    def save(self) -> None:
-        total, self._saved_at = self.total, time.monotonic()
-        if self._store.mode == "r" or total == self._saved or not self._store.root.exists():
-            return
-        try:
-            self._store.save_usage(self._name, total)
-            self._saved = total
-        except StoreError as error:
-            _log.warning("hits and misses are not kept: %s", error)
 
 
 @dataclass(eq=False)

@@ -174,12 +174,15 @@ def explain(
     """
     from .augment import Augmentations
     from .cache import FeatureCache
+    from .errors import MovieError
     from .movies import Movie
 
     augmentations = Augmentations(policy, copies=copy, seed=seed)
     model, pooled = _load(backbone, weights, None, pooling, dtype)
     opened = Movie.open(movie, detections)
     frames = range(len(opened)) if frame is None else [frame]
+    if frame is not None and frame not in range(len(opened)):
+        raise MovieError(f"{movie} has no frame {frame}: expected 0 to {len(opened) - 1}")
     features = FeatureCache(cache, "r").movie(
         opened.frames, opened.masks, model, pooling=pooled, dtype=dtype, name=opened.name
     )

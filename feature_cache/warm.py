@@ -160,7 +160,7 @@ def plan_warm(
 def _unseen(movie: MovieFeatures, frames: list[int], seen: set[Digest]) -> list[int]:
     """Give one frame for each key that is not in `seen`, and add these keys to it."""
     first = {movie.key(t): t for t in reversed(frames) if movie.key(t) not in seen}
-    seen |= first.keys()
+    seen.update(first)
     return sorted(first.values())
 
 

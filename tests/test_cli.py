@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from feature_cache import FeatureCache, load_backbone
+from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.cli import main
 from feature_cache.store import Store
 
@@ -271,7 +271,7 @@ def test_backbones(run):
     assert "efficientnet-lite0  112    16" in run("backbones")[1]
 
 
-@pytest.mark.parametrize("command", ["warm", "ls", "stats", "backbones"])
+@pytest.mark.parametrize("command", ["warm", "ls", "stats", "explain", "backbones"])
 def test_help(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -286,3 +286,60 @@ def test_the_installed_command(tmp_path, small_folder):
     )
     assert json.loads(done.stdout)["computed"] == 6
     assert "computing: 100%" in done.stderr
+
+
+class TestCopies:
+    def test_raising_the_number_computes_only_the_new_ones(self, run, small_folder):
+        root, counts = small_folder(), []
+        for copies in (2, 5):
+            options = ["--copies", copies, "--seed", 7, "--json"]
+            _, out, _ = warm(run, root, options=options)
+            counts.append(json.loads(out)["computed"])
+        assert counts == [3 * 6, 3 * 6]
+
+    def test_equal_draws_count_once(self, run, small_folder):
+        options = ["--copies", 20, "--policy", "flips", "--json"]
+        _, out, _ = warm(run, small_folder(), options=options)
+        assert json.loads(out)["planned"] == 4 * 6
+
+    def test_explain_and_inspect(self, run, small_folder):
+        root = small_folder()
+        warm(run, root, options=["--copies", 2, "--seed", 42])
+        words = ["explain", root, "--cache", "cache", *MODEL[:4], "--seed", 42, "--frame", 3]
+        code, out, _ = run(*words, "--copy", 9)
+        assert code == 0
+        assert out.endswith("copy 9 of seed 42 (default) was never warmed (0-2 were)\n")
+        code, out, _ = run(*words, "--copy", 2, "--json")
+        [explained] = json.loads(out)
+        assert explained["hit"]
+        code, out, _ = run("inspect", explained["key"], "--cache", "cache")
+        draw = Augmentations("default", 2, 42).draw(2)
+        assert json.loads(out)["draw"] == draw.to_json()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--copies", "-1"], "copies is -1: expected an integer from 0 to 2147483647"),
+            (["--copies", "1", "--policy", "flip"], "unknown policy 'flip': did you mean 'flips'"),
+            (["--copies", "1", "--seed", "-4"], "seed is -4: expected an integer from 0"),
+        ],
+    )
+    def test_mistakes(self, run, small_folder, options, message):
+        code, _, err = warm(run, small_folder(), options=options)
+        assert code == 2
+        assert err.startswith(f"error: {message}")
+        assert not Path("cache").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--frame", "99"], "has no frame 99: expected 0 to 5"),
+            (["--copy", "-1"], "copies is -1"),
+        ],
+    )
+    def test_explaining_what_is_not_there(self, run, small_folder, words, message):
+        root = small_folder()
+        warm(run, root)
+        code, _, err = run("explain", root, "--cache", "cache", *MODEL[:4], *words)
+        assert code == 2
+        assert message in err

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-EXPECTED = ["movies/bacteria/01", "20 (124, 112) float16 [1 2 3]", "112 3", "float16 0 16"]
+EXPECTED = [
+    "movies/bacteria/01",
+    "20 (124, 112) float16 [1 2 3]",
+    "112 3",
+    "4 [{'name': 'd4', 'element': 'rotate_180'}]",
+    "float16 0 16",
+]
 
 
 def blocks(kind: str) -> list[str]:

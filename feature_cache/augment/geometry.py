@@ -132,8 +132,8 @@ class Scale(Operation):
 
     The predecessor's meaning (its ``RandomScale`` without ``preserve_size``, as its pipelines use
     it): the frame itself gets smaller and its field of view stays, nothing is cropped or padded.
-    Pixels are areas, the frame's edges stay its edges: ``y' = (y + 0.5) * H' / H - 0.5``. Frames are
-    resized by `torch.nn.functional.interpolate`, ``bilinear``, ``align_corners=False``, without
+    Pixels are areas, the frame's edges stay its edges: ``y' = (y + 0.5) * H' / H - 0.5``. Frames
+    are resized by `torch.nn.functional.interpolate`, ``bilinear``, ``align_corners=False``, without
     antialiasing; masks as by its ``nearest-exact``. Unlike the predecessor's, the mask takes the
     same map (its ``nearest`` was half a pixel off), and sizes round half up (it cut off).
 

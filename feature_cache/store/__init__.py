@@ -3,11 +3,13 @@
 from .index import Index
 from .inspect import inspect, record_sources
 from .pack import CODECS, Entry, Pack, read_provenance
-from .store import FORMAT_VERSION, Mode, Space, Store, Usage
+from .store import FORMAT_VERSION, Mode, Space, Store
+from .usage import Counter, Usage
 
 __all__ = [
     "CODECS",
     "FORMAT_VERSION",
+    "Counter",
     "Entry",
     "Index",
     "Mode",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..key import Keys
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Index:
     """An immutable table from keys to (pack, row), sorted by key.
 

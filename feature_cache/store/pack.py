@@ -5,7 +5,7 @@
     <pack>/zarr.json       group; its attributes hold the provenance
       keys       (n, 16) uint8   the record keys
       offsets    (n + 1,) int64  regions: record i has rows offsets[i] to offsets[i + 1]
-      checksums  (n,) uint64     xxh3-64 over key, labels and features of each record
+      checksums  (n,) uint64     xxh3-64 over key, shape, labels and features of each record
       labels     (R,) int32      regions only
       features   (R, C)          regions: one chunk, or (n, gh, gw, C): grids, one chunk a frame
 
@@ -81,8 +81,9 @@ class Entry:
 
 
 def record_checksum(key: bytes, record: Record) -> int:
-    """Sum up a record together with its key, so that swapped records are found too."""
+    """Sum up a record with its key and shape, so that swapped or reshaped ones are found too."""
     hasher = xxhash.xxh3_64(key)
+    hasher.update(np.array(record.features.shape, "<i8").data)
     if record.labels is not None:
         hasher.update(np.ascontiguousarray(record.labels, "<i4").data)
     hasher.update(np.ascontiguousarray(record.features).reshape(-1).view(np.uint8).data)

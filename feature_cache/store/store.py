@@ -19,7 +19,6 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ from ..key import Keys, Record
 from ..spec import SpaceSpec
 from .index import Index
 from .pack import TEMPORARY_PREFIX, Entry, Pack, read_keys, sync_folder, write_pack
+from .usage import Usage
 
 FORMAT_VERSION = 1
 Mode = Literal["a", "r"]
@@ -250,25 +250,6 @@ def _by_shape(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     yield from groups.values()
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """How a cache was used, in records."""
-
-    hits: int = 0
-    misses: int = 0
-    computed: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        """Sum up field by field."""
-        return Usage(
-            self.hits + other.hits, self.misses + other.misses, self.computed + other.computed
-        )
-
-    def to_json(self) -> dict[str, int]:
-        """Give the counters by name."""
-        return {"hits": self.hits, "misses": self.misses, "computed": self.computed}
-
-
 class Store:
     """A cache directory.
 
@@ -336,7 +317,10 @@ class Store:
         """Sum up what all processes kept."""
         total = Usage()
         for file in self.root.glob("stats/*.json"):
-            total += Usage(**json.loads(file.read_bytes()))
+            try:
+                total += Usage(**json.loads(file.read_bytes()))
+            except (ValueError, TypeError) as error:
+                _log.warning("leaving out the counters in %s, which are damaged: %s", file, error)
         return total
 
 

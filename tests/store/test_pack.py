@@ -72,7 +72,10 @@ def test_zarr_reads_what_we_read_bit_for_bit(
         assert content(read) == content(pack.record(row)) == content(entry.record)
         labels = b"" if read.labels is None else read.labels.tobytes()
         assert arrays["checksums"][row] == xxhash.xxh3_64_intdigest(
-            entry.key + labels + read.features.tobytes()
+            entry.key
+            + np.array(read.features.shape, "<i8").tobytes()
+            + labels
+            + read.features.tobytes()
         )
 
 
