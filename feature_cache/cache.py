@@ -375,6 +375,17 @@ class MovieFeatures:
             records = [fresh[t] if r is None else r for t, r in zip(wanted, records, strict=True)]
         return [self.expect(t, record) for t, record in zip(wanted, records, strict=True)]
 
+    def warm(self, *, batch_size: int = 8) -> int:
+        """Compute and commit all that is missing; give the number of records computed.
+
+        Raises
+        ------
+        As `FeatureCache.get_or_compute`.
+        """
+        absent = np.flatnonzero(~self.contains()).tolist()
+        self.cache.counter.add(Usage(hits=len(self) - len(absent), misses=len(absent)))
+        return self.compute(absent, batch_size=batch_size) if absent else 0
+
     def expect(self, t: int, record: Record | None) -> Record:
         """Give the record of frame `t` just computed or read, or raise if it is gone."""
         if record is None:

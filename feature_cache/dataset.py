@@ -139,12 +139,8 @@ class TokenFeatures:
 
     def warm(self) -> int:
         """Compute all that is missing, in every copy; give the number of records computed."""
-        computed = 0
-        for variants in self.variants:
-            for movie in variants:
-                absent = np.flatnonzero(~movie.contains()).tolist()
-                computed += movie.compute(absent, batch_size=self.batch_size)
-        return computed
+        copies = [copy for variants in self.variants for copy in variants]
+        return sum(copy.warm(batch_size=self.batch_size) for copy in copies)
 
     def _records(self, movie: MovieFeatures, times: list[int]) -> list[Record]:
         records = movie.get(times)

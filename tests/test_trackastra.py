@@ -15,7 +15,9 @@ from torch.utils.data import ConcatDataset, DataLoader
 from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.data.distributed import BalancedBatchSampler
 
-from feature_cache import MissingRecordError, Movie, MovieError
+from feature_cache import Augmentations, MissingRecordError, Movie, MovieError
+from feature_cache.dataset import choose_copy
+from feature_cache.geometry import rotate_features
 from feature_cache.pooling import pool
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import CachedCTCData, wrap, write_example
@@ -250,3 +252,157 @@ def test_example_movies_are_ctc_movies(tmp_path):
         assert parent == 0 or parent in present[first - 1]
     data = load(root)
     assert sum(data.n_divs) > 0
+
+
+def copies_of(root, cache, **options):
+    """Wrap a movie with five copies of the default policy."""
+    augmentations = Augmentations("default", copies=5, seed=2)
+    data = load(root, **options.pop("load", {}))
+    return wrap(data, cache, FakeBackbone(dim=6), augmentations=augmentations, **options), data
+
+
+class TestCopies:
+    def test_each_sample_has_the_features_and_the_geometry_of_its_copy(self, small_folder, cache):
+        data, plain = copies_of(small_folder(frames=8), cache)
+        draws = Augmentations("default", copies=5, seed=2).draws()
+        frames, masks, _ = make_movie(frames=8)
+        seen = set()
+        for epoch in range(6):
+            data.set_epoch(epoch)
+            for n in range(len(data)):
+                sample, before = data[n], plain[n]
+                assert sample["copy"] == choose_copy(2, epoch, n, 5)
+                draw = draws[sample["copy"]]
+                records = cache.get_or_compute(frames, masks, FakeBackbone(dim=6), draw=draw)
+                rows = [
+                    records[t].features[np.searchsorted(records[t].labels, label)]
+                    for t, label in zip(
+                        sample["timepoints"].tolist(), sample["labels"].tolist(), strict=True
+                    )
+                ]
+                assert np.array_equal(sample["pretrained_feats"], np.stack(rows).astype(np.float32))
+                expected = draw.map_points(before["coords0"][:, 1:].numpy(), (48, 64))
+                np.testing.assert_allclose(sample["coords0"][:, 1:], expected, atol=1e-4)
+                assert torch.equal(sample["coords0"][:, 0], before["coords0"][:, 0])
+                scale = np.sqrt(abs(np.linalg.det(draw.matrix((48, 64))[:2, :2])))
+                np.testing.assert_allclose(
+                    sample["features"][:, 0], before["features"][:, 0] * scale, rtol=1e-5
+                )
+                seen.add(sample["copy"])
+        assert seen == set(range(6))
+
+    def test_geometry_comes_on_top_of_what_ctcdata_augmented(self, small_folder, cache):
+        root = small_folder(frames=8)
+        options = {"load": {"augment": 3, "crop_size": (40, 50)}}
+        mapped, _ = copies_of(root, cache, **options)
+        kept, _ = copies_of(root, cache, geometry="keep", **options)
+        draws = Augmentations("default", copies=5, seed=2).draws()
+        for epoch, n in [(e, n) for e in range(4) for n in range(len(mapped))]:
+            samples = []
+            for data in (mapped, kept):
+                for generator in (data.augmenter, data.cropper, *data.augmenter.augmentations):
+                    generator._rng = np.random.RandomState(n)
+                torch.manual_seed(n)
+                np.random.seed(n)
+                data.set_epoch(epoch)
+                samples.append(data[n])
+            ours, theirs = samples
+            draw = draws[ours["copy"]]
+            moved = draw.map_points(theirs["coords0"][:, 1:].numpy(), (48, 64))
+            np.testing.assert_allclose(ours["coords0"][:, 1:], moved, atol=1e-3)
+            torch.testing.assert_close(
+                ours["coords"] - ours["coords0"], theirs["coords"] - theirs["coords0"]
+            )
+            assert torch.equal(ours["pretrained_feats"], theirs["pretrained_feats"])
+            assert torch.equal(ours["labels"], theirs["labels"])
+
+    def test_the_choice_is_shared_by_a_concat_and_its_workers(self, small_folder, cache):
+        augmentations = Augmentations("flips", copies=3, seed=5)
+        members = [load(small_folder("one", frames=6)), load(small_folder("two", seed=4, frames=6))]
+        data = wrap(ConcatDataset(members), cache, FakeBackbone(), augmentations=augmentations)
+        assert data.warm() > 0
+        assert data.warm() == 0
+        for workers, method in ((0, None), (2, "fork"), (2, "spawn")):
+            loader = DataLoader(
+                data, batch_size=None, num_workers=workers, multiprocessing_context=method
+            )
+            for epoch in range(2):
+                data.set_epoch(epoch)
+                chosen = [sample["copy"] for sample in loader]
+                assert chosen == [choose_copy(5, epoch, n % 3, 3) for n in range(6)]
+
+    def test_batches_of_copies_are_collated(self, small_folder, cache):
+        data, _ = copies_of(small_folder(frames=8), cache, load={"augment": 1})
+        sampler = BalancedBatchSampler(data, batch_size=2)
+        for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate_sequence_padding):
+            assert batch["pretrained_feats"].shape[2] == 6
+
+
+class TestShallowFeatures:
+    @pytest.mark.parametrize(
+        ("props", "columns"),
+        [(None, 0), ("regionprops_small", 5), ("regionprops", 8), ("regionprops2", 7)],
+    )
+    @pytest.mark.parametrize("compress", [False, True])
+    def test_are_those_of_trackastra_pretrained_feats(
+        self, small_folder, cache, props, columns, compress
+    ):
+        from trackastra_pretrained_feats.data.wrfeat import WRPretrainedFeatures
+
+        plain = load(small_folder())
+        data = wrap(
+            load(small_folder(), compress=compress), cache, FakeBackbone(), additional_props=props
+        )
+        sample = data[1]
+        assert sample["features"].shape == (len(sample["labels"]), columns)
+        assert data.feat_dim == columns
+        if props is None:
+            return
+        table, *_, names = WRPretrainedFeatures.get_regionprops_features(
+            props, plain.det_masks["TRA"], plain.imgs
+        )
+        rows = table.set_index(["timepoint", "label"])
+        ordered = [column for name in names for column in table.columns if column.startswith(name)]
+        tokens = zip(sample["timepoints"].tolist(), sample["labels"].tolist(), strict=True)
+        expected = np.stack([rows.loc[token, ordered].to_numpy(np.float32) for token in tokens])
+        np.testing.assert_allclose(sample["features"], expected, rtol=1e-5)
+
+    def test_go_through_ctcdatas_augmentation(self, small_folder, cache):
+        data = wrap(
+            load(small_folder(), augment=3), cache, FakeBackbone(), additional_props="regionprops"
+        )
+        sizes = {round(float(data[0]["features"][0, 0]), 3) for _ in range(12)}
+        assert len(sizes) > 3
+
+    def test_the_original_is_left_alone(self, small_folder, cache):
+        plain = load(small_folder())
+        wrap(plain, cache, FakeBackbone(), additional_props="regionprops_small")
+        assert plain[0]["features"].shape[1] == 7
+
+    def test_rotate_features(self, small_folder, cache):
+        plain = load(small_folder())
+        data = wrap(plain, cache, FakeBackbone(dim=6))
+        rotated = wrap(plain, cache, FakeBackbone(dim=6), rotate_features=True)
+        for n in range(len(data)):
+            sample = data[n]
+            expected = rotate_features(sample["pretrained_feats"], sample["coords"], (48, 64))
+            assert torch.equal(rotated[n]["pretrained_feats"], expected)
+            assert not torch.equal(expected, sample["pretrained_feats"])
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"additional_props": "regionprops3"}, LookupError, "unknown additional_props"),
+            ({"geometry": "turn"}, LookupError, "unknown geometry 'turn': Known: map, keep"),
+        ],
+    )
+    def test_unknown_words(self, small_folder, cache, options, error, message):
+        with pytest.raises(error, match=message):
+            wrap(load(small_folder()), cache, FakeBackbone(), **options)
+
+    def test_other_features_cannot_be_exchanged_or_mapped(self, small_folder, cache):
+        data = load(small_folder(), features="regionprops2")
+        for options in ({"additional_props": None}, {"augmentations": Augmentations()}):
+            with pytest.raises(ValueError, match="load it with features='wrfeat'"):
+                wrap(data, cache, FakeBackbone(), **options)
+        wrap(data, cache, FakeBackbone(), augmentations=Augmentations(), geometry="keep")[0]
