@@ -104,5 +104,5 @@ def load_backbone(
         raise UnknownNameError("backbone", name, known)
     module, factory = known[name].factory.split(":")
     return cast(
-        "Backbone", getattr(import_module(module), factory)(weights, device, dtype, **options)
+        "Backbone", getattr(import_module(module), factory)(name, weights, device, dtype, **options)
     )

