@@ -1,0 +1,6 @@
+"""Where the two wings meet: records are looked up in the store, and computed by backbones."""
+
+from .cache import FeatureCache
+from .movie import Images, MovieFeatures, Progress
+
+__all__ = ["FeatureCache", "Images", "MovieFeatures", "Progress"]
