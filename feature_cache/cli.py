@@ -150,7 +150,7 @@ def _load(
 def _bar(what: str, total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="frame", file=sys.stderr)
+    return tqdm(total=total, desc=what, unit="frame", file=sys.stderr, disable=not total)
 
 
 @app.command()
@@ -281,6 +281,8 @@ def _print_table(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
 def _cell(name: str, value: object) -> str:
     if name == "bytes" and isinstance(value, int):
         return _size(value)
+    if value is None:
+        return "-"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

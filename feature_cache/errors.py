@@ -63,7 +63,7 @@ class UnknownNameError(FeatureCacheError, LookupError):
         self.kind, self.name, self.known = kind, name, tuple(known)
         close = get_close_matches(name, self.known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}Known: {', '.join(self.known)}")
+        super().__init__(f"unknown {kind} {name!r}: {hint}Known: {', '.join(self.known) or 'none'}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
         return type(self), (self.kind, self.name, self.known)

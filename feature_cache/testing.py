@@ -1,4 +1,6 @@
-"""For tests, ours and those of packages around us: a backbone without a model.
+"""For tests, ours and those of packages around us: a backbone without a model, and its conformance.
+
+`check_backbone` is what a backbone of any package must pass.
 
 Examples
 --------
@@ -6,13 +8,16 @@ Examples
 >>> backbone = FakeBackbone(dim=4, stride=8)
 >>> backbone.embed(torch.zeros(2, 16, 24)).shape
 torch.Size([2, 2, 3, 4])
+>>> check_backbone(backbone)
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +25,9 @@ from torch import Tensor
 
 from .hashing import frame_digest, state_digest
 from .spec import BackboneSpec, Normalization
+
+if TYPE_CHECKING:
+    from .backbones.base import Backbone
 
 
 class FakeBackbone:
@@ -86,3 +94,127 @@ class FakeBackbone:
         cells = padded.reshape(gh, stride, gw, stride).swapaxes(1, 2).reshape(gh, gw, -1)
         grid = np.einsum("ijk,kc->ijc", cells, self.projection[:-1]) + self.projection[-1]
         return np.tanh(grid / stride).astype(np.float32).reshape(gh, gw, dim)
+
+
+def check_backbone(
+    backbone: Backbone,
+    *,
+    shapes: tuple[tuple[int, int], ...] = ((96, 160), (176, 112)),
+    tolerance: float = 1e-4,
+) -> None:
+    """Check that a backbone keeps what `Backbone` promises, on random frames of 0..1.
+
+    It checks the spec (complete, comes back from JSON), the grid's shape against it, that numbers
+    are finite, repeat, take no gradient and don't depend on the rest of the batch or on the
+    caller's autocast, that the frames stay as they are, and that the grid lies on the frame as
+    pooling takes it to: a bright square in a corner changes the cells of that corner most.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    shapes : tuple of (height, width)
+        Of the frames; of both orientations, so that axes that are swapped are found.
+    tolerance : float
+        By how much a frame's grid may change with the batch, relative to its largest value.
+
+    Raises
+    ------
+    AssertionError
+        Says which promise is broken, and how.
+    """
+    _check_spec(backbone)
+    for seed, shape in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.rand((3, *shape), generator=generator) * 0.5
+        corner = (seed % 2 == 0, seed // 2 % 2 == 0)
+        square = _corner(shape, *corner)
+        frames = torch.stack([noise[0], noise[0].clone(), noise[1]])
+        frames[1][square] = 1.0
+        grids = _check_embedding(backbone, frames)
+        _check_rows(backbone, frames, grids, tolerance)
+        _check_place(grids, corner, f"{backbone.spec.name} for frames of {shape}")
+
+
+def _fail_unless(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
+def _check_spec(backbone: Backbone) -> None:
+    spec = backbone.spec
+    again = BackboneSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    _fail_unless(again == spec, f"{spec.name}: its spec comes back from JSON as {again}")
+    _fail_unless(
+        len(bytes.fromhex(spec.weights)) == 16,
+        f"{spec.name}: weights {spec.weights!r} are no digest of 16 bytes in hex",
+    )
+    _fail_unless(
+        spec.width > 0 and spec.stride > 0,
+        f"{spec.name}: width {spec.width} and stride {spec.stride} must be positive",
+    )
+    module = vars(backbone).get("module") if hasattr(backbone, "__dict__") else None
+    _fail_unless(not getattr(module, "training", False), f"{spec.name} is in training mode")
+
+
+def _check_embedding(backbone: Backbone, frames: Tensor) -> Tensor:
+    """Embed frames; check the grids' shape and values, and that the frames stay as they are."""
+    spec, before = backbone.spec, frames.clone()
+    grids = backbone.embed(frames)
+    _fail_unless(torch.equal(frames, before), f"{spec.name} changed the frames it was given")
+    _fail_unless(not grids.requires_grad, f"{spec.name} keeps a graph for gradients")
+    fits = grids.ndim == 4 and (len(grids), grids.shape[3]) == (len(frames), spec.width)
+    lengths = spec.input_size or tuple(frames.shape[1:])
+    spans = [
+        length // spec.stride <= cells <= -(-length // spec.stride)
+        for cells, length in zip(grids.shape[1:3], lengths, strict=False)
+    ]
+    padded = spec.input_size is not None and min(grids.shape[1:3]) > 0
+    fits = fits and (any(spans) if padded else all(spans))
+    _fail_unless(
+        fits,
+        f"{spec.name} gave {tuple(grids.shape)} for frames {tuple(frames.shape)}: its spec says "
+        f"width {spec.width}, stride {spec.stride}, input size {spec.input_size}",
+    )
+    _fail_unless(bool(torch.isfinite(grids).all()), f"{spec.name} gave NaN or infinity")
+    return grids.float().cpu()
+
+
+def _check_rows(backbone: Backbone, frames: Tensor, grids: Tensor, tolerance: float) -> None:
+    """Check that a frame's grid repeats, alone as in the batch."""
+    name = backbone.spec.name
+    alone = backbone.embed(frames[2:]).float().cpu()
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        again = backbone.embed(frames[2:]).float().cpu()
+    _fail_unless(
+        torch.equal(alone, again),
+        f"{name} gave other numbers for the same frame a second time (the second time inside "
+        "torch.autocast, which must not matter)",
+    )
+    off = float((alone[0] - grids[2]).abs().max() / grids[2].abs().max().clamp(min=1e-30))
+    _fail_unless(
+        off <= tolerance,
+        f"{name}: a frame's grid depends on its batch, by {off:.2g} of its largest value "
+        f"(allowed: {tolerance:g})",
+    )
+
+
+def _corner(shape: tuple[int, ...], bottom: bool, right: bool) -> tuple[slice, ...]:
+    """Select a third of each axis in one corner."""
+    thirds = [-(-length // 3) for length in shape]
+    return tuple(
+        slice(length - third, None) if far else slice(0, third)
+        for length, third, far in zip(shape, thirds, (bottom, right), strict=True)
+    )
+
+
+def _check_place(grids: Tensor, corner: tuple[bool, bool], what: str) -> None:
+    """Check that grids 0 and 1, of frames that differ in a corner, differ most there."""
+    change = (grids[1] - grids[0]).norm(dim=-1)
+    inside = torch.zeros_like(change, dtype=torch.bool)
+    inside[_corner(tuple(change.shape), *corner)] = True
+    within, outside = float(change[inside].mean()), float(change[~inside].mean())
+    _fail_unless(
+        within > outside,
+        f"{what}: a bright square in a corner changed that corner's cells by {within:.3g} on "
+        f"average and the others by {outside:.3g}: does the grid lie on the frame, row by row?",
+    )

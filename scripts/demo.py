@@ -52,7 +52,7 @@ def write_movies(folder: Path) -> list[Path]:
 
 def warm(cache: FeatureCache, movies: list[Movie], backbone, pooling: str) -> WarmReport:
     plan = plan_warm(cache, movies, backbone, pooling=pooling)
-    with tqdm(total=plan.missing, desc="computing", unit="frame", leave=False) as bar:
+    with tqdm(total=plan.missing, desc="computing", unit="frame", disable=not plan.missing) as bar:
         return run_warm(plan, progress=bar.update)
 
 

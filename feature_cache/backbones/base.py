@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, UnknownNameError
+from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import Digest, state_digest
 from ..memo import remembered_digest
 from ..spec import BackboneSpec
@@ -127,11 +128,31 @@ class TorchBackbone(ABC):
         return module.to(self.device)
 
     def embed(self, frames: Tensor) -> Tensor:
-        """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32, on the device."""
+        """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32, on the device.
+
+        Raises
+        ------
+        FrameError
+            The frames have channels, or are smaller than a cell.
+        """
         images = torch.as_tensor(frames, dtype=torch.float32).to(self.device)
-        with torch.inference_mode(), self._autocast():
+        self._check_frames(images)
+        with torch.inference_mode(), exact_float32(self.device), self._autocast():
             grid = self._forward(self._as_input(images))
         return grid.float()
+
+    def _check_frames(self, images: Tensor) -> None:
+        spec = self.spec
+        if images.ndim != 3:
+            raise FrameError(
+                f"frames of shape {tuple(images.shape)} for {spec.name}: expected (B, H, W), "
+                "one channel; make grey images of coloured ones first"
+            )
+        if spec.input_size is None and min(images.shape[1:]) < spec.stride:
+            raise FrameError(
+                f"frames of {images.shape[1]}x{images.shape[2]} pixels for {spec.name}: smaller "
+                f"than one cell of its grid, {spec.stride} pixels"
+            )
 
     @abstractmethod
     def _describe(self, weights: str) -> BackboneSpec:
@@ -154,7 +175,13 @@ class TorchBackbone(ABC):
 
     def _weights_file(self) -> Path | None:
         """Name the file the weights come from, where they come from one."""
-        return None if self._seed() is not None or self.weights is None else Path(self.weights)
+        if self._seed() is not None:
+            return None
+        return self._own_weights() if self.weights is None else Path(self.weights)
+
+    def _own_weights(self) -> Path | None:
+        """Find the file of the model's own weights, where they come from one."""
+        return None
 
     def _seed(self) -> int | None:
         if self.weights is None or not self.weights.startswith("random:"):
@@ -167,11 +194,17 @@ class TorchBackbone(ABC):
     def _weights_digest(self) -> Digest:
         file = self._weights_file()
         if file is None:
-            return module_digest(self.module)
+            return self._module_digest()
         if not file.is_file():
             raise BackboneError(f"no weights at {file}: name a checkpoint file, or random:<seed>")
-        purpose = f"weights of {self.name}, revision {self.revision}"
-        return remembered_digest(file, purpose, lambda: module_digest(self.module))
+        return remembered_digest(file, self._weights_purpose(), self._module_digest)
+
+    def _weights_purpose(self) -> str:
+        """Say what, besides the file, decides which weights the network gets."""
+        return f"weights of {self.name}, revision {self.revision}"
+
+    def _module_digest(self) -> Digest:
+        return state_dict_digest(self.module.state_dict())
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -180,9 +213,9 @@ class TorchBackbone(ABC):
             yield
 
 
-def module_digest(module: nn.Module) -> Digest:
+def state_dict_digest(state: Mapping[str, Tensor]) -> Digest:
     """Digest a network's weights: names, dtypes, shapes and bytes of its state dict."""
-    return state_digest((name, _as_array(tensor)) for name, tensor in module.state_dict().items())
+    return state_digest((name, _as_array(tensor)) for name, tensor in state.items())
 
 
 def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -195,21 +228,100 @@ def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 def load_checkpoint(file: Path) -> dict[str, Tensor]:
     """Read a state dict from a file, executing nothing in it.
 
+    A checkpoint that holds the state dict under ``"model"`` or ``"state_dict"`` gives that.
+
     Raises
     ------
     BackboneError
         If the file holds anything but named tensors.
     """
-    import pickle
-
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BackboneError(f"{file} is no state dict that can be read safely: {first}") from error
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    for name in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise BackboneError(f"{file} holds a {type(state).__name__}, expected named tensors")
     return state
+
+
+def _read_torch(file: Path) -> Any:
+    import pickle
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackboneError(f"{file} is no state dict that can be read safely: {first}") from error
+
+
+def _read_safetensors(file: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"{file} is no safetensors file: {error}") from error
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Give a network its weights, every one and no other.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Changed in place.
+    state : mapping of str to Tensor
+    source : object
+        Where the weights come from, for an error.
+
+    Raises
+    ------
+    BackboneError
+        Names or shapes differ; says which.
+    """
+    wanted = module.state_dict()
+    differing = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": [
+            name for name in wanted if name in state and state[name].shape != wanted[name].shape
+        ],
+    }
+    parts = [f"{len(v)} {kind} ({_some(v)})" for kind, v in differing.items() if v]
+    if parts:
+        raise BackboneError(
+            f"{source} does not fit {type(module).__name__}: of its {len(wanted)} tensors "
+            + ", ".join(parts)
+        )
+    module.load_state_dict(state)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def resize_frames(images: Tensor, size: tuple[int, int], rule: str) -> Tensor:
+    """Resize frames (B, H, W) to a size; frames that have it already stay as they are.
+
+    Parameters
+    ----------
+    images : (B, H, W) float32
+    size : (height, width)
+    rule : str
+        ``"bilinear"`` or ``"bicubic"``, either with ``"-antialias"`` (which makes a difference
+        only where frames shrink). Corners are not aligned: pixels are areas.
+    """
+    if tuple(images.shape[-2:]) == size:
+        return images
+    resized = nn.functional.interpolate(
+        images[:, None],
+        size,
+        mode=rule.removesuffix("-antialias"),
+        align_corners=False,
+        antialias=rule.endswith("-antialias"),
+    )
+    return resized[:, 0]
 
 
 @contextmanager
@@ -218,3 +330,48 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+_exact_lock = threading.Lock()
+_exact_depth = 0
+_exact_before: list[tuple[Any, str, Any]] = []
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Compute float32 in float32 on CUDA: no TensorFloat-32, whatever the process has chosen.
+
+    What was chosen comes back when the last of the threads inside has left. Does nothing on other
+    devices.
+    """
+    global _exact_depth
+    if device.type != "cuda":
+        yield
+        return
+    with _exact_lock:
+        if _exact_depth == 0:
+            _exact_before[:] = [_switch(*switch) for switch in _tf32_switches()]
+        _exact_depth += 1
+    try:
+        yield
+    finally:
+        with _exact_lock:
+            _exact_depth -= 1
+            if _exact_depth == 0:
+                for owner, name, before in _exact_before:
+                    setattr(owner, name, before)
+
+
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """Name torch's switches of TensorFloat-32 and what turns each off, by its version."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(torch.backends, "fp32_precision"):
+        return [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
+
+
+def _switch(owner: Any, name: str, value: Any) -> tuple[Any, str, Any]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return owner, name, before

@@ -1,0 +1,92 @@
+"""Checkpoints on disk: which file a path stands for, and whether it is what was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BackboneError
+from .base import load_checkpoint
+
+
+def model_file(path: Path) -> Path:
+    """Name the checkpoint that a path stands for: a file, or a folder as save_pretrained writes.
+
+    Raises
+    ------
+    BackboneError
+        The folder holds no ``model.safetensors``.
+    """
+    if not path.is_dir():
+        return path
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise BackboneError(
+            f"no model.safetensors in {path}: name the folder that save_pretrained wrote "
+            "(in one shard), or a checkpoint file"
+        )
+    return file
+
+
+def read_tensors(file: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Read the tensors whose names start with a prefix, which is cut off.
+
+    Parameters
+    ----------
+    file : Path
+        ``.safetensors``, or a state dict that torch can read with ``weights_only=True``.
+    prefixes : sequence of str
+        The first that any name starts with is taken; ``""`` takes all.
+
+    Raises
+    ------
+    BackboneError
+        It is no such file, or no name starts with any of the prefixes.
+    """
+    tensors = load_checkpoint(file)
+    for prefix in prefixes:
+        chosen = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if chosen:
+            return chosen
+    raise BackboneError(
+        f"{file} is a checkpoint of another model: none of its {len(tensors)} tensors is named "
+        f"{' or '.join(f'{prefix}…' for prefix in prefixes)}; the first is "
+        f"{next(iter(tensors), None)!r}"
+    )
+
+
+def check_config(folder: Path, wanted: Mapping[str, Any], model: str, part: str = "") -> None:
+    """Check that the ``config.json`` beside a checkpoint, if there, describes this architecture.
+
+    Parameters
+    ----------
+    folder : Path
+    wanted : mapping of str to JSON
+        What must be so where the file says anything of it.
+    model : str
+        What to call the architecture in an error.
+    part : str
+        The part of the file that is meant, such as ``"vision_config"``.
+
+    Raises
+    ------
+    BackboneError
+        It can't be read, or a value differs.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise BackboneError(f"{file} is no JSON: {error}") from error
+    config = config.get(part, {}) if part else config
+    for name, value in json.loads(json.dumps(dict(wanted))).items():
+        if name in config and config[name] != value:
+            raise BackboneError(
+                f"{file} does not describe {model}: {name} is {config[name]!r}, expected {value!r}"
+            )

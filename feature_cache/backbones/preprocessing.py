@@ -1,0 +1,55 @@
+"""What becomes of a frame before a network sees it: its size, and the range of its pixels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import BackboneError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_input_size(size: int | tuple[int, int], multiple: int, name: str) -> tuple[int, int]:
+    """Give an input size as (H, W).
+
+    Raises
+    ------
+    BackboneError
+        It is no positive multiple of the network's patch.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(n, int) or n < multiple or n % multiple for n in pair):
+        raise BackboneError(
+            f"input size {size!r} of {name}: expected a whole number of pixels, or (H, W), each a "
+            f"multiple of {multiple} and at least {multiple}"
+        )
+    return pair[0], pair[1]
+
+
+def scale_by_percentiles(frames: Tensor, low: float, high: float) -> Tensor:
+    """Scale each frame linearly: its percentile `low` to 0, `high` to 1; nothing is clipped.
+
+    Parameters
+    ----------
+    frames : (B, H, W) float32
+    low, high : float
+        0 to 100, with linear interpolation as NumPy's ``percentile``.
+
+    Returns
+    -------
+    (B, H, W) float32
+        Zeros for a frame whose two percentiles are equal.
+    """
+    ranked = frames.flatten(1).sort(dim=1).values
+    bottom, top = (_percentile(ranked, q)[:, None, None] for q in (low, high))
+    spread = top - bottom
+    scaled = (frames - bottom) / spread.where(spread > 0, 1.0)
+    return scaled.where(spread > 0, 0.0)
+
+
+def _percentile(ranked: Tensor, q: float) -> Tensor:
+    place = q / 100 * (ranked.shape[1] - 1)
+    below = int(place)
+    above = min(below + 1, ranked.shape[1] - 1)
+    return ranked[:, below].lerp(ranked[:, above], place - below)

@@ -1,0 +1,223 @@
+"""Any model of timm that has feature maps or tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..spec import BackboneSpec
+from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
+from .hub import hub_file
+from .preprocessing import check_input_size
+
+_INSTALL = 'pip install "feature-cache[timm]"'
+
+
+class Timm(TorchBackbone):
+    """Intermediate features of a model of timm.
+
+    Parameters
+    ----------
+    name : str
+        ``timm/`` and the model's name, such as ``"timm/convnext_atto.d2_in1k"``; without a tag it
+        is the default one.
+    weights, device, dtype
+        As `TorchBackbone`; by default timm's own pretrained weights. A path is a checkpoint in any
+        form that the model reads.
+    layer : int
+        Index into the model's intermediate features, from either end. The last (default) of a
+        convolutional model is coarse, stride 32 as a rule; -2 has half of it.
+    input_size : int or (height, width), optional
+        What frames are resized to. By default the model's own size, for models made for one;
+        otherwise frames keep theirs, but for the rounding up to a whole number of cells that
+        makes the grid span the frame.
+
+    Notes
+    -----
+    timm's ``forward_intermediates``: class and register tokens are dropped, patch tokens become a
+    grid. The final norm is applied to a vision transformer's last layer (as ``forward_features``
+    does), and to no other. Mean, deviation and interpolation (antialiased) are those of the
+    model's ``pretrained_cfg``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        layer: int = -1,
+        input_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(name, weights, device, dtype)
+        self.input_size = None if input_size is None else check_input_size(input_size, 1, name)
+        self.layer = layer
+
+    @cached_property
+    def _plan(self) -> _Plan:
+        """What the architecture says, from a model without weights."""
+        with torch.device("meta"):
+            network = self._create()
+        return _plan(self.name, network, self.layer, self.input_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what another process finds by itself."""
+        state = super().__getstate__()
+        state.pop("_plan", None)
+        return state
+
+    def _describe(self, weights: str) -> BackboneSpec:
+        plan = self._plan
+        return BackboneSpec(
+            name=self.name,
+            revision=self.revision,
+            weights=weights,
+            layer=plan.layer,
+            width=plan.width,
+            stride=plan.stride,
+            input_size=plan.input_size,
+            resize=plan.resize,
+            mean=plan.mean,
+            std=plan.std,
+            dtype=self.dtype,
+            extra={"norm": plan.norm},
+        )
+
+    def _weights_purpose(self) -> str:
+        return f"{super()._weights_purpose()}, input {self.input_size}"
+
+    def _own_weights(self) -> Path:
+        config = _import_timm(self.name).get_pretrained_cfg(self._model)
+        repo = getattr(config, "hf_hub_id", None)
+        if not repo:
+            raise BackboneError(
+                f"timm has no weights for {self.name} on the hub: pass weights=<path of a "
+                "checkpoint> or weights='random:<seed>'"
+            )
+        return hub_file(repo, config.hf_hub_filename or "model.safetensors")
+
+    @property
+    def _model(self) -> str:
+        return self.name.removeprefix("timm/")
+
+    def _build(self) -> nn.Module:
+        file = self._weights_file()
+        if file is not None:
+            network = self._create_with(load_checkpoint(file), file)
+        else:
+            with seeded(self._seed() or 0):
+                network = self._create()
+        network.reset_classifier(0)  # type: ignore[operator]
+        return network
+
+    def _create(self, **options: Any) -> nn.Module:
+        timm = _import_timm(self.name)
+        name = self._model
+        if not timm.is_model(name):
+            close = get_close_matches(name, timm.list_models(), n=5)
+            raise UnknownNameError("model of timm", name, (*close, "all of timm.list_models()"))
+        if self.input_size is not None and _has_own_size(timm.get_pretrained_cfg(name)):
+            options["img_size"] = self.input_size
+        try:
+            return cast(nn.Module, timm.create_model(name, **options))
+        except TypeError as error:
+            raise BackboneError(f"{self.name} can't take another input_size: {error}") from error
+
+    def _create_with(self, state: dict[str, Tensor], file: Path) -> nn.Module:
+        """Build the model from a checkpoint, which timm converts where it is in another form."""
+        config = _import_timm(self.name).get_pretrained_cfg(self._model)
+        head = config.classifier if isinstance(config.classifier, str) else "head"
+        classes = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
+        overlay = {"state_dict": state, "num_classes": classes}
+        try:
+            network = self._create(
+                pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
+            )
+        except (RuntimeError, KeyError) as error:
+            lines = " ".join(line.strip() for line in str(error).splitlines())
+            raise BackboneError(f"{file} does not fit {self.name}: {lines[:400]}") from error
+        network.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator,union-attr]
+        return network
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        spec = self.spec
+        size = spec.input_size or _round_up(images.shape[1:], spec.stride)
+        rule = spec.resize.removeprefix("round-up-")
+        return super()._as_input(resize_frames(images, size, rule))
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        plan = self._plan
+        options = {"norm": True} if plan.norm else {}
+        [features] = self.module.forward_intermediates(  # type: ignore[operator]
+            inputs, indices=[plan.index], stop_early=True, intermediates_only=True, **options
+        )
+        return cast(Tensor, features).permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a spec needs to know of a model."""
+
+    index: int
+    layer: str
+    width: int
+    stride: int
+    input_size: tuple[int, int] | None
+    resize: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    norm: bool
+
+
+def _plan(name: str, network: Any, layer: int, input_size: tuple[int, int] | None) -> _Plan:
+    levels = list(getattr(network, "feature_info", []))
+    if not levels or not hasattr(network, "forward_intermediates"):
+        raise BackboneError(f"{name} has no intermediate features that timm can give")
+    if not -len(levels) <= layer < len(levels):
+        raise UnknownNameError(f"layer of {name}", str(layer), map(str, range(len(levels))))
+    index = layer % len(levels)
+    config, level = network.pretrained_cfg, levels[index]
+    own = _has_own_size(config) or hasattr(network, "patch_embed")
+    size = input_size or (tuple(config["input_size"][1:]) if own else None)
+    if size is not None and (size[0] % level["reduction"] or size[1] % level["reduction"]):
+        raise BackboneError(f"{name}: input_size {size} is no multiple of {level['reduction']}")
+    rule = config["interpolation"] if config["interpolation"] != "random" else "bicubic"
+    return _Plan(
+        index=index,
+        layer=level["module"],
+        width=level["num_chs"],
+        stride=level["reduction"],
+        input_size=size,
+        resize=f"{rule}-antialias" if size is not None else "round-up-bilinear",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        norm=hasattr(network, "num_prefix_tokens") and index == len(levels) - 1,
+    )
+
+
+def _has_own_size(config: Any) -> bool:
+    """Whether a model is made for one input size."""
+    read = config.get if isinstance(config, dict) else lambda key: getattr(config, key)
+    return bool(read("fixed_input_size"))
+
+
+def _round_up(shape: Sequence[int], stride: int) -> tuple[int, int]:
+    height, width = (-(-length // stride) * stride for length in shape)
+    return height, width
+
+
+def _import_timm(name: str) -> ModuleType:
+    try:
+        return import_module("timm")
+    except ImportError as error:
+        raise MissingDependencyError("timm", f"the backbone {name!r}", _INSTALL) from error
