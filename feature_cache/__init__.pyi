@@ -15,6 +15,7 @@ from .errors import CorruptRecordError as CorruptRecordError
 from .errors import DrawError as DrawError
 from .errors import FeatureCacheError as FeatureCacheError
 from .errors import FrameError as FrameError
+from .errors import FrameTypeError as FrameTypeError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import MissingRecordError as MissingRecordError
 from .errors import MovieError as MovieError

@@ -19,6 +19,7 @@ from .errors import FeatureCacheError
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
+    from .cache import FeatureCache
 
 app = typer.Typer(
     name="feature-cache",
@@ -61,7 +62,9 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 @app.command()
@@ -86,15 +89,14 @@ def warm(
     Example: feature-cache warm data/01 data/02 --cache features --backbone efficientnet-lite0
     """
     from .augment import Augmentations
-    from .cache import FeatureCache
     from .warm import open_movies, plan_warm, run_warm
 
     augmentations = Augmentations(policy, copies, seed)
     model, pooled = _load(backbone, weights, device, pooling, dtype, codec)
-    opened, failures = open_movies(movies, detections)
+    opened, failures = open_movies(movies, detections if pooled else None)
     if not opened:
         raise _NoMovieError("; ".join(failure.reason for failure in failures))
-    store = FeatureCache(cache, codec=codec)
+    store = _open_cache(cache, codec)
     with _bar("hashing", sum(map(len, opened))) as bar:
         plan = plan_warm(
             store,
@@ -126,6 +128,20 @@ class _NoMovieError(FeatureCacheError):
     """No movie could be opened."""
 
 
+def _open_cache(root: Path, codec: str) -> FeatureCache:
+    """Open a cache for warming; one that can only be read will do where nothing is missing."""
+    from .cache import FeatureCache
+    from .errors import ReadOnlyCacheError
+
+    try:
+        return FeatureCache(root, codec=codec)
+    except ReadOnlyCacheError as error:
+        if not (root / "zarr.json").exists():
+            raise
+        logging.getLogger(__name__).info("%s", error)
+        return FeatureCache(root, "r", codec)
+
+
 def _load(
     backbone: str,
     weights: str | None,
@@ -150,7 +166,9 @@ def _load(
 def _bar(what: str, total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="frame", file=sys.stderr, disable=not total)
+    return tqdm(
+        total=total, desc=what, unit="frame", file=sys.stderr, disable=not total or not sys.stderr
+    )
 
 
 @app.command()
@@ -179,7 +197,7 @@ def explain(
 
     augmentations = Augmentations(policy, copies=copy, seed=seed)
     model, pooled = _load(backbone, weights, None, pooling, dtype)
-    opened = Movie.open(movie, detections)
+    opened = Movie.open(movie, detections if pooled else None)
     frames = range(len(opened)) if frame is None else [frame]
     if frame is not None and frame not in range(len(opened)):
         raise MovieError(f"{movie} has no frame {frame}: expected 0 to {len(opened) - 1}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from .augment import Augmentations, Draw
-from .cache import MovieFeatures
-from .errors import FrameError, MissingRecordError
+from .cache import MovieFeatures, check_batch_size
+from .errors import DrawError, FrameError, MissingRecordError, UnknownNameError
 from .hashing import digest_json
 from .key import Record
 
@@ -49,6 +49,13 @@ class Copies:
 
     augmentations: Augmentations
     _epoch: Tensor = field(default_factory=_no_epoch)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.augmentations, Augmentations):
+            raise DrawError(
+                f"augmentations is {self.augmentations!r}: expected an Augmentations, such as "
+                'Augmentations("default", copies=3, seed=0)'
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; DataLoader workers that are already running see it too."""
@@ -93,6 +100,11 @@ class TokenFeatures:
     copies: Copies | None = None
     on_miss: OnMiss = "compute"
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.on_miss not in get_args(OnMiss):
+            raise UnknownNameError("on_miss", self.on_miss, get_args(OnMiss))
+        check_batch_size(self.batch_size)
 
     def __call__(self, movie: int, timepoints: Tensor, labels: Tensor, copy: int = 0) -> Tensor:
         """Give the features of some tokens of one movie.

@@ -4,6 +4,7 @@
 
     FeatureCacheError
     ├── FrameError              ValueError       a frame or mask that can't be embedded
+    │   └── FrameTypeError      TypeError        pixels or labels that are no numbers of use
     ├── DrawError               ValueError       a draw or policy that is not defined
     ├── MovieError              ValueError       a movie whose parts are missing or disagree
     │   └── MovieNotFoundError  FileNotFoundError
@@ -34,6 +35,10 @@ class FrameError(FeatureCacheError, ValueError):
     """A frame or a mask that can't be embedded: NaN pixels, wrong shape or dtype."""
 
 
+class FrameTypeError(FrameError, TypeError):
+    """A frame or a mask of a dtype that can't be embedded or enter a key."""
+
+
 class DrawError(FeatureCacheError, ValueError):
     """An augmentation (operation, draw or policy) that is not defined."""
 
@@ -61,7 +66,7 @@ class UnknownNameError(FeatureCacheError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         self.kind, self.name, self.known = kind, name, tuple(known)
-        close = get_close_matches(name, self.known, n=1)
+        close = get_close_matches(str(name), self.known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         super().__init__(f"unknown {kind} {name!r}: {hint}Known: {', '.join(self.known) or 'none'}")
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from .errors import FrameError
+from .errors import FrameError, FrameTypeError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Digest: TypeAlias = bytes
@@ -113,8 +113,8 @@ def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest
 
     Raises
     ------
-    TypeError
-        If the pixels are no real numbers.
+    FrameTypeError
+        If the pixels are no real numbers; also a TypeError.
     FrameError
         If a pixel is NaN or infinite, or the shape is not that of a frame.
     """
@@ -123,9 +123,13 @@ def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest
 
 def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArray[np.float32]:
     """Give a frame's pixels as a new or shared float32 array, checked as in `frame_digest`."""
+    if isinstance(frame, np.ma.MaskedArray) and np.ma.is_masked(frame):
+        raise FrameError(f"{where} is a masked array with masked pixels: fill them first")
     frame = np.asarray(frame)
     if frame.dtype.kind not in "buif":
-        raise TypeError(f"{where} has dtype {frame.dtype}: expected bool, integer or float pixels")
+        raise FrameTypeError(
+            f"{where} has dtype {frame.dtype}: expected bool, integer or float pixels"
+        )
     if frame.ndim not in (2, 3) or frame.size == 0:
         raise FrameError(
             f"{where} has shape {frame.shape}: expected (H, W) or (Z, H, W), none of them 0"
@@ -154,8 +158,8 @@ def mask_digest(mask: NDArray[np.generic], where: str = "the mask") -> Digest:
 
     Raises
     ------
-    TypeError
-        If the labels are not integers.
+    FrameTypeError
+        If the labels are not integers; also a TypeError.
     FrameError
         If a label is negative or above 2**31 - 1, or the shape is not that of a mask.
     """
@@ -166,7 +170,7 @@ def mask_labels(mask: NDArray[np.generic], where: str = "the mask") -> NDArray[n
     """Give a mask's labels as a new or shared int32 array, checked as in `mask_digest`."""
     mask = np.asarray(mask)
     if mask.dtype.kind not in "bui":
-        raise TypeError(f"{where} has dtype {mask.dtype}: expected integer labels")
+        raise FrameTypeError(f"{where} has dtype {mask.dtype}: expected integer labels")
     if mask.ndim not in (2, 3) or mask.size == 0:
         raise FrameError(
             f"{where} has shape {mask.shape}: expected (H, W) or (Z, H, W), none of them 0"

@@ -79,9 +79,14 @@ class TiffSeries:
         image = read_tiff(file)
         if not self.labels:
             return image
-        labels = image.astype(np.int32)
-        if not np.array_equal(labels, image):
-            raise MovieError(f"{file} holds {image.dtype} values that are no int32 labels")
+        with np.errstate(invalid="ignore"):
+            labels = image.astype(np.int32)
+        wrong = image[labels != image]
+        if wrong.size:
+            raise MovieError(
+                f"{file} holds {image.dtype} values that are no labels, such as {wrong[0]}: "
+                "expected whole numbers from 0 to 2147483647; relabel the mask"
+            )
         return labels
 
     def name_of(self, t: int) -> str:
@@ -98,7 +103,17 @@ def read_tiff(file: Path) -> NDArray[Any]:
         If it is missing or damaged.
     """
     try:
-        return np.asarray(tifffile.imread(file))
+        with tifffile.TiffFile(file) as opened:
+            series = opened.series[0]
+            if "S" in series.axes:
+                raise MovieError(
+                    f"{file} is a colour image of shape {series.shape}: convert it to one channel"
+                )
+            return np.asarray(series.asarray())
+    except MovieError:
+        raise
+    except PermissionError as error:
+        raise MovieError(f"no permission to read {file}") from error
     except (
         OSError,
         ValueError,
@@ -118,24 +133,25 @@ class Movie:
     ----------
     root : Path
         The folder of the frames.
-    frames, masks : TiffSeries
-        As many of one as of the other.
-    detections : str
+    frames : TiffSeries
+    masks : TiffSeries or None
+        As many as frames; None where the movie was opened without.
+    detections : str or None
         The detection folder's name as asked for.
-    detection_folder : Path
+    detection_folder : Path or None
     """
 
     root: Path
     frames: TiffSeries
-    masks: TiffSeries
-    detections: str
-    detection_folder: Path
+    masks: TiffSeries | None = None
+    detections: str | None = None
+    detection_folder: Path | None = None
 
     @classmethod
     def open(
         cls,
         path: str | Path,
-        detections: str = "TRA",
+        detections: str | None = "TRA",
         *,
         slice_pct: tuple[float, float] = (0.0, 1.0),
         downscale_temporal: int = 1,
@@ -148,7 +164,7 @@ class Movie:
         path : path
             ``01``, ``01_GT/TRA`` or ``01_ERR_SEG``; or a folder with ``img`` and ``TRA`` in it.
         detections : str
-            Where the masks are, such as ``"TRA"`` or ``"ERR_SEG"``.
+            Where the masks are, such as ``"TRA"`` or ``"ERR_SEG"``; None opens frames alone.
         slice_pct : (float, float)
             Part of the movie, from and to, 0 to 1.
         downscale_temporal, downscale_spatial : int
@@ -161,23 +177,24 @@ class Movie:
         MovieError
             No frames or masks in it, or not as many.
         """
-        root, default = _find_root(Path(path).expanduser())
-        if not root.is_dir():
-            raise MovieNotFoundError(f"no movie at {root}: no such folder")
-        folder = _find_detections(root, default or detections)
-        image_files = _list_tiffs(image_folder(root), "frames")
-        mask_files = _list_tiffs(folder, f"masks ({detections})")
+        _check_part(slice_pct, downscale_temporal, downscale_spatial)
+        try:
+            root, default = _find_root(path)
+            image_files = _list_tiffs(image_folder(root), "frames")
+            if detections is None:
+                part = _part_of(len(image_files), slice_pct, downscale_temporal)
+                return cls(root, TiffSeries(image_files[part], downscale_spatial))
+            folder = _find_detections(root, default or detections)
+            mask_files = _list_tiffs(folder, f"masks ({detections})")
+        except PermissionError as error:
+            raise MovieError(f"no permission to look into {error.filename}") from error
         if len(image_files) != len(mask_files):
             raise MovieError(
                 f"{root} has {len(image_files)} frames and {folder} has {len(mask_files)} masks: "
                 "expected as many masks as frames"
             )
         overlays = _find_overlays(folder, len(mask_files))
-        part = slice(
-            int(len(mask_files) * slice_pct[0]),
-            int(len(mask_files) * slice_pct[1]),
-            downscale_temporal,
-        )
+        part = _part_of(len(mask_files), slice_pct, downscale_temporal)
         return cls(
             root=root,
             frames=TiffSeries(image_files[part], downscale_spatial),
@@ -193,7 +210,7 @@ class Movie:
     @property
     def name(self) -> str:
         """Folder and detections: how errors and provenance call the movie."""
-        return f"{self.root} {self.detections}"
+        return f"{self.root} {self.detections or ''}".rstrip()
 
     @cached_property
     def tracks(self) -> Tracks:
@@ -204,11 +221,34 @@ class Movie:
         MovieError
             If there is no such file, or it holds anything else.
         """
+        if self.detection_folder is None:
+            raise MovieError(f"{self.root} was opened without masks, so it has no tracks")
         return read_tracks(self.detection_folder / "man_track.txt")
 
 
-def _find_root(path: Path) -> tuple[Path, str | None]:
-    """Give the folder of the frames, and the detections that `path` itself names."""
+def _part_of(count: int, slice_pct: tuple[float, float], step: int) -> slice:
+    return slice(int(count * slice_pct[0]), int(count * slice_pct[1]), step)
+
+
+def _check_part(slice_pct: tuple[float, float], *downscales: int) -> None:
+    if not 0 <= slice_pct[0] < slice_pct[1] <= 1:
+        raise MovieError(f"slice_pct {slice_pct}: expected 0 <= from < to <= 1")
+    if min(downscales) < 1:
+        raise MovieError(f"downscale {min(downscales)}: expected 1 or more")
+
+
+def _find_root(given: str | Path) -> tuple[Path, str | None]:
+    """Give the folder of the frames, and the detections that the path itself names."""
+    path = Path(given).expanduser()
+    path = path.absolute() if path.name in ("", "..") else path
+    root, detections = _split_path(path)
+    if not root.is_dir():
+        found = "not a folder" if root.exists() else "no such folder"
+        raise MovieNotFoundError(f"no movie at {root}: {found}")
+    return root, detections
+
+
+def _split_path(path: Path) -> tuple[Path, str | None]:
     if path.name == "TRA":
         return path.parent.parent / path.parent.name.split("_")[0], "TRA"
     if "ERR_SEG" in path.name:
@@ -247,7 +287,9 @@ def image_folder(root: Path) -> Path:
 def _list_tiffs(folder: Path, kind: str) -> tuple[Path, ...]:
     files = tuple(sorted(folder.glob("*.tif")))
     if not files:
-        raise MovieError(f"{folder} has no {kind}: expected files named *.tif")
+        others = sorted({file.suffix for file in folder.iterdir() if file.suffix} - {".txt"})
+        found = f", found {', '.join(others)}" if others else ""
+        raise MovieError(f"{folder} has no {kind}: expected files named *.tif{found}")
     return files
 
 

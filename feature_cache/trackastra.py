@@ -386,6 +386,8 @@ def write_example(name: str, root: str | os.PathLike[str]) -> Path:
     Path
         `root`.
     """
+    if name not in EXAMPLES:
+        raise UnknownNameError("example movie", name, EXAMPLES)
     loaders = {example: getattr(example_data, f"example_data_{example}") for example in EXAMPLES}
     frames, masks = loaders[name]()
     linked, tracks = link_by_overlap(masks)

@@ -16,7 +16,7 @@ from .movies import Movie
 from .store import Usage
 
 _log = logging.getLogger(__name__)
-_PART_FAILS = (BackboneError, FrameError, MovieError, TypeError)
+_PART_FAILS = (BackboneError, FrameError, MovieError)
 """Errors that end one movie, not the whole run."""
 
 
@@ -97,7 +97,9 @@ class WarmReport:
         }
 
 
-def open_movies(paths: Iterable[str], detections: str = "TRA") -> tuple[list[Movie], list[Failure]]:
+def open_movies(
+    paths: Iterable[str], detections: str | None = "TRA"
+) -> tuple[list[Movie], list[Failure]]:
     """Open movies; what can't be opened becomes a failure."""
     movies, failures = [], []
     for path in paths:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_cache import (
+    DrawError,
     FeatureCache,
     FrameError,
     MissingRecordError,
@@ -287,6 +288,8 @@ class TestFailure:
             ({"masks": np.zeros((6, 48, 63), int)}, MovieError, r"shape \(48, 64\) and its mask"),
             ({"masks": np.zeros((6, 48, 64))}, TypeError, "mask 0 has dtype float64"),
             ({"pooling": "mean"}, UnknownNameError, "unknown pooling 'mean'"),
+            ({"draw": "hflip"}, DrawError, "draw is a str: expected a Draw"),
+            ({"frames": np.ma.masked_less(np.ones((6, 48, 64)), 2)}, FrameError, "masked pixels"),
             ({"dtype": "int8"}, UnknownNameError, "unknown storage dtype"),
             ({"batch_size": 0}, ValueError, "batch_size 0"),
         ],

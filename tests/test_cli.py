@@ -81,6 +81,27 @@ class TestWarm:
         assert code == 0
         assert "warning: frame 1 of" in err
 
+    def test_grids_need_no_masks(self, run, small_folder):
+        root = small_folder()
+        shutil.rmtree(f"{root}_GT")
+        code, out, _ = warm(run, root, options=["--pooling", "none", "--json"])
+        assert (code, json.loads(out)["computed"]) == (0, 6)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="changes to another user")
+    def test_a_cache_that_can_only_be_read_will_do_where_nothing_is_missing(
+        self, run, small_folder, tmp_path
+    ):
+        one, two = small_folder("one"), small_folder("two", seed=8)
+        warm(run, one)
+        for place in tmp_path, *tmp_path.parents[:2]:
+            place.chmod(0o755)
+        found = _in_another_user(lambda: warm(run, one, options=["--json"])[:2])
+        assert found[0] == 0
+        assert json.loads(found[1])["present"] == 6
+        code, _, err = _in_another_user(lambda: warm(run, two))
+        assert code == 2
+        assert "can only be read" in err
+
     def test_one_bad_movie_does_not_stop_the_rest(self, run, small_folder):
         code, out, err = warm(run, "nowhere/01", small_folder(), options=["--json"])
         report = json.loads(out)
@@ -122,6 +143,7 @@ class TestMistakes:
             (["--codec", "gzip"], "unknown codec 'gzip': Known: raw, zstd, blosc"),
             (["--detections", "SEG"], "has no masks 'SEG'"),
             (["--weights", "nowhere.pth"], "no weights at nowhere.pth"),
+            (["--weights", "random:99999999999999999999"], "a whole number below 2**63"),
             (["--device", "cuda:7"], "no device 'cuda:7' here"),
             (["--device", "tpu9"], "no device 'tpu9' here"),
         ],
@@ -214,6 +236,54 @@ class TestMistakes:
         assert code[0] == 2
         assert "no permission to write in" in code[1]
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="changes to another user")
+    def test_no_permission_to_look(self, run, small_folder, tmp_path):
+        root = small_folder()
+        warm(run, root)
+        for place in tmp_path, *tmp_path.parents[:2]:
+            place.chmod(0o755)
+        for closed, words in [
+            (root.parent, ["warm", root, "--cache", "cache", *MODEL]),
+            (tmp_path / "cache" / "spaces", ["ls", "--cache", "cache"]),
+        ]:
+            closed.chmod(0o600)
+            code, _, err = _in_another_user(lambda words=words: run(*words))
+            assert code == 2
+            assert "ermission" in err
+            assert len(err.splitlines()) == 1
+
+    @pytest.mark.parametrize("command", ["warm", "explain"])
+    def test_pixels_that_are_no_numbers_of_use(self, run, small_folder, command):
+        root = small_folder()
+        warm(run, root)
+        for file in root.glob("*.tif"):
+            tifffile.imwrite(file, np.zeros((48, 64), np.complex64))
+        code, _, err = run(command, root, "--cache", "cache", *MODEL[:4])
+        assert code == 2
+        assert "has dtype complex64: expected bool, integer or float pixels" in err
+
+    def test_colour_images(self, run, small_folder):
+        root = small_folder()
+        for file in root.glob("*.tif"):
+            tifffile.imwrite(file, np.zeros((48, 64, 3), np.uint8), photometric="rgb")
+        code, _, err = warm(run, root, options=["--pooling", "none"])
+        assert code == 2
+        assert "is a colour image of shape (48, 64, 3): convert it to one channel" in err
+
+    def test_other_files_than_tif(self, run, small_folder):
+        root = small_folder()
+        for file in root.glob("*.tif"):
+            file.rename(file.with_suffix(".tiff"))
+        assert "expected files named *.tif, found .tiff" in warm(run, root)[2]
+
+    def test_a_damaged_pack_cannot_be_inspected(self, run, small_folder):
+        warm(run, small_folder())
+        [pack] = Path("cache").glob("spaces/*/packs/*/zarr.json")
+        pack.write_text("{")
+        code, _, err = run("inspect", pack.parent.name, "--cache", "cache")
+        assert code == 2
+        assert "is damaged: no provenance in it" in err
+
     def test_no_words_at_all(self, run):
         assert run()[0] == 2
         code, _, err = run("warm")
@@ -255,6 +325,14 @@ def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatc
     monkeypatch.setenv("FEATURE_CACHE_DIR", "cache")
     assert run("warm", small_folder(), *MODEL)[0] == 0
     assert "efficientnet-lite0" in run("ls")[1]
+
+
+def test_a_closed_stderr_stops_nothing(tmp_path, small_folder):
+    command = Path(sys.executable).with_name("feature-cache")
+    words = f"{command} warm {small_folder()} --cache cache {' '.join(MODEL)} --json 2>&-"
+    done = subprocess.run(words, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["computed"] == 6
 
 
 def test_an_empty_cache(run):

@@ -5,7 +5,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from feature_cache import CachedFeatureDataset, FrameError, MissingRecordError
+from feature_cache import (
+    CachedFeatureDataset,
+    DrawError,
+    FrameError,
+    MissingRecordError,
+    UnknownNameError,
+)
 from feature_cache.testing import FakeBackbone
 
 
@@ -99,6 +105,19 @@ def test_an_unknown_label_is_never_zeros(movie):
     dataset = CachedFeatureDataset(One([]), [movie])
     with pytest.raises(FrameError, match="label 77 is not in the mask of frame 2 of movie"):
         dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"augmentations": "default"}, DrawError, "augmentations is 'default'"),
+        ({"on_miss": "skip"}, UnknownNameError, "unknown on_miss 'skip': Known: compute, error"),
+        ({"batch_size": 0}, ValueError, "batch_size 0"),
+    ],
+)
+def test_wrong_words(movie, small, options, error, message):
+    with pytest.raises(error, match=message):
+        CachedFeatureDataset(Tokens(small[1]), [movie], **options)
 
 
 def test_grids_have_no_rows(cache, small):

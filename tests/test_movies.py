@@ -149,7 +149,9 @@ def test_a_mask_of_another_shape(small_folder, cache):
 def test_a_mask_that_holds_no_labels(small_folder):
     root = small_folder()
     half_labels(root)
-    with pytest.raises(MovieError, match="float32 values that are no int32 labels"):
+    with pytest.raises(
+        MovieError, match=r"float32 values that are no labels, such as 0.5: expected whole"
+    ):
         Movie.open(root).masks[2]
 
 

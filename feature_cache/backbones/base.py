@@ -187,8 +187,10 @@ class TorchBackbone(ABC):
         if self.weights is None or not self.weights.startswith("random:"):
             return None
         text = self.weights.removeprefix("random:")
-        if not text.isdecimal():
-            raise BackboneError(f"weights {self.weights!r}: expected random:<seed>, a whole number")
+        if not (text.isascii() and text.isdecimal() and int(text) < 1 << 63):
+            raise BackboneError(
+                f"weights {self.weights!r}: expected random:<seed>, a whole number below 2**63"
+            )
         return int(text)
 
     def _weights_digest(self) -> Digest:

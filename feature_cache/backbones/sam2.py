@@ -44,8 +44,8 @@ class SAM2(TorchBackbone):
         trackastra-pretrained-feats does not (the default here); it makes no difference to frames
         of at most `input_size`.
     standardize : bool
-        Whether ImageNet's mean is subtracted and its deviation divided by, as SAM 2 was trained
-        (the default). trackastra-pretrained-feats leaves it out: False gives its numbers.
+        Whether ImageNet's mean is subtracted and its deviation divided by, as SAM 2 was trained.
+        trackastra-pretrained-feats leaves it out, and so does the default: its numbers.
 
     Notes
     -----
@@ -62,7 +62,7 @@ class SAM2(TorchBackbone):
         dtype: str | None = None,
         input_size: int | tuple[int, int] = 1024,
         antialias: bool = False,
-        standardize: bool = True,
+        standardize: bool = False,
     ) -> None:
         super().__init__(name, weights, device, dtype)
         if name not in NAMES:

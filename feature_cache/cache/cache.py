@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ..augment import IDENTITY, Draw
-from ..errors import UnknownNameError
+from ..errors import DrawError, UnknownNameError
 from ..explain import Explanation
 from ..hashing import Digest
 from ..key import Record
@@ -93,6 +93,10 @@ class FeatureCache:
 
         Parameters as `get_or_compute`; `name` is how errors and provenance call the movie.
         """
+        if draw is not None and not isinstance(draw, Draw):
+            raise DrawError(
+                f"draw is a {type(draw).__name__}: expected a Draw, such as Augmentations().draw(1)"
+            )
         return MovieFeatures(
             self, frames, masks, backbone, SpaceSpec(backbone.spec, pooling, dtype),
             draw or IDENTITY, name,

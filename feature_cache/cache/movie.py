@@ -158,6 +158,7 @@ class MovieFeatures:
         ------
         As `FeatureCache.get_or_compute`.
         """
+        check_batch_size(batch_size)
         wanted = list(range(len(self)) if indices is None else indices)
         records = self.get(wanted)
         absent = [t for t, record in zip(wanted, records, strict=True) if record is None]
@@ -210,10 +211,9 @@ class MovieFeatures:
         if self.cache.store.mode == "r":
             raise MissingRecordError(
                 f"{len(indices)} records, first {self.where(indices[0])}, are not in "
-                f"{self.cache!r}, which is read-only: warm it, or open it with mode='a'"
+                f"{self.cache!r}, which can only be read: warm it where you may write"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size}: expected 1 or more")
+        check_batch_size(batch_size)
         unique = list({self.key(t): t for t in reversed(indices)}.values())[::-1]
         jobs = (self._job(t) for t in unique)
         records = compute_records(jobs, self.spec, self.backbone, self.draw, batch_size)
@@ -301,6 +301,12 @@ class MovieFeatures:
 def _file_name(images: Images | None, t: int) -> str:
     named = getattr(images, "name_of", None)
     return str(named(t)) if named is not None else ""
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError for a number of frames that makes no batch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected 1 or more")
 
 
 class _Commits:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import MissingRecordError
+from ..errors import CorruptRecordError, MissingRecordError
 from ..hashing import JSON
 from .pack import Pack, read_keys, read_provenance
 from .store import Space, Store
+
+_log = logging.getLogger(__name__)
 
 
 def record_sources(space: Space) -> Iterator[dict[str, Any]]:
     """Give what the writers said of each record of a space, in no order that matters.
 
-    A pack that vanishes meanwhile, or whose provenance is damaged, is left out.
+    A pack that vanishes meanwhile is left out, and so, with a warning in the log, is one whose
+    provenance is damaged.
     """
     for name in space.pack_names():
         try:
-            rows = read_provenance(space.packs_folder / name)["records"]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+            yield from read_provenance(space.packs_folder / name)["records"]
+        except FileNotFoundError:
             continue
-        yield from (row for row in rows if isinstance(row, dict))
+        except CorruptRecordError as error:
+            _log.warning("%s; its records are left out", error)
 
 
 def inspect(store: Store, what: str) -> dict[str, JSON]:
@@ -84,7 +88,7 @@ def _describe_space(space: Space) -> dict[str, JSON]:
 def _describe_pack(space: Space, name: str) -> dict[str, JSON]:
     keys = [key.tobytes().hex() for key in read_keys(space.packs_folder / name)]
     provenance = read_provenance(space.packs_folder / name)
-    sources = provenance.pop("records", [])
+    sources = provenance.pop("records")
     records = [{"key": key, **source} for key, source in zip(keys, sources, strict=False)]
     return {
         "kind": "pack",
@@ -98,7 +102,7 @@ def _describe_pack(space: Space, name: str) -> dict[str, JSON]:
 def _describe_record(space: Space, name: str, row: int) -> dict[str, JSON]:
     pack = Pack(space.packs_folder / name)
     record = pack.record(row)
-    sources = read_provenance(pack.path).get("records", [])
+    sources = read_provenance(pack.path)["records"]
     return {
         "kind": "record",
         "name": pack.keys[row].tobytes().hex(),

@@ -377,9 +377,22 @@ def _missing_is_corrupt(pack: Path) -> Iterator[None]:
 
 
 def read_provenance(pack: Path) -> dict[str, Any]:
-    """Read what a pack's writer said of itself and of each record."""
-    meta = json.loads((pack / "zarr.json").read_bytes())
-    provenance: dict[str, Any] = meta["attributes"]["provenance"]
+    """Read what a pack's writer said of itself and, under ``records``, of each record.
+
+    Raises
+    ------
+    CorruptRecordError
+        If it is damaged.
+    FileNotFoundError
+        If the pack is gone.
+    """
+    try:
+        provenance: dict[str, Any] = json.loads((pack / "zarr.json").read_bytes())["attributes"][
+            "provenance"
+        ]
+        provenance["records"] = [dict(record) for record in provenance["records"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptRecordError(f"{pack / 'zarr.json'} is damaged: no provenance in it") from error
     return provenance
 
 

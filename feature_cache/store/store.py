@@ -300,8 +300,10 @@ class Store:
 
     def spaces(self) -> list[Space]:
         """List the spaces on disk, refreshed, by name."""
-        folders = sorted(path.parent for path in self.root.glob("spaces/*/zarr.json"))
-        spaces = [Space(path, _read_spec(path), self.mode) for path in folders]
+        with _reading(self.root / "spaces"):
+            folders = [self.root / "spaces" / name for name in _list_folder(self.root / "spaces")]
+            there = [folder for folder in folders if (folder / "zarr.json").exists()]
+            spaces = [Space(folder, _read_spec(folder), self.mode) for folder in there]
         for space in spaces:
             space.refresh()
         return spaces
@@ -316,12 +318,21 @@ class Store:
     def total_usage(self) -> Usage:
         """Sum up what all processes kept."""
         total = Usage()
-        for file in self.root.glob("stats/*.json"):
+        with _reading(self.root / "stats"):
+            names = [n for n in _list_folder(self.root / "stats") if n.endswith(".json")]
+        for file in (self.root / "stats" / name for name in names):
             try:
                 total += Usage(**json.loads(file.read_bytes()))
             except (ValueError, TypeError) as error:
                 _log.warning("leaving out the counters in %s, which are damaged: %s", file, error)
         return total
+
+
+def _list_folder(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def _check_root(root: Path, mode: Mode) -> bool:

@@ -57,13 +57,14 @@ def predicted(upstream, frame):
 
 class TestParity:
     def test_image_embedding_equals_the_predictors(self, checkpoint, frame, predicted):
-        ours = load_backbone(TINY, checkpoint, "cpu").embed(torch.from_numpy(frame)[None])
+        backbone = load_backbone(TINY, checkpoint, "cpu", standardize=True)
+        ours = backbone.embed(torch.from_numpy(frame)[None])
         expected = predicted["image_embed"].permute(0, 2, 3, 1)
         assert ours.shape == (1, 64, 64, 256)
         assert relative(ours, expected) <= 1e-4
 
     def test_high_resolution_equals_the_predictors(self, checkpoint, frame, predicted):
-        backbone = load_backbone(f"{TINY}/highres", checkpoint, "cpu")
+        backbone = load_backbone(f"{TINY}/highres", checkpoint, "cpu", standardize=True)
         ours = backbone.embed(torch.from_numpy(frame)[None])
         expected = predicted["high_res_feats"][0].permute(0, 2, 3, 1)
         assert ours.shape == (1, 256, 256, 32)
@@ -75,14 +76,16 @@ class TestParity:
         from sam2.utils.transforms import SAM2Transforms
 
         frame = torch.rand(1, 300, 421, generator=torch.Generator().manual_seed(0))
-        backbone = load_backbone(TINY, "random:0", "cpu", antialias=antialias, **SMALL)
+        backbone = load_backbone(
+            TINY, "random:0", "cpu", antialias=antialias, standardize=True, **SMALL
+        )
         ours = backbone._as_input(frame)
         transforms = SAM2Transforms(256, 0.0)
         expected = transforms(frame[0].numpy()[..., None].repeat(3, axis=-1))[None]
         assert (relative(ours, expected) <= 1e-5) == antialias
 
     @pytest.mark.parametrize(("highres", "cells", "width"), [(False, 64, 256), (True, 256, 32)])
-    def test_unstandardised_equals_the_predecessor(
+    def test_the_default_equals_the_predecessor(
         self, upstream, checkpoint, frame, monkeypatch, highres, cells, width
     ):
         """Its extractor, without the autocast that makes it compute in bfloat16."""
@@ -95,7 +98,7 @@ class TestParity:
         expected = extractor._run_model([np.repeat(frame[None], 3, axis=0)])
         monkeypatch.undo()
         name = f"{TINY}/highres" if highres else TINY
-        backbone = load_backbone(name, checkpoint, "cpu", standardize=False)
+        backbone = load_backbone(name, checkpoint, "cpu")
         ours = backbone.embed(torch.from_numpy(frame)[None])
         assert relative(ours, expected.reshape(1, cells, cells, width)) <= 1e-4
 
@@ -110,13 +113,13 @@ class TestSpec:
                 ("facebook/sam2-hiera-tiny", {}),
                 (TINY, {"input_size": 512}),
                 (TINY, {"antialias": True}),
-                (TINY, {"standardize": False}),
+                (TINY, {"standardize": True}),
             ]
         ]
         assert len({str(spec.to_json()) for spec in specs}) == len(specs)
 
     def test_says_everything(self):
-        spec = load_backbone(TINY, "random:0", "cpu").spec
+        spec = load_backbone(TINY, "random:0", "cpu", standardize=True).spec
         assert spec.input_size == (1024, 1024)
         assert (spec.resize, spec.layer) == ("bilinear", "backbone_fpn[-1]")
         assert spec.mean == (0.485, 0.456, 0.406)
