@@ -14,6 +14,7 @@ from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
 from synthetic import make_movie
 
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]  # they have no doctests
 settings.register_profile("tests", deadline=None)  # no test asserts on a time
 settings.load_profile("tests")
 
