@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import state_digest
 from ..spec import BackboneSpec, Normalization
+from .base import find_device
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class _DebugBackbone:
+class _DebugBackbone(ABC):
     """A backbone without a network, computed with NumPy."""
 
     revision: ClassVar[int] = 1
@@ -28,7 +30,7 @@ class _DebugBackbone:
     ) -> None:
         if dtype not in (None, "float32"):
             raise UnknownNameError(f"compute dtype of {name}", str(dtype), ["float32"])
-        self.name, self.weights, self.device = name, weights, torch.device(device or "cpu")
+        self.name, self.weights, self.device = name, weights, find_device(device or "cpu")
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) float32 into grids (B, gh, gw, width) float32."""
@@ -40,8 +42,9 @@ class _DebugBackbone:
         grids = [self._embed_frame(np.ascontiguousarray(frame)) for frame in arrays]
         return torch.from_numpy(np.stack(grids)).to(self.device)
 
+    @abstractmethod
     def _embed_frame(self, frame: NDArray[np.float32]) -> NDArray[np.float32]:
-        raise NotImplementedError
+        """Embed one frame (H, W) into a grid (gh, gw, width)."""
 
 
 class RandomNoise(_DebugBackbone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -148,8 +149,9 @@ class _Stretched(HubBackbone):
             load_into(network, state, file)
         return network
 
+    @abstractmethod
     def _make(self, transformers: Any) -> nn.Module:
-        raise NotImplementedError
+        """Build the network of this name's configuration, with random weights."""
 
     def _module_digest(self) -> Digest:
         state = self.module.state_dict()

@@ -91,3 +91,8 @@ class TestEncodedLabels:
 def test_mistakes(name, weights, options, error):
     with pytest.raises(error, match=name):
         load_backbone(name, weights, **options)
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(BackboneError, match="no device 'tpu9' here"):
+        load_backbone("debug/random", device="tpu9")
