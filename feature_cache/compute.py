@@ -68,6 +68,11 @@ def normalize(frame: Pixels, normalization: Normalization, where: str = "the fra
     same shape, float32
         All zeros, with a `ConstantFrameWarning`, where the two percentiles are equal.
 
+    Raises
+    ------
+    FrameError
+        The percentiles are too far apart for float32.
+
     Notes
     -----
     The percentiles, and clipping, are those of ``percentile_norm`` in trackastra-pretrained-feats
@@ -84,7 +89,13 @@ def normalize(frame: Pixels, normalization: Normalization, where: str = "the fra
             stacklevel=2,
         )
         return np.zeros_like(frame)
-    return np.clip((frame - low) / (high - low), np.float32(0), np.float32(1))
+    with np.errstate(over="ignore"):  # an outlier's infinity is clipped to 0 or 1
+        span, above = high - low, frame - low
+    if not np.isfinite(span):
+        raise FrameError(
+            f"{where} goes from {low:.4g} to {high:.4g}, too far for float32: rescale its pixels"
+        )
+    return np.clip(above / span, np.float32(0), np.float32(1))
 
 
 def compute_records(

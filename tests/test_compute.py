@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from feature_cache import IDENTITY, BackboneError, SpaceSpec
+from feature_cache import IDENTITY, BackboneError, FrameError, SpaceSpec
 from feature_cache.compute import ConstantFrameWarning, Job, compute_records, normalize
 from feature_cache.hashing import frame_digest
 from feature_cache.pooling import pool
@@ -49,6 +49,11 @@ class TestNormalize:
         frame = np.full((4, 4), value, np.float32)
         with pytest.warns(ConstantFrameWarning, match="frame 3 is constant"):
             assert not normalize(frame, Normalization(), "frame 3").any()
+
+    def test_a_range_beyond_float32_is_an_error(self):
+        frame = np.linspace(-3e38, 3e38, 64, dtype=np.float64).astype(np.float32).reshape(8, 8)
+        with pytest.raises(FrameError, match=r"frame 3 goes from .* too far for float32"):
+            normalize(frame, Normalization(), "frame 3")
 
     def test_none_leaves_the_pixels(self):
         frame = np.array([[1.0, 300.0]], np.float32)
