@@ -2,8 +2,16 @@
 
 A file is known by path, size, modification time (ns) and inode, as git's index and ccache know
 theirs, and not remembered before it is two seconds old: a younger one might still change within
-the resolution of its time stamp. The memo is each user's own (`memo_folder`), as paths and inodes
-mean nothing on another machine. Losing it costs time, never numbers.
+the resolution of its time stamp. What is made from several files is recalled if all of them are
+unchanged. The memo is each user's own (`memo_folder`), as paths and inodes mean nothing on another
+machine. Losing it costs time, never numbers.
+
+There is one file for each folder and purpose: the checksum of the rest in hexadecimal, a line end,
+and JSON. It is read once and written as a whole, under a temporary name that is then renamed.
+Processes that write the same one at once may lose what another has just added.
+
+A file that changes under the same size, time and inode is not noticed. `no_memo`, or
+``FEATURE_CACHE_MEMO=off``, reads everything.
 """
 
 from __future__ import annotations
@@ -13,75 +21,234 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import platformdirs
 
-from .hashing import JSON, Digest, canonical_json, digest_json
+from .hashing import Digest, digest_bytes, digest_json
 
 _log = logging.getLogger(__name__)
+_MEMO_VERSION = 1
 _MINIMUM_AGE_NS = 2_000_000_000
+_WRITE_SECONDS = 60.0
+_switched_off: ContextVar[bool] = ContextVar("_switched_off", default=False)
+
+_Identity: TypeAlias = list[int]
+"""Size, modification time in ns, inode; a list, as JSON gives it back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """The digest of what was read from files.
+
+    Parameters
+    ----------
+    digest : bytes, 16
+    shape : tuple of int
+        Of the image; empty where it is none.
+    """
+
+    digest: Digest
+    shape: tuple[int, ...] = ()
 
 
 def memo_folder() -> Path:
     """Give the folder of the memo: ``FEATURE_CACHE_MEMO``, or one in the user's cache folder."""
     chosen = os.environ.get("FEATURE_CACHE_MEMO")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("feature_cache")) / "memo"
+    if chosen and chosen != "off":
+        return Path(chosen)
+    return Path(platformdirs.user_cache_dir("feature_cache")) / "memo"
 
 
-def remembered_digest(file: Path, purpose: JSON, compute: Callable[[], Digest]) -> Digest:
-    """Give the digest that `compute` makes of a file, from memory where the file is unchanged.
+def memo_is_off() -> bool:
+    """Tell whether digests are neither recalled nor remembered here and now."""
+    return _switched_off.get() or os.environ.get("FEATURE_CACHE_MEMO") == "off"
+
+
+@contextmanager
+def no_memo() -> Iterator[None]:
+    """Neither recall nor remember digests in this block: whatever is hashed in it is read.
+
+    For this thread (or asyncio task) alone; ``FEATURE_CACHE_MEMO=off`` is for a whole process and
+    those that it starts.
+
+    Examples
+    --------
+    >>> with no_memo():
+    ...     memo_is_off()
+    True
+    """
+    token = _switched_off.set(True)
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
+
+
+class Memo:
+    """The memo, as one user of it in one process holds it; a context manager that closes it.
+
+    Parts of it are loaded when first asked for and held until `close`. A pickle holds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pages: dict[tuple[str, ...], _Page] = {}
+
+    def __enter__(self) -> Memo:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Start anew elsewhere."""
+        return type(self), ()
+
+    def fingerprint(
+        self, files: Sequence[Path], purpose: str, compute: Callable[[], Fingerprint]
+    ) -> Fingerprint:
+        """Give what `compute` makes of some files, from memory where all are unchanged.
+
+        Written to disk by `close`, and every minute.
+
+        Parameters
+        ----------
+        files : sequence of Path
+            All that `compute` reads.
+        purpose : str
+            What else decides the result; the same files may have several.
+        compute : callable
+            Reads the files; its errors are passed on.
+        """
+        before = None if memo_is_off() else _identify(files)
+        if before is None:
+            return compute()
+        page, name = self._page(files, purpose), _name_entry(files)
+        known = page.recall(name, before)
+        if known is not None:
+            return known
+        started = time.time_ns()
+        fresh = compute()
+        if _old_enough(before, started) and _identify(files) == before:
+            page.remember(name, before, fresh)
+        return fresh
+
+    def forget(self, files: Sequence[Path], purpose: str) -> None:
+        """Have these files read again when they are next asked for."""
+        if not memo_is_off():
+            self._page(files, purpose).forget(_name_entry(files))
+
+    def close(self) -> None:
+        """Write what is new, and let go of what was loaded; it is loaded again when needed."""
+        pages, self._pages = self._pages, {}
+        for page in pages.values():
+            page.write()
+
+    def _page(self, files: Sequence[Path], purpose: str) -> _Page:
+        at = (purpose, *(str(file.parent) for file in files))
+        if at not in self._pages:
+            folders = [str(file.parent.absolute()) for file in files]
+            self._pages[at] = _Page(folders, purpose)
+        return self._pages[at]
+
+
+class _Page:
+    """One file of the memo: fingerprints of the files of a folder, for one purpose.
+
+    What is made from several files has a folder for each.
+    """
+
+    def __init__(self, folders: list[str], purpose: str) -> None:
+        self.about = {"version": _MEMO_VERSION, "folders": folders, "purpose": purpose}
+        self.file = memo_folder() / f"{digest_json(self.about).hex()}.memo"
+        self.entries = _load_entries(self.file)
+        self.fresh: dict[str, Any] = {}
+        self.written = time.monotonic()
+
+    def recall(self, name: str, identities: list[_Identity]) -> Fingerprint | None:
+        entry = self.entries.get(name)
+        if entry is None or entry["files"] != identities:
+            return None
+        return Fingerprint(bytes.fromhex(entry["digest"]), tuple(entry["shape"]))
+
+    def remember(self, name: str, identities: list[_Identity], made: Fingerprint) -> None:
+        entry = {"digest": made.digest.hex(), "shape": made.shape, "files": identities}
+        self.entries[name] = self.fresh[name] = entry
+        if time.monotonic() - self.written >= _WRITE_SECONDS:
+            self.write()
+
+    def forget(self, name: str) -> None:
+        self.entries[name] = self.fresh[name] = None
+
+    def write(self) -> None:
+        if not self.fresh:
+            return
+        self.entries = {**self.entries, **_load_entries(self.file), **self.fresh}
+        content = {**self.about, "entries": self.entries}
+        _write_whole(self.file, json.dumps(content, separators=(",", ":")).encode())
+        self.fresh, self.written = {}, time.monotonic()
+
+
+def remembered_digest(file: Path, purpose: str, compute: Callable[[], Digest]) -> Digest:
+    """Give the digest that `compute` makes of one file, from memory where the file is unchanged.
 
     Parameters
     ----------
     file : Path
-    purpose : JSON
+    purpose : str
         What the digest is of; the same file may have several.
     compute : callable
-        Reads the file and gives 16 bytes.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
+        Reads the file and gives 16 bytes; its errors are passed on.
     """
-    before = _identity(file)
-    entry = memo_folder() / f"{digest_json([str(file.absolute()), purpose]).hex()}.json"
-    known = _recall(entry, before)
-    if known is not None:
-        return known
-    digest = compute()
-    if _identity(file) == before and _old_enough(file):
-        _remember(entry, before, digest)
-    return digest
+    with Memo() as memo:
+        return memo.fingerprint((file,), purpose, lambda: Fingerprint(compute())).digest
 
 
-def _identity(file: Path) -> list[JSON]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _old_enough(file: Path) -> bool:
-    return time.time_ns() - file.stat().st_mtime_ns >= _MINIMUM_AGE_NS
-
-
-def _recall(entry: Path, identity: list[JSON]) -> Digest | None:
+def _identify(files: Sequence[Path]) -> list[_Identity] | None:
+    """Give the identity of each file; None where one can't be looked at."""
     try:
-        known = json.loads(entry.read_bytes())
-        return bytes.fromhex(known["digest"]) if known["identity"] == identity else None
+        found = [file.stat() for file in files]
+    except OSError:
+        return None
+    return [[status.st_size, status.st_mtime_ns, status.st_ino] for status in found]
+
+
+def _old_enough(identities: list[_Identity], now_ns: int) -> bool:
+    return all(now_ns - mtime_ns >= _MINIMUM_AGE_NS for _, mtime_ns, _ in identities)
+
+
+def _name_entry(files: Sequence[Path]) -> str:
+    return "/".join(file.name for file in files)
+
+
+def _load_entries(file: Path) -> dict[str, Any]:
+    try:
+        checksum, _, text = file.read_bytes().partition(b"\n")
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("ignoring the memo %s, which can't be read: %s", entry, error)
-        return None
-
-
-def _remember(entry: Path, identity: list[JSON], digest: Digest) -> None:
-    temporary = entry.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(canonical_json({"identity": identity, "digest": digest.hex()}))
-        temporary.replace(entry)
+        return {}
     except OSError as error:
-        _log.info("can't remember digests in %s: %s", entry.parent, error)
+        _log.warning("ignoring the memo %s, which can't be read: %s", file, error)
+        return {}
+    if checksum != digest_bytes(text).hex().encode():
+        _log.warning("ignoring the memo %s, which is damaged", file)
+        return {}
+    entries: dict[str, Any] = json.loads(text)["entries"]
+    return entries
+
+
+def _write_whole(file: Path, text: bytes) -> None:
+    temporary = file.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(digest_bytes(text).hex().encode() + b"\n" + text)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        _log.info("can't remember digests in %s: %s", file.parent, error)

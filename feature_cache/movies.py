@@ -93,6 +93,16 @@ class TiffSeries:
         """Name the file of image `t`."""
         return self.files[t].name
 
+    def files_of(self, t: int) -> tuple[Path, ...]:
+        """Give all files that image `t` is made from."""
+        return (self.files[t], self.overlays[t]) if self.overlays else (self.files[t],)
+
+    @property
+    def recipe(self) -> str:
+        """Say what, besides the files, decides the pixels."""
+        kind = "labels" if self.labels else "pixels"
+        return f"{kind}, downscale {self.downscale}, tifffile {tifffile.__version__}"
+
 
 def read_tiff(file: Path) -> NDArray[Any]:
     """Read one TIFF file.

@@ -174,6 +174,11 @@ class SpaceSpec:
         return digest_json(self.to_json())
 
     @property
+    def folder_name(self) -> str:
+        """Name of the space's folder: readable, and the beginning of the digest."""
+        return f"{self.slug}-{self.digest.hex()[:8]}"
+
+    @property
     def slug(self) -> str:
         """A readable name, safe as a folder's."""
         parts = (self.backbone.name, self.pooling or "grid", self.dtype)

@@ -121,7 +121,9 @@ def plan_warm(
     failures: Iterable[Failure] = (),
     progress: Progress | None = None,
 ) -> WarmPlan:
-    """Find what is missing. Reads and hashes frames and masks; computes and writes nothing.
+    """Find what is missing. Hashes frames and masks; computes nothing, leaves the cache as it is.
+
+    Reads those whose digests the memo doesn't know, and remembers these.
 
     Parameters
     ----------
@@ -170,14 +172,15 @@ def _hash_frames(
     movie: MovieFeatures, records: int, progress: Progress | None
 ) -> tuple[list[int], list[Failure]]:
     good, bad = [], []
-    for t in range(len(movie)):
-        try:
-            movie.key(t)
-            good.append(t)
-        except _PART_FAILS as error:
-            bad.append(Failure(movie.where(t), str(error), records))
-        if progress is not None:
-            progress(1)
+    with movie.memo:
+        for t in range(len(movie)):
+            try:
+                movie.key(t)
+                good.append(t)
+            except _PART_FAILS as error:
+                bad.append(Failure(movie.where(t), str(error), records))
+            if progress is not None:
+                progress(1)
     return good, bad
 
 

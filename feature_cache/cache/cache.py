@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..augment import IDENTITY, Draw
 from ..errors import DrawError, UnknownNameError
@@ -12,11 +14,14 @@ from ..explain import Explanation
 from ..hashing import Digest
 from ..key import Record
 from ..spec import SpaceSpec
-from ..store import CODECS, Counter, Mode, Space, Store
-from .movie import Images, MovieFeatures
+from ..store import CODECS, Counter, Mode, Space, Store, maintenance, read_runs, remote, sum_usage
+from ..store.layers import FolderBelow, layer_space, open_layers
+from .movie import Images, MovieFeatures, Progress
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
+    from ..store.maintenance import CompactReport, Finding, GarbagePlan
+    from ..store.remote import TransferReport
 
 
 class FeatureCache:
@@ -35,11 +40,17 @@ class FeatureCache:
     codec : str
         How new features are stored: ``"raw"`` (mapped, fastest), ``"zstd"`` or ``"blosc"``
         (smaller). All are lossless and none is in a key.
+    layers : sequence of path or URL
+        Caches below, which are only read, the first one first: other folders, or what `push`
+        wrote to ``s3://…``, ``gs://…``, ``az://…`` or ``file://…``, whose packs are brought here
+        when they are needed.
+    promote : bool
+        Whether packs of folders in `layers` are brought here too when they are read.
 
     Raises
     ------
     StoreError
-        `NotACacheError`, `CacheVersionError` or `ReadOnlyCacheError`, as the folder is.
+        `NotACacheError`, `CacheVersionError` or `ReadOnlyCacheError`, as the folders are.
 
     Examples
     --------
@@ -54,11 +65,20 @@ class FeatureCache:
     ((1, 4), [7])
     """
 
-    def __init__(self, root: str | os.PathLike[str], mode: Mode = "a", codec: str = "raw") -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        mode: Mode = "a",
+        codec: str = "raw",
+        *,
+        layers: Sequence[str | os.PathLike[str]] = (),
+        promote: bool = False,
+    ) -> None:
         if codec not in CODECS:
             raise UnknownNameError("codec", codec, CODECS)
         self.store = Store(root, mode)
-        self.codec = codec
+        self.codec, self.promote = codec, promote
+        self.layers = open_layers(layers)
         self._spaces: dict[Digest, Space] = {}
         self.counter = Counter(self.store)
         weakref.finalize(self, self.counter.save)
@@ -67,16 +87,30 @@ class FeatureCache:
         """Show root and mode."""
         return f"FeatureCache({str(self.store.root)!r}, mode={self.store.mode!r})"
 
-    def __reduce__(self) -> tuple[type, tuple[str, Mode, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Open the same folder elsewhere; the counters belong to this process."""
-        return type(self), (str(self.store.root), self.store.mode, self.codec)
+        layers = tuple(layer.place for layer in self.layers)
+        open_again = partial(type(self), layers=layers, promote=self.promote)
+        return open_again, (str(self.store.root), self.store.mode, self.codec)
 
     def space(self, spec: SpaceSpec) -> Space:
         """Give the space of a spec, opened once."""
         digest = spec.digest
         if digest not in self._spaces:
-            self._spaces[digest] = self.store.space(spec)
+            top = self.store.space(spec)
+            self._spaces[digest] = layer_space(top, spec, self.layers, promote=self.promote)
         return self._spaces[digest]
+
+    def spaces(self) -> list[Space]:
+        """List the spaces on disk, here and in folders below."""
+        return [space for store in self.stores() for space in store.spaces()]
+
+    def stores(self) -> list[Store]:
+        """Give the folders: this one, and those below it."""
+        return [
+            self.store,
+            *(cache.store for cache in self.layers if isinstance(cache, FolderBelow)),
+        ]
 
     def movie(
         self,
@@ -220,7 +254,7 @@ class FeatureCache:
         """
         self.counter.save()
         spaces = self.store.spaces()
-        usage = self.store.total_usage() if lifetime else self.counter.total
+        usage = sum_usage(read_runs(self.store.root)) if lifetime else self.counter.total
         return {
             "spaces": len(spaces),
             "records": sum(map(len, spaces)),
@@ -228,3 +262,92 @@ class FeatureCache:
             "bytes": sum(space.disk_bytes() for space in spaces),
             **usage.to_json(),
         }
+
+    # Keeping it well
+
+    def verify(self, *, repair: bool = False, deep: bool = False) -> list[Finding]:
+        """Look at every file, and compare every record with its checksum.
+
+        Parameters
+        ----------
+        repair : bool
+            Move what is damaged or unknown to ``quarantine/``, and remove left-overs.
+        deep : bool
+            Also compare with what zarr-python reads.
+
+        Returns
+        -------
+        list of Finding
+            What is not as it should be, or was not before the repair; empty where all is well.
+        """
+        findings = maintenance.verify(self.store.root, deep=deep)
+        if repair:
+            maintenance.repair(self.store.root, findings)
+        return findings
+
+    def gc(
+        self,
+        *,
+        max_bytes: int | None = None,
+        max_age_seconds: float | None = None,
+        spaces: Collection[str] = (),
+        dry_run: bool = True,
+    ) -> GarbagePlan:
+        """Let go of what was not used for longest, and of left-overs.
+
+        Packs are retired first, and removed when no living process reads them.
+
+        Parameters
+        ----------
+        max_bytes : int, optional
+            Keep no more than this, the most recently used.
+        max_age_seconds : float, optional
+            Keep nothing that was not used for longer.
+        spaces : collection of str, optional
+            Beginnings of the names of the spaces to look at, by default all.
+        dry_run : bool
+            Only say what would go, which is the default.
+
+        Returns
+        -------
+        GarbagePlan
+            What goes, and what stays.
+        """
+        self.counter.save()
+        plan = maintenance.plan_gc(
+            self.store, max_bytes=max_bytes, max_age_seconds=max_age_seconds, spaces=spaces
+        )
+        if not dry_run:
+            maintenance.run_gc(self.store, plan)
+        return plan
+
+    def compact(self) -> list[CompactReport]:
+        """Merge small packs, drop records that are there twice; one report for each space.
+
+        Readers in this and other processes go on undisturbed.
+        """
+        return [maintenance.compact_space(space) for space in self.store.spaces()]
+
+    def push(self, url: str, *, progress: Progress | None = None) -> TransferReport:
+        """Copy the packs that an object store or another folder lacks to it, verified.
+
+        Parameters
+        ----------
+        url : str
+            ``s3://…``, ``gs://…``, ``az://…`` or ``file://…``; credentials as obstore finds them.
+        progress : callable, optional
+            Called with the number of bytes just sent.
+        """
+        return remote.push(self.store.root, remote.open_remote(url), progress=progress)
+
+    def pull(self, url: str, *, progress: Progress | None = None) -> TransferReport:
+        """Copy the packs that are missing here from where they were pushed to; as `push`."""
+        return remote.pull(self.store.root, remote.open_remote(url), progress=progress)
+
+    def pin(self, what: str) -> None:
+        """Keep a space, pack, record or movie from `gc`, by the beginning of its name or key."""
+        maintenance.add_pin(self.store, what)
+
+    def unpin(self, what: str) -> None:
+        """Take back `pin`."""
+        maintenance.remove_pin(self.store, what)

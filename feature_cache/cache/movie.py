@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..augment import IDENTITY, Augmentations, Draw
-from ..compute import Job, compute_records
+from ..compute import Job
 from ..errors import FrameError, MissingRecordError, MovieError
 from ..explain import Explanation, Stored, explain_miss
 from ..hashing import (
@@ -26,15 +25,15 @@ from ..hashing import (
     mask_labels,
 )
 from ..key import Keys, Record, record_key
-from ..spec import SpaceSpec
-from ..store import Entry, Space, Usage, record_sources
+from ..memo import Fingerprint, Memo
+from ..movies import TiffSeries
+from ..spec import KEY_VERSION, SpaceSpec
+from ..store import Space, Usage, record_sources
+from .fill import fill
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from .cache import FeatureCache
-
-_COMMIT_BYTES = 64 << 20
-_COMMIT_SECONDS = 30.0
 
 Progress = Callable[[int], None]
 """Called with the number of frames or records just done."""
@@ -52,13 +51,16 @@ class MovieFeatures:
     """The records of one movie in one space under one draw.
 
     Made by `FeatureCache.movie`. Frames and masks are read once, when the keys are first asked
-    for, and again where something is missing.
+    for, and again where something is missing. Digests of files (a `TiffSeries`) are remembered, and
+    files that the memo knows are read only where something is missing.
 
     Attributes
     ----------
     name, origin : str
         How people call the movie, and where the draw comes from (such as ``"copy 3 of seed 0"``);
         for errors and provenance, in no key.
+    memo : Memo
+        Closed by itself when the last frame is hashed.
     """
 
     cache: FeatureCache
@@ -69,6 +71,7 @@ class MovieFeatures:
     draw: Draw = IDENTITY
     name: str = ""
     origin: str = ""
+    memo: Memo = field(default_factory=Memo, repr=False)
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
 
@@ -108,7 +111,7 @@ class MovieFeatures:
         return self.spec.digest
 
     def digests(self, t: int) -> tuple[Digest, Digest | None]:
-        """Give the digests of frame `t` and of its mask; reads them the first time.
+        """Give the digests of frame `t` and of its mask; reads what the memo doesn't know.
 
         Raises
         ------
@@ -116,15 +119,40 @@ class MovieFeatures:
             The frame can't be read, or holds NaN; frame and mask don't fit.
         """
         if t not in self._digests:
-            frame = self.frames[t]
-            digest = frame_digest(frame, self.where(t))
+            frame = self._fingerprint(t, "frame", partial(self._hash_frame, t))
             if self.masks is None:
-                self._digests[t] = digest, None
+                self._digests[t] = frame.digest, None
             else:
-                mask = self.masks[t]
-                self._check_shapes(t, frame, mask)
-                self._digests[t] = digest, mask_digest(mask, self.where(t, "mask"))
+                hash_mask = partial(self._hash_mask, self.masks, t, frame.shape)
+                mask = self._fingerprint(t, "mask", hash_mask)
+                self._check_shapes(t, frame.shape, mask.shape)
+                self._digests[t] = frame.digest, mask.digest
+            if len(self._digests) >= len(self):
+                self.memo.close()
         return self._digests[t]
+
+    def _fingerprint(self, t: int, kind: str, compute: Callable[[], Fingerprint]) -> Fingerprint:
+        source = self._source(t, kind)
+        return compute() if source is None else self.memo.fingerprint(*source, compute)
+
+    def _source(self, t: int, kind: str) -> tuple[tuple[Path, ...], str] | None:
+        """Give files and purpose for the memo; None for what it can't remember.
+
+        A subclass of `TiffSeries` may make other pixels of the same files.
+        """
+        images = self.frames if kind == "frame" else self.masks
+        if type(images) is not TiffSeries:
+            return None
+        return images.files_of(t), f"{kind}, key version {KEY_VERSION}, {images.recipe}"
+
+    def _hash_frame(self, t: int) -> Fingerprint:
+        frame = self.frames[t]
+        return Fingerprint(frame_digest(frame, self.where(t)), np.shape(frame))
+
+    def _hash_mask(self, masks: Images, t: int, shape: tuple[int, ...]) -> Fingerprint:
+        mask = masks[t]
+        self._check_shapes(t, shape, np.shape(mask))
+        return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
 
     def key(self, t: int) -> Digest:
         """Give the key of frame `t`'s record: 16 bytes. Errors as `digests`."""
@@ -145,8 +173,10 @@ class MovieFeatures:
     def get(self, indices: Sequence[int] | None = None) -> list[Record | None]:
         """Read records of some frames, by default all; None where there is none."""
         records = self.space.read(self.keys(indices))
-        hits = sum(record is not None for record in records)
-        self.cache.counter.add(Usage(hits=hits, misses=len(records) - hits))
+        hits = [record for record in records if record is not None]
+        size = sum(record.features.nbytes for record in hits)
+        usage = Usage(hits=len(hits), misses=len(records) - len(hits), bytes_read=size)
+        self.cache.counter.add(usage)
         return records
 
     def get_or_compute(
@@ -195,14 +225,16 @@ class MovieFeatures:
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> int:
-        """Compute and commit the records of some frames, whether they are there or not.
+        """Compute and commit those records of some frames that are missing.
 
-        Commits every 64 MB or 30 seconds, and what is complete when an error ends it.
+        Commits every 64 MB or 30 seconds, and what is complete when an error ends it. Records that
+        another process is computing are waited for, as long as that process lives.
 
         Returns
         -------
         int
-            How many were computed; fewer than asked for where frames are equal.
+            How many were computed here; fewer than asked for where frames are equal, or others
+            computed them.
 
         Raises
         ------
@@ -215,12 +247,7 @@ class MovieFeatures:
             )
         check_batch_size(batch_size)
         unique = list({self.key(t): t for t in reversed(indices)}.values())[::-1]
-        jobs = (self._job(t) for t in unique)
-        records = compute_records(jobs, self.spec, self.backbone, self.draw, batch_size)
-        with _Commits(self, progress) as commits:
-            for t, record in zip(unique, records, strict=True):
-                commits.add(t, record)
-        return len(unique)
+        return fill(self, unique, batch_size=batch_size, progress=progress)
 
     def explain(
         self,
@@ -248,8 +275,10 @@ class MovieFeatures:
     def _explain(self, frames: Sequence[int], copies: Sequence[MovieFeatures]) -> list[Explanation]:
         there = self.contains(frames)
         present = [movie.contains(frames) for movie in copies]
-        spaces = [] if there.all() else self.cache.store.spaces()
-        stored = [Stored(space.spec, list(record_sources(space))) for space in spaces]
+        spaces = [] if there.all() else self.cache.spaces()
+        stored = [
+            Stored(space.spec, [source for _, source in record_sources(space)]) for space in spaces
+        ]
         spec = self.spec.to_json()
         explanations = []
         for i, t in enumerate(frames):
@@ -262,13 +291,23 @@ class MovieFeatures:
             )
         return explanations
 
-    def _job(self, t: int) -> Job:
+    def job(self, t: int) -> Job:
+        """Read frame `t` and its mask, to be computed. FrameError where they changed."""
         frame = frame_pixels(self.frames[t], self.where(t))
         mask = None if self.masks is None else mask_labels(self.masks[t], self.where(t, "mask"))
         digest, masked = self.digests(t)
         if frame_digest(frame) != digest or (mask is not None and mask_digest(mask) != masked):
+            self._forget(t)
             raise FrameError(f"{self.where(t)} changed since it was hashed: open the movie anew")
+        if mask is not None:
+            self._check_shapes(t, frame.shape, mask.shape)
         return Job(frame, mask, digest, self.where(t))
+
+    def _forget(self, t: int) -> None:
+        """Let the memo forget frame `t` and its mask: a digest from it may be wrong."""
+        with self.memo as memo:
+            for source in filter(None, (self._source(t, "frame"), self._source(t, "mask"))):
+                memo.forget(*source)
 
     def provenance(self, t: int) -> dict[str, JSON]:
         """Say where the record of frame `t` comes from."""
@@ -283,11 +322,10 @@ class MovieFeatures:
             "mask_digest": mask.hex() if mask is not None else None,
         }
 
-    def _check_shapes(self, t: int, frame: NDArray[Any], mask: NDArray[Any]) -> None:
-        if np.shape(frame) != np.shape(mask):
+    def _check_shapes(self, t: int, frame: tuple[int, ...], mask: tuple[int, ...]) -> None:
+        if frame != mask:
             raise MovieError(
-                f"{self.where(t)} has shape {np.shape(frame)} and its mask {np.shape(mask)}: "
-                "expected the same"
+                f"{self.where(t)} has shape {frame} and its mask {mask}: expected the same"
             )
 
     def where(self, t: int, kind: str = "frame") -> str:
@@ -307,55 +345,3 @@ def check_batch_size(batch_size: int) -> None:
     """Raise ValueError for a number of frames that makes no batch."""
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected 1 or more")
-
-
-class _Commits:
-    """Collects computed records and commits them now and then, and at the end."""
-
-    def __init__(self, movie: MovieFeatures, progress: Progress | None) -> None:
-        self.movie, self.progress = movie, progress
-        self.pending: list[Entry] = []
-        self.bytes = 0
-        self.since = time.monotonic()
-
-    def __enter__(self) -> _Commits:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.flush()
-
-    def add(self, t: int, record: Record) -> None:
-        key = self.movie.key(t)
-        self.pending.append(Entry(key, record, self.movie.provenance(t)))
-        self.bytes += record.features.nbytes
-        if self.progress is not None:
-            self.progress(1)
-        if self.bytes >= _COMMIT_BYTES or time.monotonic() - self.since >= _COMMIT_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        entries, self.pending, self.bytes = self.pending, [], 0
-        self.since = time.monotonic()
-        if not entries:
-            return
-        cache = self.movie.cache
-        self.movie.space.write(entries, _versions(), cache.codec)
-        cache.counter.add(Usage(computed=len(entries)))
-
-
-def _versions() -> dict[str, JSON]:
-    """Say who writes: for people who ask where a record comes from."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed() -> Iterator[tuple[str, JSON]]:
-        for package in ("feature-cache", "torch", "zarr", "numpy"):
-            try:
-                yield package, version(package)
-            except PackageNotFoundError:
-                continue
-
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "host": platform.node(),
-        "versions": dict(installed()),
-    }

@@ -1,23 +1,29 @@
 """The right wing: records on disk. Knows zarr, and nothing of torch."""
 
+from .claims import Claims
 from .index import Index
 from .inspect import inspect, record_sources
 from .pack import CODECS, Entry, Pack, read_provenance
-from .store import FORMAT_VERSION, Mode, Space, Store
-from .usage import Counter, Usage
+from .space import Mode, Space
+from .store import FORMAT_VERSION, Store
+from .usage import Counter, Run, Usage, read_runs, sum_usage
 
 __all__ = [
     "CODECS",
     "FORMAT_VERSION",
+    "Claims",
     "Counter",
     "Entry",
     "Index",
     "Mode",
     "Pack",
+    "Run",
     "Space",
     "Store",
     "Usage",
     "inspect",
     "read_provenance",
+    "read_runs",
     "record_sources",
+    "sum_usage",
 ]

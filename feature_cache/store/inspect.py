@@ -9,20 +9,23 @@ from typing import Any
 from ..errors import CorruptRecordError, MissingRecordError
 from ..hashing import JSON
 from .pack import Pack, read_keys, read_provenance
-from .store import Space, Store
+from .space import Space
+from .store import Store
 
 _log = logging.getLogger(__name__)
 
 
-def record_sources(space: Space) -> Iterator[dict[str, Any]]:
-    """Give what the writers said of each record of a space, in no order that matters.
+def record_sources(space: Space) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Give the key of each record of a space and what its writer said, in no order that matters.
 
     A pack that vanishes meanwhile is left out, and so, with a warning in the log, is one whose
     provenance is damaged.
     """
     for name in space.pack_names():
         try:
-            yield from read_provenance(space.packs_folder / name)["records"]
+            keys = [key.tobytes() for key in read_keys(space.packs_folder / name)]
+            sources = read_provenance(space.packs_folder / name)["records"]
+            yield from zip(keys, sources, strict=False)
         except FileNotFoundError:
             continue
         except CorruptRecordError as error:

@@ -2,7 +2,7 @@
 
 ::
 
-    <pack>/zarr.json       group; its attributes hold the provenance
+    <pack>/zarr.json       group; its attributes hold the provenance, and a digest of all metadata
       keys       (n, 16) uint8   the record keys
       offsets    (n + 1,) int64  regions: record i has rows offsets[i] to offsets[i + 1]
       checksums  (n,) uint64     xxh3-64 over key, shape, labels and features of each record
@@ -11,55 +11,51 @@
 
 `write_pack` goes through zarr-python. `Pack` maps the raw bytes of chunks that are stored as such,
 after checking every size it relies on, and leaves packs with a codec to zarr-python.
+
+Version 1 had no digest of the metadata and is read all the same.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import mmap
-import os
-import resource
 import secrets
 import shutil
-import socket
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CorruptRecordError, UnknownNameError
+from ..errors import CacheVersionError, CorruptRecordError, UnknownNameError
 from ..hashing import DIGEST_BYTES, JSON, Digest, digest_bytes
 from ..key import Keys, Record
+from .array import DTYPES, AnyArray, ArrayFile
+from .files import (
+    TEMPORARY_PREFIX,
+    group_text,
+    read_file,
+    read_json,
+    share_tree,
+    sync_folder,
+    sync_tree,
+)
 
 if TYPE_CHECKING:
     import zarr
 
-PACK_VERSION = 1
+PACK_VERSION = 2
 CODECS = ("raw", "zstd", "blosc")
 """How features are stored; all of them lossless, so none of them is in a key."""
 
-TEMPORARY_PREFIX = ".tmp-"
-_CRC_BYTES = 4
 _COMPRESSED_CHUNK_BYTES = 1 << 20
-_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "uint8": np.dtype("u1"),
-    "uint64": np.dtype("<u8"),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-}
-_MAPS_LIMIT = 1 << 14
-_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
-AnyArray: TypeAlias = NDArray[Any]
+_NO_DIGEST = "0" * 2 * DIGEST_BYTES
+_GROUP_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,13 @@ def record_checksum(key: bytes, record: Record) -> int:
 
 
 def write_pack(
-    folder: Path, entries: Sequence[Entry], provenance: Mapping[str, JSON], codec: str = "raw"
+    folder: Path,
+    entries: Sequence[Entry],
+    provenance: Mapping[str, JSON],
+    codec: str = "raw",
+    *,
+    writer: str = "",
+    unusable: Container[str] = (),
 ) -> str:
     """Commit records as one new pack in `folder`.
 
@@ -109,6 +111,10 @@ def write_pack(
         What is common to the records.
     codec : str
         One of `CODECS`.
+    writer : str
+        This process, in the temporary name; see `feature_cache.store.process`.
+    unusable : container of str
+        Names of packs on their way out; the new pack gets none of them.
 
     Returns
     -------
@@ -126,22 +132,42 @@ def write_pack(
         raise UnknownNameError("codec", codec, CODECS)
     _check_entries(entries)
     arrays = _pack_arrays(entries)
-    name = digest_bytes(arrays["keys"].tobytes(), arrays["checksums"].tobytes()).hex()
-    temporary = folder / f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(8)}"
+    salt, name = 0, _pack_name(arrays, 0)
+    while name in unusable:
+        salt, name = salt + 1, _pack_name(arrays, salt + 1)
+    temporary = folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
     attributes = {**provenance, "records": [dict(entry.provenance) for entry in entries]}
     try:
-        _write_group(temporary, arrays, attributes, codec)
-        _sync_tree(temporary)
-        _rename_new(temporary, folder / name)
+        _write_group(temporary, arrays, attributes, codec, salt)
+        install_pack(temporary, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder)
     return name
+
+
+def install_pack(temporary: Path, target: Path) -> None:
+    """Commit a whole pack that lies in the same folder under a temporary name.
+
+    Synced before the rename and after it; where the pack is there already, it stays.
+    """
+    share_tree(temporary)
+    sync_tree(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    sync_folder(target.parent)
+
+
+def _pack_name(arrays: Mapping[str, AnyArray], salt: int) -> str:
+    salted = salt.to_bytes(8, "big") if salt else b""
+    return digest_bytes(arrays["keys"].tobytes(), arrays["checksums"].tobytes(), salted).hex()
 
 
 def _check_entries(entries: Sequence[Entry]) -> None:
     dtypes = {entry.record.features.dtype for entry in entries}
-    if dtypes not in ({_DTYPES["float16"]}, {_DTYPES["float32"]}):
+    if dtypes not in ({DTYPES["float16"]}, {DTYPES["float32"]}):
         found = ", ".join(sorted(map(str, dtypes))) or "none"
         raise ValueError(f"a pack of dtypes {found}: expected all float16 or all float32")
     if len({entry.key for entry in entries}) < len(entries):
@@ -173,22 +199,18 @@ def _pack_arrays(entries: Sequence[Entry]) -> dict[str, AnyArray]:
 
 
 def _write_group(
-    path: Path, arrays: Mapping[str, AnyArray], attributes: Mapping[str, JSON], codec: str
+    path: Path,
+    arrays: Mapping[str, AnyArray],
+    provenance: Mapping[str, JSON],
+    codec: str,
+    salt: int,
 ) -> None:
     import zarr
 
-    kind = "regions" if "labels" in arrays else "grid"
-    group = zarr.create_group(
-        path,
-        zarr_format=3,
-        attributes={
-            "feature_cache": {"pack_version": PACK_VERSION, "kind": kind},
-            "provenance": dict(attributes),
-        },
-    )
     for name, array in arrays.items():
-        target = group.create_array(
-            name,
+        target = zarr.create_array(
+            path / name,
+            zarr_format=3,
             shape=array.shape,
             dtype=array.dtype,
             chunks=_chunk_shape(name, array, codec),
@@ -197,6 +219,59 @@ def _write_group(
         )
         if array.size:
             target[...] = array
+    own = {
+        "pack_version": PACK_VERSION,
+        "kind": "regions" if "labels" in arrays else "grid",
+        "salt": salt,
+        "digest": _NO_DIGEST,
+    }
+    text = group_text({"feature_cache": own, "provenance": dict(provenance)})
+    digest = metadata_digest(path, text.encode())
+    (path / "zarr.json").write_text(text.replace(_NO_DIGEST, digest, 1))
+
+
+def metadata_digest(pack: Path, group: bytes) -> str:
+    """Sum up the metadata of a pack: those of its arrays, and of the group with a blank digest."""
+    arrays = sorted(file.parent.name for file in pack.glob("*/zarr.json"))
+    parts = [name.encode() + (pack / name / "zarr.json").read_bytes() for name in arrays]
+    return digest_bytes(group, *parts).hex()
+
+
+def check_metadata(pack: Path) -> None:
+    """Compare the metadata of a pack with their digest; a pack of version 1 has none.
+
+    Raises
+    ------
+    CorruptRecordError
+        If a bit of them changed.
+    FileNotFoundError
+        If the pack is gone.
+    """
+    with missing_is_corrupt(pack):
+        _compare_metadata(pack, _read_group(pack))
+
+
+def _compare_metadata(pack: Path, text: bytes) -> None:
+    own = _read_own(pack, text)
+    version = own.get("pack_version")
+    if version == 1:
+        return
+    if type(version) is int and version > PACK_VERSION:
+        raise CacheVersionError(
+            f"{pack} has version {version}, this feature_cache reads up to {PACK_VERSION}: "
+            "upgrade feature-cache"
+        )
+    digest = str(own.get("digest"))
+    blank = text.replace(digest.encode(), _NO_DIGEST.encode(), 1)
+    if metadata_digest(pack, blank) != digest:
+        raise CorruptRecordError(f"the metadata of {pack} changed since they were written")
+
+
+def _read_own(pack: Path, text: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text)["attributes"]["feature_cache"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptRecordError(f"{pack / 'zarr.json'} is no metadata of a pack") from error
 
 
 def _chunk_shape(name: str, array: AnyArray, codec: str) -> tuple[int, ...]:
@@ -222,130 +297,6 @@ def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
     return [*chosen[codec], Crc32cCodec()]
 
 
-def _host() -> str:
-    name = socket.gethostname()
-    return "".join(c if c.isalnum() else "_" for c in name)[:40] or "host"
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, files in os.walk(root, topdown=False):
-        for file in files:
-            _sync(Path(folder, file), os.O_RDONLY)
-        sync_folder(Path(folder))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename_new(source: Path, target: Path) -> None:
-    try:
-        source.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-
-
-@dataclass(frozen=True, slots=True)
-class _ArrayFile:
-    """What a Zarr array's metadata say, checked."""
-
-    path: Path
-    shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    raw: bool
-
-    @classmethod
-    def read(cls, path: Path) -> _ArrayFile:
-        try:
-            meta = json.loads((path / "zarr.json").read_bytes())
-            shape = tuple(meta["shape"])
-            chunk_shape = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
-            dtype = _DTYPES[meta["data_type"]]
-            plain = (meta["zarr_format"], meta["node_type"], meta["chunk_grid"]["name"])
-            separator = meta["chunk_key_encoding"]["configuration"]["separator"]
-            named = (meta["chunk_key_encoding"]["name"], separator)
-            codecs = [(c["name"], c.get("configuration", {})) for c in meta["codecs"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptRecordError(f"{path / 'zarr.json'} is no metadata of a pack") from error
-        sound = (
-            plain == (3, "array", "regular")
-            and named == ("default", "/")
-            and len(shape) == len(chunk_shape)
-            and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-            and all(type(n) is int and 0 < n < 1 << 48 for n in chunk_shape)
-        )
-        if not sound:
-            raise CorruptRecordError(f"{path / 'zarr.json'} describes no array of a pack")
-        return cls(path, shape, chunk_shape, dtype, _is_raw(codecs))
-
-    @property
-    def chunk_bytes(self) -> int:
-        return math.prod(self.chunk_shape) * self.dtype.itemsize
-
-    def map_chunk(self, *index: int) -> AnyArray:
-        """Map one raw chunk, read-only; read it where the process has many mapped already."""
-        data: mmap.mmap | bytes
-        with open(self._chunk_file(*index), "rb") as file:
-            self._check_size(file.name, os.fstat(file.fileno()).st_size)
-            if len(_maps) < _maps_allowed():
-                data = mmap.mmap(file.fileno(), self.chunk_bytes, access=mmap.ACCESS_READ)
-                _maps.add(data)
-            else:
-                data = file.read()
-                self._check_size(file.name, len(data))
-        values = np.frombuffer(data, self.dtype, math.prod(self.chunk_shape))
-        return values.reshape(self.chunk_shape)
-
-    def read_whole(self) -> AnyArray:
-        """Read an array of one raw chunk into memory, and check its CRC."""
-        from google_crc32c import value as crc32c
-
-        if not self.raw or self.chunk_shape != tuple(max(1, n) for n in self.shape):
-            raise CorruptRecordError(f"{self.path} should be one raw chunk and isn't")
-        if math.prod(self.shape) == 0:
-            return np.frombuffer(b"", self.dtype).reshape(self.shape)
-        file = self._chunk_file(*(0 for _ in self.shape))
-        data = file.read_bytes()
-        self._check_size(file, len(data))
-        if crc32c(data[: self.chunk_bytes]) != int.from_bytes(data[self.chunk_bytes :], "little"):
-            raise CorruptRecordError(
-                f"{file} fails its CRC: its bytes changed since it was written"
-            )
-        return np.frombuffer(data, self.dtype, math.prod(self.shape)).reshape(self.shape)
-
-    def _chunk_file(self, *index: int) -> Path:
-        return self.path.joinpath("c", *map(str, index))
-
-    def _check_size(self, file: object, size: int) -> None:
-        if size != self.chunk_bytes + _CRC_BYTES:
-            raise CorruptRecordError(
-                f"{file} has {size} bytes, expected {self.chunk_bytes + _CRC_BYTES}"
-            )
-
-
-def _maps_allowed() -> int:
-    """Half of the files that the process may have open: each map keeps a descriptor."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAPS_LIMIT if limit == resource.RLIM_INFINITY else min(limit // 2, _MAPS_LIMIT)
-
-
-def _is_raw(codecs: Sequence[tuple[str, Any]]) -> bool:
-    if [name for name, _ in codecs] != ["bytes", "crc32c"]:
-        return False
-    return codecs[0][1] in ({}, {"endian": "little"}) and codecs[1][1] == {}
-
-
 def read_keys(pack: Path) -> Keys:
     """Read a pack's keys, (n, 16) uint8, checked by their CRC.
 
@@ -356,24 +307,35 @@ def read_keys(pack: Path) -> Keys:
     FileNotFoundError
         If the pack is gone.
     """
-    with _missing_is_corrupt(pack):
-        array = _ArrayFile.read(pack / "keys")
-        if len(array.shape) != 2 or array.shape[1] != DIGEST_BYTES or array.dtype != np.uint8:
-            raise CorruptRecordError(
-                f"{pack / 'keys'} has shape {array.shape}, expected (n, {DIGEST_BYTES}) uint8"
-            )
-        return array.read_whole()
+    with missing_is_corrupt(pack):
+        return _read_keys(pack)
+
+
+def _read_keys(pack: Path) -> Keys:
+    array = ArrayFile.read(pack / "keys")
+    if array.shape[1:] != (DIGEST_BYTES,) or array.dtype != np.uint8:
+        raise CorruptRecordError(
+            f"{pack / 'keys'} has shape {array.shape}, expected (n, {DIGEST_BYTES}) uint8"
+        )
+    return array.read_whole()
 
 
 @contextmanager
-def _missing_is_corrupt(pack: Path) -> Iterator[None]:
+def missing_is_corrupt(pack: Path) -> Iterator[None]:
     """Tell a pack that lacks a file from one that is gone: packs come and go by a rename."""
     try:
         yield
-    except FileNotFoundError as error:
-        if not pack.is_dir():
-            raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if not pack.exists():
+            raise FileNotFoundError(f"{pack} is gone") from error
         raise CorruptRecordError(f"{error.filename or pack} is missing from a pack") from error
+
+
+def _read_group(pack: Path) -> bytes:
+    try:
+        return read_file(pack / "zarr.json", _GROUP_LIMIT)
+    except ValueError as error:
+        raise CorruptRecordError(str(error)) from error
 
 
 def read_provenance(pack: Path) -> dict[str, Any]:
@@ -386,13 +348,15 @@ def read_provenance(pack: Path) -> dict[str, Any]:
     FileNotFoundError
         If the pack is gone.
     """
-    try:
-        provenance: dict[str, Any] = json.loads((pack / "zarr.json").read_bytes())["attributes"][
-            "provenance"
-        ]
-        provenance["records"] = [dict(record) for record in provenance["records"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptRecordError(f"{pack / 'zarr.json'} is damaged: no provenance in it") from error
+    with missing_is_corrupt(pack):
+        try:
+            plain = read_json(pack / "zarr.json", _GROUP_LIMIT)
+            provenance: dict[str, Any] = dict(plain["attributes"]["provenance"])
+            provenance["records"] = [dict(record) for record in provenance["records"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptRecordError(
+                f"{pack / 'zarr.json'} is damaged: no provenance in it"
+            ) from error
     return provenance
 
 
@@ -401,57 +365,93 @@ class Pack:
 
     A mapped record is compared with its checksum the first time it is read here, a decoded one each
     time. Arrays given out stay valid as long as they are referenced, also when the pack is closed
-    or removed on this host. A file that is cut short while it is mapped ends the process (SIGBUS),
-    as with any map: packs are replaced, never edited.
+    or removed on this host. Sizes are compared before a file is mapped, and again by
+    `check_mapped`; a file that is cut short while its numbers are being read ends the process
+    (SIGBUS), as with any map: packs are replaced, never edited.
 
     Parameters
     ----------
     path : Path
+    name : str, optional
+        The name it should have, by default its folder's.
+
+    Attributes
+    ----------
+    used : bool
+        Whether a record was read since this was last made false.
 
     Raises
     ------
     CorruptRecordError
-        If the metadata or sizes contradict each other.
+        If metadata, sizes and name contradict each other.
     FileNotFoundError
         If the pack is gone.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.keys = read_keys(path)
-        with _missing_is_corrupt(path):
-            self._checksums = _ArrayFile.read(path / "checksums").read_whole()
-            self._features = _ArrayFile.read(path / "features")
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name, self.used = path, name or path.name, False
+        with missing_is_corrupt(path):
+            self.keys = _read_keys(path)
+            self.checksums: NDArray[np.uint64] = ArrayFile.read(path / "checksums").read_whole()
+            self.features = ArrayFile.read(path / "features")
             self._offsets, self._labels = self._read_rows()
+            self._check_shapes()
+            self._check_name()
         self._verified = np.zeros(len(self.keys), bool)
-        self._mapped: AnyArray | None = None
+        self._rows_mapped: tuple[AnyArray, mmap.mmap | None] | None = None
         self._array: zarr.Array[Any] | None = None
-        self._check_shapes()
+
+    def __len__(self) -> int:
+        """Count the records."""
+        return len(self.keys)
 
     def _read_rows(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int32] | None]:
-        if len(self._features.shape) > 2:
+        if len(self.features.shape) > 2:
             return None, None
-        offsets = _ArrayFile.read(self.path / "offsets").read_whole()
-        return offsets, _ArrayFile.read(self.path / "labels").read_whole()
+        offsets = ArrayFile.read(self.path / "offsets").read_whole()
+        return offsets, ArrayFile.read(self.path / "labels").read_whole()
 
     def _check_shapes(self) -> None:
-        n, features = len(self.keys), self._features
-        rows, chunk = features.shape[0], features.chunk_shape
-        sound = self._checksums.shape == (n,) and features.shape[1:] == chunk[1:] != ()
+        n, features = len(self.keys), self.features
+        rows, chunk = features.shape[:1], features.chunk_shape
+        sound = self.checksums.shape == (n,) and features.shape[1:] == chunk[1:] != ()
         if self._offsets is None or self._labels is None:
-            sound = sound and rows == n and chunk[0] == 1
+            sound = sound and rows == (n,) and chunk[0] == 1
         else:
             bounds = self._offsets
             sound = (
                 sound
-                and (chunk[0] == max(1, rows) or not features.raw)
+                and (chunk[0] == max(1, *rows) or not features.raw)
                 and bounds.shape == (n + 1,)
-                and self._labels.shape == (rows,)
-                and (bounds[0], bounds[-1]) == (0, rows)
+                and self._labels.shape == rows
+                and (bounds[0], bounds[-1]) == (0, rows[0])
                 and bool((np.diff(bounds) >= 0).all())
             )
         if not sound:
             raise CorruptRecordError(f"the arrays of {self.path} have sizes that don't agree")
+
+    def _check_name(self) -> None:
+        arrays: dict[str, AnyArray] = {"keys": self.keys, "checksums": self.checksums}
+        if _pack_name(arrays, 0) == self.name:
+            return
+        salt = _read_own(self.path, _read_group(self.path)).get("salt", 0)
+        if (
+            type(salt) is not int
+            or not 0 <= salt < 1 << 32
+            or _pack_name(arrays, salt) != self.name
+        ):
+            raise CorruptRecordError(f"{self.path} holds other records than its name {self.name}")
+
+    def check_mapped(self) -> None:
+        """Compare the size of the mapped file once more, before its numbers are read.
+
+        Raises
+        ------
+        CorruptRecordError
+            If the file was cut short.
+        """
+        if self._rows_mapped is not None and self._rows_mapped[1] is not None:
+            self.features.check_size(self.path / "features", self._rows_mapped[1].size())
 
     def record(self, row: int) -> Record:
         """Give record `row`, verified.
@@ -461,9 +461,10 @@ class Pack:
         CorruptRecordError
             If it is not what was written.
         """
+        self.used = True
         record = self._read(row)
-        if not (self._verified[row] and self._features.raw):
-            if record_checksum(self.keys[row].tobytes(), record) != int(self._checksums[row]):
+        if not (self._verified[row] and self.features.raw):
+            if record_checksum(self.keys[row].tobytes(), record) != int(self.checksums[row]):
                 raise CorruptRecordError(
                     f"record {self.keys[row].tobytes().hex()} in {self.path} fails its checksum: "
                     "its bytes changed since it was written"
@@ -478,32 +479,46 @@ class Pack:
         return Record(self._rows(start, stop), self._labels[start:stop])
 
     def _rows(self, start: int, stop: int) -> AnyArray:
-        if not self._features.raw:
+        if not self.features.raw:
             return self._decode(slice(start, stop))
-        if self._mapped is None:
-            with _missing_is_corrupt(self.path):
-                self._mapped = self._map_rows()
-        return self._mapped[start:stop]
+        if self._rows_mapped is None:
+            with missing_is_corrupt(self.path):
+                self._rows_mapped = self._map_rows()
+        return self._rows_mapped[0][start:stop]
 
-    def _map_rows(self) -> AnyArray:
-        if self._features.shape[0]:
-            return self._features.map_chunk(0, 0)
-        return np.frombuffer(b"", self._features.dtype).reshape(self._features.shape)
+    def _map_rows(self) -> tuple[AnyArray, mmap.mmap | None]:
+        if self.features.shape[0]:
+            return self.features.map_chunk(self.name, 0, 0)
+        return np.frombuffer(b"", self.features.dtype).reshape(self.features.shape), None
 
     def _grid(self, row: int) -> AnyArray:
-        if not self._features.raw:
+        if not self.features.raw:
             return self._decode(row)
-        with _missing_is_corrupt(self.path):
-            return self._features.map_chunk(row, *(0 for _ in self._features.shape[1:]))[0]
+        with missing_is_corrupt(self.path):
+            index = (row, *(0 for _ in self.features.shape[1:]))
+            return self.features.map_chunk(self.name, *index)[0][0]
 
     def _decode(self, rows: int | slice) -> AnyArray:
         import zarr
 
         try:
             if self._array is None:
-                self._array = zarr.open_array(self._features.path, mode="r")
+                self._array = zarr.open_array(self.features.path, mode="r")
             decoded = np.asarray(self._array[rows])
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise CorruptRecordError(f"{self._features.path} can't be decoded: {error}") from error
+            raise CorruptRecordError(f"{self.features.path} can't be decoded: {error}") from error
         decoded.flags.writeable = False
         return decoded
+
+
+def check_records(folder: Path, name: str) -> None:
+    """Compare every record of a pack with its checksum, and its name with its contents.
+
+    Raises
+    ------
+    CorruptRecordError
+        If a bit of them changed.
+    """
+    pack = Pack(folder, name)
+    for row in range(len(pack)):
+        pack.record(row)

@@ -1,0 +1,70 @@
+"""The command ``feature-cache``: a thin shell over the library.
+
+Exit status: 0 done, 1 problems found or part of it failed, 2 wrong use or nothing could be done.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import FeatureCacheError
+from . import compute, keep, look
+
+app = typer.Typer(
+    name="feature-cache",
+    help="A content-hashed cache of foundation-model features for training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(compute.warm, compute.explain),
+    *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
+    *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
+)
+for _command in _COMMANDS:
+    app.command("ls" if _command is look.list_spaces else None)(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"feature-cache {version('feature-cache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what is waited for, and why.")
+    ] = False,
+) -> None:
+    logging.getLogger("feature_cache").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except FeatureCacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)

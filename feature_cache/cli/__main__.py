@@ -1,0 +1,5 @@
+"""Run the command line: ``python -m feature_cache.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,242 @@
+"""Commands that keep a cache well: verify, gc, compact, pin, unpin, push, pull."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import CacheOption, JsonOption, SpacesOption, parse_age, parse_size
+from .output import make_bar, print_table, size_text, time_text
+
+if TYPE_CHECKING:
+    from ..store.maintenance import Finding, GarbagePlan, GarbageReport
+    from ..store.remote import TransferReport
+
+UrlArgument = Annotated[
+    str, typer.Argument(metavar="URL", help="Such as s3://bucket/features or file:///mnt/features.")
+]
+WhatArgument = Annotated[
+    str | None,
+    typer.Argument(help="Beginning of a space's or pack's name or a record's key; or a movie."),
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, only say what would go.")]
+
+
+def verify(
+    cache: CacheOption,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move what is wrong to quarantine/.")
+    ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also compare with what zarr-python reads.")
+    ] = False,
+    space: SpacesOption = [],
+    as_json: JsonOption = False,
+) -> None:
+    """Look at every file of a cache, and compare every record with its checksum.
+
+    Exit status 1 when something is wrong. Example: feature-cache verify --cache features --repair
+    """
+    from ..store import maintenance
+
+    with make_bar("verifying", maintenance.count_packs(cache, space), "pack") as bar:
+        findings = maintenance.verify(cache, deep=deep, spaces=space, progress=bar.update)
+    if repair:
+        maintenance.repair(cache, findings)
+    if as_json:
+        typer.echo(json.dumps([finding.to_json() for finding in findings]))
+    else:
+        _print_findings(findings, repair)
+    if findings:
+        raise typer.Exit(1)
+
+
+def _print_findings(findings: list[Finding], repaired: bool) -> None:
+    for finding in findings:
+        typer.echo(f"{finding.kind}: {finding.path}: {finding.message}")
+    lost = [record for finding in findings for record in finding.lost]
+    for record in lost[:20]:
+        typer.echo(f"warm again: {record}")
+    if len(lost) > 20:
+        typer.echo(f"warm again: and {len(lost) - 20:,} more (all with --json)")
+    if findings:
+        typer.echo(f"{len(findings)} found{', and repaired' if repaired else ''}")
+    else:
+        typer.echo("all is well")
+
+
+def gc(
+    cache: CacheOption,
+    max_size: Annotated[
+        str | None, typer.Option(help="Keep this much, such as 100G: the most recently used.")
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Let go of what was not used for so long, such as 30d.")
+    ] = None,
+    space: SpacesOption = [],
+    yes: YesOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would go, which is the default.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let go of what was not used for longest, and of what killed processes left.
+
+    Example: feature-cache gc --cache features --max-size 100G --older-than 90d --yes
+    """
+    from ..store import Store
+    from ..store.maintenance import plan_gc, run_gc
+
+    if yes and dry_run:
+        raise typer.BadParameter("--yes and --dry-run contradict each other")
+    max_bytes = None if max_size is None else parse_size(max_size)
+    max_age = None if older_than is None else parse_age(older_than)
+    store = Store(cache, "a" if yes else "r")
+    plan = plan_gc(store, max_bytes=max_bytes, max_age_seconds=max_age, spaces=space)
+    if not as_json:
+        _print_plan(plan)
+    report = run_gc(store, plan) if yes else None
+    if as_json:
+        done = None if report is None else report.to_json()
+        typer.echo(json.dumps({"plan": plan.to_json(), "done": done}))
+    elif report is not None:
+        _print_report(report)
+    elif plan.bytes:
+        typer.echo("nothing was removed: --yes does it")
+
+
+def _print_plan(plan: GarbagePlan) -> None:
+    for eviction in plan.evictions[:20]:
+        typer.echo(
+            f"evict {eviction.pack[:12]} of {eviction.space}: {eviction.records:,} records, "
+            f"{size_text(eviction.bytes)}, last used {time_text(eviction.last_use)}"
+        )
+    if len(plan.evictions) > 20:
+        typer.echo(f"evict {len(plan.evictions) - 20:,} more packs")
+    for path, size in plan.leftovers:
+        typer.echo(f"left over: {path}, {size_text(size)}")
+    for pack in plan.leaving:
+        waits = f", waits for {pack.waits_for}" if pack.waits_for else ""
+        typer.echo(f"retired: {pack.path.name}, {size_text(pack.bytes)}{waits}")
+    typer.echo(
+        f"{size_text(plan.bytes)} to free, {size_text(plan.kept_bytes)} stay "
+        f"({size_text(plan.pinned_bytes)} pinned)"
+    )
+    if plan.max_bytes is not None and plan.kept_bytes > plan.max_bytes:
+        typer.echo(f"more than {size_text(plan.max_bytes)} are pinned: see feature-cache pin")
+
+
+def _print_report(report: GarbageReport) -> None:
+    typer.echo(f"{size_text(report.freed_bytes)} freed, {report.records:,} records let go")
+    for reason in report.waits_for:
+        typer.echo(f"{size_text(report.waiting_bytes)} wait for {reason}: run gc again later")
+
+
+def compact(cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = False) -> None:
+    """Merge small packs, drop records that are there twice; readers go on undisturbed.
+
+    Example: feature-cache compact --cache features
+    """
+    from ..store import Store
+    from ..store.maintenance import choose_spaces, compact_space
+
+    chosen = choose_spaces(Store(cache).spaces(), space)
+    with make_bar("compacting", sum(map(len, chosen)), "record") as bar:
+        reports = [compact_space(one, progress=bar.update) for one in chosen]
+    print_table([report.to_json() for report in reports], as_json)
+
+
+def pin(cache: CacheOption, what: WhatArgument = None, as_json: JsonOption = False) -> None:
+    """Keep a space, pack, record or movie from gc; without one, list what is pinned.
+
+    Example: feature-cache pin data/01 --cache features
+    """
+    from ..store import Store
+    from ..store.maintenance import add_pin, read_pins
+
+    pins = read_pins(Store(cache, "r").root) if what is None else add_pin(Store(cache), what)
+    rows = [
+        {
+            "pinned": one.what,
+            "space": one.space,
+            "records": "all" if one.keys is None else len(one.keys),
+        }
+        for one in pins
+    ]
+    print_table(rows, as_json)
+
+
+def unpin(
+    what: Annotated[str, typer.Argument(help="As pin lists it.")], cache: CacheOption
+) -> None:
+    """Let gc have again what was pinned.
+
+    Example: feature-cache unpin data/01 --cache features
+    """
+    from ..store import Store
+    from ..store.maintenance import remove_pin
+
+    typer.echo(f"{remove_pin(Store(cache), what)} unpinned")
+
+
+def push(
+    url: UrlArgument, cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = False
+) -> None:
+    """Copy the packs that an object store or another folder lacks to it, verified.
+
+    Example: feature-cache push s3://bucket/features --cache features
+    """
+    from ..store import remote
+
+    there = remote.open_remote(url)
+    plan = remote.plan_push(cache.absolute(), there, spaces=_full_names(cache, space))
+    with make_bar("sending", plan.bytes, "B") as bar:
+        report = remote.push(cache.absolute(), there, plan=plan, progress=bar.update)
+    _print_transfer(report, "sent", as_json)
+
+
+def pull(
+    url: UrlArgument, cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = False
+) -> None:
+    """Copy the packs that a cache lacks from where they were pushed to, verified.
+
+    Example: feature-cache pull s3://bucket/features --cache features
+    """
+    from ..store import remote
+
+    there = remote.open_remote(url)
+    names = [name for name in there.spaces() if any(map(name.startswith, space))] if space else None
+    plan = remote.plan_pull(cache.absolute(), there, spaces=names)
+    with make_bar("fetching", plan.bytes, "B") as bar:
+        report = remote.pull(cache.absolute(), there, plan=plan, progress=bar.update)
+    _print_transfer(report, "fetched", as_json)
+
+
+def _full_names(cache: Path, starts: list[str]) -> list[str] | None:
+    from ..store import Store
+    from ..store.maintenance import choose_spaces
+
+    if not starts:
+        return None
+    return [space.name for space in choose_spaces(Store(cache, "r").spaces(), starts)]
+
+
+def _print_transfer(report: TransferReport, verb: str, as_json: bool) -> None:
+    failures = [
+        {"space": one.space, "pack": one.name, "error": str(one.error)} for one in report.failures
+    ]
+    if as_json:
+        counts = {"packs": report.packs, "bytes": report.bytes, "present": report.present}
+        typer.echo(json.dumps({**counts, "failures": failures}))
+    else:
+        for failure in failures:
+            typer.echo(f"failed: {failure['error']}", err=True)
+        typer.echo(
+            f"{report.packs:,} packs {verb}, {size_text(report.bytes)}; "
+            f"{report.present:,} were there"
+        )
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,113 @@
+"""Commands that look: ls, stats, inspect, backbones, doctor."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .options import CacheOption, JsonOption, OptionalCacheOption
+from .output import print_table, size_text
+
+
+def inspect(
+    what: Annotated[
+        str, typer.Argument(help="Beginning of a space's or pack's name, or of a record's key.")
+    ],
+    cache: CacheOption,
+) -> None:
+    """Show one space, pack or record in full, as JSON.
+
+    Example: feature-cache inspect efficientnet --cache features
+    """
+    from ..store import Store
+    from ..store import inspect as look
+
+    typer.echo(json.dumps(look(Store(cache, "r"), what), indent=2))
+
+
+def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
+    """List the spaces of a cache: one for each backbone, pooling and dtype."""
+    from ..store import Store
+
+    rows = [
+        {
+            "space": space.name,
+            "backbone": space.spec["backbone"]["name"],
+            "pooling": (space.spec["pooling"] or {}).get("name", "none"),
+            "dtype": space.spec["dtype"],
+            "records": len(space),
+            "packs": len(names := space.pack_names()),
+            "bytes": space.disk_bytes(),
+            "last_use": max(map(space.last_use, names), default=0.0),
+        }
+        for space in Store(cache, "r").spaces()
+    ]
+    print_table(rows, as_json)
+
+
+def stats(
+    cache: CacheOption,
+    runs: Annotated[bool, typer.Option("--runs", help="How each process used it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count what is in a cache, and how it was used by all processes so far.
+
+    Example: feature-cache stats --cache features --runs
+    """
+    from ..cache import FeatureCache
+    from ..store import read_runs
+
+    if runs:
+        print_table([run.to_json() for run in read_runs(cache)], as_json)
+        return
+    counts = FeatureCache(cache, "r").stats(lifetime=True)
+    if as_json:
+        typer.echo(json.dumps(counts))
+        return
+    for name, value in counts.items():
+        typer.echo(f"{name:<13} {size_text(value) if 'bytes' in name else f'{value:,}'}")
+
+
+def doctor(
+    context: typer.Context,
+    cache: OptionalCacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show versions, devices, settings and where each comes from, and how the cache's folder is.
+
+    Exit status 1 when something should be mended. Example: feature-cache doctor --cache features
+    """
+    from ..doctor import examine
+
+    source = context.get_parameter_source("cache")
+    names = {"COMMANDLINE": "--cache", "ENVIRONMENT": "FEATURE_CACHE_DIR"}
+    facts = examine(cache, names.get(source.name if source else "", "default"))
+    if as_json:
+        typer.echo(json.dumps([fact.to_json() for fact in facts]))
+    else:
+        for fact in facts:
+            mark = "" if fact.is_well else "  <-"
+            source_text = f"  ({fact.source})" if fact.source else ""
+            typer.echo(f"{fact.section:<9} {fact.name:<14} {fact.value}{source_text}{mark}")
+    if not all(fact.is_well for fact in facts):
+        raise typer.Exit(1)
+
+
+def backbones(as_json: JsonOption = False) -> None:
+    """List the backbones, and how to install those that are not."""
+    from ..backbones import list_backbones
+
+    rows = [
+        {
+            "name": info.name,
+            "width": info.width,
+            "stride": info.stride,
+            "input": info.input,
+            "licence": info.licence,
+            "installed": "yes" if info.installed else info.install,
+        }
+        for info in list_backbones()
+    ]
+    print_table(rows, as_json)

@@ -1,0 +1,69 @@
+"""Tables, sizes and bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+
+_TIMES = ("last_use", "started", "ended")
+"""Columns that hold seconds since 1970."""
+
+
+def make_bar(what: str, total: int, unit: str = "frame") -> Any:
+    """Make a progress bar on stderr."""
+    from tqdm import tqdm
+
+    scale = unit == "B"
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        file=sys.stderr,
+        disable=not total or not sys.stderr,
+        unit_scale=scale,
+    )
+
+
+def print_table(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print rows of one form, as a table or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    if not rows:
+        typer.echo("nothing here yet")
+        return
+    texts = [[_cell(name, value) for name, value in row.items()] for row in rows]
+    lines = [list(rows[0]), *texts]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _cell(name: str, value: object) -> str:
+    if "bytes" in name and isinstance(value, int):
+        return size_text(value)
+    if name in _TIMES and isinstance(value, float):
+        return time_text(value)
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def size_text(count: float) -> str:
+    """Write a number of bytes for people."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def time_text(seconds: float) -> str:
+    """Write a time of day for people, in local time; ``-`` for none."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "-"

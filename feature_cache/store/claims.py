@@ -1,0 +1,135 @@
+"""Claims: who computes which record, so that work is done once.
+
+A claim is a file made exclusively, ``claims/<what>``, that holds the name of a process. It counts
+as long as that process lives and is heard of. Nothing rests on a claim but economy: a record
+computed twice is the same record.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import ReadOnlyCacheError
+from .files import TEMPORARY_PREFIX, create_exclusive, list_folder, make_folder, writing
+from .process import SILENT_SECONDS, holds_claims, join
+
+_log = logging.getLogger(__name__)
+_TAKEOVER = "-takeover"
+
+
+class Claims:
+    """The claims in one cache, seen by this process.
+
+    Parameters
+    ----------
+    root : Path
+        The cache's folder, writable.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folder, self._root = root / "claims", root
+
+    def take(self, names: Iterable[str]) -> list[bool]:
+        """Claim many things; tell for each whether it is now this call's.
+
+        A claim of a process that is dead or silent is taken over. One of this process's own is not
+        given twice. Without permission to claim, everything is this call's.
+
+        Raises
+        ------
+        StoreError
+            The disk is full.
+        """
+        wanted = list(names)
+        try:
+            with writing(self.folder):
+                make_folder(self.folder)
+                return self._take_all(wanted)
+        except ReadOnlyCacheError as error:
+            _log.warning("nothing is claimed, so work may be done twice: %s", error)
+            return [True] * len(wanted)
+
+    def _take_all(self, names: Sequence[str]) -> list[bool]:
+        taken: list[bool] = []
+        try:
+            for name in names:
+                taken.append(self._take(name))  # noqa: PERF401 - what an error leaves is needed
+        except OSError:
+            self.release(name for name, mine in zip(names, taken, strict=False) if mine)
+            raise
+        return taken
+
+    def _take(self, name: str) -> bool:
+        own = join(self._root).name
+        return create_exclusive(self.folder / name, own) or self._take_over(name)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give up claims; those that another process took over stay its own."""
+        own = join(self._root).name
+        for name in names:
+            with suppress(OSError):
+                if self.holder(name) == own:
+                    (self.folder / name).unlink()
+
+    def holder(self, name: str) -> str | None:
+        """Name the process that claims something; None where there is no claim.
+
+        Empty where the file doesn't say, or can't be read.
+        """
+        try:
+            return (self.folder / name).read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return ""
+
+    def _take_over(self, name: str) -> bool:
+        holder = self.holder(name)
+        if holder is None or self._counts(name, holder, join(self._root).now()):
+            return False
+        # One taker at a time: the marker is exclusive, and its owner looks once more.
+        marker, own = self.folder / f"{name}{_TAKEOVER}", join(self._root).name
+        if not create_exclusive(marker, own):
+            self._drop_old(marker)
+            return False
+        try:
+            if self.holder(name) != holder:
+                return False
+            _log.info("taking over the claim %s of %s, which is gone", name, holder or "nobody")
+            temporary = self.folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+            create_exclusive(temporary, own)
+            temporary.replace(self.folder / name)
+            return True
+        finally:
+            marker.unlink(missing_ok=True)
+
+    def _counts(self, name: str, holder: str, now: float) -> bool:
+        # Between the making of the file and the writing into it, a claim names nobody yet.
+        if not holder:
+            return self._is_young(self.folder / name, now)
+        return holds_claims(self._root, holder, now)
+
+    def _is_young(self, file: Path, now: float) -> bool:
+        try:
+            return now - file.stat().st_mtime <= SILENT_SECONDS
+        except FileNotFoundError:
+            return False
+
+    def _drop_old(self, marker: Path) -> None:
+        if not self._is_young(marker, join(self._root).now()):
+            marker.unlink(missing_ok=True)
+
+    def leftovers(self, now: float) -> list[Path]:
+        """List the files of claims that no longer count; `now` as the file system has it."""
+        names = list_folder(self.folder)
+        return [self.folder / name for name in names if not self._holds(name, now)]
+
+    def _holds(self, name: str, now: float) -> bool:
+        if name.startswith(TEMPORARY_PREFIX) or name.endswith(_TAKEOVER):
+            return self._is_young(self.folder / name, now)
+        holder = self.holder(name)
+        return holder is not None and self._counts(name, holder, now)

@@ -1,0 +1,209 @@
+"""Files and folders of a cache: durable, atomic, and open to the group that shares them.
+
+Whatever is made in a folder with the setgid bit gets the folder's group permissions, whatever the
+umask: a folder is set so that a group can share it, and one user's umask should not undo that.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ..errors import ReadOnlyCacheError, StoreError
+from ..hashing import JSON
+
+TEMPORARY_PREFIX = ".tmp-"
+TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
+"""How names begin that come and go: ours, and those of NFS for open files that were removed."""
+_GROUP_BITS = stat.S_IRGRP | stat.S_IWGRP
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def list_folder(folder: Path) -> list[str]:
+    """List a folder's names, sorted; none where there is no such folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read_file(file: Path, limit: int) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Raises
+    ------
+    ValueError
+        If it is larger, or no plain file.
+    """
+    with open_file(file) as opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{file} is no plain file")
+        if status.st_size > limit:
+            raise ValueError(f"{file} has {status.st_size} bytes, expected at most {limit}")
+        return opened.read(limit)
+
+
+def open_file(file: Path) -> BinaryIO:
+    """Open a file for reading; never waits, also where the file is a pipe."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=0))
+
+
+def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    ValueError
+        If the file holds anything else, or more than `limit` bytes.
+    """
+    try:
+        plain = json.loads(read_file(file, limit))
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return plain
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, with the group's permissions of the one above."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # another user made it at the same moment, and shares it
+        share_with_group(folder)
+
+
+def share_with_group(path: Path) -> None:
+    """Give a file or folder just made the group permissions of a setgid folder that it is in."""
+    above = path.parent.stat().st_mode
+    if not above & stat.S_ISGID:
+        return
+    mode = path.stat().st_mode
+    wanted = mode | (above & (stat.S_IRWXG if stat.S_ISDIR(mode) else _GROUP_BITS))
+    if wanted != mode:
+        path.chmod(stat.S_IMODE(wanted))
+
+
+def share_tree(root: Path) -> None:
+    """Do `share_with_group` for a folder and all that is in it."""
+    share_with_group(root)
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            share_with_group(Path(folder, name))
+
+
+def sync_tree(root: Path) -> None:
+    """Make all files and folders of a tree durable."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for file in files:
+            _sync(Path(folder, file), os.O_RDONLY)
+        sync_folder(Path(folder))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file as a whole, durably, in place of what was there."""
+    temporary = file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        share_with_group(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def create_exclusive(file: Path, text: str) -> bool:
+    """Make a file that must not be there yet; tell whether it was this call that made it."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+    share_with_group(file)
+    return True
+
+
+def group_text(attributes: Mapping[str, JSON]) -> str:
+    """Give the zarr.json of a Zarr v3 group."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    return json.dumps(group, indent=2)
+
+
+def write_group(folder: Path, attributes: Mapping[str, JSON]) -> None:
+    """Make a folder a Zarr group, unless it is one."""
+    if not (folder / "zarr.json").exists():
+        write_text(folder / "zarr.json", group_text(attributes))
+
+
+def tree_bytes(root: Path) -> int:
+    """Sum up the sizes of all files below a folder."""
+    total = 0
+    for folder, _, files in os.walk(root):
+        for file in files:
+            try:
+                total += os.stat(os.path.join(folder, file)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Turn what the system says of a failed read into an error of ours."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"can't read {error.filename or place}: {error.strerror or error}"
+        ) from error
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says of a failed write into an error of ours."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_PERMISSION:
+            raise ReadOnlyCacheError(
+                f"no permission to write in {place} ({error.strerror}); "
+                "name a folder you can write, or open the cache with mode='r'"
+            ) from error
+        raise StoreError(
+            f"can't write in {place}: {error.strerror or error}; free some space or name another "
+            "folder. What was committed before is untouched"
+        ) from error

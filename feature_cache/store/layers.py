@@ -1,0 +1,229 @@
+"""Layers: a space that is written, over the same space of caches that are only read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import NotACacheError, StoreError
+from ..key import Keys, Record
+from ..spec import SpaceSpec
+from .files import TEMPORARY_PREFIX, make_folder, writing
+from .pack import check_records, install_pack
+from .process import join
+from .remote import Remote, RemoteSpace, open_remote
+from .space import Space
+from .store import Store
+
+_log = logging.getLogger(__name__)
+
+
+class Layer(Protocol):
+    """The same space in a cache below: only read."""
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Tell which records it has."""
+
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
+        """Read records, None where there is none; may bring whole packs into `top`."""
+
+
+class FolderLayer:
+    """A space of another cache folder.
+
+    Parameters
+    ----------
+    space : Space
+        In mode ``"r"``.
+    promote : bool
+        Whether a pack of which a record was read is copied into the writable cache.
+    """
+
+    def __init__(self, space: Space, *, promote: bool) -> None:
+        self.space, self.promote = space, promote
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Tell which records it has."""
+        return self.space.contains(keys)
+
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
+        """Read records, verified; None where there is none."""
+        records = self.space.find(keys)
+        if self.promote:
+            found = keys[[record is not None for record in records]]
+            for name in self.space.packs_of(found):
+                promote_pack(self.space.packs_folder / name, top)
+        return records
+
+
+class Below(Protocol):
+    """A cache below: a folder, or what was pushed elsewhere.
+
+    Attributes
+    ----------
+    place : str
+        The path or URL that opens it again.
+    """
+
+    place: str
+
+    def space(self, spec: SpaceSpec, *, promote: bool) -> Layer:
+        """Give one space of it, present or not; StoreError where it is damaged."""
+
+
+class FolderBelow:
+    """A cache folder that is only read."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.place = store, str(store.root)
+
+    def space(self, spec: SpaceSpec, *, promote: bool) -> Layer:
+        """Give one space of it; StoreError where it is damaged."""
+        return FolderLayer(self.store.space(spec), promote=promote)
+
+
+def open_layers(places: Iterable[str | os.PathLike[str]]) -> tuple[Below, ...]:
+    """Open caches below, by path or URL.
+
+    Raises
+    ------
+    StoreError
+        One of them is no cache, or can't be opened.
+    """
+    return tuple(_open_layer(os.fspath(place)) for place in places)
+
+
+def _open_layer(place: str) -> Below:
+    if "://" in place:
+        return RemoteBelow(open_remote(place))
+    return FolderBelow(Store(place, "r"))
+
+
+def layer_space(top: Space, spec: SpaceSpec, below: Sequence[Below], *, promote: bool) -> Space:
+    """Give a space with the same space of caches below under it."""
+    layers = []
+    for cache in below:
+        try:
+            layers.append(cache.space(spec, promote=promote))
+        except StoreError as error:
+            _log.warning("the layer %s is left out: %s", cache.place, error)
+    return LayeredSpace(top, layers) if layers else top
+
+
+class RemoteLayer:
+    """A space of a remote; packs are brought here when their records are wanted."""
+
+    def __init__(self, space: RemoteSpace) -> None:
+        self.space = space
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Tell which records it has."""
+        return self.space.contains(keys)
+
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
+        """Bring packs into `top`, verified, and read them there."""
+        top.create()
+        self.space.fetch(keys, top.packs_folder, writer=join(top.root).name)
+        return Space.find(top, keys)
+
+
+class RemoteBelow:
+    """A cache that was pushed to an object store or a folder."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote, self.place = remote, remote.url
+        if remote.version() is None:
+            raise NotACacheError(f"there is no feature cache at {remote.url}; check the address")
+
+    def space(self, spec: SpaceSpec, *, promote: bool) -> Layer:
+        """Give one space of it; its packs always are brought here."""
+        return RemoteLayer(RemoteSpace(self.remote, spec.folder_name))
+
+
+class LayeredSpace(Space):
+    """A space whose records may also be in layers below it, the upper ones first.
+
+    A layer that can't be read, or whose record is damaged, is a miss with a warning in the log; it
+    never stops a read from what is below, or a write.
+    """
+
+    def __init__(self, top: Space, layers: Sequence[Layer]) -> None:
+        super().__init__(top.path, top.spec, top.mode)
+        self.layers = tuple(layers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what is open."""
+        return type(self), (Space(self.path, self.spec, self.mode), self.layers)
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Tell which keys have a record here or below: (m,) bool."""
+        found = super().contains(keys)
+        for layer in self.layers:
+            absent = np.flatnonzero(~found)
+            if not len(absent):
+                break
+            try:
+                found[absent] = layer.contains(keys[absent])
+            except StoreError as error:
+                _log.warning("a layer is left out: %s", error)
+        return found
+
+    def find(self, keys: Keys) -> list[Record | None]:
+        """Read records from here or below, verified; None where there is none."""
+        records = super().find(keys)
+        for layer in self.layers:
+            absent = [i for i, record in enumerate(records) if record is None]
+            if not absent:
+                break
+            try:
+                below = layer.find(keys[absent], self)
+            except StoreError as error:
+                _log.warning("a layer is left out: %s", error)
+                continue
+            for i, record in zip(absent, below, strict=True):
+                records[i] = record
+        return records
+
+
+def promote_pack(source: Path, top: Space) -> None:
+    """Copy a pack of a lower cache into a writable one; where that fails, say so and go on."""
+    target = top.packs_folder / source.name
+    if target.is_dir() or top.mode == "r":
+        return
+    try:
+        top.create()
+        with writing(top.path):
+            copy_pack(source, target, join(top.root).name)
+        top.refresh()
+    except StoreError as error:
+        _log.warning("%s is not copied to %s: %s", source, top.path, error)
+
+
+def copy_pack(source: Path, target: Path, writer: str) -> None:
+    """Copy a pack as a whole, verified.
+
+    Raises
+    ------
+    CorruptRecordError
+        The copy is damaged; it is not committed.
+    OSError
+        It can't be written.
+    """
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
+    try:
+        for file in filter(Path.is_file, source.rglob("*")):
+            copy = temporary / file.relative_to(source)
+            make_folder(copy.parent)
+            shutil.copyfile(file, copy)
+        check_records(temporary, target.name)
+        install_pack(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,24 @@
+"""Keeping a shared cache well: verify, collect garbage, compact, pin."""
+
+from .collect import GarbagePlan, GarbageReport, choose_spaces, plan_gc, run_gc
+from .compact import CompactReport, compact_space
+from .pins import Pin, add_pin, read_pins, remove_pin
+from .verify import Finding, count_packs, repair, verify
+
+__all__ = [
+    "CompactReport",
+    "Finding",
+    "GarbagePlan",
+    "GarbageReport",
+    "Pin",
+    "add_pin",
+    "choose_spaces",
+    "compact_space",
+    "count_packs",
+    "plan_gc",
+    "read_pins",
+    "remove_pin",
+    "repair",
+    "run_gc",
+    "verify",
+]

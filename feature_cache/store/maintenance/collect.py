@@ -1,0 +1,292 @@
+"""Garbage collection: what to let go, to stay within a size or an age, and left-overs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import MissingRecordError
+from ...hashing import JSON
+from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
+from ..pack import read_keys
+from ..process import GONE_SECONDS, is_silent, living, read_process
+from ..space import Space
+from ..store import Store
+from ..usage import merge_runs
+from .pins import read_pins
+from .retire import Leaving, find_leaving, remove, remove_tree, retire
+
+TEMPORARY_GRACE_SECONDS = 3600.0
+"""How long a temporary file whose writer is not known to be dead stays."""
+
+_MERGE_RUNS_SECONDS = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """A pack to let go.
+
+    Attributes
+    ----------
+    space, pack : str
+        Names.
+    bytes : int
+    records : int
+    last_use : float
+        Seconds since 1970.
+    """
+
+    space: str
+    pack: str
+    bytes: int
+    records: int
+    last_use: float
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all by name."""
+        return {
+            "space": self.space,
+            "pack": self.pack,
+            "bytes": self.bytes,
+            "records": self.records,
+            "last_use": self.last_use,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class GarbagePlan:
+    """What is to go, and what stays.
+
+    Attributes
+    ----------
+    evictions : tuple of Eviction
+        Packs to let go, least recently used first.
+    leftovers : tuple of (Path, int)
+        Files and folders of killed processes, and their bytes.
+    leaving : tuple of Leaving
+        Packs that were retired before or are in quarantine.
+    kept_bytes, pinned_bytes : int
+        Of the packs that stay, and of those that stay because they are pinned.
+    max_bytes : int or None
+        What was asked for.
+    """
+
+    evictions: tuple[Eviction, ...]
+    leftovers: tuple[tuple[Path, int], ...]
+    leaving: tuple[Leaving, ...]
+    kept_bytes: int
+    pinned_bytes: int
+    max_bytes: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Sum up what would be freed, some of it later."""
+        packs = sum(e.bytes for e in self.evictions) + sum(pack.bytes for pack in self.leaving)
+        return packs + sum(size for _, size in self.leftovers)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all by name."""
+        return {
+            "bytes": self.bytes,
+            "kept_bytes": self.kept_bytes,
+            "pinned_bytes": self.pinned_bytes,
+            "max_bytes": self.max_bytes,
+            "evictions": [eviction.to_json() for eviction in self.evictions],
+            "leftovers": [{"path": str(path), "bytes": size} for path, size in self.leftovers],
+            "leaving": [
+                {"path": str(pack.path), "bytes": pack.bytes, "waits_for": pack.waits_for}
+                for pack in self.leaving
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageReport:
+    """What a run did.
+
+    Attributes
+    ----------
+    evicted, records : int
+        Packs and records let go.
+    freed_bytes, waiting_bytes : int
+        Removed by now; to be removed by a later run.
+    waits_for : tuple of str
+        What the rest waits for.
+    """
+
+    evicted: int
+    records: int
+    freed_bytes: int
+    waiting_bytes: int
+    waits_for: tuple[str, ...]
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all by name."""
+        return {
+            "evicted": self.evicted,
+            "records": self.records,
+            "freed_bytes": self.freed_bytes,
+            "waiting_bytes": self.waiting_bytes,
+            "waits_for": list(self.waits_for),
+        }
+
+
+def plan_gc(
+    store: Store,
+    *,
+    max_bytes: int | None = None,
+    max_age_seconds: float | None = None,
+    spaces: Collection[str] = (),
+    grace_seconds: float | None = None,
+) -> GarbagePlan:
+    """Find what can go. Removes nothing.
+
+    Parameters
+    ----------
+    store : Store
+    max_bytes : int, optional
+        Let go of the least recently used packs until the rest is no larger.
+    max_age_seconds : float, optional
+        Let go of packs not used for longer.
+    spaces : collection of str, optional
+        Look at the packs of these spaces alone: beginnings of their names.
+    grace_seconds : float, optional
+        How long retired packs stay; see `feature_cache.store.maintenance.retire`.
+
+    Raises
+    ------
+    MissingRecordError
+        No space of such a name.
+    StoreError
+        A pin is damaged, or files can't be read.
+    """
+    chosen = choose_spaces(store.spaces(), spaces)
+    for space in chosen:
+        space.touch(0.0)
+    pinned: list[Eviction] = []
+    loose: list[Eviction] = []
+    for space in chosen:
+        for pack, is_pinned in _list_packs(space):
+            (pinned if is_pinned else loose).append(pack)
+    loose.sort(key=lambda pack: (pack.last_use, pack.pack))
+    total = sum(pack.bytes for pack in (*pinned, *loose))
+    evictions = tuple(_evict(loose, total, max_bytes, max_age_seconds))
+    return GarbagePlan(
+        evictions,
+        tuple((path, tree_bytes(path)) for path in find_leftovers(store)),
+        tuple(find_leaving(store.root, grace_seconds)),
+        total - sum(pack.bytes for pack in evictions),
+        sum(pack.bytes for pack in pinned),
+        max_bytes,
+    )
+
+
+def choose_spaces(spaces: list[Space], names: Collection[str]) -> list[Space]:
+    """Give the spaces whose names begin so, by default all.
+
+    Raises
+    ------
+    MissingRecordError
+        None begins so.
+    """
+    for name in names:
+        if not any(space.name.startswith(name) for space in spaces):
+            known = ", ".join(space.name for space in spaces) or "none"
+            raise MissingRecordError(f"no space begins with {name!r}; there are: {known}")
+    return [s for s in spaces if not names or any(s.name.startswith(name) for name in names)]
+
+
+def _list_packs(space: Space) -> Iterator[tuple[Eviction, bool]]:
+    pins = [pin for pin in read_pins(space.root) if pin.space == space.name]
+    whole = any(pin.keys is None for pin in pins)
+    wanted: frozenset[bytes] = frozenset().union(*(pin.keys or () for pin in pins))
+    for name in space.pack_names():
+        folder = space.packs_folder / name
+        try:
+            keys = {key.tobytes() for key in read_keys(folder)}
+            last_use = space.last_use(name)
+        except OSError:
+            continue  # gone meanwhile, or damaged: that is for verify
+        size = tree_bytes(folder)
+        yield Eviction(space.name, name, size, len(keys), last_use), whole or bool(wanted & keys)
+
+
+def _evict(
+    packs: list[Eviction], total: int, max_bytes: int | None, max_age_seconds: float | None
+) -> Iterator[Eviction]:
+    oldest = 0.0 if max_age_seconds is None else time.time() - max_age_seconds
+    for pack in packs:
+        too_much = max_bytes is not None and total > max_bytes
+        if too_much or pack.last_use < oldest:
+            total -= pack.bytes
+            yield pack
+
+
+def find_leftovers(store: Store) -> list[Path]:
+    """List the temporary files, claims and process files of processes that are gone."""
+    root, now = store.root, store.presence.now()
+    folders = [root, *(root / name for name in ("spaces", "stats", "pins", "processes"))]
+    for name in list_folder(root / "spaces"):
+        folders += [root / "spaces" / name, root / "spaces" / name / "packs"]
+    folders += [root / "quarantine", *(root / "retired" / n for n in list_folder(root / "retired"))]
+    temporary = [
+        folder / name
+        for folder in folders
+        for name in list_folder(folder)
+        if name.startswith(TEMPORARY_PREFIX)
+    ]
+    dead = [path for path in temporary if _is_left(root, path, now)]
+    lives = living(root, now, silent_seconds=2 * GONE_SECONDS)
+    gone = [
+        root / "processes" / name
+        for name in list_folder(root / "processes")
+        if name not in lives and not name.startswith(TEMPORARY_PREFIX)
+    ]
+    return [*dead, *store.claims.leftovers(now), *gone]
+
+
+def _is_left(root: Path, path: Path, now: float) -> bool:
+    """Tell whether a temporary file or folder belongs to nobody any more."""
+    writer = path.name.removeprefix(TEMPORARY_PREFIX).rpartition("-")[0]
+    process = read_process(root, writer) if writer else None
+    if process is not None and process.runs is not None:
+        return not process.runs
+    if process is not None and not is_silent(root, writer, now, GONE_SECONDS):
+        return False
+    try:
+        newest = max([path.lstat().st_mtime, *(f.lstat().st_mtime for f in path.rglob("*"))])
+    except FileNotFoundError:
+        return False
+    return now - newest > TEMPORARY_GRACE_SECONDS
+
+
+def run_gc(store: Store, plan: GarbagePlan, *, grace_seconds: float | None = None) -> GarbageReport:
+    """Let go of what a plan found: packs are retired, and removed when no reader has them.
+
+    Raises
+    ------
+    StoreError
+        Something can't be removed.
+    """
+    root = store.root
+    with writing(root):
+        writer = store.presence.name
+        for path, _ in plan.leftovers:
+            remove_tree(path, writer)
+        for space in store.spaces():
+            names = [e.pack for e in plan.evictions if e.space == space.name]
+            if names:
+                retire(space, names)
+        leaving = find_leaving(root, grace_seconds)
+        freed = remove(root, leaving)
+        merge_runs(root, time.time() - _MERGE_RUNS_SECONDS)
+    waiting = [pack for pack in leaving if pack.waits_for]
+    return GarbageReport(
+        evicted=len(plan.evictions),
+        records=sum(eviction.records for eviction in plan.evictions),
+        freed_bytes=freed + sum(size for _, size in plan.leftovers),
+        waiting_bytes=sum(pack.bytes for pack in waiting),
+        waits_for=tuple(sorted({pack.waits_for for pack in waiting})),
+    )

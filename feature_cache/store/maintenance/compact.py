@@ -1,0 +1,217 @@
+"""Compaction: small packs become large ones, ordered by movie, copy and time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from ...errors import CorruptRecordError
+from ...hashing import JSON, canonical_json
+from ..claims import Claims
+from ..files import tree_bytes, writing
+from ..pack import Entry, Pack, check_records, read_provenance
+from ..space import Space
+from .retire import retire
+
+TARGET_BYTES = 64 << 20
+"""How large packs become, in bytes of features."""
+
+_OPEN_PACKS = 64
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CompactReport:
+    """What a compaction did in one space.
+
+    Attributes
+    ----------
+    space : str
+    merged, written : int
+        Packs before and after.
+    records, duplicates : int
+        Records kept, and dropped because they are elsewhere too.
+    busy : bool
+        Whether another process is at it, so that nothing was done here.
+    """
+
+    space: str
+    merged: int = 0
+    written: int = 0
+    records: int = 0
+    duplicates: int = 0
+    busy: bool = False
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all by name."""
+        return {
+            "space": self.space,
+            "merged": self.merged,
+            "written": self.written,
+            "records": self.records,
+            "duplicates": self.duplicates,
+            "busy": self.busy,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One record of a pack that is merged; its kind is codec and shape, the same in a pack."""
+
+    pack: str
+    row: int
+    key: bytes
+    source: Mapping[str, Any]
+    kind: tuple[str, tuple[int, ...]]
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        source = self.source
+        draw = canonical_json(source.get("draw", []))
+        frame = source.get("frame", 0)
+        return self.kind, str(source.get("movie")), draw, frame if type(frame) is int else 0
+
+
+def compact_space(
+    space: Space,
+    *,
+    target_bytes: int = TARGET_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> CompactReport:
+    """Merge the small packs of a space, and drop records that are there twice.
+
+    Readers go on undisturbed: the new packs are committed first, then the old ones retired, and
+    those that a reader has mapped stay until it lets go. Killed at any moment, nothing is lost;
+    what is there twice is dropped the next time.
+
+    Parameters
+    ----------
+    space : Space
+        In mode ``"a"``.
+    target_bytes : int
+        How large packs become; those of half the size and more are left as they are.
+    progress : callable, optional
+        Called with the number of records just written.
+
+    Raises
+    ------
+    StoreError
+        The folder can't be read or written.
+    """
+    claims, claim = Claims(space.root), f"compact-{space.name}"
+    if not claims.take([claim])[0]:
+        return CompactReport(space.name, busy=True)
+    try:
+        space.refresh()
+        return _compact(space, target_bytes, progress)
+    finally:
+        claims.release([claim])
+
+
+def _compact(
+    space: Space, target_bytes: int, progress: Callable[[int], None] | None
+) -> CompactReport:
+    merged, rows, duplicates = _choose(space, target_bytes)
+    while _drop_damaged(space, merged):
+        merged, rows, duplicates = _choose(space, target_bytes)
+    if not merged:
+        return CompactReport(space.name)
+    origins = _read_origins(space, merged)
+    written: set[str] = set()
+    last_use = max(space.last_use(name) for name in merged)
+    for kind, group in groupby(sorted(rows, key=lambda row: row.order), lambda row: row.kind):
+        for entries in _read_entries(space, list(group), target_bytes):
+            names = space.write(entries, {"compacted_from": origins}, codec=kind[0])
+            written.update(names)
+            for name in names:
+                os.utime(space.packs_folder / name, (last_use, last_use))
+            if progress is not None:
+                progress(len(entries))
+    with writing(space.root):
+        retire(space, set(merged) - written)
+    space.refresh()
+    return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
+
+
+def _choose(space: Space, target_bytes: int) -> tuple[list[str], list[_Row], int]:
+    """Choose packs to merge; give the records to keep, and how many are elsewhere too."""
+    listed = {name: rows for name in space.pack_names() if (rows := _list_rows(space, name))}
+    sizes = {name: tree_bytes(space.packs_folder / name) for name in listed}
+    small = {name for name in listed if sizes[name] < target_bytes / 2}
+    kinds = Counter(listed[name][0].kind for name in small if listed[name])
+    seen: dict[bytes, str] = {}
+    for name in sorted(listed, key=lambda name: (name in small, name)):
+        for row in listed[name]:
+            seen.setdefault(row.key, name)
+    merged = sorted(
+        name
+        for name, rows in listed.items()
+        if any(seen[row.key] != name for row in rows) or (name in small and kinds[rows[0].kind] > 1)
+    )
+    kept = [row for name in merged for row in listed[name] if seen[row.key] == name]
+    return merged, kept, sum(len(listed[name]) for name in merged) - len(kept)
+
+
+def _drop_damaged(space: Space, names: Sequence[str]) -> bool:
+    """Set aside the packs with a wrong record; tell whether there was one."""
+    found = False
+    for name in names:
+        try:
+            check_records(space.packs_folder / name, name)
+        except (CorruptRecordError, FileNotFoundError) as error:
+            found = True
+            if isinstance(error, CorruptRecordError):
+                space.condemn(name, error)
+    return found
+
+
+def _list_rows(space: Space, name: str) -> list[_Row]:
+    """List the records of a pack; none where it is gone or damaged, which is for verify."""
+    try:
+        pack = Pack(space.packs_folder / name)
+        sources = read_provenance(pack.path)["records"]
+    except (FileNotFoundError, CorruptRecordError) as error:
+        _log.warning("%s is not compacted: %s", name, error)
+        return []
+    sources += [{}] * (len(pack) - len(sources))
+    keys = [key.tobytes() for key in pack.keys]
+    return [
+        _Row(name, row, key, source, (pack.features.codec, pack.features.shape[1:]))
+        for row, (key, source) in enumerate(zip(keys, sources, strict=False))
+    ]
+
+
+def _read_origins(space: Space, names: Sequence[str]) -> list[JSON]:
+    """Give what the writers of the packs said of themselves, each once."""
+    found: dict[str, JSON] = {}
+    for name in names:
+        own = read_provenance(space.packs_folder / name)
+        del own["records"]
+        for origin in own.get("compacted_from", [own]):
+            found.setdefault(canonical_json(origin), origin)
+    return [json.loads(text) for text in sorted(found)]
+
+
+def _read_entries(space: Space, rows: Sequence[_Row], target_bytes: int) -> Iterator[list[Entry]]:
+    """Read records, verified, in lists of about one pack's size."""
+    entries: list[Entry] = []
+    size, packs = 0, dict[str, Pack]()
+    for row in rows:
+        if row.pack not in packs:
+            if len(packs) >= _OPEN_PACKS:
+                packs.pop(next(iter(packs)))
+            packs[row.pack] = Pack(space.packs_folder / row.pack)
+        record = packs[row.pack].record(row.row)
+        entries.append(Entry(row.key, record, row.source))
+        size += record.features.nbytes
+        if size >= target_bytes:
+            yield entries
+            entries, size = [], 0
+    if entries:
+        yield entries

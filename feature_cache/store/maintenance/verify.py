@@ -1,0 +1,324 @@
+"""Verification: every file against what it should hold, and every record against its checksum."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import CacheVersionError, CorruptRecordError, StoreError
+from ...hashing import JSON, digest_json
+from ..array import ArrayFile
+from ..files import TRANSIENT, group_text, list_folder, make_folder, write_text, writing
+from ..pack import Pack, check_metadata, missing_is_corrupt, read_provenance
+from ..process import join
+from ..space import PACK_NAME, Space, quarantine_folder
+from ..store import OWN_NAMES, ROOT_TEXT, TAG, Store, read_spec, read_version
+from .collect import find_leftovers
+from .pins import find_damaged_pins
+from .retire import remove_tree
+
+Progress = Callable[[int], None]
+"""Called with the number of packs just verified."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Attributes
+    ----------
+    kind : str
+        ``"damaged"``, ``"missing"``, ``"unknown"``, ``"leftover"``, ``"duplicate"`` or ``"spec"``.
+    path : Path
+    message : str
+        What is wrong, and what `repair` does.
+    lost : tuple of str
+        The records that count as missing then, as far as is known: movie and frame.
+    """
+
+    kind: str
+    path: Path
+    message: str
+    lost: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all by name."""
+        return {
+            "kind": self.kind,
+            "path": str(self.path),
+            "message": self.message,
+            "lost": list(self.lost),
+        }
+
+
+def verify(
+    root: Path,
+    *,
+    deep: bool = False,
+    spaces: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """Look at every file of a cache, and compare every record with its checksum. Changes nothing.
+
+    Parameters
+    ----------
+    root : Path
+    deep : bool
+        Also read each pack through zarr-python, as any other tool would, and compare bit by bit.
+    spaces : sequence of str
+        Only these spaces: beginnings of their names.
+    progress : callable, optional
+
+    Returns
+    -------
+    list of Finding
+        Empty where all is well.
+
+    Raises
+    ------
+    StoreError
+        It is no cache, a newer one, or can't be read.
+    """
+    findings = list(_check_root(root))
+    for name in list_folder(root / "spaces"):
+        folder = root / "spaces" / name
+        if spaces and not any(name.startswith(start) for start in spaces):
+            continue
+        if name == "zarr.json" or name.startswith(TRANSIENT):
+            continue
+        if not folder.is_dir():
+            findings.append(_unknown(folder))
+            continue
+        findings += _check_space(Space(folder, {}, "r"), deep, progress)
+    with suppress(StoreError):
+        findings += [
+            Finding("leftover", path, "left by a process that is gone; repair removes it")
+            for path in find_leftovers(Store(root, "r"))
+        ]
+    return findings
+
+
+def count_packs(root: Path, spaces: Sequence[str] = ()) -> int:
+    """Count the packs that `verify` will look at."""
+    names = list_folder(root / "spaces")
+    wanted = [n for n in names if not spaces or any(n.startswith(start) for start in spaces)]
+    return sum(len(Space(root / "spaces" / n, {}, "r").pack_names()) for n in wanted)
+
+
+def _unknown(path: Path) -> Finding:
+    return Finding("unknown", path, "no file of ours; repair moves it to quarantine")
+
+
+def _check_root(root: Path) -> Iterator[Finding]:
+    try:
+        read_version(root)
+        yield from _check_text(root / "zarr.json", ROOT_TEXT, ROOT_TEXT.replace(": 2", ": 1"))
+    except CacheVersionError:
+        raise
+    except StoreError as error:
+        if not list_folder(root / "spaces"):
+            raise
+        yield Finding("damaged", root / "zarr.json", f"{error}; repair writes it anew")
+    yield from _check_text(root / "CACHEDIR.TAG", TAG)
+    for name in list_folder(root):
+        if name not in OWN_NAMES and not name.startswith(TRANSIENT):
+            yield _unknown(root / name)
+    for file in find_damaged_pins(root):
+        yield Finding("damaged", file, "is no pin; repair moves it to quarantine: pin again")
+    if list_folder(root / "spaces"):
+        yield from _check_text(root / "spaces" / "zarr.json", group_text({}))
+
+
+def _check_text(file: Path, *expected: str) -> Iterator[Finding]:
+    """Compare a file whose text is known."""
+    try:
+        found = file.read_bytes()
+    except FileNotFoundError:
+        yield Finding("missing", file, "missing; repair writes it anew")
+        return
+    if found not in [text.encode() for text in expected]:
+        yield Finding("damaged", file, "holds something else than it should; repair writes it anew")
+
+
+def _check_space(space: Space, deep: bool, progress: Progress | None) -> Iterator[Finding]:
+    yield from _check_spec(space.path)
+    yield from _check_text(space.packs_folder / "zarr.json", group_text({}))
+    for name in list_folder(space.path):
+        if name not in ("zarr.json", "packs") and not name.startswith(TRANSIENT):
+            yield _unknown(space.path / name)
+    for name in list_folder(space.packs_folder):
+        known = name == "zarr.json" or PACK_NAME.fullmatch(name) or name.startswith(TRANSIENT)
+        if not known:
+            yield _unknown(space.packs_folder / name)
+    sound = []
+    for name in space.pack_names():
+        finding = _check_pack(space, name, deep)
+        if finding is None:
+            sound.append(name)
+        else:
+            yield finding
+        if progress is not None:
+            progress(1)
+    yield from _find_duplicates(space, sound)
+
+
+def _check_spec(folder: Path) -> Iterator[Finding]:
+    file = folder / "zarr.json"
+    how = "repair moves it to quarantine; it is written anew when the space is used again"
+    try:
+        spec = read_spec(folder)
+        text = group_text({"feature_cache": {"space": spec}})
+        if text.encode() != file.read_bytes():
+            yield Finding("damaged", file, f"is not as it was written; {how}")
+        elif not folder.name.endswith(f"-{digest_json(spec).hex()[:8]}"):
+            yield Finding("spec", file, f"holds another spec than the folder's name says; {how}")
+    except FileNotFoundError:
+        yield Finding("missing", file, "missing; it is written anew when the space is used again")
+    except StoreError as error:
+        yield Finding("damaged", file, f"{error}; {how}")
+
+
+def _check_pack(space: Space, name: str, deep: bool) -> Finding | None:
+    folder = space.packs_folder / name
+    try:
+        with missing_is_corrupt(folder):
+            pack = Pack(folder)
+            check_metadata(folder)
+            _check_files(pack)
+            for index in pack.features.chunk_indices():
+                pack.features.check_chunk(*index)
+            for row in range(len(pack)):
+                pack.record(row)
+            if len(read_provenance(folder)["records"]) != len(pack):
+                raise CorruptRecordError(f"{folder} says where other records come from")
+            if deep:
+                _check_as_zarr(pack)
+    except FileNotFoundError:
+        return None  # retired or set aside meanwhile
+    except CorruptRecordError as error:
+        lost = _name_records(folder)
+        text = f"{error}; repair moves the pack to quarantine, its records count as missing"
+        return Finding("damaged", folder, text, lost)
+    return None
+
+
+def _check_files(pack: Pack) -> None:
+    """Compare the files of a pack with those that its metadata promise."""
+    arrays = {"keys", "checksums", "features"}
+    arrays |= {"offsets", "labels"} if len(pack.features.shape) == 2 else set()
+    expected = {pack.path / "zarr.json"}
+    for name in arrays:
+        array = ArrayFile.read(pack.path / name)
+        expected.add(pack.path / name / "zarr.json")
+        expected.update(array.chunk_file(*index) for index in array.chunk_indices())
+    found = {file for file in pack.path.rglob("*") if not file.is_dir()}
+    for file in sorted(expected - found):
+        raise CorruptRecordError(f"{file} is missing from a pack")
+    for file in sorted(found - expected):
+        raise CorruptRecordError(f"{file} is no file of a pack")
+
+
+def _check_as_zarr(pack: Pack) -> None:
+    """Compare what zarr-python reads with what we read."""
+    import zarr
+
+    try:
+        group = zarr.open_group(pack.path, mode="r")
+        features: Any = group["features"]
+        same = np.array_equal(np.asarray(group["keys"]), pack.keys)
+        offsets = np.asarray(group["offsets"]) if len(pack.features.shape) == 2 else None
+        for row in range(len(pack)):
+            rows = row if offsets is None else slice(int(offsets[row]), int(offsets[row + 1]))
+            same = same and features[rows].tobytes() == pack.record(row).features.tobytes()
+    except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+        raise CorruptRecordError(f"zarr-python can't read {pack.path}: {error}") from error
+    if not same:
+        raise CorruptRecordError(f"zarr-python reads other numbers from {pack.path}")
+
+
+def _name_records(folder: Path) -> tuple[str, ...]:
+    try:
+        sources = read_provenance(folder)["records"]
+    except (FileNotFoundError, CorruptRecordError):
+        return ()
+    return tuple(
+        " ".join(f"{s.get('movie') or 'a movie'} frame {s.get('frame')} {s.get('origin')}".split())
+        for s in sources
+    )
+
+
+def _find_duplicates(space: Space, packs: Sequence[str]) -> Iterator[Finding]:
+    first: dict[bytes, tuple[str, int]] = {}
+    for name in packs:
+        try:
+            pack = Pack(space.packs_folder / name)
+        except (FileNotFoundError, CorruptRecordError):
+            continue
+        keys = [key.tobytes() for key in pack.keys]
+        sums = pack.checksums.tolist()
+        twice = [key for key in keys if key in first]
+        differ = sum(first[k][1] != c for k, c in zip(keys, sums, strict=True) if k in first)
+        if twice:
+            others = ", ".join(sorted({first[key][0] for key in twice}))
+            numbers = f", {differ} of them with other numbers" if differ else ""
+            yield Finding(
+                "duplicate",
+                pack.path,
+                f"{len(twice)} of its {len(keys)} records are in {others} too{numbers}; harmless: "
+                "compact drops them",
+            )
+        first.update({k: (name, c) for k, c in zip(keys, sums, strict=True) if k not in first})
+
+
+def repair(root: Path, findings: Iterable[Finding]) -> None:
+    """Mend what `verify` found: move what is damaged or unknown to quarantine, write texts anew.
+
+    Nothing is deleted but left-overs. Duplicates are left to `compact_space`.
+
+    Raises
+    ------
+    StoreError
+        The folder can't be written.
+    """
+    with writing(root):
+        for finding in findings:
+            path = finding.path
+            if finding.kind == "leftover":
+                remove_tree(path, join(root).name)
+            elif finding.kind == "unknown" or (path.parent.name == "packs" and _is_damage(finding)):
+                _set_aside(root, path)
+            elif finding.kind != "duplicate":
+                _write_anew(root, path)
+
+
+def _is_damage(finding: Finding) -> bool:
+    return finding.kind == "damaged" and finding.path.name != "zarr.json"
+
+
+def _set_aside(root: Path, path: Path) -> None:
+    target = root / "quarantine" / path.name
+    if path.parent.name == "packs":
+        target = quarantine_folder(Space(path.parent.parent, {}, "a"), path.name)
+    make_folder(target.parent)
+    with suppress(FileNotFoundError):
+        shutil.move(path, target)
+
+
+def _write_anew(root: Path, file: Path) -> None:
+    texts = {
+        root / "zarr.json": ROOT_TEXT,
+        root / "CACHEDIR.TAG": TAG,
+        root / "spaces" / "zarr.json": group_text({}),
+    }
+    if file in texts:
+        write_text(file, texts[file])
+    elif file.parent.name == "packs":
+        write_text(file, group_text({}))
+    else:
+        _set_aside(root, file)

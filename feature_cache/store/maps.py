@@ -1,0 +1,52 @@
+"""Mapped files: which packs this process has in its address space, and how many it may."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import threading
+import weakref
+
+_MAPS_LIMIT = 1 << 14
+_maps: weakref.WeakKeyDictionary[mmap.mmap, str] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def map_file(descriptor: int, length: int, name: str) -> mmap.mmap | None:
+    """Map the beginning of an open file, read-only; None where the process has many mapped already.
+
+    Parameters
+    ----------
+    descriptor : int
+    length : int
+        In bytes; the caller has checked that the file is as long.
+    name : str
+        Of the pack, for `mapped_names`.
+    """
+    with _lock:
+        if len(_maps) >= _maps_allowed():
+            return None
+        data = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+        _maps[data] = name
+        return data
+
+
+def mapped_names() -> frozenset[str]:
+    """Name the packs of which an array is still referenced."""
+    with _lock:
+        return frozenset(_maps.values())
+
+
+def _maps_allowed() -> int:
+    """Half of the files that the process may have open: each map keeps a descriptor."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAPS_LIMIT if limit == resource.RLIM_INFINITY else min(limit // 2, _MAPS_LIMIT)
+
+
+def _start_anew() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)

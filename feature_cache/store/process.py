@@ -1,0 +1,326 @@
+"""Who uses a cache: one small file a process, touched every half minute.
+
+``processes/<name>`` says host and process, and which retired packs the process no longer has
+mapped. Claims are held by such a name, temporary folders carry one, and a retired pack goes when
+every living process has let go of it. A process that can't write the file (a read-only folder, a
+full disk) goes on without.
+
+Ages are differences of times that the file system itself gave, so clocks of hosts need not agree.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing.util
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from ..hashing import JSON, canonical_json, digest_json
+from .files import TEMPORARY_PREFIX, list_folder, make_folder, share_with_group
+from .maps import mapped_names
+
+BEAT_SECONDS = 30.0
+SILENT_SECONDS = 120.0
+"""A process of another host that was not heard of for so long has lost its claims."""
+GONE_SECONDS = 900.0
+"""One that was not heard of for so long maps nothing any more."""
+
+_NAME = re.compile(r"\w+-\d+-[0-9a-f]{16}")
+_START_TOLERANCE_SECONDS = 2.0
+_log = logging.getLogger(__name__)
+
+
+class Member(Protocol):
+    """What a process has open in a cache."""
+
+    def refresh(self) -> None:
+        """Let go of what was retired."""
+
+    def touch(self, seconds: float = ...) -> None:
+        """Note on disk what was used."""
+
+    def renew_lock(self) -> None:
+        """Start with a free lock: another thread may have held it when this process was forked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What a process says of itself.
+
+    Attributes
+    ----------
+    host : str
+        With a digest of what tells process numbers apart: boot and namespace.
+    pid : int
+    started : float
+        Seconds since the host was booted.
+    released : frozenset of str
+        Names of retired packs that it has not mapped, and will not map.
+    """
+
+    host: str
+    pid: int
+    started: float
+    released: frozenset[str] = frozenset()
+
+    def to_text(self) -> str:
+        """Write it as the file holds it."""
+        fields = {"host": self.host, "pid": self.pid, "started": self.started}
+        return canonical_json({**fields, "released": sorted(self.released)})
+
+    @classmethod
+    def from_text(cls, text: bytes) -> Process:
+        """Read it; ValueError where it is none."""
+        try:
+            plain = json.loads(text)
+            released = frozenset(map(str, plain["released"]))
+            return cls(str(plain["host"]), int(plain["pid"]), float(plain["started"]), released)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("no description of a process") from error
+
+    @property
+    def runs(self) -> bool | None:
+        """Whether it runs; None where that can't be seen from this host."""
+        if self.host != this_host():
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:  # dead, and its parent has not looked yet
+                return False
+            return abs(_start_of(process) - self.started) <= _START_TOLERANCE_SECONDS
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.AccessDenied:
+            return None
+
+
+def _start_of(process: psutil.Process) -> float:
+    """Give when a process started; the host's clock may be set meanwhile."""
+    return float(process.create_time() - psutil.boot_time())
+
+
+@cache
+def this_host() -> str:
+    """Name this host, this boot of it and this namespace of processes."""
+    name = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] or "host"
+    parts: list[JSON] = [psutil.boot_time()]
+    with suppress(OSError):
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text()]
+    with suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return f"{name}_{digest_json(parts).hex()[:8]}"
+
+
+class Presence:
+    """The process that runs, in one cache; made by `join`.
+
+    Attributes
+    ----------
+    name : str
+        Of the process's file; unique for all times.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.name = f"{this_host()}-{os.getpid()}-{secrets.token_hex(8)}"
+        self.members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._process = Process(this_host(), os.getpid(), _start_of(psutil.Process()))
+        self._lock = threading.RLock()
+        self.announced = self._left = False
+
+    @property
+    def file(self) -> Path:
+        """The process's file."""
+        return self.root / "processes" / self.name
+
+    def announce(self, *, create: bool) -> None:
+        """Write the file, before anything is read, claimed or written; where it can be."""
+        try:
+            if create:
+                make_folder(self.file.parent)
+            with self._lock:
+                self._release(retired_names(self.root) - mapped_names())
+        except OSError as error:
+            _log.debug("not announced in %s: %s", self.file, error)
+
+    def beat(self) -> None:
+        """Say that the process lives; let go of what was retired, and say so too."""
+        with self._lock:
+            if self._left:
+                return
+            try:
+                retired = retired_names(self.root)
+                if retired - self._process.released:
+                    self._refresh_members()
+                if retired != self._process.released or not self.announced:
+                    self._release(retired - mapped_names())
+                os.utime(self.file)
+            except OSError as error:
+                self.announced = False
+                _log.debug("no heartbeat in %s: %s", self.file, error)
+            for member in list(self.members):
+                member.touch()
+
+    def _refresh_members(self) -> None:
+        for member in list(self.members):
+            try:
+                member.refresh()
+            except OSError as error:
+                _log.debug("not refreshed: %s", error)
+
+    def _release(self, names: frozenset[str]) -> None:
+        own = self._process
+        process = Process(own.host, own.pid, own.started, names)
+        temporary = self.file.with_name(f"{TEMPORARY_PREFIX}{self.name}")
+        temporary.write_text(process.to_text())
+        share_with_group(temporary)
+        temporary.replace(self.file)
+        self._process, self.announced = process, True
+
+    def now(self) -> float:
+        """Give the file system's time, in seconds."""
+        try:
+            os.utime(self.file)
+            return self.file.stat().st_mtime
+        except OSError:
+            return time.time()
+
+    def leave(self) -> None:
+        """Take the file away; the heart may beat once more."""
+        with self._lock:
+            self._left = True
+            for member in list(self.members):
+                member.touch(0.0)
+            with suppress(OSError):
+                self.file.unlink()
+
+
+_present: dict[Path, Presence] = {}
+_joining = threading.Lock()
+_heart: threading.Thread | None = None
+
+
+def join(root: Path, *, create: bool = True) -> Presence:
+    """Give this process's presence in a cache, announced the first time.
+
+    Parameters
+    ----------
+    root : Path
+    create : bool
+        Whether folders may be made for it.
+    """
+    presence = _present.get(root)
+    if presence is None or (create and not presence.announced):
+        with _joining:
+            presence = _present.setdefault(root, presence or Presence(root))
+            if not presence.announced:
+                presence.announce(create=create)
+            _start_heart()
+    return presence
+
+
+def _start_heart() -> None:
+    global _heart
+    if _heart is None:
+        _heart = threading.Thread(target=_beat_forever, name="feature_cache heartbeat", daemon=True)
+        _heart.start()
+        multiprocessing.util.Finalize(None, _leave_all, exitpriority=10)
+
+
+def _beat_forever() -> None:
+    while True:
+        time.sleep(BEAT_SECONDS)
+        for root, presence in list(_present.items()):
+            if root.exists():
+                presence.beat()
+            else:
+                _present.pop(root, None)
+
+
+def _leave_all() -> None:
+    for presence in list(_present.values()):
+        presence.leave()
+
+
+def _start_anew() -> None:
+    """Forget, in a forked child, what its parent announced."""
+    global _heart, _joining
+    for presence in _present.values():
+        for member in list(presence.members):
+            member.renew_lock()
+    _present.clear()
+    _heart, _joining = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)
+
+
+def living(
+    root: Path, now: float, *, silent_seconds: float = GONE_SECONDS
+) -> Mapping[str, Process]:
+    """Read which processes use a cache, by name.
+
+    One of this host lives as long as it runs; one of another host, as long as it was heard of
+    within `silent_seconds`. A file that can't be read counts as a process that holds everything.
+    """
+    found = {}
+    for name in list_folder(root / "processes"):
+        if name.startswith(TEMPORARY_PREFIX):
+            continue
+        process = read_process(root, name)
+        if process is None:
+            continue
+        runs = process.runs
+        if runs or (runs is None and not is_silent(root, name, now, silent_seconds)):
+            found[name] = process
+    return found
+
+
+def read_process(root: Path, name: str) -> Process | None:
+    """Read one process's file; None where it is gone."""
+    try:
+        return Process.from_text((root / "processes" / name).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return Process("unknown", 0, 0.0)
+
+
+def is_silent(root: Path, name: str, now: float, seconds: float) -> bool:
+    """Tell whether a process was not heard of for some time."""
+    try:
+        return now - (root / "processes" / name).stat().st_mtime > seconds
+    except OSError:
+        return True
+
+
+def holds_claims(root: Path, name: str, now: float) -> bool:
+    """Tell whether a process lives and was heard of lately, so that its claims count."""
+    process = read_process(root, name) if _NAME.fullmatch(name) else None
+    if process is None or process.runs is False:
+        return False
+    return not is_silent(root, name, now, SILENT_SECONDS)
+
+
+def retired_names(root: Path) -> frozenset[str]:
+    """Name the packs of all spaces that are to go: retired, or set aside as damaged."""
+    retired = root / "retired"
+    names = [name for space in list_folder(retired) for name in list_folder(retired / space)]
+    aside = [
+        name.split("-")[-2] for name in list_folder(root / "quarantine") if name.count("-") > 1
+    ]
+    return frozenset([*names, *aside])

@@ -1,0 +1,383 @@
+"""The records of one spec: found by key, read from packs, written as new packs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptRecordError, ReadOnlyCacheError
+from ..hashing import JSON
+from ..key import Keys, Record
+from .files import (
+    list_folder,
+    make_folder,
+    reading,
+    sync_folder,
+    tree_bytes,
+    write_group,
+    writing,
+)
+from .index import Index
+from .pack import Entry, Pack, read_keys, write_pack
+from .process import Presence, join
+
+Mode = Literal["a", "r"]
+
+_log = logging.getLogger(__name__)
+PACK_NAME = re.compile(r"[0-9a-f]{32}")
+_OPEN_PACKS = 256
+_TOUCH_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """A damaged pack that could not be moved away: which one it was, and what it held."""
+
+    identity: tuple[int, int]
+    keys: Keys | None
+    error: CorruptRecordError
+
+
+class Space:
+    """The records of one spec. May be shared by threads; pickles and forks open their own files.
+
+    Parameters
+    ----------
+    path : Path
+        The space's folder; it need not exist before the first `write`.
+    spec : mapping
+        The space's full spec as JSON.
+    mode : str
+        ``"a"`` or ``"r"``.
+    """
+
+    def __init__(self, path: Path, spec: Mapping[str, Any], mode: Mode) -> None:
+        self.path, self.spec, self.mode = path, spec, mode
+        self._index = Index()
+        self._packs: dict[str, Pack] = {}
+        self._aside: dict[str, _Aside] = {}
+        self._presence: Presence | None = None
+        self._lock = threading.RLock()
+        weakref.finalize(self, _touch, self._packs)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def root(self) -> Path:
+        """The cache's folder."""
+        return self.path.parent.parent
+
+    @property
+    def packs_folder(self) -> Path:
+        """Where the packs are."""
+        return self.path / "packs"
+
+    def __len__(self) -> int:
+        """Count the records known since the last refresh."""
+        return len(self._index)
+
+    def __getstate__(self) -> tuple[Path, Mapping[str, Any], Mode]:
+        """Leave out index and mapped packs: another process opens its own."""
+        return self.path, self.spec, self.mode
+
+    def __setstate__(self, state: tuple[Path, Mapping[str, Any], Mode]) -> None:
+        """Start with nothing open."""
+        self.__init__(*state)  # type: ignore[misc]
+
+    def renew_lock(self) -> None:
+        """Start with a free lock, in a forked child."""
+        self._lock = threading.RLock()
+
+    def _join(self) -> None:
+        presence = join(self.root, create=self.mode == "a")
+        if presence is not self._presence:
+            presence.members.add(self)
+            self._presence = presence
+
+    # What is there
+
+    def refresh(self) -> None:
+        """Take in packs committed, and let go of packs retired or removed, since the last time."""
+        with reading(self.path), self._lock:
+            names, known = set(self.pack_names()), set(self._index.packs)
+            added: dict[str, Keys] = {}
+            for name in sorted(names - known):
+                if self._is_aside(name):
+                    continue
+                try:
+                    added[name] = read_keys(self.packs_folder / name)
+                except FileNotFoundError:
+                    continue
+                except CorruptRecordError as error:
+                    self.condemn(name, error)
+            gone = known - names
+            for name in gone:
+                self._packs.pop(name, None)
+            self._index = self._index.drop(gone).add(added)
+
+    def pack_names(self) -> list[str]:
+        """List the committed packs that are not retired, sorted."""
+        retired = self.retired_names()  # first: what replaces a retired pack is there before
+        return sorted(set(filter(PACK_NAME.fullmatch, list_folder(self.packs_folder))) - retired)
+
+    def retired_names(self) -> set[str]:
+        """List the packs that are to go."""
+        return set(list_folder(self.root / "retired" / self.name))
+
+    def contains(self, keys: Keys) -> NDArray[np.bool_]:
+        """Tell which keys have a committed record: (m,) bool. Reads no record."""
+        found = self._index.find(keys)[0] >= 0
+        if not found.all():
+            self._join()
+            self.refresh()
+            found = self._index.find(keys)[0] >= 0
+        return found
+
+    def packs_of(self, keys: Keys) -> list[str]:
+        """Name the packs that hold these records, as known since the last refresh."""
+        index = self._index
+        numbers = np.unique(index.find(keys)[0])
+        return [index.packs[number] for number in numbers.tolist() if number >= 0]
+
+    # Reading
+
+    def read(self, keys: Keys) -> list[Record | None]:
+        """Read records, verified; None where there is none.
+
+        A pack with a wrong record is set aside (mode ``"a"``: moved to ``quarantine/``), with a
+        warning in the log, and its records are missing from then on.
+
+        Parameters
+        ----------
+        keys : (m, 16) uint8
+
+        Raises
+        ------
+        CorruptRecordError
+            In mode ``"r"``, for a record that is not there but may be in a damaged pack.
+        StoreError
+            If the system can't read the files.
+        """
+        records = self.find(keys)
+        if self.mode == "r":
+            absent = [i for i, record in enumerate(records) if record is None]
+            self._raise_damage(keys[absent])
+        return records
+
+    def find(self, keys: Keys) -> list[Record | None]:
+        """Read records as `read` does; one lost to damage is None in mode ``"r"`` as well."""
+        self._join()
+        records: list[Record | None] = [None] * len(keys)
+        with reading(self.path), self._lock:
+            self._read_into(records, keys, np.arange(len(keys)))
+            absent = np.flatnonzero([record is None for record in records])
+            if len(absent):
+                self.refresh()
+                self._read_into(records, keys, absent)
+        return records
+
+    def _read_into(
+        self, records: list[Record | None], keys: Keys, places: NDArray[np.integer[Any]]
+    ) -> None:
+        index = self._index
+        packs, rows = index.find(keys[places])
+        last = -1
+        for place, pack, row in zip(places.tolist(), packs.tolist(), rows.tolist(), strict=True):
+            if pack >= 0:
+                name = index.packs[pack]
+                records[place] = self._read_row(name, row, check_size=pack != last)
+                last = pack
+
+    def _read_row(self, name: str, row: int, *, check_size: bool) -> Record | None:
+        if (pack := self._packs.get(name)) is not None:
+            with suppress(FileNotFoundError, CorruptRecordError):
+                if check_size:
+                    pack.check_mapped()
+                return pack.record(row)
+            # Another process may have set this pack aside since, and written it anew.
+        try:
+            return self._open(name).record(row)
+        except FileNotFoundError:
+            self._forget(name)
+        except CorruptRecordError as error:
+            self.condemn(name, error)
+        return None
+
+    def _open(self, name: str) -> Pack:
+        self._packs.pop(name, None)
+        pack = Pack(self.packs_folder / name)
+        while len(self._packs) >= _OPEN_PACKS:
+            oldest = next(iter(self._packs))
+            _touch({oldest: self._packs.pop(oldest)}, _TOUCH_SECONDS)
+        self._packs[name] = pack
+        return pack
+
+    def _forget(self, name: str) -> None:
+        self._packs.pop(name, None)
+        self._index = self._index.drop({name})
+
+    # Damage
+
+    def condemn(self, name: str, error: CorruptRecordError) -> None:
+        """Let nobody read a damaged pack again: move it away, or else keep it in mind."""
+        keys = self._keys_of(name)
+        self._forget(name)
+        if self.mode == "a":
+            target = quarantine_folder(self, name)
+            with suppress(OSError):
+                make_folder(target.parent)
+                (self.packs_folder / name).rename(target)
+                _log.warning("%s; the pack goes to %s, its records count as missing", error, target)
+                return
+        with suppress(FileNotFoundError):
+            self._aside[name] = _Aside(self._identity(name), keys, error)
+            _log.warning("%s; the pack stays where it is, its records count as missing", error)
+
+    def _keys_of(self, name: str) -> Keys | None:
+        with suppress(OSError):
+            return read_keys(self.packs_folder / name)
+        return None
+
+    def _identity(self, name: str) -> tuple[int, int]:
+        status = (self.packs_folder / name).stat()
+        return status.st_ino, status.st_ctime_ns
+
+    def _is_aside(self, name: str) -> bool:
+        """Tell whether a pack is set aside; one written anew under its name is not."""
+        if name not in self._aside:
+            return False
+        with suppress(OSError):
+            if self._aside[name].identity == self._identity(name):
+                return True
+        del self._aside[name]
+        return False
+
+    def _raise_damage(self, absent: Keys) -> None:
+        lost = {key.tobytes() for key in absent}
+        for aside in self._aside.values() if lost else ():
+            if aside.keys is None or lost & {key.tobytes() for key in aside.keys}:
+                raise CorruptRecordError(
+                    f"{aside.error}. The cache can only be read: run feature-cache verify --repair "
+                    "where it may be written, and warm it again"
+                ) from aside.error
+
+    # Writing
+
+    def write(
+        self, entries: Sequence[Entry], provenance: Mapping[str, JSON], codec: str = "raw"
+    ) -> list[str]:
+        """Commit records: when this returns, they survive a crash; before, none is there.
+
+        Parameters
+        ----------
+        entries : sequence of Entry
+            Any number, keys unique. Grids of different shapes go to different packs.
+        provenance : mapping
+            What is common to these records.
+        codec : str
+            One of `feature_cache.store.pack.CODECS`.
+
+        Returns
+        -------
+        list of str
+            The names of the packs.
+
+        Raises
+        ------
+        ReadOnlyCacheError
+            In mode ``"r"``, or where the folder can't be written.
+        StoreError
+            When the disk is full; nothing is left behind.
+        """
+        self.create()
+        with writing(self.path):
+            unusable = self.retired_names() | set(self._aside)
+            writer = join(self.root).name
+            names = [
+                write_pack(
+                    self.packs_folder, group, provenance, codec, writer=writer, unusable=unusable
+                )
+                for group in _by_shape(entries)
+            ]
+        self.refresh()
+        return names
+
+    def create(self) -> None:
+        """Make the space's folders, where there are none. Errors as `write`."""
+        if self.mode == "r":
+            raise ReadOnlyCacheError(f"{self.path} was opened with mode 'r' and can't be written")
+        if (self.path / "zarr.json").exists():
+            return
+        with writing(self.path):
+            make_folder(self.packs_folder)
+            for folder in (self.path.parent, self.packs_folder):
+                write_group(folder, {})
+            for folder in (self.root, self.path.parent):
+                sync_folder(folder)
+            write_group(self.path, {"feature_cache": {"space": dict(self.spec)}})
+
+    # Use and size
+
+    def touch(self, seconds: float = _TOUCH_SECONDS) -> None:
+        """Note on disk which packs were read: the time of a pack's folder is its last use.
+
+        Parameters
+        ----------
+        seconds : float
+            How exact the time should be.
+        """
+        with self._lock:
+            _touch(self._packs, seconds)
+
+    def last_use(self, name: str) -> float:
+        """Give when a pack was last noted as read, or written: seconds since 1970.
+
+        Raises
+        ------
+        FileNotFoundError
+            The pack is gone.
+        """
+        return (self.packs_folder / name).stat().st_mtime
+
+    def disk_bytes(self) -> int:
+        """Sum up the sizes of all files of the packs."""
+        return sum(tree_bytes(self.packs_folder / name) for name in self.pack_names())
+
+
+def _touch(packs: Mapping[str, Pack], seconds: float = 0.0) -> None:
+    for pack in packs.values():
+        if pack.used:
+            with suppress(OSError):
+                if time.time() - pack.path.stat().st_mtime >= seconds:
+                    os.utime(pack.path)
+                pack.used = False
+
+
+def quarantine_folder(space: Space, name: str) -> Path:
+    """Give a new name in the quarantine for a pack."""
+    return space.root / "quarantine" / f"{space.name}-{name}-{secrets.token_hex(4)}"
+
+
+def _by_shape(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    groups: dict[tuple[int, ...], list[Entry]] = {}
+    for entry in entries:
+        grid = entry.record.labels is None
+        shape = entry.record.features.shape if grid else entry.record.features.shape[1:]
+        groups.setdefault(shape, []).append(entry)
+    yield from groups.values()
