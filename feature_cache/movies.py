@@ -89,6 +89,12 @@ class TiffSeries:
             )
         return labels
 
+    @property
+    def folder(self) -> str:
+        """The movie's folder, for people; empty where there are no images."""
+        parent = self.files[0].parent if self.files else Path()
+        return str(parent.parent if parent.name == "img" else parent) if self.files else ""
+
     def name_of(self, t: int) -> str:
         """Name the file of image `t`."""
         return self.files[t].name

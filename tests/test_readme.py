@@ -24,9 +24,10 @@ def blocks(kind: str) -> list[str]:
 
 
 def mask_times(text: str) -> list[str]:
-    """Leave out what differs from run to run: seconds, and bytes of provenance."""
-    text = re.sub(r"\d[\d.]* s\b|\"seconds\": [\d.]+|\d+ kB", "…", text)
-    return [line for line in text.splitlines() if not line.startswith(("hashing", "computing"))]
+    """Leave out what differs from run to run: times, bytes of provenance, and commits."""
+    changing = r"\d[\d.]* s\b|\"seconds\": [\d.]+|\d+ kB|\d{4}-\d\d-\d\d \d\d:\d\d|\d+ packs merged"
+    lines = re.sub(changing, "…", text).splitlines()
+    return [line for line in lines if not re.match(r"\w+: +\d+%", line)]
 
 
 def transcript(block: str) -> list[tuple[str, list[str]]]:

@@ -326,7 +326,9 @@ class FeatureCache:
 
         Readers in this and other processes go on undisturbed.
         """
-        return [maintenance.compact_space(space) for space in self.store.spaces()]
+        reports = [maintenance.compact_space(space) for space in self.store.spaces()]
+        maintenance.remove_retired(self.store.root)
+        return reports
 
     def push(self, url: str, *, progress: Progress | None = None) -> TransferReport:
         """Copy the packs that an object store or another folder lacks to it, verified.

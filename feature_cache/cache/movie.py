@@ -76,7 +76,9 @@ class MovieFeatures:
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Check what can be checked without reading."""
+        """Check what can be checked without reading; files name their movie."""
+        if not self.name and isinstance(self.frames, TiffSeries):
+            self.name = self.frames.folder
         if self.spec.pooling is None:
             self.masks = None
         elif self.masks is None:

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 problems found or part of it failed, 2 wrong use or nothi
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -57,11 +58,17 @@ def main() -> None:
     """Run the command line; errors of ours become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except FeatureCacheError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+
+
+def _stop(number: int, _: object) -> None:
+    """End as with Ctrl-C: what is computed is committed, claims and process file go."""
+    sys.exit(128 + number)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -141,12 +141,21 @@ def compact(cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = 
     Example: feature-cache compact --cache features
     """
     from ..store import Store
-    from ..store.maintenance import choose_spaces, compact_space
+    from ..store.maintenance import choose_spaces, compact_space, remove_retired
 
-    chosen = choose_spaces(Store(cache).spaces(), space)
+    store = Store(cache)
+    chosen = choose_spaces(store.spaces(), space)
     with make_bar("compacting", sum(map(len, chosen)), "record") as bar:
         reports = [compact_space(one, progress=bar.update) for one in chosen]
-    print_table([report.to_json() for report in reports], as_json)
+    waiting = remove_retired(store.root)
+    if as_json:
+        typer.echo(json.dumps([report.to_json() for report in reports]))
+        return
+    for one in reports:
+        done = f"{one.merged:,} packs merged into {one.written:,}, {one.duplicates:,} duplicates"
+        typer.echo(f"{one.space}: {'another process is at it' if one.busy else done}")
+    for reason in sorted({pack.waits_for for pack in waiting}):
+        typer.echo(f"the merged packs go later: they wait for {reason}")
 
 
 def pin(cache: CacheOption, what: WhatArgument = None, as_json: JsonOption = False) -> None:
@@ -235,7 +244,7 @@ def _print_transfer(report: TransferReport, verb: str, as_json: bool) -> None:
         for failure in failures:
             typer.echo(f"failed: {failure['error']}", err=True)
         typer.echo(
-            f"{report.packs:,} packs {verb}, {size_text(report.bytes)}; "
+            f"{report.packs:,} pack{'s' * (report.packs != 1)} {verb}, {size_text(report.bytes)}; "
             f"{report.present:,} were there"
         )
     if failures:

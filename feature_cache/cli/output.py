@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 
-
 _TIMES = ("last_use", "started", "ended")
 """Columns that hold seconds since 1970."""
 

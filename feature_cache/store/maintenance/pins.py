@@ -154,8 +154,15 @@ def _find(space: Space, what: str) -> Iterator[Pin]:
         if len(what) >= _SHORTEST:
             keys.update(key for key in held if key.hex().startswith(what))
     for key, source in record_sources(space):
-        movie = str(source.get("movie", ""))
-        if what in (movie, movie.rpartition(" ")[0]):
+        if _names_movie(what, str(source.get("movie", ""))):
             keys.add(key)
     if keys:
         yield Pin(what, space.name, frozenset(keys))
+
+
+def _names_movie(what: str, movie: str) -> bool:
+    """Tell whether someone means this movie: its name or folder, of which one may be relative."""
+    asked, names = what.rstrip("/"), {movie, movie.rpartition(" ")[0]} - {""}
+    return bool(asked) and any(
+        f"/{name}".endswith(f"/{asked}") or f"/{asked}".endswith(f"/{name}") for name in names
+    )

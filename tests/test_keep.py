@@ -1,0 +1,235 @@
+"""The commands that keep a shared cache well, as people type them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from feature_cache import FeatureCache
+from feature_cache.cli.options import parse_age, parse_size
+from feature_cache.store import Store
+from test_cli import MODEL, run, warm
+
+__all__ = ["run"]
+
+
+@pytest.fixture
+def warmed(run, small_folder):
+    """A cache of two movies, two packs; the movies' folders."""
+    movies = small_folder("one"), small_folder("two", seed=3)
+    for movie in movies:
+        assert warm(run, movie)[0] == 0
+    return movies
+
+
+def packs() -> list[Path]:
+    return sorted(Path("cache/spaces").glob("*/packs/" + "?" * 32))
+
+
+class TestVerify:
+    def test_a_sound_cache(self, run, warmed):
+        assert run("verify", "--cache", "cache")[:2] == (0, "all is well\n")
+        assert run("verify", "--cache", "cache", "--deep", "--json")[:2] == (0, "[]\n")
+
+    def test_damage_is_listed_repaired_and_warmed_again(self, run, warmed):
+        damaged = packs()[0] / "features" / "c" / "0" / "0"
+        data = bytearray(damaged.read_bytes())
+        data[7] ^= 16
+        damaged.write_bytes(data)
+        code, out, _ = run("verify", "--cache", "cache")
+        assert code == 1
+        assert "checksum" in out or "CRC" in out
+        assert "warm again:" in out
+        assert "frame 5" in out
+        assert len(packs()) == 2
+        code, out, _ = run("verify", "--cache", "cache", "--repair")
+        assert code == 1
+        assert "1 found, and repaired" in out
+        assert run("verify", "--cache", "cache")[0] == 0
+        assert len(packs()) == 1
+        code, out, _ = warm(run, *warmed)
+        assert "6 were there, 6 computed" in out
+
+    def test_what_is_no_cache(self, run, tmp_path):
+        code, _, err = run("verify", "--cache", tmp_path / "nothing")
+        assert code == 2
+        assert "nothing" in err
+
+
+class TestGarbage:
+    def test_nothing_goes_without_yes(self, run, warmed):
+        code, out, _ = run("gc", "--cache", "cache", "--max-size", "0")
+        assert code == 0
+        assert out.count("evict ") == 2
+        assert "nothing was removed: --yes does it" in out
+        assert len(packs()) == 2
+
+    def test_what_was_used_last_stays(self, run, warmed):
+        time.sleep(0.02)
+        warm(run, warmed[0])  # looks for its records
+        cache = FeatureCache("cache", "r")
+        size = cache.stats()["bytes"]
+        first = {p.name for p in packs() if "one" in (p / "zarr.json").read_text()}
+        for pack in packs():
+            os.utime(pack, (1e9, 1e9 + (pack.name in first)))
+        code, out, _ = run("gc", "--cache", "cache", "--max-size", str(size - 1), "--yes")
+        assert code == 0
+        assert "6 records let go" in out
+        assert {pack.name for pack in packs()} == first
+
+    def test_age_json_and_pins(self, run, warmed):
+        for pack in packs():
+            os.utime(pack, (1e9, 1e9))
+        assert "all" in run("pin", packs()[0].parts[2], "--cache", "cache")[1]
+        plan = json.loads(run("gc", "--cache", "cache", "--older-than", "1d", "--json")[1])["plan"]
+        assert plan["evictions"] == []
+        assert plan["pinned_bytes"] == plan["kept_bytes"] > 0
+        assert run("unpin", packs()[0].parts[2], "--cache", "cache")[1] == "1 unpinned\n"
+        assert run("pin", warmed[0], "--cache", "cache")[1].split()[-1] == "6"
+        words = ("gc", "--cache", "cache", "--older-than", "1d", "--yes", "--json")
+        done = json.loads(run(*words)[1])["done"]
+        assert (done["evicted"], done["records"]) == (1, 6)
+        assert "one" in (packs()[0] / "zarr.json").read_text()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--max-size", "much"], "'much' is no size: expected such as 500M"),
+            (["--older-than", "30"], "'30' is no age: expected such as 12h"),
+            (["--yes", "--dry-run"], "contradict"),
+            (["--space", "nope"], "no space begins with 'nope'"),
+        ],
+    )
+    def test_wrong_words(self, run, warmed, options, message):
+        code, _, err = run("gc", "--cache", "cache", *options)
+        assert code == 2
+        assert message in " ".join(err.replace("│", " ").split())
+
+    @pytest.mark.parametrize("what", ["nope", "two"])
+    def test_unknown_pins(self, run, warmed, what):
+        code, _, err = run("unpin", what, "--cache", "cache")
+        assert code == 2
+        assert f"{what!r} is not pinned" in err
+
+    def test_a_pin_of_nothing(self, run, warmed):
+        code, _, err = run("pin", "nope", "--cache", "cache")
+        assert code == 2
+        assert "'nope' is no space, pack, record or movie" in err
+
+
+def test_compact_merges_and_leaves_one(run, warmed):
+    before = FeatureCache("cache", "r").stats()
+    code, out, _ = run("compact", "--cache", "cache")
+    assert code == 0
+    assert "2 packs merged into 1, 0 duplicates" in out
+    assert len(packs()) == 1
+    assert FeatureCache("cache", "r").stats()["records"] == before["records"]
+    assert "0 computed" in warm(run, *warmed)[1]
+    assert json.loads(run("compact", "--cache", "cache", "--json")[1])[0]["merged"] == 0
+
+
+def test_push_and_pull_move_what_is_missing(run, warmed, tmp_path):
+    url = f"file://{tmp_path / 'there'}"
+    assert "2 packs sent" in run("push", url, "--cache", "cache")[1]
+    assert "0 packs sent, 0 B; 2 were there" in run("push", url, "--cache", "cache")[1]
+    assert "2 packs fetched" in run("pull", url, "--cache", "other")[1]
+    report = json.loads(run("pull", url, "--cache", "other", "--json")[1])
+    assert report == {"packs": 0, "bytes": 0, "present": 2, "failures": []}
+    assert "12 were there, 0 computed" in warm(run, *warmed, cache="other")[1]
+    code, out, _ = warm(run, *warmed, cache="third", options=("--layer", url))
+    assert (code, "12 were there, 0 computed" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("ftp://host/x", "unknown kind of remote"), ("file:///nowhere/at/all", "no feature cache")],
+)
+def test_pulling_from_nowhere(run, url, message):
+    code, _, err = run("pull", url, "--cache", "other")
+    assert code == 2
+    assert message in err
+
+
+def test_damage_is_not_sent(run, warmed, tmp_path):
+    chunk = packs()[0] / "labels" / "c" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    code, out, err = run("push", f"file://{tmp_path / 'there'}", "--cache", "cache")
+    assert code == 1
+    assert "1 pack sent" in out
+    assert "failed: " in err
+
+
+class TestDoctor:
+    def test_a_cache_and_where_settings_come_from(self, run, warmed, monkeypatch):
+        monkeypatch.setenv("FEATURE_CACHE_DIR", "cache")
+        code, out, _ = run("doctor")
+        assert code == 0
+        for words in ("torch", "(FEATURE_CACHE_DIR)", "file system", "GB of", "(default)"):
+            assert words in out
+        code, out, _ = run("doctor", "--cache", "cache", "--json")
+        facts = {(fact["section"], fact["name"]): fact for fact in json.loads(out)}
+        assert facts["setting", "cache"]["source"] == "--cache"
+        assert facts["cache", "spaces"]["value"] == "1"
+
+    def test_without_a_cache(self, run, tmp_path):
+        code, out, _ = run("doctor")
+        assert code == 1
+        assert "name one: --cache, or FEATURE_CACHE_DIR  <-" in out
+        assert run("doctor", "--cache", tmp_path / "new")[0] == 0
+        (tmp_path / "file").write_text("")
+        assert run("doctor", "--cache", tmp_path)[0] == 1
+
+
+def test_runs_are_listed(run, warmed):
+    code, out, _ = run("stats", "--cache", "cache", "--runs", "--json")
+    assert code == 0
+    assert [one["computed"] for one in json.loads(out)] == [6, 6]
+    assert len(run("stats", "--cache", "cache", "--runs")[1].splitlines()) == 3
+
+
+def test_the_version(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("feature-cache 0.")
+
+
+def test_a_terminated_warm_keeps_what_it_computed(tmp_path, small_folder):
+    root = small_folder(frames=400)
+    command = [sys.executable, "-m", "feature_cache.cli", "warm", str(root), "--cache", "cache"]
+    options = [*MODEL, "--batch-size", "1"]
+    with open(tmp_path / "log", "w+") as log:
+        child = subprocess.Popen([*command, *options], cwd=tmp_path, stderr=log, stdout=log)
+        try:
+            while not list((tmp_path / "cache" / "claims").glob("*")):
+                assert child.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            time.sleep(1)
+            child.terminate()
+            assert child.wait(60) in (0, 128 + signal.SIGTERM)
+        finally:
+            child.kill()
+    cache = Store(tmp_path / "cache", "r")
+    assert sum(map(len, cache.spaces())) > 0
+    assert not os.listdir(tmp_path / "cache" / "claims")
+    assert not os.listdir(tmp_path / "cache" / "processes")
+    shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("100G", 10**11), ("1.5TB", 15 * 10**11), ("64MiB", 1 << 26), ("7", 7), ("3 kB", 3000)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+def test_ages():
+    assert [parse_age(text) for text in ("90s", "12h", "30d")] == [90, 43200, 30 * 86400]

@@ -1,0 +1,195 @@
+"""A writable cache over caches that are only read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feature_cache import (
+    CorruptRecordError,
+    FeatureCache,
+    MissingRecordError,
+    NotACacheError,
+    Record,
+)
+from feature_cache.store.remote import open_remote, push
+from feature_cache.testing import FakeBackbone
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
+    """All files of a cache but those that say who uses it."""
+    files = (file for file in root.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(root)): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in files
+        if file.relative_to(root).parts[0] != "processes"
+    }
+
+
+def same(left, right) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(np.array_equal(a.features, b.features) for a, b in pairs)
+
+
+@pytest.fixture
+def shared(tmp_path, small):
+    """A cache of others with the first four of six frames, and these records."""
+    frames, masks = small
+    cache = FeatureCache(tmp_path / "shared")
+    records = cache.get_or_compute(frames[:4], masks[:4], FakeBackbone())
+    return cache.store.root, [Record(r.features.copy(), r.labels) for r in records]
+
+
+@pytest.fixture
+def pushed(tmp_path, shared):
+    """What was pushed of it elsewhere."""
+    url = f"file://{tmp_path / 'pushed'}"
+    push(shared[0], open_remote(url))
+    return url
+
+
+class Counting(FakeBackbone):
+    """Counts the frames that it embeds."""
+
+    frames = 0
+
+    def embed(self, images):
+        self.frames += len(images)
+        return super().embed(images)
+
+
+@pytest.mark.parametrize("promote", [False, True])
+def test_only_what_no_layer_has_is_computed_and_written_here(tmp_path, small, shared, promote):
+    root, records = shared
+    before, backbone = snapshot(root), Counting()
+    cache = FeatureCache(tmp_path / "own", layers=[root], promote=promote)
+    found = cache.get_or_compute(*small, backbone)
+    assert backbone.frames == 2
+    assert same(found[:4], records)
+    assert snapshot(root) == before
+    own = FeatureCache(tmp_path / "own", "r")
+    assert own.contains(*small, FakeBackbone()) == [promote] * 4 + [True] * 2
+    assert same(cache.get_or_compute(*small, backbone), found)
+    assert backbone.frames == 2
+
+
+def test_a_promoted_pack_is_the_same_and_read_without_the_layer(tmp_path, small, shared):
+    root, records = shared
+    frames, masks = small
+    cache = FeatureCache(tmp_path / "own", layers=[root], promote=True)
+    cache.get(frames[:1], masks[:1], FakeBackbone())
+    shutil.rmtree(root)
+    own = FeatureCache(tmp_path / "own", "r")
+    assert same(own.get(frames[:4], masks[:4], FakeBackbone()), records)
+    assert own.verify(deep=True) == []
+
+
+def test_a_promotion_that_fails_stops_nothing(tmp_path, small, shared, monkeypatch, caplog):
+    root, records = shared
+    frames, masks = small
+    cache = FeatureCache(tmp_path / "own", layers=[root], promote=True)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert same(cache.get(frames[:4], masks[:4], FakeBackbone()), records)
+    assert "No space left" in caplog.text
+    assert not any(name.startswith(".tmp") for name in os.listdir(cache.store.root))
+
+
+def test_upper_layers_come_first_and_each_is_asked_for_what_is_missing(tmp_path, small, shared):
+    root, _ = shared
+    frames, masks = small
+    second = FeatureCache(tmp_path / "second")
+    second.get_or_compute(frames[3:5], masks[3:5], FakeBackbone())
+    backbone = Counting()
+    cache = FeatureCache(tmp_path / "own", layers=[root, second.store.root])
+    assert cache.contains(*small, backbone) == [True] * 5 + [False]
+    cache.get_or_compute(*small, backbone)
+    assert backbone.frames == 1
+
+
+def test_a_damaged_record_of_a_layer_is_computed_here_and_left_there(
+    tmp_path, small, shared, caplog
+):
+    root, records = shared
+    frames, masks = small
+    [chunk] = root.rglob("features/c/0/0")
+    data = bytearray(chunk.read_bytes())
+    data[3] ^= 1
+    chunk.write_bytes(data)
+    before, backbone = snapshot(root), Counting()
+    cache = FeatureCache(tmp_path / "own", layers=[root])
+    with caplog.at_level(logging.WARNING, "feature_cache"):
+        assert same(cache.get_or_compute(frames[:4], masks[:4], backbone), records)
+    assert backbone.frames == 1
+    assert "checksum" in caplog.text
+    assert snapshot(root) == before
+    alone = FeatureCache(root, "r")
+    with pytest.raises(CorruptRecordError, match="verify --repair"):
+        alone.get(frames[:1], masks[:1], FakeBackbone())
+
+
+def test_a_layer_that_vanishes_is_left_out_with_a_warning(tmp_path, small, shared, caplog):
+    root, _ = shared
+    cache = FeatureCache(tmp_path / "own", layers=[root])
+    shutil.rmtree(root)
+    root.write_text("no folder any more")
+    backbone = Counting()
+    assert len(cache.get_or_compute(*small, backbone)) == 6
+    assert backbone.frames == 6
+
+
+def test_wrong_layers_are_errors_at_once(tmp_path, shared):
+    with pytest.raises(NotACacheError, match="nowhere does not exist"):
+        FeatureCache(tmp_path / "own", layers=[tmp_path / "nowhere"])
+    with pytest.raises(NotACacheError, match="no feature cache at"):
+        FeatureCache(tmp_path / "own", layers=[f"file://{tmp_path / 'nothing'}"])
+
+
+def test_reading_alone_over_layers(tmp_path, small, shared):
+    root, records = shared
+    frames, masks = small
+    FeatureCache(tmp_path / "own")
+    cache = FeatureCache(tmp_path / "own", "r", layers=[root])
+    assert same(cache.get(frames[:4], masks[:4], FakeBackbone()), records)
+    with pytest.raises(MissingRecordError, match="can only be read"):
+        cache.get_or_compute(*small, FakeBackbone())
+
+
+def test_a_pickle_opens_the_same_layers(tmp_path, small, shared):
+    root, records = shared
+    frames, masks = small
+    cache = FeatureCache(tmp_path / "own", layers=[root], promote=True, codec="zstd")
+    again = pickle.loads(pickle.dumps(cache))
+    assert (again.codec, again.promote) == ("zstd", True)
+    assert same(again.get(frames[:4], masks[:4], FakeBackbone()), records)
+
+
+def test_a_remote_layer_brings_packs_when_they_are_wanted(tmp_path, small, shared, pushed):
+    _, records = shared
+    frames, masks = small
+    backbone = Counting()
+    cache = FeatureCache(tmp_path / "own", layers=[pushed])
+    assert cache.stats()["packs"] == 0
+    assert cache.contains(*small, backbone) == [True] * 4 + [False] * 2
+    assert same(cache.get_or_compute(*small, backbone)[:4], records)
+    assert backbone.frames == 2
+    shutil.rmtree(tmp_path / "pushed")
+    own = FeatureCache(tmp_path / "own", "r")
+    assert same(own.get(frames[:4], masks[:4], FakeBackbone()), records)
+    assert same(pickle.loads(pickle.dumps(own)).get(frames[:4], masks[:4], backbone), records)
+
+
+def test_a_miss_explains_itself_by_what_a_layer_has(tmp_path, small, shared):
+    cache = FeatureCache(tmp_path / "own", layers=[shared[0]])
+    frames, masks = small
+    [reason] = cache.explain(frames[:1], masks[:1], FakeBackbone(), dtype="float32")
+    assert "float16 stored, float32 asked" in reason.reason
