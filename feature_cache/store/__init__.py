@@ -3,10 +3,11 @@
 from .claims import Claims
 from .index import Index
 from .inspect import inspect, record_sources
-from .pack import CODECS, Entry, Pack, read_provenance
+from .pack import Pack, read_provenance
 from .space import Mode, Space
 from .store import FORMAT_VERSION, Store
 from .usage import Counter, Run, Usage, read_runs, sum_usage
+from .writer import CODECS, Entry
 
 __all__ = [
     "CODECS",

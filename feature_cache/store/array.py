@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError
-from .files import open_file, read_file, read_json
+from .files import open_file, read_json
 from .maps import map_file
 
 AnyArray: TypeAlias = NDArray[Any]
@@ -29,6 +29,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 CRC_BYTES = 4
 _DECODED_LIMIT = 1 << 30
+_MAPPED_LIMIT = 1 << 34
+_PIECE_BYTES = 1 << 24
 _COMPRESSORS: tuple[list[str], ...] = ([], ["zstd"], ["blosc"])
 
 
@@ -63,6 +65,8 @@ class ArrayFile:
         CorruptRecordError
             They are not those of an array of a pack.
         """
+        if path.is_symlink() or (path / "c").is_symlink():
+            raise CorruptRecordError(f"{path} is a link: no part of a pack lies elsewhere")
         try:
             meta = read_json(path / "zarr.json")
             shape = tuple(meta["shape"])
@@ -84,9 +88,15 @@ class ArrayFile:
         )
         codec = codecs[1][0] if sound and len(codecs) > 2 else "raw"
         array = cls(path, shape, chunk_shape, dtype, codec, sound and _is_raw(codecs))
-        if not sound or not (array.raw or array.chunk_bytes <= _DECODED_LIMIT):
+        limit = _MAPPED_LIMIT if array.raw else _DECODED_LIMIT
+        if not sound or array.chunk_bytes > limit:
             raise CorruptRecordError(f"{path / 'zarr.json'} describes no array of a pack")
         return array
+
+    @property
+    def array_bytes(self) -> int:
+        """The size of the array, decoded."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def chunk_bytes(self) -> int:
@@ -96,27 +106,32 @@ class ArrayFile:
     def map_chunk(self, pack: str, *index: int) -> tuple[AnyArray, mmap.mmap | None]:
         """Map one raw chunk, read-only; read it where the process has many mapped already."""
         data: mmap.mmap | bytes | None
-        path = self.chunk_file(*index)
-        with open_file(path) as file:
-            self.check_size(path, os.fstat(file.fileno()).st_size)
+        with self._open_chunk(index) as file:
             mapped = data = map_file(file.fileno(), self.chunk_bytes, pack)
             if data is None:
-                data = read_file(path, self.chunk_bytes + CRC_BYTES)
-                self.check_size(path, len(data))
+                data = file.read()
+                self.check_size(self.chunk_file(*index), len(data))
         values = np.frombuffer(data, self.dtype, math.prod(self.chunk_shape))
         return values.reshape(self.chunk_shape), mapped
 
     def read_whole(self) -> AnyArray:
-        """Read an array of one raw chunk into memory, and check its CRC."""
+        """Read an array of one raw chunk, of at most 1 GiB, into memory, and check its CRC."""
         if not self.raw or self.chunk_shape != tuple(max(1, n) for n in self.shape):
             raise CorruptRecordError(f"{self.path} should be one raw chunk and isn't")
         if math.prod(self.shape) == 0:
             return np.frombuffer(b"", self.dtype).reshape(self.shape)
-        data = self.check_chunk(*(0 for _ in self.shape))
+        if self.chunk_bytes > _DECODED_LIMIT:
+            raise CorruptRecordError(f"{self.path} is larger than it can be")
+        from google_crc32c import value as crc32c
+
+        index = tuple(0 for _ in self.shape)
+        with self._open_chunk(index) as file:
+            data = file.read()
+        self._check_crc(index, crc32c(data[:-CRC_BYTES]), data[-CRC_BYTES:])
         return np.frombuffer(data, self.dtype, math.prod(self.shape)).reshape(self.shape)
 
-    def check_chunk(self, *index: int) -> bytes:
-        """Read the bytes of one chunk, and compare their CRC.
+    def check_chunk(self, *index: int) -> None:
+        """Read one chunk, piece by piece, and compare its CRC.
 
         Raises
         ------
@@ -125,20 +140,40 @@ class ArrayFile:
         FileNotFoundError
             The chunk is gone.
         """
-        from google_crc32c import value as crc32c
+        from google_crc32c import extend
 
-        file = self.chunk_file(*index)
+        crc, last = 0, b""
+        with self._open_chunk(index) as file:
+            while piece := file.read(_PIECE_BYTES):
+                data = last + piece
+                crc, last = extend(crc, data[:-CRC_BYTES]), data[-CRC_BYTES:]
+        self._check_crc(index, crc, last)
+
+    def check_chunk_files(self, start: int, stop: int) -> None:
+        """Look at the files of the chunks with some rows, before another reader opens them."""
+        length = self.chunk_shape[0]
+        for first in range(start // length, -(-stop // length)):
+            self._open_chunk((first, *(0 for _ in self.shape[1:]))).close()
+
+    def _open_chunk(self, index: tuple[int, ...]) -> BinaryIO:
+        """Open a chunk's file; it has a size that it can have."""
+        path = self.chunk_file(*index)
         try:
-            data = read_file(file, (self.chunk_bytes if self.raw else _DECODED_LIMIT) + CRC_BYTES)
+            file = open_file(path)
         except ValueError as error:
             raise CorruptRecordError(str(error)) from error
-        if self.raw:
-            self.check_size(file, len(data))
-        if crc32c(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
+        try:
+            self.check_size(path, os.fstat(file.fileno()).st_size)
+        except CorruptRecordError:
+            file.close()
+            raise
+        return file
+
+    def _check_crc(self, index: tuple[int, ...], crc: int, expected: bytes) -> None:
+        if crc.to_bytes(CRC_BYTES, "little") != expected:
             raise CorruptRecordError(
-                f"{file} fails its CRC: its bytes changed since it was written"
+                f"{self.chunk_file(*index)} fails its CRC: its bytes changed since it was written"
             )
-        return data
 
     def chunk_indices(self) -> Iterator[tuple[int, ...]]:
         """Give the index of every chunk."""
@@ -150,11 +185,13 @@ class ArrayFile:
         return self.path.joinpath("c", *map(str, index))
 
     def check_size(self, file: Path, size: int) -> None:
-        """Raise CorruptRecordError where a raw chunk's file has another size than it should."""
-        if size != self.chunk_bytes + CRC_BYTES:
+        """Raise CorruptRecordError where a chunk's file has another size than it can have."""
+        if self.raw and size != self.chunk_bytes + CRC_BYTES:
             raise CorruptRecordError(
                 f"{file} has {size} bytes, expected {self.chunk_bytes + CRC_BYTES}"
             )
+        if size > 2 * self.chunk_bytes + _PIECE_BYTES:
+            raise CorruptRecordError(f"{file} has {size} bytes, more than a compressed chunk can")
 
 
 def _are_ours(codecs: Sequence[tuple[str, Any]]) -> bool:

@@ -14,11 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ReadOnlyCacheError
-from .files import TEMPORARY_PREFIX, create_exclusive, list_folder, make_folder, writing
+from .files import TEMPORARY_PREFIX, create_exclusive, list_folder, make_folder, read_file, writing
 from .process import SILENT_SECONDS, holds_claims, join
+
+NAMELESS_SECONDS = 10.0
+"""How long a claim that names nobody yet counts: a writer may be between making and writing it."""
 
 _log = logging.getLogger(__name__)
 _TAKEOVER = "-takeover"
+_HOLDER_BYTES = 4096
 
 
 class Claims:
@@ -54,14 +58,14 @@ class Claims:
             return [True] * len(wanted)
 
     def _take_all(self, names: Sequence[str]) -> list[bool]:
-        taken: list[bool] = []
+        won = [False] * len(names)
         try:
-            for name in names:
-                taken.append(self._take(name))  # noqa: PERF401 - what an error leaves is needed
+            for i, name in enumerate(names):
+                won[i] = self._take(name)
         except OSError:
-            self.release(name for name, mine in zip(names, taken, strict=False) if mine)
+            self.release(name for name, mine in zip(names, won, strict=True) if mine)
             raise
-        return taken
+        return won
 
     def _take(self, name: str) -> bool:
         own = join(self._root).name
@@ -81,11 +85,13 @@ class Claims:
         Empty where the file doesn't say, or can't be read.
         """
         try:
-            return (self.folder / name).read_text(errors="replace")
+            return read_file(self.folder / name, _HOLDER_BYTES).decode(errors="replace")
         except FileNotFoundError:
             return None
         except OSError:
             return ""
+        except ValueError:
+            return "no process"
 
     def _take_over(self, name: str) -> bool:
         holder = self.holder(name)
@@ -94,7 +100,8 @@ class Claims:
         # One taker at a time: the marker is exclusive, and its owner looks once more.
         marker, own = self.folder / f"{name}{_TAKEOVER}", join(self._root).name
         if not create_exclusive(marker, own):
-            self._drop_old(marker)
+            if not self._holds(marker.name, join(self._root).now()):
+                marker.unlink(missing_ok=True)
             return False
         try:
             if self.holder(name) != holder:
@@ -108,20 +115,15 @@ class Claims:
             marker.unlink(missing_ok=True)
 
     def _counts(self, name: str, holder: str, now: float) -> bool:
-        # Between the making of the file and the writing into it, a claim names nobody yet.
         if not holder:
-            return self._is_young(self.folder / name, now)
+            return self._is_young(self.folder / name, now, NAMELESS_SECONDS)
         return holds_claims(self._root, holder, now)
 
-    def _is_young(self, file: Path, now: float) -> bool:
+    def _is_young(self, file: Path, now: float, seconds: float) -> bool:
         try:
-            return now - file.stat().st_mtime <= SILENT_SECONDS
+            return now - file.stat().st_mtime <= seconds
         except FileNotFoundError:
             return False
-
-    def _drop_old(self, marker: Path) -> None:
-        if not self._is_young(marker, join(self._root).now()):
-            marker.unlink(missing_ok=True)
 
     def leftovers(self, now: float) -> list[Path]:
         """List the files of claims that no longer count; `now` as the file system has it."""
@@ -129,7 +131,7 @@ class Claims:
         return [self.folder / name for name in names if not self._holds(name, now)]
 
     def _holds(self, name: str, now: float) -> bool:
-        if name.startswith(TEMPORARY_PREFIX) or name.endswith(_TAKEOVER):
-            return self._is_young(self.folder / name, now)
+        if name.startswith(TEMPORARY_PREFIX):
+            return self._is_young(self.folder / name, now, SILENT_SECONDS)
         holder = self.holder(name)
         return holder is not None and self._counts(name, holder, now)

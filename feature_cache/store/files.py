@@ -43,17 +43,29 @@ def read_file(file: Path, limit: int) -> bytes:
         If it is larger, or no plain file.
     """
     with open_file(file) as opened:
-        status = os.fstat(opened.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{file} is no plain file")
-        if status.st_size > limit:
-            raise ValueError(f"{file} has {status.st_size} bytes, expected at most {limit}")
-        return opened.read(limit)
+        size = os.fstat(opened.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{file} has {size} bytes, expected at most {limit}")
+        return opened.read()
 
 
 def open_file(file: Path) -> BinaryIO:
-    """Open a file for reading; never waits, also where the file is a pipe."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Open a plain file for reading; never waits, and follows no link.
+
+    Raises
+    ------
+    ValueError
+        If it is a link, a folder, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise ValueError(f"{file} is no plain file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{file} is no plain file")
     return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=0))
 
 
@@ -147,6 +159,9 @@ def create_exclusive(file: Path, text: str) -> bool:
         return False
     try:
         os.write(descriptor, text.encode())
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
     share_with_group(file)

@@ -17,11 +17,12 @@ from ..errors import NotACacheError, StoreError
 from ..key import Keys, Record
 from ..spec import SpaceSpec
 from .files import TEMPORARY_PREFIX, make_folder, writing
-from .pack import check_records, install_pack
+from .pack import check_pack
 from .process import join
 from .remote import Remote, RemoteSpace, open_remote
 from .space import Space
 from .store import Store
+from .writer import install_pack
 
 _log = logging.getLogger(__name__)
 
@@ -219,11 +220,12 @@ def copy_pack(source: Path, target: Path, writer: str) -> None:
     """
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
     try:
-        for file in filter(Path.is_file, source.rglob("*")):
-            copy = temporary / file.relative_to(source)
-            make_folder(copy.parent)
-            shutil.copyfile(file, copy)
-        check_records(temporary, target.name)
+        for file in source.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                copy = temporary / file.relative_to(source)
+                make_folder(copy.parent)
+                shutil.copyfile(file, copy)
+        check_pack(temporary, target.name)
         install_pack(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,7 @@
       labels     (R,) int32      regions only
       features   (R, C)          regions: one chunk, or (n, gh, gw, C): grids, one chunk a frame
 
-`write_pack` goes through zarr-python. `Pack` maps the raw bytes of chunks that are stored as such,
+`Pack` maps the raw bytes of chunks that are stored as such,
 after checking every size it relies on, and leaves packs with a codec to zarr-python.
 
 Version 1 had no digest of the metadata and is read all the same.
@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import json
 import mmap
-import secrets
-import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,49 +28,24 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CacheVersionError, CorruptRecordError, UnknownNameError
-from ..hashing import DIGEST_BYTES, JSON, Digest, digest_bytes
+from ..errors import CorruptRecordError, StoreError
+from ..hashing import DIGEST_BYTES, digest_bytes
 from ..key import Keys, Record
-from .array import DTYPES, AnyArray, ArrayFile
+from .array import CRC_BYTES, AnyArray, ArrayFile
 from .files import (
-    TEMPORARY_PREFIX,
-    group_text,
     read_file,
     read_json,
-    share_tree,
-    sync_folder,
-    sync_tree,
 )
 
 if TYPE_CHECKING:
     import zarr
 
 PACK_VERSION = 2
-CODECS = ("raw", "zstd", "blosc")
-"""How features are stored; all of them lossless, so none of them is in a key."""
+ARRAYS = ("checksums", "features", "keys", "labels", "offsets")
 
-_COMPRESSED_CHUNK_BYTES = 1 << 20
 
-_NO_DIGEST = "0" * 2 * DIGEST_BYTES
+NO_DIGEST = "0" * 2 * DIGEST_BYTES
 _GROUP_LIMIT = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One record on its way into a pack.
-
-    Parameters
-    ----------
-    key : bytes, 16
-    record : Record
-        In the storage dtype.
-    provenance : mapping of str to JSON
-        Where the record comes from; for people, never read to find it.
-    """
-
-    key: Digest
-    record: Record
-    provenance: Mapping[str, JSON]
 
 
 def record_checksum(key: bytes, record: Record) -> int:
@@ -86,154 +58,18 @@ def record_checksum(key: bytes, record: Record) -> int:
     return hasher.intdigest()
 
 
-def write_pack(
-    folder: Path,
-    entries: Sequence[Entry],
-    provenance: Mapping[str, JSON],
-    codec: str = "raw",
-    *,
-    writer: str = "",
-    unusable: Container[str] = (),
-) -> str:
-    """Commit records as one new pack in `folder`.
-
-    The pack is written under a temporary name, synced, and renamed: it is there as a whole or not
-    at all. Its name is a digest of its keys and checksums, so writing the same again changes
-    nothing.
-
-    Parameters
-    ----------
-    folder : Path
-        The space's ``packs`` folder; it must exist.
-    entries : sequence of Entry
-        At least one; all of one kind, dtype and width (grids: of one shape), keys unique.
-    provenance : mapping
-        What is common to the records.
-    codec : str
-        One of `CODECS`.
-    writer : str
-        This process, in the temporary name; see `feature_cache.store.process`.
-    unusable : container of str
-        Names of packs on their way out; the new pack gets none of them.
-
-    Returns
-    -------
-    str
-        The pack's name.
-
-    Raises
-    ------
-    ValueError
-        For entries that could not be read back as they are; nothing is written.
-    OSError
-        When the disk is full or the folder can't be written; nothing is left behind.
-    """
-    if codec not in CODECS:
-        raise UnknownNameError("codec", codec, CODECS)
-    _check_entries(entries)
-    arrays = _pack_arrays(entries)
-    salt, name = 0, _pack_name(arrays, 0)
-    while name in unusable:
-        salt, name = salt + 1, _pack_name(arrays, salt + 1)
-    temporary = folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
-    attributes = {**provenance, "records": [dict(entry.provenance) for entry in entries]}
-    try:
-        _write_group(temporary, arrays, attributes, codec, salt)
-        install_pack(temporary, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return name
-
-
-def install_pack(temporary: Path, target: Path) -> None:
-    """Commit a whole pack that lies in the same folder under a temporary name.
-
-    Synced before the rename and after it; where the pack is there already, it stays.
-    """
-    share_tree(temporary)
-    sync_tree(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-    sync_folder(target.parent)
-
-
-def _pack_name(arrays: Mapping[str, AnyArray], salt: int) -> str:
+def pack_name(arrays: Mapping[str, AnyArray], salt: int) -> str:
+    """Name a pack by its keys and checksums; a salt makes another name for the same."""
     salted = salt.to_bytes(8, "big") if salt else b""
     return digest_bytes(arrays["keys"].tobytes(), arrays["checksums"].tobytes(), salted).hex()
 
 
-def _check_entries(entries: Sequence[Entry]) -> None:
-    dtypes = {entry.record.features.dtype for entry in entries}
-    if dtypes not in ({DTYPES["float16"]}, {DTYPES["float32"]}):
-        found = ", ".join(sorted(map(str, dtypes))) or "none"
-        raise ValueError(f"a pack of dtypes {found}: expected all float16 or all float32")
-    if len({entry.key for entry in entries}) < len(entries):
-        raise ValueError("a pack can't hold the same key twice")
-    for entry in entries:
-        features, labels = entry.record.features, entry.record.labels
-        fits = features.ndim > 2 if labels is None else labels.shape == features.shape[:-1]
-        if len(entry.key) != DIGEST_BYTES or not fits:
-            raise ValueError(
-                f"record {entry.key.hex()} has features {features.shape} and labels "
-                f"{None if labels is None else labels.shape}: expected a key of {DIGEST_BYTES} "
-                "bytes, and (N, C) with (N,), or a grid without labels"
-            )
-
-
-def _pack_arrays(entries: Sequence[Entry]) -> dict[str, AnyArray]:
-    records = [entry.record for entry in entries]
-    keys = np.frombuffer(b"".join(entry.key for entry in entries), np.uint8).reshape(-1, 16)
-    checksums = [record_checksum(entry.key, entry.record) for entry in entries]
-    arrays: dict[str, AnyArray] = {"keys": keys, "checksums": np.array(checksums, np.uint64)}
-    labels = [record.labels for record in records if record.labels is not None]
-    if not labels:
-        arrays["features"] = np.stack([record.features for record in records])
-        return arrays
-    arrays["offsets"] = np.cumsum([0, *map(len, labels)], dtype=np.int64)
-    arrays["labels"] = np.concatenate(labels).astype(np.int32)
-    arrays["features"] = np.concatenate([record.features for record in records])
-    return arrays
-
-
-def _write_group(
-    path: Path,
-    arrays: Mapping[str, AnyArray],
-    provenance: Mapping[str, JSON],
-    codec: str,
-    salt: int,
-) -> None:
-    import zarr
-
-    for name, array in arrays.items():
-        target = zarr.create_array(
-            path / name,
-            zarr_format=3,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=_chunk_shape(name, array, codec),
-            compressors=_compressors(codec if name == "features" else "raw", array.dtype),
-            config={"write_empty_chunks": True},
-        )
-        if array.size:
-            target[...] = array
-    own = {
-        "pack_version": PACK_VERSION,
-        "kind": "regions" if "labels" in arrays else "grid",
-        "salt": salt,
-        "digest": _NO_DIGEST,
-    }
-    text = group_text({"feature_cache": own, "provenance": dict(provenance)})
-    digest = metadata_digest(path, text.encode())
-    (path / "zarr.json").write_text(text.replace(_NO_DIGEST, digest, 1))
-
-
 def metadata_digest(pack: Path, group: bytes) -> str:
     """Sum up the metadata of a pack: those of its arrays, and of the group with a blank digest."""
-    arrays = sorted(file.parent.name for file in pack.glob("*/zarr.json"))
-    parts = [name.encode() + (pack / name / "zarr.json").read_bytes() for name in arrays]
+    parts = []
+    for name in ARRAYS:
+        with suppress(FileNotFoundError):
+            parts.append(name.encode() + read_file(pack / name / "zarr.json", _GROUP_LIMIT))
     return digest_bytes(group, *parts).hex()
 
 
@@ -256,14 +92,13 @@ def _compare_metadata(pack: Path, text: bytes) -> None:
     version = own.get("pack_version")
     if version == 1:
         return
-    if type(version) is int and version > PACK_VERSION:
-        raise CacheVersionError(
-            f"{pack} has version {version}, this feature_cache reads up to {PACK_VERSION}: "
-            "upgrade feature-cache"
-        )
     digest = str(own.get("digest"))
-    blank = text.replace(digest.encode(), _NO_DIGEST.encode(), 1)
-    if metadata_digest(pack, blank) != digest:
+    blank = text.replace(digest.encode(), NO_DIGEST.encode(), 1)
+    try:
+        changed = metadata_digest(pack, blank) != digest
+    except ValueError as error:
+        raise CorruptRecordError(str(error)) from error
+    if changed:
         raise CorruptRecordError(f"the metadata of {pack} changed since they were written")
 
 
@@ -272,29 +107,6 @@ def _read_own(pack: Path, text: bytes) -> dict[str, Any]:
         return dict(json.loads(text)["attributes"]["feature_cache"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptRecordError(f"{pack / 'zarr.json'} is no metadata of a pack") from error
-
-
-def _chunk_shape(name: str, array: AnyArray, codec: str) -> tuple[int, ...]:
-    shape = tuple(max(1, length) for length in array.shape)
-    if name != "features":
-        return shape
-    if array.ndim > 2:
-        return (1, *shape[1:])
-    if codec == "raw":
-        return shape
-    row_bytes = shape[1] * array.dtype.itemsize
-    return (min(shape[0], max(1, _COMPRESSED_CHUNK_BYTES // row_bytes)), shape[1])
-
-
-def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
-    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-
-    chosen: dict[str, list[Any]] = {
-        "raw": [],
-        "zstd": [ZstdCodec(level=3)],
-        "blosc": [BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)],
-    }
-    return [*chosen[codec], Crc32cCodec()]
 
 
 def read_keys(pack: Path) -> Keys:
@@ -323,6 +135,8 @@ def _read_keys(pack: Path) -> Keys:
 @contextmanager
 def missing_is_corrupt(pack: Path) -> Iterator[None]:
     """Tell a pack that lacks a file from one that is gone: packs come and go by a rename."""
+    if pack.is_symlink():
+        raise CorruptRecordError(f"{pack} is a link: no pack lies elsewhere")
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -399,6 +213,7 @@ class Pack:
             self._check_name()
         self._verified = np.zeros(len(self.keys), bool)
         self._rows_mapped: tuple[AnyArray, mmap.mmap | None] | None = None
+        self._mapped_bytes = self.features.chunk_bytes + CRC_BYTES
         self._array: zarr.Array[Any] | None = None
 
     def __len__(self) -> int:
@@ -414,7 +229,11 @@ class Pack:
     def _check_shapes(self) -> None:
         n, features = len(self.keys), self.features
         rows, chunk = features.shape[:1], features.chunk_shape
-        sound = self.checksums.shape == (n,) and features.shape[1:] == chunk[1:] != ()
+        sound = (
+            self.checksums.shape == (n,)
+            and self.checksums.dtype == np.uint64
+            and features.shape[1:] == chunk[1:] != ()
+        )
         if self._offsets is None or self._labels is None:
             sound = sound and rows == (n,) and chunk[0] == 1
         else:
@@ -423,6 +242,8 @@ class Pack:
                 sound
                 and (chunk[0] == max(1, *rows) or not features.raw)
                 and bounds.shape == (n + 1,)
+                and bounds.dtype == np.int64
+                and self._labels.dtype == np.int32
                 and self._labels.shape == rows
                 and (bounds[0], bounds[-1]) == (0, rows[0])
                 and bool((np.diff(bounds) >= 0).all())
@@ -432,14 +253,10 @@ class Pack:
 
     def _check_name(self) -> None:
         arrays: dict[str, AnyArray] = {"keys": self.keys, "checksums": self.checksums}
-        if _pack_name(arrays, 0) == self.name:
+        if pack_name(arrays, 0) == self.name:
             return
         salt = _read_own(self.path, _read_group(self.path)).get("salt", 0)
-        if (
-            type(salt) is not int
-            or not 0 <= salt < 1 << 32
-            or _pack_name(arrays, salt) != self.name
-        ):
+        if type(salt) is not int or not 0 <= salt < 1 << 32 or pack_name(arrays, salt) != self.name:
             raise CorruptRecordError(f"{self.path} holds other records than its name {self.name}")
 
     def check_mapped(self) -> None:
@@ -450,8 +267,11 @@ class Pack:
         CorruptRecordError
             If the file was cut short.
         """
-        if self._rows_mapped is not None and self._rows_mapped[1] is not None:
-            self.features.check_size(self.path / "features", self._rows_mapped[1].size())
+        if self._rows_mapped is None or self._rows_mapped[1] is None:
+            return
+        size = self._rows_mapped[1].size()
+        if size != self._mapped_bytes:
+            self.features.check_size(self.path / "features", size)
 
     def record(self, row: int) -> Record:
         """Give record `row`, verified.
@@ -501,24 +321,39 @@ class Pack:
     def _decode(self, rows: int | slice) -> AnyArray:
         import zarr
 
+        start, stop = (rows, rows + 1) if isinstance(rows, int) else (rows.start, rows.stop)
+        with missing_is_corrupt(self.path):
+            self.features.check_chunk_files(start, stop)
         try:
             if self._array is None:
-                self._array = zarr.open_array(self.features.path, mode="r")
+                self._array = zarr.open_array(self.features.path, mode="r", zarr_format=3)
             decoded = np.asarray(self._array[rows])
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        except MemoryError as error:
+            raise StoreError(f"{self.features.path} can't be decoded in memory") from error
+        except (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError) as error:
             raise CorruptRecordError(f"{self.features.path} can't be decoded: {error}") from error
         decoded.flags.writeable = False
         return decoded
 
 
-def check_records(folder: Path, name: str) -> None:
-    """Compare every record of a pack with its checksum, and its name with its contents.
+def check_pack(folder: Path, name: str) -> None:
+    """Compare all of a pack: metadata, name, and every record with its checksum.
+
+    Parameters
+    ----------
+    folder : Path
+        The pack, perhaps under a temporary name.
+    name : str
+        The name it should have.
 
     Raises
     ------
     CorruptRecordError
-        If a bit of them changed.
+        If a bit is not as it was written.
+    FileNotFoundError
+        If the pack is gone.
     """
+    check_metadata(folder)
     pack = Pack(folder, name)
     for row in range(len(pack)):
         pack.record(row)

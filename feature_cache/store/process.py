@@ -10,7 +10,6 @@ Ages are differences of times that the file system itself gave, so clocks of hos
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing.util
 import os
@@ -30,7 +29,7 @@ from typing import Protocol
 import psutil
 
 from ..hashing import JSON, canonical_json, digest_json
-from .files import TEMPORARY_PREFIX, list_folder, make_folder, share_with_group
+from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, share_with_group
 from .maps import mapped_names
 
 BEAT_SECONDS = 30.0
@@ -83,14 +82,17 @@ class Process:
         return canonical_json({**fields, "released": sorted(self.released)})
 
     @classmethod
-    def from_text(cls, text: bytes) -> Process:
-        """Read it; ValueError where it is none."""
+    def read(cls, file: Path) -> Process:
+        """Read it; ValueError where the file holds none."""
         try:
-            plain = json.loads(text)
+            plain = read_json(file)
             released = frozenset(map(str, plain["released"]))
-            return cls(str(plain["host"]), int(plain["pid"]), float(plain["started"]), released)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError("no description of a process") from error
+            pid, started = int(plain["pid"]), float(plain["started"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file} is no description of a process") from error
+        if not 0 < pid < 1 << 31:
+            raise ValueError(f"{file} has the process number {pid}")
+        return cls(str(plain.get("host")), pid, started, released)
 
     @property
     def runs(self) -> bool | None:
@@ -132,6 +134,8 @@ class Presence:
     ----------
     name : str
         Of the process's file; unique for all times.
+    is_inherited : bool
+        Whether it is that of the process from which this one was forked.
     """
 
     def __init__(self, root: Path) -> None:
@@ -141,6 +145,7 @@ class Presence:
         self._process = Process(this_host(), os.getpid(), _start_of(psutil.Process()))
         self._lock = threading.RLock()
         self.announced = self._left = False
+        self.is_inherited = False
 
     @property
     def file(self) -> Path:
@@ -260,6 +265,7 @@ def _start_anew() -> None:
     """Forget, in a forked child, what its parent announced."""
     global _heart, _joining
     for presence in _present.values():
+        presence.is_inherited = True
         for member in list(presence.members):
             member.renew_lock()
     _present.clear()
@@ -293,7 +299,7 @@ def living(
 def read_process(root: Path, name: str) -> Process | None:
     """Read one process's file; None where it is gone."""
     try:
-        return Process.from_text((root / "processes" / name).read_bytes())
+        return Process.read(root / "processes" / name)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

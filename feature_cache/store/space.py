@@ -31,8 +31,9 @@ from .files import (
     writing,
 )
 from .index import Index
-from .pack import Entry, Pack, read_keys, write_pack
+from .pack import Pack, read_keys
 from .process import Presence, join
+from .writer import Entry, write_pack
 
 Mode = Literal["a", "r"]
 
@@ -66,6 +67,7 @@ class Space:
 
     def __init__(self, path: Path, spec: Mapping[str, Any], mode: Mode) -> None:
         self.path, self.spec, self.mode = path, spec, mode
+        self.root = path.parent.parent
         self._index = Index()
         self._packs: dict[str, Pack] = {}
         self._aside: dict[str, _Aside] = {}
@@ -77,11 +79,6 @@ class Space:
     def name(self) -> str:
         """The folder's name."""
         return self.path.name
-
-    @property
-    def root(self) -> Path:
-        """The cache's folder."""
-        return self.path.parent.parent
 
     @property
     def packs_folder(self) -> Path:
@@ -104,11 +101,13 @@ class Space:
         """Start with a free lock, in a forked child."""
         self._lock = threading.RLock()
 
-    def _join(self) -> None:
-        presence = join(self.root, create=self.mode == "a")
-        if presence is not self._presence:
-            presence.members.add(self)
-            self._presence = presence
+    def _join(self) -> Presence:
+        if self._presence is None or self._presence.is_inherited:
+            self._presence = join(self.root, create=self.mode == "a")
+            self._presence.members.add(self)
+            if self._index.packs:  # some of them may be among those that it says it let go of
+                self.refresh()
+        return self._presence
 
     # What is there
 
@@ -118,7 +117,7 @@ class Space:
             names, known = set(self.pack_names()), set(self._index.packs)
             added: dict[str, Keys] = {}
             for name in sorted(names - known):
-                if self._is_aside(name):
+                if self.is_aside(name):
                     continue
                 try:
                     added[name] = read_keys(self.packs_folder / name)
@@ -222,6 +221,8 @@ class Space:
     def _open(self, name: str) -> Pack:
         self._packs.pop(name, None)
         pack = Pack(self.packs_folder / name)
+        if pack.features.dtype != self.spec.get("dtype", pack.features.dtype):
+            raise CorruptRecordError(f"{pack.path} holds {pack.features.dtype}: not its space's")
         while len(self._packs) >= _OPEN_PACKS:
             oldest = next(iter(self._packs))
             _touch({oldest: self._packs.pop(oldest)}, _TOUCH_SECONDS)
@@ -258,7 +259,7 @@ class Space:
         status = (self.packs_folder / name).stat()
         return status.st_ino, status.st_ctime_ns
 
-    def _is_aside(self, name: str) -> bool:
+    def is_aside(self, name: str) -> bool:
         """Tell whether a pack is set aside; one written anew under its name is not."""
         if name not in self._aside:
             return False
@@ -291,7 +292,7 @@ class Space:
         provenance : mapping
             What is common to these records.
         codec : str
-            One of `feature_cache.store.pack.CODECS`.
+            One of `feature_cache.store.writer.CODECS`.
 
         Returns
         -------
@@ -307,16 +308,22 @@ class Space:
         """
         self.create()
         with writing(self.path):
-            unusable = self.retired_names() | set(self._aside)
-            writer = join(self.root).name
-            names = [
-                write_pack(
-                    self.packs_folder, group, provenance, codec, writer=writer, unusable=unusable
-                )
-                for group in _by_shape(entries)
-            ]
+            names = [self._write_pack(group, provenance, codec) for group in _by_shape(entries)]
         self.refresh()
         return names
+
+    def _write_pack(
+        self, entries: Sequence[Entry], provenance: Mapping[str, JSON], codec: str
+    ) -> str:
+        writer = self._join().name
+        while True:
+            unusable = self.retired_names() | set(self._aside)
+            name = write_pack(
+                self.packs_folder, entries, provenance, codec, writer=writer, unusable=unusable
+            )
+            # One that was there already may have been retired just before.
+            if name not in self.retired_names():
+                return name
 
     def create(self) -> None:
         """Make the space's folders, where there are none. Errors as `write`."""
@@ -366,7 +373,7 @@ def _touch(packs: Mapping[str, Pack], seconds: float = 0.0) -> None:
             with suppress(OSError):
                 if time.time() - pack.path.stat().st_mtime >= seconds:
                     os.utime(pack.path)
-                pack.used = False
+                    pack.used = False
 
 
 def quarantine_folder(space: Space, name: str) -> Path:

@@ -8,13 +8,15 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError
 from ..hashing import canonical_json
+from .claims import Claims
 from .files import list_folder, make_folder, read_json, reading, write_text, writing
-from .process import this_host
+from .process import join, living, this_host
 
 if TYPE_CHECKING:
     from .store import Store
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _SAVE_SECONDS = 10.0
 _MERGED = "merged-"
+_MERGE_CLAIM = "merge-stats"
+_FILE_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,10 @@ class Run:
     def from_json(cls, plain: dict[str, Any]) -> Run:
         """Read a run, also one of an older version; ValueError for anything else."""
         host, pid = plain.get("host", ""), plain.get("pid", 0)
-        started, ended = plain.get("started", 0.0), plain.get("ended", 0.0)
-        return cls(str(host), int(pid), float(started), float(ended), Usage.from_json(plain))
+        times = plain.get("started", 0.0), plain.get("ended", 0.0)
+        if not (type(pid) is int and all(type(t) in (int, float) and isfinite(t) for t in times)):
+            raise ValueError(f"process {pid} and times {times} are no numbers")
+        return cls(str(host), pid, float(times[0]), float(times[1]), Usage.from_json(plain))
 
 
 class Counter:
@@ -133,15 +139,15 @@ class Counter:
 
 def read_runs(root: Path) -> list[Run]:
     """Read how each process used a cache, oldest first; processes long gone are one run."""
-    files = _read_files(root)
-    merged = {name for plain in files.values() for name in plain.get("of", ())}
-    runs = []
-    for name, plain in files.items():
-        try:
-            runs += [Run.from_json(plain)] if name not in merged else []
-        except (ValueError, TypeError) as error:
-            _log.warning("leaving out the counters in stats/%s, which are damaged: %s", name, error)
+    files, _ = _read_files(root)
+    merged = {name for _, names in files.values() for name in names}
+    runs = [run for name, (run, _) in files.items() if name not in merged]
     return sorted(runs, key=lambda run: run.ended)
+
+
+def find_damaged_runs(root: Path) -> list[Path]:
+    """List the files of counters that can't be read."""
+    return [root / "stats" / name for name in _read_files(root)[1]]
 
 
 def sum_usage(runs: Iterable[Run]) -> Usage:
@@ -150,7 +156,7 @@ def sum_usage(runs: Iterable[Run]) -> Usage:
 
 
 def merge_runs(root: Path, before: float) -> int:
-    """Merge the files of processes that ended before a time into one; give how many there were.
+    """Merge the files of processes that are gone, and last counted before a time; say how many.
 
     At every moment, also after a kill, each process counts exactly once: the merged file says
     which files it stands for.
@@ -160,37 +166,50 @@ def merge_runs(root: Path, before: float) -> int:
     StoreError
         The files can't be written.
     """
-    files = _read_files(root)
-    with writing(root / "stats"):
-        done = {name for plain in files.values() for name in plain.get("of", ())}
-        for name in done & set(files):
-            (root / "stats" / name).unlink(missing_ok=True)
-        old = {}
-        for name, plain in files.items():
-            if name not in done and float(plain.get("ended", 0.0)) < before:
-                old[name] = Run.from_json(plain)
-        if len(old) < 2:
-            return 0
-        started = min(run.started for run in old.values())
-        ended = max(run.ended for run in old.values())
-        run = Run("", 0, started, ended, sum_usage(old.values()))
-        text = canonical_json({**run.to_json(), "of": sorted(old)})
+    claims = Claims(root)
+    if not claims.take([_MERGE_CLAIM])[0]:
+        return 0  # two mergers would count twice
+    try:
+        with writing(root / "stats"):
+            return _merge(root, before)
+    finally:
+        claims.release([_MERGE_CLAIM])
+
+
+def _merge(root: Path, before: float) -> int:
+    living_processes = living(root, join(root).now()).values()
+    alive = {(process.host, process.pid) for process in living_processes}
+    files, _ = _read_files(root)
+    done = {name for _, names in files.values() for name in names}
+    old = {
+        name: run
+        for name, (run, _) in files.items()
+        if name not in done and run.ended < before and (run.host, run.pid) not in alive
+    }
+    if len(old) > 1:
+        started, ended = min(r.started for r in old.values()), max(r.ended for r in old.values())
+        merged = Run("", 0, started, ended, sum_usage(old.values()))
+        text = canonical_json({**merged.to_json(), "of": sorted(old)})
         write_text(root / "stats" / f"{_MERGED}{secrets.token_hex(8)}.json", text)
-        for name in old:
-            (root / "stats" / name).unlink(missing_ok=True)
-    return len(old)
+        done |= set(old)
+    for name in done & set(files):
+        (root / "stats" / name).unlink(missing_ok=True)
+    return len(old) if len(old) > 1 else 0
 
 
-def _read_files(root: Path) -> dict[str, dict[str, Any]]:
-    found = {}
+def _read_files(root: Path) -> tuple[dict[str, tuple[Run, frozenset[str]]], list[str]]:
+    """Read each file, with the names of those that it stands for; name those that are damaged."""
+    found, damaged = {}, []
     with reading(root / "stats"):
         for name in list_folder(root / "stats"):
             if not name.endswith(".json"):
                 continue
             try:
-                found[name] = read_json(root / "stats" / name)
+                plain = read_json(root / "stats" / name, _FILE_LIMIT)
+                found[name] = Run.from_json(plain), frozenset(map(str, plain.get("of", ())))
             except FileNotFoundError:
                 continue
-            except ValueError as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 _log.warning("leaving out stats/%s, which is damaged: %s", name, error)
-    return found
+                damaged.append(name)
+    return found, damaged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,9 +16,11 @@ from feature_cache.hashing import digest_bytes
 from feature_cache.key import Keys, Record
 from feature_cache.spec import BackboneSpec, SpaceSpec
 from feature_cache.store import Entry, Space, Store
+from feature_cache.store.process import Process
 
 WIDTH = 8
 GRIDS = {"grids": (3, 4, WIDTH), "stacks": (2, 3, 4, WIDTH), "cells": (1, 1, WIDTH)}
+ELSEWHERE = "elsewhere_01234567"
 KINDS = ("regions", "empty", *GRIDS)
 """Regions: 0 to 4 of them in a record. Empty: records without any."""
 
@@ -73,23 +76,58 @@ def expected(numbers: Iterable[int], *options: str) -> list[tuple[Any, ...] | No
     return [content(make_record(number, *options)) for number in numbers]
 
 
-def in_fork(check: Callable[[], None], uid: int | None = None) -> None:
+def in_fork(check: Callable[[], None], uid: int | None = None, gid: int | None = None) -> None:
     """Run a check in a forked child (as another user), and fail if it fails or is killed."""
+    assert wait(fork(check, uid, gid)) == 0
+
+
+def fork(check: Callable[[], None], uid: int | None = None, gid: int | None = None) -> int:
+    """Start a check in a forked child (as another user); give its process number."""
     child = os.fork()
     if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a stuck call runs no Python
         signal.alarm(120)
         try:
             if uid is not None:
                 os.setgroups([])
-                os.setgid(uid)
+                os.setgid(uid if gid is None else gid)
                 os.setuid(uid)
             check()
             os._exit(0)
         finally:  # a child that failed must not go on with the tests
             traceback.print_exc()
             os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    return child
+
+
+def wait(child: int) -> int:
+    """Wait for a child; give its exit status, negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(number: int, *calls: str) -> None:
+    """Be killed before call `number`, from 1, of any of the named functions of `os`."""
+    seen = 0
+
+    def patch(real: Callable[..., Any]) -> Callable[..., Any]:
+        def deadly(*args: Any, **options: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return deadly
+
+    for call in calls:
+        setattr(os, call, patch(getattr(os, call)))
+
+
+def flip(file: Path, place: int, bit: int = 0) -> None:
+    """Change one bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1 << bit
+    file.write_bytes(data)
 
 
 def write_and_die(root: Path, call: str, count: int, *, after: bool) -> None:
@@ -142,3 +180,18 @@ def create_caches(root: Path, count: int, barrier: Any) -> None:
         barrier.wait()
         space = Store(root / str(i)).space(make_spec())
         space.write([make_entry(i)], {})
+
+
+def forge_process(
+    root: Path, *, host: str = ELSEWHERE, pid: int = 1, started: float = 0.0, age: float = 0.0
+) -> str:
+    """Write the file of a process that was last heard of some seconds ago; give its name."""
+    file = root / "processes" / f"{host}-{pid}-{os.urandom(8).hex()}"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(Process(host, pid, started).to_text())
+    make_older(file, age)
+    return file.name
+
+
+def make_older(file: Path, seconds: float) -> None:
+    os.utime(file, (time.time() - seconds,) * 2)

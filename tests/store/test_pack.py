@@ -18,7 +18,8 @@ import zarr
 from feature_cache import CorruptRecordError, StoreError, UnknownNameError
 from feature_cache.key import Record
 from feature_cache.store import CODECS, Entry, Pack, Space, Store, read_provenance
-from feature_cache.store.pack import read_keys, write_pack
+from feature_cache.store.pack import read_keys
+from feature_cache.store.writer import write_pack
 from samples import (
     GRIDS,
     KINDS,

@@ -3,6 +3,7 @@
 from .collect import GarbagePlan, GarbageReport, choose_spaces, plan_gc, run_gc
 from .compact import CompactReport, compact_space
 from .pins import Pin, add_pin, read_pins, remove_pin
+from .retire import Leaving, remove_retired
 from .verify import Finding, count_packs, repair, verify
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Finding",
     "GarbagePlan",
     "GarbageReport",
+    "Leaving",
     "Pin",
     "add_pin",
     "choose_spaces",
@@ -18,6 +20,7 @@ __all__ = [
     "plan_gc",
     "read_pins",
     "remove_pin",
+    "remove_retired",
     "repair",
     "run_gc",
     "verify",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import MissingRecordError
+from ...errors import MissingRecordError, StoreError
 from ...hashing import JSON
+from ..claims import Claims
 from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
 from ..pack import read_keys
-from ..process import GONE_SECONDS, is_silent, living, read_process
+from ..process import GONE_SECONDS, is_silent, join, living, read_process
 from ..space import Space
 from ..store import Store
 from ..usage import merge_runs
 from .pins import read_pins
 from .retire import Leaving, find_leaving, remove, remove_tree, retire
 
+_log = logging.getLogger(__name__)
 TEMPORARY_GRACE_SECONDS = 3600.0
 """How long a temporary file whose writer is not known to be dead stays."""
 
@@ -163,8 +167,8 @@ def plan_gc(
         A pin is damaged, or files can't be read.
     """
     chosen = choose_spaces(store.spaces(), spaces)
-    for space in chosen:
-        space.touch(0.0)
+    for member in list(store.presence.members):
+        member.touch(0.0)
     pinned: list[Eviction] = []
     loose: list[Eviction] = []
     for space in chosen:
@@ -175,7 +179,7 @@ def plan_gc(
     evictions = tuple(_evict(loose, total, max_bytes, max_age_seconds))
     return GarbagePlan(
         evictions,
-        tuple((path, tree_bytes(path)) for path in find_leftovers(store)),
+        tuple((path, tree_bytes(path)) for path in find_leftovers(store.root)),
         tuple(find_leaving(store.root, grace_seconds)),
         total - sum(pack.bytes for pack in evictions),
         sum(pack.bytes for pack in pinned),
@@ -224,9 +228,9 @@ def _evict(
             yield pack
 
 
-def find_leftovers(store: Store) -> list[Path]:
+def find_leftovers(root: Path) -> list[Path]:
     """List the temporary files, claims and process files of processes that are gone."""
-    root, now = store.root, store.presence.now()
+    now = join(root, create=False).now()
     folders = [root, *(root / name for name in ("spaces", "stats", "pins", "processes"))]
     for name in list_folder(root / "spaces"):
         folders += [root / "spaces" / name, root / "spaces" / name / "packs"]
@@ -238,13 +242,15 @@ def find_leftovers(store: Store) -> list[Path]:
         if name.startswith(TEMPORARY_PREFIX)
     ]
     dead = [path for path in temporary if _is_left(root, path, now)]
+    processes = list_folder(root / "processes")  # first: those that come later are no left-overs
     lives = living(root, now, silent_seconds=2 * GONE_SECONDS)
     gone = [
         root / "processes" / name
-        for name in list_folder(root / "processes")
+        for name in processes
         if name not in lives and not name.startswith(TEMPORARY_PREFIX)
     ]
-    return [*dead, *store.claims.leftovers(now), *gone]
+    found = [*dead, *Claims(root).leftovers(now), *gone]
+    return [path for path in found if os.path.lexists(path)]
 
 
 def _is_left(root: Path, path: Path, now: float) -> bool:
@@ -265,28 +271,45 @@ def _is_left(root: Path, path: Path, now: float) -> bool:
 def run_gc(store: Store, plan: GarbagePlan, *, grace_seconds: float | None = None) -> GarbageReport:
     """Let go of what a plan found: packs are retired, and removed when no reader has them.
 
+    A pack that was used or pinned after the plan was made stays.
+
     Raises
     ------
     StoreError
         Something can't be removed.
     """
-    root = store.root
+    root, evicted = store.root, list[Eviction]()
     with writing(root):
         writer = store.presence.name
+        left = set(find_leftovers(root))
         for path, _ in plan.leftovers:
-            remove_tree(path, writer)
+            if path in left:
+                remove_tree(path, writer)
         for space in store.spaces():
-            names = [e.pack for e in plan.evictions if e.space == space.name]
-            if names:
-                retire(space, names)
+            chosen = list(_still_loose(space, plan.evictions))
+            if chosen:
+                retire(space, [eviction.pack for eviction in chosen])
+            evicted += chosen
         leaving = find_leaving(root, grace_seconds)
         freed = remove(root, leaving)
+    try:
         merge_runs(root, time.time() - _MERGE_RUNS_SECONDS)
+    except StoreError as error:
+        _log.warning("the counters of ended processes are not merged: %s", error)
     waiting = [pack for pack in leaving if pack.waits_for]
     return GarbageReport(
-        evicted=len(plan.evictions),
-        records=sum(eviction.records for eviction in plan.evictions),
+        evicted=len(evicted),
+        records=sum(eviction.records for eviction in evicted),
         freed_bytes=freed + sum(size for _, size in plan.leftovers),
         waiting_bytes=sum(pack.bytes for pack in waiting),
         waits_for=tuple(sorted({pack.waits_for for pack in waiting})),
     )
+
+
+def _still_loose(space: Space, evictions: Sequence[Eviction]) -> Iterator[Eviction]:
+    """Give those of a space that nobody used or pinned since they were chosen."""
+    wanted = {eviction.pack: eviction for eviction in evictions if eviction.space == space.name}
+    for pack, is_pinned in _list_packs(space) if wanted else ():
+        eviction = wanted.get(pack.pack)
+        if eviction is not None and not is_pinned and pack.last_use <= eviction.last_use:
+            yield eviction

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from ...errors import CorruptRecordError
 from ...hashing import JSON, canonical_json
 from ..claims import Claims
-from ..files import tree_bytes, writing
-from ..pack import Entry, Pack, check_records, read_provenance
+from ..files import reading, writing
+from ..pack import Pack, check_pack, read_provenance
 from ..space import Space
+from ..writer import Entry
 from .retire import retire
 
 TARGET_BYTES = 64 << 20
@@ -62,9 +64,13 @@ class CompactReport:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One record of a pack that is merged; its kind is codec and shape, the same in a pack."""
+    """One record of a pack; its kind is codec and shape, the same in a pack.
+
+    A pack's bytes are those of its features, decoded, so that no codec makes a pack small.
+    """
 
     pack: str
+    pack_bytes: int
     row: int
     key: bytes
     source: Mapping[str, Any]
@@ -108,8 +114,11 @@ def compact_space(
     if not claims.take([claim])[0]:
         return CompactReport(space.name, busy=True)
     try:
-        space.refresh()
-        return _compact(space, target_bytes, progress)
+        with reading(space.path):
+            while True:
+                space.refresh()
+                with suppress(FileNotFoundError):  # gc took a pack away meanwhile: choose again
+                    return _compact(space, target_bytes, progress)
     finally:
         claims.release([claim])
 
@@ -130,7 +139,8 @@ def _compact(
             names = space.write(entries, {"compacted_from": origins}, codec=kind[0])
             written.update(names)
             for name in names:
-                os.utime(space.packs_folder / name, (last_use, last_use))
+                with suppress(PermissionError):  # it was there, and is another user's
+                    os.utime(space.packs_folder / name, (last_use, last_use))
             if progress is not None:
                 progress(len(entries))
     with writing(space.root):
@@ -141,9 +151,9 @@ def _compact(
 
 def _choose(space: Space, target_bytes: int) -> tuple[list[str], list[_Row], int]:
     """Choose packs to merge; give the records to keep, and how many are elsewhere too."""
-    listed = {name: rows for name in space.pack_names() if (rows := _list_rows(space, name))}
-    sizes = {name: tree_bytes(space.packs_folder / name) for name in listed}
-    small = {name for name in listed if sizes[name] < target_bytes / 2}
+    names = [name for name in space.pack_names() if not space.is_aside(name)]
+    listed = {name: rows for name in names if (rows := _list_rows(space, name))}
+    small = {name for name, rows in listed.items() if rows[0].pack_bytes < target_bytes / 2}
     kinds = Counter(listed[name][0].kind for name in small if listed[name])
     seen: dict[bytes, str] = {}
     for name in sorted(listed, key=lambda name: (name in small, name)):
@@ -159,11 +169,11 @@ def _choose(space: Space, target_bytes: int) -> tuple[list[str], list[_Row], int
 
 
 def _drop_damaged(space: Space, names: Sequence[str]) -> bool:
-    """Set aside the packs with a wrong record; tell whether there was one."""
+    """Set aside the packs with a wrong bit; tell whether there was one."""
     found = False
     for name in names:
         try:
-            check_records(space.packs_folder / name, name)
+            check_pack(space.packs_folder / name, name)
         except (CorruptRecordError, FileNotFoundError) as error:
             found = True
             if isinstance(error, CorruptRecordError):
@@ -180,9 +190,9 @@ def _list_rows(space: Space, name: str) -> list[_Row]:
         _log.warning("%s is not compacted: %s", name, error)
         return []
     sources += [{}] * (len(pack) - len(sources))
-    keys = [key.tobytes() for key in pack.keys]
+    keys, codec = [key.tobytes() for key in pack.keys], pack.features.codec
     return [
-        _Row(name, row, key, source, (pack.features.codec, pack.features.shape[1:]))
+        _Row(name, pack.features.array_bytes, row, key, source, (codec, pack.features.shape[1:]))
         for row, (key, source) in enumerate(zip(keys, sources, strict=False))
     ]
 

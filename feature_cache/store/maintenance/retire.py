@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from ..files import (
     tree_bytes,
 )
 from ..filesystem import find_file_system
+from ..maps import mapped_names
 from ..process import join, living
-from ..space import Space
+from ..space import PACK_NAME, Space
 
 NETWORK_GRACE_SECONDS = 3600.0
 """How long a retired pack stays on a network file system, where a reader may hear of it late, or
@@ -45,12 +46,15 @@ class Leaving:
     bytes : int
     waits_for : str
         Who or what it stays for; empty where it can go.
+    identity : tuple of int, or None
+        Which pack of this name it is.
     """
 
     path: Path
     mark: Path | None
     bytes: int
     waits_for: str
+    identity: tuple[int, int] | None
 
 
 def retire(space: Space, names: Iterable[str]) -> None:
@@ -58,12 +62,14 @@ def retire(space: Space, names: Iterable[str]) -> None:
     marks = space.root / "retired" / space.name
     make_folder(marks)
     for name in names:
-        create_exclusive(marks / name, join(space.root).name)
+        create_exclusive(marks / name, "")  # empty: it fits on a disk that is full
     sync_folder(marks)
 
 
 def find_leaving(root: Path, grace_seconds: float | None = None) -> list[Leaving]:
     """List the packs that are retired or in quarantine, and what each waits for.
+
+    Whatever else is in quarantine, or marked, stays.
 
     Parameters
     ----------
@@ -80,8 +86,13 @@ def find_leaving(root: Path, grace_seconds: float | None = None) -> list[Leaving
     if grace_seconds is None:
         grace_seconds = NETWORK_GRACE_SECONDS if find_file_system(root).is_network else 0.0
 
+    def holds(process: str, name: str) -> bool:
+        if process == presence.name:  # on a full disk it can't say what it has let go of
+            return name in mapped_names()
+        return name not in processes[process].released
+
     def waits_for(name: str, since: Path) -> str:
-        holders = [p for p in processes.values() if name not in p.released]
+        holders = [p for own, p in processes.items() if holds(own, name)]
         if holders:
             who = ", ".join(f"{p.host.rpartition('_')[0]}:{p.pid}" for p in holders[:3])
             return f"{len(holders)} processes that may read it ({who})"
@@ -90,16 +101,31 @@ def find_leaving(root: Path, grace_seconds: float | None = None) -> list[Leaving
                 return f"{grace_seconds:.0f} s to pass since it was retired"
         return ""
 
-    found = []
+    return [
+        Leaving(path, mark, tree_bytes(path), waits_for(name, mark or path), _identity(path))
+        for path, name, mark in _list_leaving(root)
+    ]
+
+
+def _list_leaving(root: Path) -> Iterator[tuple[Path, str, Path | None]]:
+    """List packs that are to go: folder, name, and the mark of one that is retired."""
     for space in list_folder(root / "retired"):
-        for name in list_folder(root / "retired" / space):
-            mark, path = root / "retired" / space / name, root / "spaces" / space / "packs" / name
-            found.append(Leaving(path, mark, tree_bytes(path), waits_for(name, mark)))
+        marks, packs = root / "retired" / space, root / "spaces" / space / "packs"
+        for name in filter(PACK_NAME.fullmatch, list_folder(marks)):
+            yield packs / name, name, marks / name
     for entry in list_folder(root / "quarantine"):
-        path, parts = root / "quarantine" / entry, entry.split("-")
-        name = parts[-2] if len(parts) > 2 else entry
-        found.append(Leaving(path, None, tree_bytes(path), waits_for(name, path)))
-    return found
+        name = "".join(entry.split("-")[-2:-1])
+        if PACK_NAME.fullmatch(name):
+            yield root / "quarantine" / entry, name, None
+
+
+def _identity(pack: Path) -> tuple[int, int] | None:
+    """Tell a pack from one that is written later under the same name."""
+    try:
+        status = (pack / "zarr.json").lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def remove(root: Path, leaving: Sequence[Leaving]) -> int:
@@ -111,20 +137,49 @@ def remove(root: Path, leaving: Sequence[Leaving]) -> int:
     for pack in leaving:
         if pack.waits_for:
             continue
-        remove_tree(pack.path, writer)
+        if doomed := _take_away(pack.path, writer):
+            if _identity(doomed) != pack.identity:
+                _put_back(doomed, pack.path)
+                continue
+            _remove(doomed)
+            freed += pack.bytes
         if pack.mark is not None:
             pack.mark.unlink(missing_ok=True)
-        freed += pack.bytes
     return freed
+
+
+def remove_retired(root: Path) -> list[Leaving]:
+    """Remove the retired packs that wait for nothing; list the others."""
+    leaving = [pack for pack in find_leaving(root) if pack.mark is not None]
+    remove(root, leaving)
+    return [pack for pack in leaving if pack.waits_for]
 
 
 def remove_tree(path: Path, writer: str) -> None:
     """Remove a file or folder in one step, as others see it."""
+    if doomed := _take_away(path, writer):
+        _remove(doomed)
+
+
+def _take_away(path: Path, writer: str) -> Path | None:
     doomed = path.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
     try:
-        path.rename(doomed)
+        return path.rename(doomed)
     except FileNotFoundError:
-        return
+        return None
+
+
+def _put_back(taken: Path, path: Path) -> None:
+    """Give back a pack that was written anew, when another process had removed the old one."""
+    try:
+        taken.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        _remove(taken)
+
+
+def _remove(doomed: Path) -> None:
     if doomed.is_dir() and not doomed.is_symlink():
         shutil.rmtree(doomed, ignore_errors=True)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -11,14 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import CacheVersionError, CorruptRecordError, StoreError
+from ...errors import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
 from ...hashing import JSON, digest_json
 from ..array import ArrayFile
-from ..files import TRANSIENT, group_text, list_folder, make_folder, write_text, writing
+from ..files import (
+    TRANSIENT,
+    group_text,
+    list_folder,
+    make_folder,
+    read_file,
+    reading,
+    write_text,
+    writing,
+)
 from ..pack import Pack, check_metadata, missing_is_corrupt, read_provenance
 from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
-from ..store import OWN_NAMES, ROOT_TEXT, TAG, Store, read_spec, read_version
+from ..store import OWN_NAMES, ROOT_TEXT, TAG, read_spec, read_version
+from ..usage import find_damaged_runs
 from .collect import find_leftovers
 from .pins import find_damaged_pins
 from .retire import remove_tree
@@ -85,21 +97,22 @@ def verify(
     StoreError
         It is no cache, a newer one, or can't be read.
     """
-    findings = list(_check_root(root))
-    for name in list_folder(root / "spaces"):
-        folder = root / "spaces" / name
-        if spaces and not any(name.startswith(start) for start in spaces):
-            continue
-        if name == "zarr.json" or name.startswith(TRANSIENT):
-            continue
-        if not folder.is_dir():
-            findings.append(_unknown(folder))
-            continue
-        findings += _check_space(Space(folder, {}, "r"), deep, progress)
-    with suppress(StoreError):
+    root = root.absolute()
+    with reading(root):
+        findings = list(_check_root(root))
+        for name in list_folder(root / "spaces"):
+            folder = root / "spaces" / name
+            if spaces and not any(name.startswith(start) for start in spaces):
+                continue
+            if name == "zarr.json" or name.startswith(TRANSIENT):
+                continue
+            if not folder.is_dir():
+                findings.append(_unknown(folder))
+                continue
+            findings += _check_space(Space(folder, {}, "r"), deep, progress)
         findings += [
             Finding("leftover", path, "left by a process that is gone; repair removes it")
-            for path in find_leftovers(Store(root, "r"))
+            for path in find_leftovers(root)
         ]
     return findings
 
@@ -121,34 +134,64 @@ def _check_root(root: Path) -> Iterator[Finding]:
         yield from _check_text(root / "zarr.json", ROOT_TEXT, ROOT_TEXT.replace(": 2", ": 1"))
     except CacheVersionError:
         raise
+    except FileNotFoundError as error:
+        if not list_folder(root / "spaces"):
+            raise NotACacheError(f"{root} is not a feature cache: it has no zarr.json") from error
+        yield Finding("missing", root / "zarr.json", "missing; repair writes it anew")
     except StoreError as error:
         if not list_folder(root / "spaces"):
             raise
         yield Finding("damaged", root / "zarr.json", f"{error}; repair writes it anew")
     yield from _check_text(root / "CACHEDIR.TAG", TAG)
-    for name in list_folder(root):
-        if name not in OWN_NAMES and not name.startswith(TRANSIENT):
-            yield _unknown(root / name)
+    if any(_is_made(root / "spaces" / name) for name in list_folder(root / "spaces")):
+        yield from _check_text(root / "spaces" / "zarr.json", group_text({}))
     for file in find_damaged_pins(root):
         yield Finding("damaged", file, "is no pin; repair moves it to quarantine: pin again")
-    if list_folder(root / "spaces"):
-        yield from _check_text(root / "spaces" / "zarr.json", group_text({}))
+    for file in find_damaged_runs(root):
+        yield Finding("damaged", file, "holds no counters; repair moves it to quarantine")
+    for path in _find_unknown(root):
+        yield _unknown(path)
+
+
+def _find_unknown(root: Path) -> Iterator[Path]:
+    """Find what is not ours in the root, and among pins, counters and marks."""
+
+    def others(folder: Path, is_ours: Callable[[str], object]) -> Iterator[Path]:
+        names = (name for name in list_folder(folder) if not name.startswith(TRANSIENT))
+        return (folder / name for name in names if not is_ours(name))
+
+    yield from others(root, OWN_NAMES.__contains__)
+    for folder in (root / "pins", root / "stats"):
+        yield from others(folder, lambda name: name.endswith(".json"))
+    yield from others(root / "retired", lambda name: (root / "retired" / name).is_dir())
+    for name in list_folder(root / "retired"):
+        yield from others(root / "retired" / name, PACK_NAME.fullmatch)
+
+
+def _is_made(space: Path) -> bool:
+    """Tell whether a space is whole: its spec is written last, and packs after it."""
+    return (space / "zarr.json").exists() or bool(Space(space, {}, "r").pack_names())
 
 
 def _check_text(file: Path, *expected: str) -> Iterator[Finding]:
     """Compare a file whose text is known."""
     try:
-        found = file.read_bytes()
-    except FileNotFoundError:
+        found = read_file(file, 1 << 20)
+    except (FileNotFoundError, NotADirectoryError):
         yield Finding("missing", file, "missing; repair writes it anew")
         return
+    except ValueError:
+        found = b""
     if found not in [text.encode() for text in expected]:
         yield Finding("damaged", file, "holds something else than it should; repair writes it anew")
 
 
 def _check_space(space: Space, deep: bool, progress: Progress | None) -> Iterator[Finding]:
-    yield from _check_spec(space.path)
-    yield from _check_text(space.packs_folder / "zarr.json", group_text({}))
+    if _is_made(space.path):
+        yield from _check_spec(space.path)
+        yield from _check_text(space.packs_folder / "zarr.json", group_text({}))
+    if space.packs_folder.exists() and not space.packs_folder.is_dir():
+        yield _unknown(space.packs_folder)
     for name in list_folder(space.path):
         if name not in ("zarr.json", "packs") and not name.startswith(TRANSIENT):
             yield _unknown(space.path / name)
@@ -158,11 +201,10 @@ def _check_space(space: Space, deep: bool, progress: Progress | None) -> Iterato
             yield _unknown(space.packs_folder / name)
     sound = []
     for name in space.pack_names():
-        finding = _check_pack(space, name, deep)
-        if finding is None:
+        findings = _check_pack(space, name, deep)
+        if all(finding.kind == "unknown" for finding in findings):
             sound.append(name)
-        else:
-            yield finding
+        yield from findings
         if progress is not None:
             progress(1)
     yield from _find_duplicates(space, sound)
@@ -174,23 +216,29 @@ def _check_spec(folder: Path) -> Iterator[Finding]:
     try:
         spec = read_spec(folder)
         text = group_text({"feature_cache": {"space": spec}})
-        if text.encode() != file.read_bytes():
+        if text.encode() != read_file(file, 1 << 20):
             yield Finding("damaged", file, f"is not as it was written; {how}")
         elif not folder.name.endswith(f"-{digest_json(spec).hex()[:8]}"):
             yield Finding("spec", file, f"holds another spec than the folder's name says; {how}")
     except FileNotFoundError:
         yield Finding("missing", file, "missing; it is written anew when the space is used again")
-    except StoreError as error:
+    except (StoreError, ValueError, TypeError, RecursionError) as error:
         yield Finding("damaged", file, f"{error}; {how}")
 
 
-def _check_pack(space: Space, name: str, deep: bool) -> Finding | None:
+def _check_pack(space: Space, name: str, deep: bool) -> list[Finding]:
+    findings = _look_at_pack(space, name, deep)
+    # It may have been removed during the first look, and written anew.
+    return findings and _look_at_pack(space, name, deep)
+
+
+def _look_at_pack(space: Space, name: str, deep: bool) -> list[Finding]:
     folder = space.packs_folder / name
     try:
         with missing_is_corrupt(folder):
             pack = Pack(folder)
             check_metadata(folder)
-            _check_files(pack)
+            unknown = _check_files(pack)
             for index in pack.features.chunk_indices():
                 pack.features.check_chunk(*index)
             for row in range(len(pack)):
@@ -200,16 +248,16 @@ def _check_pack(space: Space, name: str, deep: bool) -> Finding | None:
             if deep:
                 _check_as_zarr(pack)
     except FileNotFoundError:
-        return None  # retired or set aside meanwhile
+        return []  # removed or set aside meanwhile
     except CorruptRecordError as error:
         lost = _name_records(folder)
         text = f"{error}; repair moves the pack to quarantine, its records count as missing"
-        return Finding("damaged", folder, text, lost)
-    return None
+        return [Finding("damaged", folder, text, lost)]
+    return [_unknown(file) for file in unknown]
 
 
-def _check_files(pack: Pack) -> None:
-    """Compare the files of a pack with those that its metadata promise."""
+def _check_files(pack: Pack) -> list[Path]:
+    """Compare the files of a pack with those that its metadata promise; list the others."""
     arrays = {"keys", "checksums", "features"}
     arrays |= {"offsets", "labels"} if len(pack.features.shape) == 2 else set()
     expected = {pack.path / "zarr.json"}
@@ -217,11 +265,11 @@ def _check_files(pack: Pack) -> None:
         array = ArrayFile.read(pack.path / name)
         expected.add(pack.path / name / "zarr.json")
         expected.update(array.chunk_file(*index) for index in array.chunk_indices())
-    found = {file for file in pack.path.rglob("*") if not file.is_dir()}
+    found = {file for file in pack.path.rglob("*") if file.is_symlink() or not file.is_dir()}
     for file in sorted(expected - found):
-        raise CorruptRecordError(f"{file} is missing from a pack")
-    for file in sorted(found - expected):
-        raise CorruptRecordError(f"{file} is no file of a pack")
+        file.lstat()
+        raise CorruptRecordError(f"{file} is no plain file")
+    return sorted(file for file in found - expected if not file.name.startswith(TRANSIENT))
 
 
 def _check_as_zarr(pack: Pack) -> None:
@@ -229,14 +277,14 @@ def _check_as_zarr(pack: Pack) -> None:
     import zarr
 
     try:
-        group = zarr.open_group(pack.path, mode="r")
+        group = zarr.open_group(pack.path, mode="r", zarr_format=3, use_consolidated=False)
         features: Any = group["features"]
         same = np.array_equal(np.asarray(group["keys"]), pack.keys)
         offsets = np.asarray(group["offsets"]) if len(pack.features.shape) == 2 else None
         for row in range(len(pack)):
             rows = row if offsets is None else slice(int(offsets[row]), int(offsets[row + 1]))
             same = same and features[rows].tobytes() == pack.record(row).features.tobytes()
-    except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError) as error:
         raise CorruptRecordError(f"zarr-python can't read {pack.path}: {error}") from error
     if not same:
         raise CorruptRecordError(f"zarr-python reads other numbers from {pack.path}")
@@ -248,7 +296,7 @@ def _name_records(folder: Path) -> tuple[str, ...]:
     except (FileNotFoundError, CorruptRecordError):
         return ()
     return tuple(
-        " ".join(f"{s.get('movie') or 'a movie'} frame {s.get('frame')} {s.get('origin')}".split())
+        f"{s.get('movie') or 'a movie'} frame {s.get('frame')} {s.get('origin') or ''}".rstrip()
         for s in sources
     )
 
@@ -267,12 +315,8 @@ def _find_duplicates(space: Space, packs: Sequence[str]) -> Iterator[Finding]:
         if twice:
             others = ", ".join(sorted({first[key][0] for key in twice}))
             numbers = f", {differ} of them with other numbers" if differ else ""
-            yield Finding(
-                "duplicate",
-                pack.path,
-                f"{len(twice)} of its {len(keys)} records are in {others} too{numbers}; harmless: "
-                "compact drops them",
-            )
+            text = f"{len(twice)} of its {len(keys)} records are in {others} too{numbers}"
+            yield Finding("duplicate", pack.path, f"{text}; compact keeps one of each")
         first.update({k: (name, c) for k, c in zip(keys, sums, strict=True) if k not in first})
 
 
@@ -288,37 +332,52 @@ def repair(root: Path, findings: Iterable[Finding]) -> None:
     """
     with writing(root):
         for finding in findings:
-            path = finding.path
+            path, text = finding.path, _known_text(root, finding.path)
             if finding.kind == "leftover":
                 remove_tree(path, join(root).name)
-            elif finding.kind == "unknown" or (path.parent.name == "packs" and _is_damage(finding)):
-                _set_aside(root, path)
+            elif finding.kind in ("damaged", "missing") and text is not None:
+                _write_anew(root, path, text)
+            elif finding.kind == "damaged" and _is_pack(root, path):
+                _set_pack_aside(path)
             elif finding.kind != "duplicate":
-                _write_anew(root, path)
+                _set_aside(root, path)
 
 
-def _is_damage(finding: Finding) -> bool:
-    return finding.kind == "damaged" and finding.path.name != "zarr.json"
+def _known_text(root: Path, file: Path) -> str | None:
+    """Give what a file should hold, where that is known."""
+    if file in (root / "zarr.json", root / "CACHEDIR.TAG"):
+        return TAG if file.name == "CACHEDIR.TAG" else ROOT_TEXT
+    parts = file.relative_to(root).parts
+    plain = parts == ("spaces", "zarr.json") or (
+        len(parts) == 4 and (parts[0], *parts[2:]) == ("spaces", "packs", "zarr.json")
+    )
+    return group_text({}) if plain else None
+
+
+def _is_pack(root: Path, path: Path) -> bool:
+    return path.parent.name == "packs" and path.parents[2] == root / "spaces"
+
+
+def _set_pack_aside(path: Path) -> None:
+    space = Space(path.parent.parent, {}, "a")
+    if _check_pack(space, path.name, deep=True):  # it may be another pack by now
+        _move(path, quarantine_folder(space, path.name))
 
 
 def _set_aside(root: Path, path: Path) -> None:
-    target = root / "quarantine" / path.name
-    if path.parent.name == "packs":
-        target = quarantine_folder(Space(path.parent.parent, {}, "a"), path.name)
+    """Move away what is no pack, under a name that no pack in quarantine has: gc leaves it."""
+    name = path.name[:100].replace("-", "_")
+    _move(path, root / "quarantine" / f"{name}_{secrets.token_hex(4)}")
+
+
+def _move(path: Path, target: Path) -> None:
     make_folder(target.parent)
     with suppress(FileNotFoundError):
         shutil.move(path, target)
 
 
-def _write_anew(root: Path, file: Path) -> None:
-    texts = {
-        root / "zarr.json": ROOT_TEXT,
-        root / "CACHEDIR.TAG": TAG,
-        root / "spaces" / "zarr.json": group_text({}),
-    }
-    if file in texts:
-        write_text(file, texts[file])
-    elif file.parent.name == "packs":
-        write_text(file, group_text({}))
-    else:
+def _write_anew(root: Path, file: Path, text: str) -> None:
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
         _set_aside(root, file)
+    make_folder(file.parent)
+    write_text(file, text)

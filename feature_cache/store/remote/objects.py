@@ -1,0 +1,138 @@
+"""The objects below a URL: listed, read and written with obstore."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import StoreError
+from ..files import share_tree, share_with_group, sync_folder, sync_tree, writing
+from .connection import connect, enter_process, talking, url_folder
+from .pieces import PIECE_BYTES, Progress, read_pieces, tell
+
+if TYPE_CHECKING:
+    from obstore import Bytes
+    from obstore.store import ObjectStore
+
+_SMALL_BYTES = 1 << 28
+
+
+class Objects:
+    """The objects below a URL, by their names relative to it; all errors are ours.
+
+    May be shared by threads, and opens its client when it is first needed.
+
+    Parameters
+    ----------
+    url : str
+    options : mapping
+        For obstore's ``from_url``.
+
+    Attributes
+    ----------
+    folder : Path or None
+        Where they are, if it is a folder (``file://``).
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.url, self.options = url.rstrip("/"), dict(options)
+        self.folder = url_folder(url)
+        self._client: ObjectStore | None = None
+
+    def list_all(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Give the names of all objects below a prefix, relative to it, and their sizes."""
+        import obstore
+
+        with talking("list", f"{self.url}/{prefix}"):
+            for part in obstore.list(self._open(), prefix, chunk_size=1000):
+                for meta in part:
+                    if meta["path"].startswith(prefix):
+                        yield meta["path"].removeprefix(prefix), meta["size"]
+
+    def list_level(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Give the paths of folders and of objects right below a prefix."""
+        import obstore
+
+        with talking("list", f"{self.url}/{prefix}"):
+            found = obstore.list_with_delimiter(self._open(), prefix or None)
+        return list(found["common_prefixes"]), [meta["path"] for meta in found["objects"]]
+
+    def get(self, name: str) -> bytes | None:
+        """Read a small object; None where there is none."""
+        import obstore
+
+        with talking("read", f"{self.url}/{name}"):
+            try:
+                found = obstore.get(self._open(), name)
+            except FileNotFoundError:
+                return None
+            if found.meta["size"] > _SMALL_BYTES:
+                raise ValueError(f"it has {found.meta['size']} bytes, expected {_SMALL_BYTES}")
+            return found.bytes().to_bytes()
+
+    def get_piece(self, name: str, start: int, length: int) -> Bytes | None:
+        """Read a piece of an object; None where there is none."""
+        import obstore
+
+        with talking("read", f"{self.url}/{name}"):
+            try:
+                return obstore.get_range(self._open(), name, start=start, length=length)
+            except FileNotFoundError:
+                return None
+
+    def put(
+        self, name: str, data: bytes, mode: Literal["create", "overwrite"] = "overwrite"
+    ) -> None:
+        """Write a small object, durably."""
+        import obstore
+
+        with talking("write", f"{self.url}/{name}"):
+            obstore.put(self._open(), name, data, mode=mode)
+        self.settle(name)
+
+    def put_new(self, name: str, data: bytes) -> None:
+        """Put an object where there is none; one that is there has the same meaning, and stays."""
+        from obstore.exceptions import AlreadyExistsError, NotSupportedError
+
+        try:
+            self.put(name, data, mode="create")
+        except StoreError as error:
+            if isinstance(error.__cause__, NotSupportedError):
+                self.put(name, data)
+            elif not isinstance(error.__cause__, AlreadyExistsError):
+                raise
+
+    def put_file(self, name: str, file: Path, progress: Progress | None) -> None:
+        """Send a file, a large one in pieces; `settle` makes it durable."""
+        import obstore
+
+        small = file.stat().st_size <= PIECE_BYTES
+        data = file.read_bytes() if small else read_pieces(file, progress)
+        with talking("write", f"{self.url}/{name}"):
+            obstore.put(self._open(), name, data, chunk_size=PIECE_BYTES, max_concurrency=2)
+        if isinstance(data, bytes):
+            tell(progress, len(data))
+
+    def settle(self, name: str) -> None:
+        """Make what was put durable, and open to its group, where the remote is a folder."""
+        if self.folder is None:
+            return
+        path = self.folder / name
+        with writing(path):
+            share_with_group(path)
+            if path.is_dir():
+                share_tree(path)
+                sync_tree(path)
+            else:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(path.parent)
+
+    def _open(self) -> ObjectStore:
+        enter_process(self.url)
+        if self._client is None:
+            with talking("open", self.url):
+                self._client = connect(self.url, self.options)
+        return self._client

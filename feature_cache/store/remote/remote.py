@@ -1,0 +1,379 @@
+"""A cache in an object store: its spaces and packs, read, fetched and sent."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ...errors import (
+    CacheVersionError,
+    CorruptRecordError,
+    MissingDependencyError,
+    NotACacheError,
+    StoreError,
+    UnknownNameError,
+)
+from ...key import Keys
+from ..files import TEMPORARY_PREFIX, group_text, make_folder, writing
+from ..pack import check_pack, read_keys
+from ..space import PACK_NAME
+from ..store import FORMAT_VERSION, ROOT_TEXT, TAG
+from ..writer import install_pack
+from .connection import SCHEMES
+from .layout import (
+    GROUP,
+    check_same,
+    is_safe,
+    own_attributes,
+    pack_files,
+    pack_prefix,
+    packs_prefix,
+    parse_spec,
+)
+from .objects import Objects
+from .pieces import Progress, cut, each, make_files, tell
+
+_OBJECTS_AT_ONCE = 8
+_OWN_NAMES = {"CACHEDIR.TAG", "spaces", "zarr.json"}
+_KEY_OBJECTS = ("keys/zarr.json", "keys/c/0/0")
+
+
+def open_remote(url: str, **options: Any) -> Remote:
+    """Name a remote; nothing is asked of it yet.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://bucket/prefix``, ``gs://…``, ``az://…``, or ``file:///folder``.
+    **options
+        For obstore's ``from_url``; credentials and endpoints that are not given come from the
+        environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AWS_ALLOW_HTTP``, …).
+
+    Returns
+    -------
+    Remote
+
+    Raises
+    ------
+    UnknownNameError
+        For another scheme.
+    MissingDependencyError
+        If obstore is not installed.
+    StoreError
+        For a ``file://`` URL that names no folder of this host.
+    """
+    if not url.startswith(SCHEMES):
+        raise UnknownNameError("kind of remote", url, SCHEMES)
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        install = "pip install 'feature-cache[remote]'"
+        raise MissingDependencyError("obstore", f"the remote {url}", install) from error
+    return Remote(url, options)
+
+
+class Remote:
+    """A cache in an object store; made by `open_remote`.
+
+    Parameters
+    ----------
+    url : str
+    options : mapping
+        As for `open_remote`.
+
+    Attributes
+    ----------
+    folder : Path or None
+        Where it is, if it is a folder (``file://``).
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self._objects = Objects(url, options)
+        self.url, self.options = self._objects.url, self._objects.options
+        self.folder = self._objects.folder
+
+    def __repr__(self) -> str:
+        """Leave out the options, which may hold secrets."""
+        return f"Remote({self.url!r})"
+
+    def __getstate__(self) -> tuple[str, dict[str, Any]]:
+        """Leave out the client: another process opens its own."""
+        return self.url, self.options
+
+    def __setstate__(self, state: tuple[str, dict[str, Any]]) -> None:
+        """Start without a client."""
+        self.__init__(*state)  # type: ignore[misc]
+
+    def spaces(self) -> dict[str, dict[str, Any]]:
+        """Give the specs of all spaces, as JSON, by name.
+
+        Raises
+        ------
+        StoreError
+            For a name that is none of a space, a spec that is not the one its name says, or a
+            remote that can't be read.
+        """
+        names = [path.rpartition("/")[2] for path in self._objects.list_level("spaces")[0]]
+        for name in names:
+            if not is_safe(name):
+                raise StoreError(
+                    f"{self.url}/spaces holds {name!r}, which is no name of a space: remove it"
+                )
+        texts = {name: self._objects.get(f"spaces/{name}/{GROUP}") for name in sorted(names)}
+        return {
+            name: parse_spec(text, f"{self.url}/spaces/{name}", name)
+            for name, text in texts.items()
+            if text is not None
+        }
+
+    def pack_names(self, space: str) -> list[str]:
+        """List the complete packs of a space, sorted.
+
+        Raises
+        ------
+        StoreError
+            If the remote can't be read.
+        """
+        return sorted(self.pack_sizes(space))
+
+    def pack_sizes(self, space: str) -> dict[str, int]:
+        """Give the bytes of each complete pack of a space, by name.
+
+        Raises
+        ------
+        StoreError
+            If the remote can't be read.
+        """
+        packs: dict[str, dict[str, int]] = {}
+        for path, size in self._objects.list_all(f"{packs_prefix(space)}/"):
+            pack, _, name = path.partition("/")
+            if PACK_NAME.fullmatch(pack):
+                packs.setdefault(pack, {})[name] = size
+        return {pack: sum(all_.values()) for pack, all_ in packs.items() if GROUP in all_}
+
+    def read_keys(self, space: str, pack: str) -> Keys:
+        """Fetch the keys of a pack, checked by their CRC: (n, 16) uint8.
+
+        Raises
+        ------
+        CorruptRecordError
+            If they are not there, or not what was written.
+        StoreError
+            If the remote can't be read.
+        """
+        prefix = pack_prefix(space, pack)
+        with tempfile.TemporaryDirectory(prefix="feature_cache-") as folder:
+            for name in _KEY_OBJECTS:
+                data = self._objects.get(f"{prefix}/{name}")
+                if data is None:
+                    raise self._lacking(f"{prefix}/{name}")
+                file = Path(folder, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+            try:
+                return read_keys(Path(folder))
+            except CorruptRecordError as error:
+                raise CorruptRecordError(f"damaged keys in {self.url}/{prefix}: {error}") from error
+
+    def pull_pack(
+        self,
+        space: str,
+        pack: str,
+        packs_folder: Path,
+        *,
+        progress: Progress | None = None,
+        writer: str = "",
+    ) -> int:
+        """Fetch a pack into a folder, where it appears when all of it was verified.
+
+        Parameters
+        ----------
+        space, pack : str
+        packs_folder : Path
+            The space's ``packs`` folder here; it must exist.
+        progress : callable, optional
+        writer : str
+            This process, in the temporary name; see `feature_cache.store.process`.
+
+        Returns
+        -------
+        int
+            Bytes fetched.
+
+        Raises
+        ------
+        CorruptRecordError
+            If the pack is not complete there, or not what was written; it is not committed.
+        StoreError
+            If the remote can't be read, or the folder not written.
+        """
+        prefix = pack_prefix(space, pack)
+        objects = self._pack_objects(prefix)
+        temporary = packs_folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
+        with writing(packs_folder):
+            try:
+                make_files(temporary, objects)
+                pieces = [piece for item in objects.items() for piece in cut(*item)]
+                each(partial(self._fetch, prefix, temporary, progress), pieces, _OBJECTS_AT_ONCE)
+                self._check_fetched(temporary, pack, prefix)
+                install_pack(temporary, packs_folder / pack)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return sum(objects.values())
+
+    def push_pack(self, space: str, pack: Path, *, progress: Progress | None = None) -> int:
+        """Verify a pack and send it; it appears there with its last object.
+
+        Parameters
+        ----------
+        space : str
+            Its space, which `create` made there.
+        pack : Path
+        progress : callable, optional
+
+        Returns
+        -------
+        int
+            Bytes sent.
+
+        Raises
+        ------
+        CorruptRecordError
+            If the pack is damaged; nothing is sent.
+        FileNotFoundError
+            If the pack is gone.
+        StoreError
+            If the remote can't be written.
+        """
+        prefix = pack_prefix(space, pack.name)
+        check_pack(pack, pack.name)
+        files = pack_files(pack)
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        group = files.pop(GROUP)
+        each(partial(self._send, prefix, progress), files.items(), _OBJECTS_AT_ONCE)
+        self._check_sent(prefix, {name: sizes[name] for name in files})
+        self._objects.put_new(f"{prefix}/{GROUP}", group.read_bytes())
+        tell(progress, sizes[GROUP])
+        return sum(sizes.values())
+
+    def version(self) -> int | None:
+        """Give the format version of the cache there; None where nothing is.
+
+        Raises
+        ------
+        NotACacheError
+            If there is something else.
+        CacheVersionError
+            If a newer version of feature_cache wrote it.
+        StoreError
+            If the remote can't be read.
+        """
+        if self.folder is not None and not self.folder.exists():
+            return None
+        text = self._objects.get(GROUP)
+        if text is not None:
+            return self._parse_version(text)
+        folders, objects = self._objects.list_level("")
+        if foreign := {*folders, *objects} - _OWN_NAMES:
+            raise NotACacheError(
+                f"{self.url} is not a feature cache (it holds {min(foreign)!r}); name another place"
+            )
+        return None
+
+    def create(self, spaces: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make the cache and spaces there, where they are missing.
+
+        Parameters
+        ----------
+        spaces : mapping of str to JSON
+            Names and specs.
+
+        Raises
+        ------
+        StoreError
+            If a space there has another spec, or the remote can't be written.
+        """
+        version = self.version()
+        if self.folder is not None:
+            with writing(self.folder):
+                for space in ("", *map(packs_prefix, spaces)):
+                    make_folder(self.folder / space)
+        if version is None:
+            self._objects.put_new("CACHEDIR.TAG", TAG.encode())
+            self._objects.put_new(GROUP, ROOT_TEXT.encode())
+        elif version < FORMAT_VERSION:
+            self._objects.put(GROUP, ROOT_TEXT.encode())
+        for name in check_same(self.spaces(), spaces, self.url):
+            for folder in ("spaces", packs_prefix(name)):
+                self._objects.put_new(f"{folder}/{GROUP}", group_text({}).encode())
+            text = group_text({"feature_cache": {"space": dict(spaces[name])}})
+            self._objects.put_new(f"spaces/{name}/{GROUP}", text.encode())
+
+    def _parse_version(self, text: bytes) -> int:
+        version = own_attributes(text, f"{self.url}/{GROUP}").get("format_version")
+        if type(version) is not int:
+            raise NotACacheError(
+                f"{self.url} is a Zarr group, but no feature cache; name another place"
+            )
+        if version > FORMAT_VERSION:
+            raise CacheVersionError(
+                f"{self.url} has format version {version}, this feature_cache reads up to "
+                f"{FORMAT_VERSION}: upgrade feature-cache, or name another place"
+            )
+        return version
+
+    def _pack_objects(self, prefix: str) -> dict[str, int]:
+        """Give the sizes of a complete pack's objects by name, each name a safe relative path."""
+        objects = dict(self._objects.list_all(f"{prefix}/"))
+        if GROUP not in objects:
+            raise self._lacking(f"{prefix}/{GROUP}")
+        folders = {str(folder) for name in objects for folder in PurePosixPath(name).parents}
+        for name in objects:
+            if name in folders or not all(map(is_safe, name.split("/"))):
+                raise CorruptRecordError(
+                    f"{self.url}/{prefix} holds an object {name!r}, which no pack has"
+                )
+        return objects
+
+    def _lacking(self, name: str) -> CorruptRecordError:
+        return CorruptRecordError(f"{self.url}/{name} is missing from a pack")
+
+    def _check_fetched(self, folder: Path, pack: str, prefix: str) -> None:
+        try:
+            check_pack(folder, pack)
+        except CorruptRecordError as error:
+            raise CorruptRecordError(
+                f"damaged, not taken: {self.url}/{prefix} ({error}); remove it there, and push it "
+                "again from where it is whole"
+            ) from error
+
+    def _check_sent(self, prefix: str, sizes: Mapping[str, int]) -> None:
+        there = dict(self._objects.list_all(f"{prefix}/"))
+        for name, size in sizes.items():
+            if there.get(name) != size:
+                raise StoreError(
+                    f"{self.url}/{prefix}/{name} has {there.get(name, 'no')} bytes, {size} were "
+                    "sent: another process sends the same pack with another codec; push again"
+                )
+        self._objects.settle(prefix)
+
+    def _send(self, prefix: str, progress: Progress | None, item: tuple[str, Path]) -> None:
+        name, file = item
+        self._objects.put_file(f"{prefix}/{name}", file, progress)
+
+    def _fetch(
+        self, prefix: str, folder: Path, progress: Progress | None, piece: tuple[str, int, int]
+    ) -> None:
+        name, start, length = piece
+        data = self._objects.get_piece(f"{prefix}/{name}", start, length)
+        if data is None:
+            raise self._lacking(f"{prefix}/{name}")
+        with open(folder / name, "r+b") as file:
+            file.seek(start)
+            file.write(data)
+        tell(progress, len(data))

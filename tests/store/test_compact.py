@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from feature_cache.key import Record
+from feature_cache.store import CODECS, Entry, Pack, Space, Store, read_provenance, record_sources
+from feature_cache.store.maintenance import compact_space, plan_gc, run_gc, verify
+from samples import (
+    GRIDS,
+    KINDS,
+    content,
+    contents,
+    expected,
+    flip,
+    make_entries,
+    make_entry,
+    make_key,
+    make_keys,
+    make_record,
+    make_spec,
+)
+
+
+def described(number: int, kind: str = "regions") -> Entry:
+    """A record of one of two movies, two draws, and a frame, in an order that is not its number."""
+    source = {
+        "movie": f"movie {number % 2}",
+        "draw": [] if number % 4 < 2 else [{"flip": "x"}],
+        "frame": 20 - number,
+    }
+    return Entry(make_key(number), make_record(number, kind), source)
+
+
+def write_each(space: Space, numbers: range, kind: str = "regions", codec: str = "raw") -> None:
+    for number in numbers:
+        space.write([described(number, kind)], {"writer": number}, codec)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_bits_provenance_and_codec_are_kept(root: Path, kind: str, codec: str) -> None:
+    space = Store(root).space(make_spec(kind))
+    write_each(space, range(8), kind, codec)
+    sources = dict(record_sources(space))
+    report = compact_space(space)
+    assert (report.merged, report.written, report.records, report.duplicates) == (8, 1, 8, 0)
+    assert dict(record_sources(space)) == sources
+    for reader in (space, Store(root, "r").space(make_spec(kind))):
+        assert contents(reader, range(8)) == expected(range(8), kind)
+    [name] = space.pack_names()
+    assert Pack(space.packs_folder / name).features.codec == codec
+    told = read_provenance(space.packs_folder / name)["compacted_from"]
+    assert told == [{"writer": number} for number in range(8)]
+    run_gc(Store(root), plan_gc(Store(root)))
+    assert sorted(os.listdir(space.packs_folder)) == sorted([name, "zarr.json"])
+    assert verify(root, deep=True) == []
+
+
+def test_records_are_ordered_by_movie_draw_and_frame(root: Path, space: Space) -> None:
+    write_each(space, range(12))
+    compact_space(space)
+    [name] = space.pack_names()
+    sources = read_provenance(space.packs_folder / name)["records"]
+    order = [(s["movie"], bool(s["draw"]), s["frame"]) for s in sources]
+    assert order == sorted(order)
+    labels = zarr.open_group(space.packs_folder / name, mode="r")["labels"]
+    held = [make_record(20 - source["frame"]).labels for source in sources]
+    assert np.array_equal(labels[...], np.concatenate(held))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_second_run_does_nothing(root: Path, codec: str) -> None:
+    space = Store(root).space(make_spec("grids"))
+    zeros = np.zeros((16, 16, 8), "f2")  # much smaller when compressed
+    for number in range(10):
+        space.write([Entry(make_key(number), Record(zeros, None), {"frame": number})], {}, codec)
+    assert compact_space(space, target_bytes=3 * zeros.nbytes).written == 4
+    names = space.pack_names()
+    again = compact_space(Store(root).space(make_spec("grids")), target_bytes=3 * zeros.nbytes)
+    assert (again.merged, again.written, again.records) == (0, 0, 0)
+    assert space.pack_names() == names
+
+
+def test_duplicates_go_also_from_large_packs(root: Path, space: Space) -> None:
+    space.write(make_entries(range(8)), {})
+    space.write(make_entries(range(4, 12)), {})
+    report = compact_space(space, target_bytes=1)
+    assert report.duplicates == 4
+    assert contents(space, range(12)) == expected(range(12))
+    assert verify(root) == []
+    assert compact_space(space, target_bytes=1).merged == 0
+
+
+def test_grids_of_different_shapes_and_codecs_stay_apart(root: Path) -> None:
+    space = Store(root).space(make_spec("grids"))
+    kinds = dict(enumerate(list(GRIDS) * 4))
+    for number, kind in kinds.items():
+        space.write([make_entry(number, kind)], {}, "zstd" if number % 2 else "raw")
+    compact_space(space)
+    packs = [Pack(space.packs_folder / name) for name in space.pack_names()]
+    found = {(pack.features.shape[1:], pack.features.codec) for pack in packs}
+    assert len(found) == len(packs) == 2 * len(GRIDS)
+    right = [content(make_record(number, kind)) for number, kind in kinds.items()]
+    assert contents(Store(root).space(make_spec("grids")), kinds) == right
+
+
+@pytest.mark.parametrize("part", ["features/c/0/0", "keys/c/0/0", "zarr.json"])
+def test_a_damaged_pack_is_set_aside_and_the_others_merged(
+    root: Path, space: Space, part: str
+) -> None:
+    names = [space.write([described(number)], {})[0] for number in range(1, 5)]
+    file = space.packs_folder / names[1] / part
+    flip(file, 5 if part != "zarr.json" else file.read_text().index("movie 0"))
+    report = compact_space(Store(root).space(make_spec()))
+    assert (report.merged, report.written, report.records) == (3, 1, 3)
+    right = [*expected([1]), None, *expected([3, 4])]
+    assert contents(Store(root).space(make_spec()), range(1, 5)) == right
+    assert [names[1] in entry for entry in os.listdir(root / "quarantine")] == [True]
+    assert verify(root) == []
+
+
+def test_a_damaged_pack_that_can_not_be_moved_is_left_out(
+    root: Path, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [space.write([described(number)], {})[0] for number in range(1, 5)]
+    flip(space.packs_folder / names[1] / "features/c/0/0", 5)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if "quarantine" in Path(target).parts:
+            raise PermissionError(13, "no", str(self))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert compact_space(Store(root).space(make_spec())).records == 3
+
+
+def test_the_newest_use_is_kept_and_another_compaction_is_waited_for(
+    root: Path, space: Space
+) -> None:
+    write_each(space, range(3))
+    for i, name in enumerate(space.pack_names()):
+        os.utime(space.packs_folder / name, (0, 1e9 + i))
+    claim = f"compact-{space.name}"
+    Store(root).claims.take([claim])
+    assert compact_space(space).busy
+    Store(root).claims.release([claim])
+    compact_space(space)
+    [name] = space.pack_names()
+    assert space.last_use(name) == 1e9 + 2
+
+
+def test_records_held_and_open_spaces_outlive_a_compaction(root: Path, space: Space) -> None:
+    write_each(space, range(5))
+    held = space.read(make_keys(range(5)))
+    other = Store(root).space(make_spec())
+    assert contents(other, range(5)) == expected(range(5))
+    compact_space(space)
+    run_gc(Store(root), plan_gc(Store(root)))
+    assert [content(record) for record in held] == expected(range(5))
+    for reader in (space, other):
+        assert contents(reader, range(5)) == expected(range(5))

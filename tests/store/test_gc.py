@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from feature_cache import MissingRecordError
+from feature_cache.hashing import canonical_json
+from feature_cache.store import Counter, Space, Store, Usage, read_runs, sum_usage, usage, writer
+from feature_cache.store.filesystem import FileSystem
+from feature_cache.store.maintenance import (
+    GarbageReport,
+    collect,
+    compact_space,
+    plan_gc,
+    repair,
+    retire,
+    run_gc,
+    verify,
+)
+from feature_cache.store.process import GONE_SECONDS
+from samples import (
+    content,
+    contents,
+    die_at,
+    expected,
+    fork,
+    in_fork,
+    make_entries,
+    make_entry,
+    make_keys,
+    make_record,
+    make_spec,
+    wait,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    # zarr's event loop is a thread; that a fork survives it is what is tested.
+    "ignore:.*multi-threaded, use of fork:DeprecationWarning"
+)
+
+
+@pytest.fixture
+def packs(space: Space) -> list[str]:
+    """Four packs with one record each, 1 to 4, last used 400, 300, 200 and 100 s ago."""
+    names = []
+    for number in range(1, 5):
+        names += space.write([make_entry(number)], {})
+        set_age(space, names[-1], 100.0 * (5 - number))
+    return names
+
+
+def set_age(space: Space, name: str, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(space.packs_folder / name, (then, then))
+
+
+def collect_garbage(root: Path, **options: Any) -> GarbageReport:
+    store = Store(root)
+    return run_gc(store, plan_gc(store, **options))
+
+
+def size(space: Space, name: str) -> int:
+    files = (space.packs_folder / name).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def holding(root: Path, numbers: list[int]) -> tuple[int, Path]:
+    """Start a process that holds mapped records until the file given is there, then beats once."""
+    ready, go = root.parent / "ready", root.parent / "go"
+
+    def hold() -> None:
+        space = Store(root).space(make_spec())
+        records = space.read(make_keys(numbers))
+        ready.touch()
+        await_file(go)
+        assert [content(record) for record in records] == expected(numbers)
+        assert contents(space, numbers) == expected(numbers)
+        del records
+        Store(root).presence.beat()
+        ready.touch()
+        time.sleep(100)
+
+    child = fork(hold)
+    await_file(ready)
+    return child, go
+
+
+def await_file(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    file.unlink()
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    wait(child)
+
+
+# What goes
+
+
+def test_a_plan_removes_nothing(root: Path, space: Space, packs: list[str]) -> None:
+    plan = plan_gc(Store(root), max_bytes=0)
+    assert [eviction.pack for eviction in plan.evictions] == packs
+    assert plan.bytes == space.disk_bytes()
+    assert contents(Store(root).space(make_spec()), range(1, 5)) == expected(range(1, 5))
+    assert not (root / "retired").exists()
+    assert plan_gc(Store(root)).evictions == ()
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_the_least_recently_used_go_until_the_rest_fits_exactly(
+    root: Path, space: Space, packs: list[str], kept: int
+) -> None:
+    budget = sum(size(space, name) for name in packs[4 - kept :])
+    report = collect_garbage(root, max_bytes=budget)
+    assert report.evicted == report.records == 4 - kept
+    assert space.disk_bytes() == budget
+    right = [None] * (4 - kept) + expected(range(5 - kept, 5))
+    assert contents(Store(root).space(make_spec()), range(1, 5)) == right
+    assert verify(root) == []
+
+
+def test_what_was_not_used_for_long_goes(root: Path, space: Space, packs: list[str]) -> None:
+    assert collect_garbage(root, max_age_seconds=250).evicted == 2
+    assert space.pack_names() == sorted(packs[2:])
+
+
+@pytest.mark.parametrize("by", ["this process", "a process that ended"])
+def test_reading_makes_a_pack_newer_and_listing_does_not(
+    root: Path, space: Space, packs: list[str], by: str
+) -> None:
+    def use() -> None:
+        reader = Store(root).space(make_spec())
+        assert contents(reader, [1]) == expected([1])
+        assert reader.contains(make_keys([2])).all()
+        if by != "this process":
+            Store(root).presence.leave()
+        else:
+            plan = plan_gc(Store(root), max_bytes=0)
+            assert [e.pack for e in plan.evictions] == [*packs[1:], packs[0]]
+
+    if by == "this process":
+        use()
+    else:
+        in_fork(use)
+    plan = plan_gc(Store(root), max_bytes=0)
+    assert [eviction.pack for eviction in plan.evictions] == [*packs[1:], packs[0]]
+
+
+def test_access_times_of_files_do_not_matter(root: Path, space: Space, packs: list[str]) -> None:
+    for name in packs:
+        folder = space.packs_folder / name
+        before = folder.stat().st_mtime
+        for file in filter(Path.is_file, folder.rglob("*")):
+            os.utime(file, (2e9 - before, 0))
+        os.utime(folder, (2e9 - before, before))
+    evictions = plan_gc(Store(root), max_bytes=0).evictions
+    assert [eviction.pack for eviction in evictions] == packs
+
+
+def test_a_use_that_is_too_fresh_to_note_is_noted_later(space: Space) -> None:
+    [name] = space.write([make_entry(1)], {})
+    set_age(space, name, 60)
+    contents(space, [1])
+    space.touch(600.0)
+    assert time.time() - space.last_use(name) > 50
+    space.touch(0.0)
+    assert time.time() - space.last_use(name) < 30
+
+
+def test_only_the_spaces_named(root: Path, space: Space, packs: list[str]) -> None:
+    other = Store(root).space(make_spec("grids"))
+    other.write(make_entries([1], "grids"), {})
+    assert collect_garbage(root, max_bytes=0, spaces=[other.name[:9]]).evicted == 1
+    assert space.pack_names() == sorted(packs)
+    assert other.pack_names() == []
+    with pytest.raises(MissingRecordError, match="nothing"):
+        plan_gc(Store(root), spaces=["nothing"])
+
+
+def test_what_is_used_or_pinned_after_the_plan_stays(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    from feature_cache.store.maintenance import add_pin
+
+    store = Store(root)
+    plan = plan_gc(store, max_bytes=0)
+    os.utime(space.packs_folder / packs[0])
+    add_pin(store, packs[1])
+    assert run_gc(store, plan).evicted == 2
+    assert space.pack_names() == sorted(packs[:2])
+
+
+# When it goes
+
+
+def test_a_retired_pack_stays_while_another_process_may_read_it(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    child, go = holding(root, [1, 2])
+    report = collect_garbage(root, max_bytes=0)
+    assert (report.evicted, report.freed_bytes) == (4, 0)
+    assert "1 process" in report.waits_for[0]
+    assert all((space.packs_folder / name).is_dir() for name in packs)
+    assert contents(Store(root).space(make_spec()), range(1, 5)) == [None] * 4
+    go.touch()
+    await_file(root.parent / "ready")  # it has let go at its heartbeat
+    assert collect_garbage(root).waiting_bytes == 0
+    assert not any((space.packs_folder / name).exists() for name in packs)
+    kill(child)
+
+
+def test_a_process_that_was_killed_holds_nothing(root: Path, packs: list[str]) -> None:
+    child, _ = holding(root, [1, 2])
+    assert collect_garbage(root, max_bytes=0).freed_bytes == 0
+    kill(child)
+    assert collect_garbage(root).waiting_bytes == 0
+
+
+@pytest.mark.parametrize(("silent", "freed"), [(0.0, False), (GONE_SECONDS + 60, True)])
+def test_a_process_of_another_host_holds_until_it_is_silent_for_long(
+    root: Path, packs: list[str], silent: float, freed: bool
+) -> None:
+    Store(root).presence  # noqa: B018 - announces this process
+    file = root / "processes" / "elsewhere_01234567-1-0123456789abcdef"
+    text = {"host": "elsewhere_01234567", "pid": 1, "started": 0.0, "released": []}
+    file.write_text(canonical_json(text))
+    then = time.time() - silent
+    os.utime(file, (then, then))
+    report = collect_garbage(root, max_bytes=0)
+    assert bool(report.freed_bytes) == freed
+    text["released"] = sorted(packs)
+    file.write_text(canonical_json(text))
+    assert collect_garbage(root).waiting_bytes == 0
+
+
+def test_a_network_file_system_has_a_grace(
+    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retire, "find_file_system", lambda _: FileSystem("nfs4", "/"))
+    report = collect_garbage(root, max_bytes=0)
+    assert (report.freed_bytes, report.waits_for) == (0, ("3600 s to pass since it was retired",))
+    for mark in (root / "retired" / space.name).iterdir():
+        os.utime(mark, (0, 0))
+    assert collect_garbage(root).waiting_bytes == 0
+    assert os.listdir(space.packs_folder) == ["zarr.json"]
+
+
+def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[str]) -> None:
+    chunk = next((space.packs_folder / packs[0]).glob("keys/c/0/0"))
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    repair(root, verify(root))
+    assert len(os.listdir(root / "quarantine")) == 1
+    assert collect_garbage(root).freed_bytes
+    assert os.listdir(root / "quarantine") == []
+
+
+# Written again
+
+
+def test_a_retired_pack_is_written_again_under_another_name(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    child, go = holding(root, [1])
+    collect_garbage(root, max_bytes=0)
+    [again] = space.write([make_entry(1)], {})
+    assert again not in packs
+    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
+    go.touch()
+    await_file(root.parent / "ready")
+    collect_garbage(root)
+    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
+    assert verify(root) == []
+    kill(child)
+
+
+@pytest.mark.parametrize("moment", ["_pack_arrays", "_write_group", "install_pack"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_pack_retired_while_it_is_written_again_is_not_lost(
+    root: Path,
+    space: Space,
+    packs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    removed: bool,
+) -> None:
+    real = getattr(writer, moment)
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.setattr(writer, moment, real)
+        if removed:
+            collect_garbage(root, max_bytes=0)
+        else:
+            retire.retire(Store(root).space(make_spec()), packs)
+        return real(*args)
+
+    monkeypatch.setattr(writer, moment, interrupted)
+    space.write([make_entry(1)], {})
+    for _ in range(2):
+        assert contents(Store(root).space(make_spec()), [1]) == expected([1])
+        collect_garbage(root)
+    assert verify(root) == []
+
+
+def test_a_pack_written_again_since_another_collector_removed_it_stays(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    retire.retire(space, packs)
+    late = retire.find_leaving(root)
+    assert retire.remove(root, retire.find_leaving(root)) > 0
+    assert space.write([make_entry(1)], {}) == packs[:1]
+    retire.remove(root, late)
+    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
+    assert verify(root) == []
+
+
+@pytest.mark.slow
+def test_a_reader_goes_on_while_packs_are_compacted_and_collected(root: Path, space: Space) -> None:
+    numbers = list(range(12))
+    for number in numbers:
+        space.write([make_entry(number)], {})
+    stop = root.parent / "stop"
+
+    def read() -> None:
+        reader = Store(root).space(make_spec())
+        while not stop.exists():
+            assert contents(reader, numbers) == expected(numbers)
+            Store(root).presence.beat()
+
+    children = [fork(read) for _ in range(2)]
+    for number in range(12, 24):
+        space.write([make_entry(number)], {})
+        compact_space(space)
+        collect_garbage(root)
+    stop.touch()
+    assert [wait(child) for child in children] == [0, 0]
+    collect_garbage(root)
+    assert len(os.listdir(space.packs_folder)) == 2
+    assert contents(space, range(24)) == expected(range(24))
+
+
+# Killed
+
+
+@pytest.mark.slow
+def test_killed_between_any_two_steps_nothing_is_lost(root: Path, space: Space) -> None:
+    for number in range(6):
+        space.write([make_entry(number)], {})
+
+    def tidy() -> None:
+        store = Store(root)
+        compact_space(store.space(make_spec()))
+        collect_garbage(root, grace_seconds=0.0)
+        assert contents(store.space(make_spec()), range(6)) == expected(range(6))
+
+    def tidy_and_die(number: int) -> None:
+        die_at(number, "rename", "replace", "unlink")
+        tidy()
+
+    number = 1
+    while status := wait(fork(partial(tidy_and_die, number))):
+        assert status == -signal.SIGKILL
+        number += 1
+        reader = Store(root, "r").space(make_spec())
+        assert contents(reader, range(6)) == expected(range(6))
+        assert {finding.kind for finding in verify(root)} <= {"leftover", "duplicate"}
+    assert number > 10
+    in_fork(tidy)
+    repair(root, verify(root))
+    collect_garbage(root)
+    assert len(space.pack_names()) == 1
+    assert not list(space.path.rglob(".tmp-*"))
+    assert verify(root) == []
+
+
+@pytest.mark.slow
+def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
+    def count() -> None:
+        counter = Counter(Store(root))
+        counter.add(Usage(1, 2, 3))
+        counter.save()
+
+    Store(root)
+    for _ in range(3):
+        in_fork(count)
+
+    def merge_and_die(number: int) -> None:
+        die_at(number, "unlink", "replace", "open")
+        usage.merge_runs(root, time.time() + 1)
+
+    number = 1
+    while wait(fork(partial(merge_and_die, number))):
+        number += 1
+        assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
+    assert number > 4
+    usage.merge_runs(root, time.time() + 1)
+    assert len(os.listdir(root / "stats")) == 1
+    assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
+
+
+def test_counters_of_the_living_are_not_merged_and_damaged_ones_do_no_harm(root: Path) -> None:
+    counter = Counter(Store(root))
+    counter.add(Usage(1, 2, 3))
+    counter.save()
+    for i, text in enumerate(['{"hits":1}', '{"hits":2}', '{"ended":"x"}', '{"of":3}', "[", "{}"]):
+        (root / "stats" / f"{i}.json").write_text(text)
+    before = sum_usage(read_runs(root))
+    assert before.hits == 4
+    assert usage.merge_runs(root, time.time() + 1) == 3
+    assert sum_usage(read_runs(root)) == before
+    counter.add(Usage(1))
+    counter.save()
+    assert sum_usage(read_runs(root)).hits == 5
+
+
+def test_temporaries_of_unknown_writers_stay_for_an_hour(root: Path, space: Space) -> None:
+    space.write([make_entry(1)], {})
+    for name, age in ((".tmp-0123", 7200), (".tmp-4567", 60), (".tmp-host-1-89", 7200)):
+        (space.packs_folder / name).mkdir()
+        then = time.time() - age
+        os.utime(space.packs_folder / name, (then, then))
+    assert {path.name for path in collect.find_leftovers(root)} == {".tmp-0123", ".tmp-host-1-89"}
+    collect_garbage(root)
+    assert [path.name for path in root.rglob(".tmp-*")] == [".tmp-4567"]
+    assert content(space.read(make_keys([1]))[0]) == content(make_record(1))
