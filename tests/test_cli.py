@@ -349,7 +349,7 @@ def test_stats_count_over_processes(run, small_folder):
         "bytes_read": 0, "bytes_written": 6720,
     }  # fmt: skip
     _, out, _ = run("stats", "--cache", "cache")
-    assert "records   6" in out
+    assert "records       6" in out
 
 
 def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatch):

@@ -330,6 +330,7 @@ def repair(root: Path, findings: Iterable[Finding]) -> None:
     StoreError
         The folder can't be written.
     """
+    root = root.absolute()
     with writing(root):
         for finding in findings:
             path, text = finding.path, _known_text(root, finding.path)
