@@ -20,8 +20,10 @@ from .errors import MissingDependencyError as MissingDependencyError
 from .errors import MissingRecordError as MissingRecordError
 from .errors import MovieError as MovieError
 from .errors import MovieNotFoundError as MovieNotFoundError
+from .errors import NoMasksError as NoMasksError
 from .errors import NotACacheError as NotACacheError
 from .errors import ReadOnlyCacheError as ReadOnlyCacheError
+from .errors import ServiceError as ServiceError
 from .errors import StoreError as StoreError
 from .errors import UnknownNameError as UnknownNameError
 from .key import Record as Record

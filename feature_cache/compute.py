@@ -122,9 +122,10 @@ def compute_records(
         The embedding has a wrong shape, or NaN, or does not fit the storage dtype.
     """
     for batch in _batches(jobs, batch_size):
-        grids = _embed(batch, backbone, draw)
+        images = [prepare_frame(job, spec.backbone.normalization) for job in batch]
+        grids = embed_frames(batch, images, backbone, draw)
         for job, grid in zip(batch, grids, strict=True):
-            yield _make_record(job, grid, spec, draw)
+            yield make_record(job, grid, spec, draw)
 
 
 def _batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
@@ -147,19 +148,41 @@ def _slices(array: NDArray[Any]) -> NDArray[Any]:
     return array[None] if array.ndim == 2 else array
 
 
-def _embed(batch: list[Job], backbone: Backbone, draw: Draw) -> list[Pixels]:
-    """Embed whole frames: one (gh, gw, C) or (Z, gh, gw, C) float32 for each job."""
-    spec = backbone.spec
-    images = torch.from_numpy(
-        np.concatenate([_slices(normalize(j.frame, spec.normalization, j.where)) for j in batch])
-    )
+def prepare_frame(job: Job, normalization: Normalization) -> Pixels:
+    """Normalise a frame: (1, H, W), or (Z, H, W) for a stack, float32. Errors as `normalize`."""
+    return _slices(normalize(job.frame, normalization, job.where))
+
+
+def embed_frames(
+    jobs: list[Job], images: list[Pixels], backbone: Backbone, draw: Draw
+) -> list[Pixels]:
+    """Embed whole frames of one shape as one batch.
+
+    Parameters
+    ----------
+    jobs : list of Job
+    images : list of (Z, H, W) float32
+        Of `prepare_frame`, one for each job; before the draw.
+    backbone : Backbone
+    draw : Draw
+
+    Returns
+    -------
+    list of (gh, gw, C), or (Z, gh, gw, C) for stacks, float32
+
+    Raises
+    ------
+    BackboneError
+        The embedding has a wrong shape, or NaN.
+    """
+    batch = torch.from_numpy(np.concatenate(images))
     if not draw.is_identity:
-        digests = list(chain.from_iterable(map(_slice_digests, batch)))
-        images = draw.apply(images.to(getattr(backbone, "device", "cpu")), digests=digests)
-    grids = torch.as_tensor(backbone.embed(images)).float().cpu().numpy()
-    _check_grids(grids, len(images), backbone, batch)
-    stacks = grids.reshape(len(batch), -1, *grids.shape[1:])
-    return [s[0] if j.frame.ndim == 2 else s for s, j in zip(stacks, batch, strict=True)]
+        digests = list(chain.from_iterable(map(_slice_digests, jobs)))
+        batch = draw.apply(batch.to(getattr(backbone, "device", "cpu")), digests=digests)
+    grids = torch.as_tensor(backbone.embed(batch)).float().cpu().numpy()
+    _check_grids(grids, len(batch), backbone, jobs)
+    stacks = grids.reshape(len(jobs), -1, *grids.shape[1:])
+    return [s[0] if j.frame.ndim == 2 else s for s, j in zip(stacks, jobs, strict=True)]
 
 
 def _slice_digests(job: Job) -> list[Digest]:
@@ -185,7 +208,16 @@ def _check_grids(grids: Pixels, count: int, backbone: Backbone, batch: list[Job]
         )
 
 
-def _make_record(job: Job, grid: Pixels, spec: SpaceSpec, draw: Draw) -> Record:
+def make_record(job: Job, grid: Pixels, spec: SpaceSpec, draw: Draw) -> Record:
+    """Make a frame's record from its grid: pool it where the space says so, and round it.
+
+    Raises
+    ------
+    BackboneError
+        A number does not fit the storage dtype.
+    FrameError
+        There is no mask, and the pooling needs one.
+    """
     if spec.pooling is None:
         return Record(_store_as(grid, spec, job), None)
     if job.mask is None:

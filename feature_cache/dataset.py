@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from .augment import Augmentations, Draw
 from .cache import MovieFeatures, check_batch_size
 from .errors import DrawError, FrameError, MissingRecordError, UnknownNameError
 from .hashing import digest_json
 from .key import Record
+from .service import Misses, StandIn, check_writable
+from .store import Usage
 
 OnMiss = Literal["compute", "error"]
 Sample = dict[str, Any]
@@ -70,6 +72,16 @@ class Copies:
             return int(torch.randint(copies + 1, ()))
         return choose_copy(self.augmentations.seed, epoch, index, copies)
 
+    @property
+    def count(self) -> int:
+        """How many copies there are, beside the movie itself."""
+        return self.augmentations.copies
+
+    @property
+    def has_epoch(self) -> bool:
+        """Whether an epoch has begun, so that the copy of a sample can be known."""
+        return int(self._epoch) >= 0
+
     @cached_property
     def draws(self) -> tuple[Draw, ...]:
         """The draw of each copy."""
@@ -91,20 +103,44 @@ class TokenFeatures:
     copies : Copies, optional
         The augmented copies there are of each movie; without, there is only the movie itself.
     on_miss : str
-        ``"compute"`` computes what is missing, in this process; ``"error"`` raises.
+        ``"compute"`` has what is missing computed, with the frames after it: in the process that
+        made this object, also for DataLoader workers, or by a ``feature-cache serve``.
+        ``"error"`` raises.
     batch_size : int
         Frames embedded at once.
+    progress : bool
+        Whether a line on stderr says how far the cache has filled, where that is a terminal.
+
+    Notes
+    -----
+    A pickle holds no weights: what is missing is computed where the object was made.
     """
 
     movies: Sequence[MovieFeatures]
     copies: Copies | None = None
     on_miss: OnMiss = "compute"
     batch_size: int = 8
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.on_miss not in get_args(OnMiss):
             raise UnknownNameError("on_miss", self.on_miss, get_args(OnMiss))
         check_batch_size(self.batch_size)
+        if self.on_miss == "compute":
+            self._misses.open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out weights, and what is of this process."""
+        kept = {f: getattr(self, f) for f in self.__dataclass_fields__}
+        movies = [replace(m, backbone=StandIn(m.spec.backbone)) for m in self.movies]
+        return {**kept, "movies": movies}
+
+    @cached_property
+    def _misses(self) -> Misses:
+        writable = [m for m in self.movies if m.cache.store.mode != "r"]
+        records = sum(map(len, writable)) * (1 + (self.copies.count if self.copies else 0))
+        caches = [(m.cache, m.backbone) for m in writable]
+        return Misses(caches, records, progress=self.progress)
 
     def __call__(self, movie: int, timepoints: Tensor, labels: Tensor, copy: int = 0) -> Tensor:
         """Give the features of some tokens of one movie.
@@ -154,24 +190,45 @@ class TokenFeatures:
         copies = [copy for variants in self.variants for copy in variants]
         return sum(copy.warm(batch_size=self.batch_size) for copy in copies)
 
-    def _records(self, movie: MovieFeatures, times: list[int]) -> list[Record]:
-        records = movie.get(times)
-        absent = [t for t, record in zip(times, records, strict=True) if record is None]
-        if absent:
-            self._check_may_compute(movie, absent)
-            movie.compute(absent, batch_size=self.batch_size)
-            records = movie.space.read(movie.keys(times))
-        return [movie.expect(t, record) for t, record in zip(times, records, strict=True)]
+    def prefetch(self, movie: int, times: Sequence[int], copy: int = 0) -> None:
+        """Have records computed in the background that will be asked for; waits for nothing.
 
-    def _check_may_compute(self, movie: MovieFeatures, absent: list[int]) -> None:
-        if self.on_miss == "compute" and get_worker_info() is None:
-            return
-        reason = "on_miss is 'error'" if self.on_miss == "error" else "this is a DataLoader worker"
-        raise MissingRecordError(
-            f"{len(absent)} records, first {movie.where(absent[0])}, are not in {movie.cache!r} "
-            f"and are not computed here ({reason}): warm the cache first (feature-cache warm, or "
-            "warm() of the dataset), or use num_workers=0"
-        )
+        Where too much waits already, nothing is done.
+
+        Parameters
+        ----------
+        movie, copy : int
+            As in a call.
+        times : sequence of int
+            Frames of the movie.
+        """
+        if self.on_miss == "compute":
+            self._misses.prefetch(self.variants[movie][copy], times, batch_size=self.batch_size)
+
+    def _records(self, movie: MovieFeatures, times: list[int]) -> list[Record]:
+        records = movie.space.read(movie.keys(times))
+        absent = [t for t, record in zip(times, records, strict=True) if record is None]
+        self._count(movie, records)
+        if not absent:
+            return [movie.expect(t, r) for t, r in zip(times, records, strict=True)]
+        if self.on_miss == "error":
+            movie.cache.counter.add(Usage(misses=len(absent)))
+            raise MissingRecordError(
+                f"{len(absent)} records, first {movie.where(absent[0])}, are not in "
+                f"{movie.cache!r} and are not computed here (on_miss is 'error'): warm the cache "
+                "first (feature-cache warm, or warm() of the dataset)"
+            )
+        check_writable(movie, absent)
+        fresh = self._misses.fetch(movie, absent, batch_size=self.batch_size)
+        merged = [fresh[t] if r is None else r for t, r in zip(times, records, strict=True)]
+        return [movie.expect(t, record) for t, record in zip(times, merged, strict=True)]
+
+    def _count(self, movie: MovieFeatures, records: Sequence[Record | None]) -> None:
+        """Count the hits; misses are counted where it is known whether they are on their way."""
+        hits = [record for record in records if record is not None]
+        size = sum(record.features.nbytes for record in hits)
+        movie.cache.counter.add(Usage(hits=len(hits), bytes_read=size))
+        self._misses.hits += len(hits)
 
 
 def _find_rows(
@@ -204,7 +261,9 @@ class CachedFeatureDataset(Dataset[Sample]):
         From a sample's index to the number of its movie; needed where there are several.
     augmentations : Augmentations, optional
         Each sample then has the features of one augmented copy, and names it as ``copy``.
-    on_miss, batch_size
+    frames_of : callable, optional
+        From a sample's index to its timepoints, for `prefetch`; without, samples are loaded for it.
+    on_miss, batch_size, progress
         As `TokenFeatures`.
     """
 
@@ -215,14 +274,16 @@ class CachedFeatureDataset(Dataset[Sample]):
         movie_of: Callable[[int], int] | None = None,
         *,
         augmentations: Augmentations | None = None,
+        frames_of: Callable[[int], Sequence[int]] | None = None,
         on_miss: OnMiss = "compute",
         batch_size: int = 8,
+        progress: bool = True,
     ) -> None:
         if movie_of is None and len(movies) != 1:
             raise ValueError(f"{len(movies)} movies: pass movie_of, from a sample to its movie")
-        self.dataset, self.movie_of = dataset, movie_of
+        self.dataset, self.movie_of, self.frames_of = dataset, movie_of, frames_of
         self.copies = Copies(augmentations) if augmentations is not None else None
-        self.tokens = TokenFeatures(movies, self.copies, on_miss, batch_size)
+        self.tokens = TokenFeatures(movies, self.copies, on_miss, batch_size, progress)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -239,6 +300,24 @@ class CachedFeatureDataset(Dataset[Sample]):
             movie, sample["timepoints"], sample["labels"], copy
         )
         return sample
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Have the records of coming samples computed in the background; waits for none.
+
+        Where there are augmented copies, only after `set_epoch`: before, the copy of a sample isn't
+        known. What doesn't fit in a bounded queue is passed over.
+        """
+        if self.copies is not None and not self.copies.has_epoch:
+            return
+        for index in indices:
+            copy = 0 if self.copies is None else self.copies.choose(index)
+            movie = 0 if self.movie_of is None else self.movie_of(index)
+            self.tokens.prefetch(movie, self._frames_of(index), copy)
+
+    def _frames_of(self, index: int) -> list[int]:
+        if self.frames_of is not None:
+            return [int(t) for t in self.frames_of(index)]
+        return [int(t) for t in self.dataset[index]["timepoints"].unique()]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `Copies.set_epoch`."""

@@ -7,11 +7,14 @@
     │   └── FrameTypeError      TypeError        pixels or labels that are no numbers of use
     ├── DrawError               ValueError       a draw or policy that is not defined
     ├── MovieError              ValueError       a movie whose parts are missing or disagree
-    │   └── MovieNotFoundError  FileNotFoundError
+    │   ├── MovieNotFoundError  FileNotFoundError
+    │   └── NoMasksError                         a movie without the detections asked for
     ├── UnknownNameError        LookupError      no backbone, pooling, dtype of that name
     ├── MissingDependencyError  ImportError      an optional package is not installed
     ├── BackboneError           RuntimeError     weights that don't fit, a wrong embedding
     ├── MissingRecordError      LookupError      not in the cache, and not to be computed
+    ├── ServiceError            ConnectionError  the process that computes is gone or refuses
+    ├── SchedulerGoneError      ConnectionError  no Dask scheduler answers
     └── StoreError              OSError
         ├── NotACacheError                       the folder is something else
         ├── CacheVersionError                    a newer feature_cache wrote it
@@ -49,6 +52,10 @@ class MovieError(FeatureCacheError, ValueError):
 
 class MovieNotFoundError(MovieError, FileNotFoundError):
     """No folder at the path of a movie."""
+
+
+class NoMasksError(MovieError):
+    """A movie that has no folder of the detections asked for."""
 
 
 class UnknownNameError(FeatureCacheError, LookupError):
@@ -101,6 +108,14 @@ class BackboneError(FeatureCacheError, RuntimeError):
 
 class MissingRecordError(FeatureCacheError, LookupError):
     """A record that is not in the cache and may not be computed here."""
+
+
+class ServiceError(FeatureCacheError, ConnectionError):
+    """The process that computes for others is gone, does not answer, or refuses."""
+
+
+class SchedulerGoneError(FeatureCacheError, ConnectionError):
+    """A Dask scheduler that can't be reached, or not any more."""
 
 
 class StoreError(FeatureCacheError, OSError):

@@ -25,7 +25,7 @@ import tifffile
 from numpy.typing import NDArray
 from scipy import sparse
 
-from .errors import MovieError, MovieNotFoundError
+from .errors import MovieError, MovieNotFoundError, NoMasksError
 
 Masks = NDArray[np.int32]
 Tracks = NDArray[np.int64]
@@ -277,7 +277,7 @@ def _find_detections(root: Path, name: str) -> Path:
     for folder in guesses:
         if folder.is_dir():
             return folder
-    raise MovieError(
+    raise NoMasksError(
         f"{root} has no masks {name!r}: looked for {', '.join(map(str, guesses))}; "
         "name the detection folder (--detections)"
     )

@@ -6,7 +6,8 @@ Written for, and tested with, trackastra 0.5.6.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -71,6 +72,7 @@ class _Extras:
     tokens: TokenFeatures
     copies: Copies | None
     movie_of: tuple[int, ...]
+    frames_of: tuple[range, ...]
     shape: tuple[int, int]
     columns: tuple[str, ...] | None
     rotate_features: bool
@@ -85,6 +87,14 @@ class _Extras:
             features = rotate(features, sample["coords"], self.shape)
         added = {"pretrained_feats": features}
         return {**sample, **added} if self.copies is None else {**sample, **added, "copy": copy}
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Have the records of coming windows computed in the background."""
+        if self.copies is not None and not self.copies.has_epoch:
+            return
+        for n in indices:
+            copy = 0 if self.copies is None else self.copies.choose(n)
+            self.tokens.prefetch(self.movie_of[n], self.frames_of[n], copy)
 
     def _map(self, sample: dict[str, Any], draw: Draw) -> dict[str, Any]:
         before = sample["coords0"]
@@ -103,7 +113,7 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
     """A `CTCData` whose samples carry ``pretrained_feats`` (N, C) float32. Made by `wrap`.
 
     It stands wherever the dataset that it was made from does: in samplers, `ConcatDataset`,
-    pickles, and DataLoader workers (on a warm cache).
+    pickles, and DataLoader workers.
     """
 
     def __init__(self, ctc_data: Any, extras: _Extras, props: Props | None) -> None:
@@ -130,6 +140,13 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
         if self.feature_cache_extras.copies is not None:
             self.feature_cache_extras.copies.set_epoch(epoch)
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Have the records of coming windows computed in the background; waits for none.
+
+        As `feature_cache.CachedFeatureDataset.prefetch`.
+        """
+        self.feature_cache_extras.prefetch(indices)
+
     def warm(self) -> int:
         """Compute all that is missing, in every copy; give the number of records computed."""
         return self.feature_cache_extras.tokens.warm()
@@ -142,6 +159,13 @@ class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
         """Choose other copies in all of them."""
         for dataset in self.datasets:
             dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Have the records of coming windows computed in the background; waits for none."""
+        for index in indices:
+            number = bisect_right(self.cumulative_sizes, index)
+            before = self.cumulative_sizes[number - 1] if number else 0
+            self.datasets[number].prefetch([index - before])  # type: ignore[attr-defined]
 
     def warm(self) -> int:
         """Compute all that is missing in all of them; give the number of records computed."""
@@ -161,11 +185,12 @@ def wrap(
     dtype: str = "float16",
     on_miss: OnMiss = "compute",
     batch_size: int = 8,
+    progress: bool = True,
 ) -> Any:
     """Let a Trackastra dataset yield cached features.
 
-    Reads frames and masks once, to hash them; what is missing is computed when a sample needs it
-    (or all at once by ``.warm()``).
+    Reads frames and masks once, to hash them; what is missing is computed when a sample needs it,
+    in this process, also for DataLoader workers (or all at once by ``.warm()``).
 
     Parameters
     ----------
@@ -192,7 +217,7 @@ def wrap(
         `feature_cache.geometry.rotate_features`. Done when a sample is read, not stored.
     dtype : str
         Storage dtype.
-    on_miss, batch_size
+    on_miss, batch_size, progress
         As `feature_cache.dataset.TokenFeatures`.
 
     Returns
@@ -227,9 +252,10 @@ def wrap(
         ]
         columns = _columns(additional_props, data.ndim) if geometry == "map" else None
         extras = _Extras(
-            TokenFeatures(movies, copies, on_miss, batch_size),
+            TokenFeatures(movies, copies, on_miss, batch_size, progress),
             copies,
             _owners(data, folders),
+            tuple(range(w["t1"], w["t1"] + data.window_size) for w in data.windows),
             movies[0].frames[0].shape[-2:],
             columns,
             rotate_features,

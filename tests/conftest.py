@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,14 @@ def own_memo(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEATURE_CACHE_MEMO", str(tmp_path_factory.mktemp("memo")))
         patch.delenv("FEATURE_CACHE_DIR", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_runtime_folder() -> Any:
+    """Keep sockets of the tests apart from those of the user."""
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="fc-") as folder:
+        patch.setenv("XDG_RUNTIME_DIR", folder)
         yield
 
 

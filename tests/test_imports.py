@@ -21,7 +21,7 @@ LAYERS = [
     {"key"},
     {"store", "compute", "explain"},
     {"cache"},
-    {"warm", "geometry", "doctor"},
+    {"warm", "geometry", "doctor", "service"},
     {"dataset", "cli"},
     {"trackastra"},
 ]

@@ -14,6 +14,7 @@ EXPECTED = [
     "movies/bacteria/01",
     "20 (124, 112) float16 [1 2 3]",
     "112 3",
+    "20",
     "13 [{'name': 'd4', 'element': 'rotate_180'}]",
     "float16 0 16",
 ]

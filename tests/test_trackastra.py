@@ -20,6 +20,7 @@ from feature_cache.compute import normalize
 from feature_cache.dataset import choose_copy
 from feature_cache.geometry import rotate_features
 from feature_cache.pooling import pool
+from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import CachedCTCData, wrap, write_example
 from feature_cache.warm import plan_warm, run_warm
@@ -165,8 +166,26 @@ def test_pickled_and_in_workers(small_folder, cache, compress):
             assert torch.equal(sample["pretrained_feats"], features)
 
 
-def test_cold_workers_say_what_to_do(small_folder, cache):
+@pytest.mark.parametrize("concat", [False, True])
+def test_workers_of_a_cold_cache_ask_the_process_that_made_the_dataset(
+    small_folder, cache, tmp_path, concat
+):
+    data = load(small_folder(frames=8))
+    data = ConcatDataset([data, load(small_folder("two", seed=1))]) if concat else data
+    warm = wrap(data, tmp_path / "warm", FakeBackbone())
+    warm.warm()
+    cold = wrap(data, cache, FakeBackbone(log=tmp_path / "log"), progress=False)
+    cold.prefetch([len(cold) - 1])
+    for loaded in (DataLoader(cold, batch_size=None, num_workers=2), cold):
+        for sample, expected in zip(loaded, warm, strict=True):
+            assert torch.equal(sample["pretrained_feats"], expected["pretrained_feats"])
+    digests = (tmp_path / "log").read_text().split()
+    assert len(digests) == len(set(digests)) == (14 if concat else 8)
+
+
+def test_workers_that_find_nobody_who_computes_say_what_to_do(small_folder, cache):
     data = wrap(load(small_folder()), cache, FakeBackbone())
+    close_all()
     with pytest.raises(MissingRecordError, match="warm the cache first"):
         list(DataLoader(data, batch_size=None, num_workers=1))
 

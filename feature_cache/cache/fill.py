@@ -6,15 +6,15 @@ import logging
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..compute import Job, compute_records
-from ..hashing import JSON
-from ..key import Record
-from ..store import Entry, Usage
+from ..hashing import JSON, Digest
+from ..store import Entry, Space, Usage
 
 if TYPE_CHECKING:
+    from .cache import FeatureCache
     from .movie import MovieFeatures, Progress
 
 COMMIT_BYTES = 64 << 20
@@ -75,11 +75,14 @@ class _Fill:
         """Compute what can be claimed; give the frames that other processes are at."""
         movie, taken = self.movie, deque[int]()
         left: list[int] = []
-        with _Commits(movie) as commits:
+        with Commits(movie.cache, movie.space) as commits:
             jobs = self._jobs(frames, taken, left, commits, claim)
             records = compute_records(jobs, movie.spec, movie.backbone, movie.draw, self.batch_size)
             for record in records:
-                commits.add(taken.popleft(), record)
+                t = taken.popleft()
+                commits.add(Entry(movie.key(t), record, movie.provenance(t)))
+                if commits.due(COMMIT_SECONDS):
+                    commits.flush()
                 self.computed += 1
                 self._tell(1)
         return left
@@ -89,7 +92,7 @@ class _Fill:
         frames: Sequence[int],
         taken: deque[int],
         left: list[int],
-        commits: _Commits,
+        commits: Commits,
         claim: bool,
     ) -> Iterator[Job]:
         """Claim frames a batch at a time, and give those to compute."""
@@ -97,12 +100,12 @@ class _Fill:
         for start in range(0, len(frames), self.batch_size):
             batch = list(frames[start : start + self.batch_size])
             if claim:
-                won = commits.claim(batch)
+                won = commits.claim([movie.key(t) for t in batch])
                 left += [t for t, mine in zip(batch, won, strict=True) if not mine]
                 batch = [t for t, mine in zip(batch, won, strict=True) if mine]
             # Only now can nobody else commit them: what is there by now is not computed again.
             there = self._there(batch)
-            commits.release([t for t, found in zip(batch, there, strict=True) if found])
+            commits.release([movie.key(t) for t, found in zip(batch, there, strict=True) if found])
             self._tell(sum(there))
             for t, found in zip(batch, there, strict=True):
                 if not found:
@@ -120,16 +123,19 @@ class _Fill:
             self.progress(count)
 
 
-class _Commits:
-    """Claims, collects computed records, and commits them now and then, and at the end."""
+class Commits:
+    """Claims records of one space, collects those computed, and commits them.
 
-    def __init__(self, movie: MovieFeatures) -> None:
-        self.movie, self.claims = movie, movie.cache.store.claims
+    As a context, it commits what there is and gives up its claims at the end.
+    """
+
+    def __init__(self, cache: FeatureCache, space: Space) -> None:
+        self.cache, self.space, self.claims = cache, space, cache.store.claims
         self.pending: list[Entry] = []
         self.bytes, self.since = 0, time.monotonic()
-        self.claimed: set[int] = set()
+        self.claimed: set[Digest] = set()
 
-    def __enter__(self) -> _Commits:
+    def __enter__(self) -> Commits:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -138,34 +144,47 @@ class _Commits:
         finally:
             self.release(list(self.claimed))
 
-    def claim(self, frames: Sequence[int]) -> list[bool]:
-        won = self.claims.take(self.movie.key(t).hex() for t in frames)
-        self.claimed.update(t for t, mine in zip(frames, won, strict=True) if mine)
+    def claim(self, keys: Sequence[Digest]) -> list[bool]:
+        """Claim records to compute; tell for each whether it is this object's to do."""
+        won = self.claims.take(key.hex() for key in keys)
+        self.claimed.update(key for key, mine in zip(keys, won, strict=True) if mine)
         return won
 
-    def release(self, frames: Sequence[int]) -> None:
-        mine = self.claimed.intersection(frames)
-        self.claims.release(self.movie.key(t).hex() for t in mine)
+    def release(self, keys: Iterable[Digest]) -> None:
+        """Give up claims, of those that are this object's."""
+        mine = self.claimed.intersection(keys)
+        self.claims.release(key.hex() for key in mine)
         self.claimed -= mine
 
-    def add(self, t: int, record: Record) -> None:
-        self.pending.append(Entry(self.movie.key(t), record, self.movie.provenance(t)))
-        self.bytes += record.features.nbytes
-        if self.bytes >= COMMIT_BYTES or time.monotonic() - self.since >= COMMIT_SECONDS:
-            self.flush()
+    def add(self, entry: Entry) -> None:
+        """Take a record just computed, to be committed when that is due."""
+        if not self.pending:
+            self.since = time.monotonic()
+        self.pending.append(entry)
+        self.bytes += entry.record.features.nbytes
+        self.cache.counter.add(Usage(computed=1))
 
-    def flush(self) -> None:
+    def due(self, seconds: float) -> bool:
+        """Tell whether the records should be committed: many bytes, or waiting for some time."""
+        waited = time.monotonic() - self.since
+        return bool(self.pending) and (self.bytes >= COMMIT_BYTES or waited >= seconds)
+
+    def flush(self) -> list[Digest]:
+        """Commit what was added; give its keys. Errors as `Space.write`: it is then let go."""
         entries, size = self.pending, self.bytes
-        self.pending, self.bytes, self.since = [], 0, time.monotonic()
+        self.pending, self.bytes = [], 0
         if not entries:
-            return
-        cache, keys = self.movie.cache, {entry.key for entry in entries}
-        self.movie.space.write(entries, _versions(), cache.codec)
-        cache.counter.add(Usage(computed=len(entries), bytes_written=size))
-        self.release([t for t in self.claimed if self.movie.key(t) in keys])
+            return []
+        keys = [entry.key for entry in entries]
+        try:
+            self.space.write(entries, versions(), self.cache.codec)
+        finally:
+            self.release(keys)
+        self.cache.counter.add(Usage(bytes_written=size))
+        return keys
 
 
-def _versions() -> dict[str, JSON]:
+def versions() -> dict[str, JSON]:
     """Say who writes: for people who ask where a record comes from."""
     from importlib.metadata import PackageNotFoundError, version
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -98,6 +98,17 @@ class MovieFeatures:
     def with_draw(self, draw: Draw, origin: str = "") -> MovieFeatures:
         """Give the same movie under another draw; what is hashed stays hashed."""
         return replace(self, draw=draw, origin=origin, _keys={})
+
+    def in_space(self, spec: SpaceSpec) -> MovieFeatures:
+        """Give the same movie in another space; what is hashed stays hashed."""
+        digests = self._digests
+        if spec.pooling is None:
+            digests = {t: (frame, None) for t, (frame, _) in digests.items()}
+        return replace(self, spec=spec, _digests=digests, _keys={})
+
+    def know(self, digests: Mapping[int, tuple[Digest, Digest | None]]) -> None:
+        """Take digests of frames and masks that another process made of the same files."""
+        self._digests.update(digests)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""

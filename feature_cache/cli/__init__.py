@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError
-from . import compute, keep, look
+from . import compute, keep, look, serve
 
 app = typer.Typer(
     name="feature-cache",
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=True,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(compute.warm, compute.explain),
+    *(compute.warm, serve.serve, compute.explain),
     *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
 )
@@ -58,12 +58,14 @@ def main() -> None:
     """Run the command line; errors of ours become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.showwarning = _show_warning
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except FeatureCacheError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(number: int, _: object) -> None:

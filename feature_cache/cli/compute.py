@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,30 +24,67 @@ from .options import (
     PoolingOption,
     SeedOption,
     WeightsOption,
+    parse_size,
 )
-from .output import make_bar
+from .output import print_table, size_text
+from .progress import LogFile, RunProgress, show_failures
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
+    from ..warm import Failure, Source, WarmPlan, WarmReport
 
-MOVIES = typer.Argument(metavar="MOVIE…", help="Folders of frames, such as data/01.")
+MOVIES = typer.Argument(
+    metavar="[MOVIE…]",
+    help="Folders of frames such as data/01, patterns, lists (.txt, .yaml), or a training "
+    "configuration of Trackastra.",
+)
+PoolingsOption = Annotated[
+    list[str],
+    typer.Option(help="How a region's vector is made; 'none' keeps grids. May be repeated."),
+]
+ManyDetectionsOption = Annotated[
+    list[str], typer.Option(help="Where the masks are. May be repeated.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Such as cuda:0 or cuda:0,cuda:1; default: the best.")
+]
+MaxSizeOption = Annotated[
+    str | None, typer.Option(help="Stop before the cache takes more, such as 500G.")
+]
+ReportOption = Annotated[Path | None, typer.Option(help="Write the outcome there, as JSON.")]
 
 
 def warm(
     movies: Annotated[list[str], MOVIES],
     cache: CacheOption,
-    backbone: BackboneOption,
+    backbone: Annotated[str | None, typer.Option(help="See: feature-cache backbones.")] = None,
     weights: WeightsOption = None,
-    pooling: PoolingOption = "mean_patches_exact",
-    detections: DetectionsOption = "TRA",
-    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: the best.")] = None,
+    pooling: PoolingsOption = ["mean_patches_exact"],
+    detections: ManyDetectionsOption = ["TRA"],
+    device: DeviceOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Frames embedded at once.")] = 8,
     dtype: DtypeOption = "float16",
     codec: Annotated[str, typer.Option(help="Storage: raw, zstd or blosc.")] = "raw",
     copies: Annotated[int, typer.Option(help="Augmented copies, beside the movie itself.")] = 0,
     seed: SeedOption = 0,
     policy: PolicyOption = "default",
+    dense: Annotated[
+        str, typer.Option(help="Keep grids too, in float32: none, original or all (copies).")
+    ] = "none",
+    from_grids: Annotated[
+        bool, typer.Option("--from-grids", help="Pool from stored grids; load no model.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what is missing.")] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Of a running Dask cluster, such as tcp://node:8786.")
+    ] = None,
+    local_workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start here, one for each GPU.")
+    ] = None,
+    max_size: MaxSizeOption = None,
+    log: Annotated[Path | None, typer.Option(help="Append what happens to this file.")] = None,
+    report: ReportOption = None,
     layer: LayersOption = [],
     no_memo: NoMemoOption = False,
     as_json: JsonOption = False,
@@ -56,32 +94,179 @@ def warm(
     Example: feature-cache warm data/01 data/02 --cache features --backbone efficientnet-lite0
     """
     from ..augment import Augmentations
-    from ..warm import open_movies, plan_warm, run_warm
+    from ..warm import plan_warm
 
+    where = _Where(backbone, weights, device, scheduler, local_workers)
+    where.check(from_grids, dense)
+    max_bytes = None if max_size is None else parse_size(max_size)
     augmentations = Augmentations(policy, copies, seed)
-    model, pooled = _load(backbone, weights, device, pooling, dtype, codec)
-    opened, failures = open_movies(movies, detections if pooled else None)
+    poolings = [None if name == "none" else name for name in pooling]
+    with LogFile(log):
+        store, model = _open(cache, codec, layer, where, from_grids)
+        _check_names(model, poolings, dtype, codec, dense)
+        masked = any(name is not None for name in poolings)
+        sources, failures, frames = _find_movies(movies, detections if masked else [None])
+        store = store or _open_cache(cache, codec, layer)
+        with RunProgress("hashing", frames, "frame") as progress:
+            work = plan_warm(
+                store,
+                sources,
+                model,
+                pooling=poolings,
+                dtype=dtype,
+                augmentations=augmentations,
+                dense=dense,
+                failures=failures,
+                progress=progress.update,
+            )
+        if plan:
+            _show_plan(work, as_json, report)
+        else:
+            done = _run(work, where, model, batch_size, max_bytes)
+            store.counter.save()
+            _show_report(done, as_json, report)
+
+
+@dataclass(frozen=True)
+class _Where:
+    """By which name a backbone is loaded, and where it computes."""
+
+    backbone: str | None
+    weights: str | None
+    device: str | None
+    scheduler: str | None
+    local_workers: int | None
+
+    def check(self, from_grids: bool, dense: str) -> None:
+        if self.backbone is None and not from_grids:
+            raise typer.BadParameter("name a --backbone, or pool --from-grids")
+        if from_grids and dense != "none":
+            raise typer.BadParameter("--from-grids reads grids, --dense makes them: choose one")
+        if self.scheduler is not None and self.local_workers is not None:
+            raise typer.BadParameter("--scheduler and --local-workers: choose one")
+        if self.is_cluster and len(self.devices) > 1:
+            raise typer.BadParameter("several devices: workers of a cluster have one each")
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.scheduler is not None or self.local_workers is not None
+
+    @property
+    def devices(self) -> list[str | None]:
+        return [*self.device.split(",")] if self.device else [None]
+
+    def load(self, device: str | None) -> Backbone:
+        from ..backbones import load_backbone
+
+        return load_backbone(str(self.backbone), self.weights, device)
+
+
+def _open(
+    root: Path, codec: str, layers: Sequence[str], where: _Where, from_grids: bool
+) -> tuple[FeatureCache | None, Backbone]:
+    """Find what stands for the backbone; only stored grids need the cache for that."""
+    if not from_grids:
+        return None, where.load(where.devices[0])
+    from ..cache import FeatureCache
+    from ..warm import StoredGrids
+
+    FeatureCache(root, "r")
+    cache = _open_cache(root, codec, layers)
+    return cache, StoredGrids.find(cache, where.backbone)
+
+
+def _find_movies(
+    words: Sequence[str], detections: Sequence[str | None]
+) -> tuple[list[Source], list[Failure], int]:
+    """Find the movies that can be opened, what can't, and the number of frames."""
+    from ..warm.sources import find_sources, open_sources
+
+    found, failures = find_sources(words, detections)
+    opened, unopened = open_sources(found)
+    failures += unopened
     if not opened:
-        raise _NoMovieError("; ".join(failure.reason for failure in failures))
-    store = _open_cache(cache, codec, layer)
-    with make_bar("hashing", sum(map(len, opened))) as bar:
-        plan = plan_warm(
-            store,
-            opened,
-            model,
-            pooling=pooled,
-            dtype=dtype,
-            augmentations=augmentations,
-            failures=failures,
-            progress=bar.update,
+        reasons = "; ".join(failure.reason for failure in failures)
+        raise _NoMovieError(reasons or "the lists given name no movie")
+    return [source for source, _ in opened], failures, sum(len(movie) for _, movie in opened)
+
+
+def _run(
+    plan: WarmPlan, where: _Where, model: Backbone, batch_size: int, max_bytes: int | None
+) -> WarmReport:
+    from ..warm import StoredGrids, run_warm
+
+    stored = isinstance(model, StoredGrids)
+    for failure in plan.failures:
+        logging.getLogger("feature_cache.warm").info("failed: %s", failure.reason)
+    with RunProgress("computing", plan.missing) as progress:
+        if where.is_cluster and plan.missing:
+            from ..warm.cluster import open_client, run_on_cluster
+            from ..warm.worker import Recipe
+
+            recipe = None if stored else Recipe(str(where.backbone), where.weights, where.device)
+            with open_client(where.scheduler, where.local_workers) as client:
+                return run_on_cluster(
+                    plan,
+                    recipe,
+                    client,
+                    batch_size=batch_size,
+                    progress=progress.update,
+                    failed=progress.fail,
+                    max_bytes=max_bytes,
+                )
+        others = [] if stored else [where.load(device) for device in where.devices[1:]]
+        return run_warm(
+            plan,
+            batch_size=batch_size,
+            progress=progress.update,
+            failed=progress.fail,
+            backbones=[model, *others],
+            max_bytes=max_bytes,
         )
-    with make_bar("computing", plan.missing) as bar:
-        report = run_warm(plan, batch_size=batch_size, progress=bar.update)
-    store.counter.save()
-    for failure in report.failures:
-        typer.echo(f"failed: {failure.reason}", err=True)
+
+
+def _show_plan(plan: WarmPlan, as_json: bool, report: Path | None) -> None:
+    text = json.dumps(plan.to_json())
+    _write_report(report, text)
     if as_json:
-        typer.echo(json.dumps(report.to_json()))
+        typer.echo(text)
+    else:
+        print_table(_sum_copies(plan), False)
+        known = plan.bytes
+        size = "an unknown number of bytes" if known is None else f"about {size_text(known)}"
+        grids = f" ({plan.from_grids:,} from stored grids)" if plan.from_grids else ""
+        typer.echo(
+            f"{plan.planned:,} records: {plan.present:,} are there, {plan.missing:,} missing"
+            f"{grids}, {size} to be written"
+        )
+    if plan.failures:
+        show_failures(() if as_json else plan.failures)
+        raise typer.Exit(1)
+
+
+def _sum_copies(plan: WarmPlan) -> list[dict[str, object]]:
+    """Give a row for each movie and space."""
+    rows: dict[tuple[str, str], dict[str, object]] = {}
+    for row in plan.rows:
+        kept = rows.get((row.movie, row.space))
+        counts = (row.present, row.missing, row.from_grids, row.bytes)
+        if kept is None:
+            kept = {"movie": row.movie, "space": row.space, "copies": 0}
+            kept |= {"present": 0, "missing": 0, "from_grids": 0, "bytes": 0}
+            rows[row.movie, row.space] = kept
+        kept["copies"] = int(str(kept["copies"])) + 1
+        for name, count in zip(("present", "missing", "from_grids", "bytes"), counts, strict=True):
+            before = kept[name]
+            kept[name] = None if count is None or before is None else int(str(before)) + count
+    return list(rows.values())
+
+
+def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
+    text = json.dumps(report.to_json())
+    _write_report(file, text)
+    show_failures(report.failures)
+    if as_json:
+        typer.echo(text)
     else:
         typer.echo(
             f"{report.planned} records: {report.present} were there, {report.computed} computed, "
@@ -91,8 +276,21 @@ def warm(
         raise typer.Exit(1 if report.present + report.computed else 2)
 
 
+def _write_report(file: Path | None, text: str) -> None:
+    if file is None:
+        return
+    try:
+        file.write_text(text + "\n")
+    except OSError as error:
+        raise _NoReportError(f"can't write the report {file}: {error}") from error
+
+
 class _NoMovieError(FeatureCacheError):
     """No movie could be opened."""
+
+
+class _NoReportError(FeatureCacheError):
+    """The report can't be written."""
 
 
 def _open_cache(root: Path, codec: str, layers: Sequence[str] = ()) -> FeatureCache:
@@ -109,25 +307,25 @@ def _open_cache(root: Path, codec: str, layers: Sequence[str] = ()) -> FeatureCa
         return FeatureCache(root, "r", codec, layers=layers)
 
 
-def _load(
-    backbone: str,
-    weights: str | None,
-    device: str | None,
-    pooling: str,
+def _check_names(
+    model: Backbone,
+    poolings: Sequence[str | None],
     dtype: str,
     codec: str = "raw",
-) -> tuple[Backbone, str | None]:
-    """Load a backbone, and find mistakes in names before anything is read or written."""
-    from ..backbones import load_backbone
+    dense: str = "none",
+) -> None:
+    """Find mistakes in names before anything is read or written."""
     from ..errors import UnknownNameError
     from ..spec import SpaceSpec
     from ..store import CODECS
+    from ..warm import DENSE
 
-    model, pooled = load_backbone(backbone, weights, device), None if pooling == "none" else pooling
     if codec not in CODECS:
         raise UnknownNameError("codec", codec, CODECS)
-    SpaceSpec(model.spec, pooled, dtype)
-    return model, pooled
+    if dense not in DENSE:
+        raise UnknownNameError("value of dense", dense, DENSE)
+    for pooling in poolings:
+        SpaceSpec(model.spec, pooling, dtype)
 
 
 def explain(
@@ -151,12 +349,14 @@ def explain(
     Example: feature-cache explain data/01 --cache features --backbone efficientnet-lite0 --copy 9
     """
     from ..augment import Augmentations
+    from ..backbones import load_backbone
     from ..cache import FeatureCache
     from ..errors import MovieError
     from ..movies import Movie
 
     augmentations = Augmentations(policy, copies=copy, seed=seed)
-    model, pooled = _load(backbone, weights, None, pooling, dtype)
+    model, pooled = load_backbone(backbone, weights), None if pooling == "none" else pooling
+    _check_names(model, [pooled], dtype)
     opened = Movie.open(movie, detections if pooled else None)
     frames = range(len(opened)) if frame is None else [frame]
     if frame is not None and frame not in range(len(opened)):

@@ -1,0 +1,267 @@
+"""A process that asks a server for records."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from pathlib import Path
+from typing import Any
+
+from ..cache import MovieFeatures
+from ..compute import Job
+from ..errors import FeatureCacheError, ServiceError
+from ..hashing import Digest
+from ..key import Record
+from . import wire
+from .engine import backbone_digest
+from .place import Address, identify, list_servers, withdraw
+from .wire import GONE, Connection
+
+SILENT_SECONDS = 60.0
+"""A server that says nothing for so long hangs."""
+_CONNECT_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
+_log = logging.getLogger(__name__)
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Records that were asked for, and the numbers of those frames whose pixels were sent."""
+
+    records: list[Record | FeatureCacheError]
+    sent: Sequence[int]
+
+
+def connect(address: Address) -> Connection:
+    """Connect to a server; files of one that is gone are removed.
+
+    Raises
+    ------
+    ServiceError
+        It is gone, hangs, or has another key.
+    """
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        opened.settimeout(_CONNECT_SECONDS)
+        opened.connect(address.socket)
+        return wire.greet(opened, address.authkey, server=False)
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        if address.runs is not None:
+            withdraw(address.name)
+        raise ServiceError(f"{address} does not listen any more: {error}") from error
+    except (AuthenticationError, *GONE, ValueError, AssertionError) as error:
+        raise ServiceError(f"{address} can't be connected to: {error!r}") from error
+    finally:
+        opened.close()
+
+
+def hurry(root: Path, pid: int, keys: Sequence[Digest]) -> bool:
+    """Ask the process that computes some records to commit them soon; tell whether it was asked."""
+    cache = identify(root)
+    for address in list_servers():
+        if address.pid == pid and address.cache == cache:
+            with suppress(*GONE), connect(address) as connection:
+                wire.send(connection, {"do": "hurry", "keys": [key.hex() for key in keys]})
+                return True
+    return False
+
+
+class Client:
+    """A connection to one server.
+
+    Parameters
+    ----------
+    address : Address
+
+    Raises
+    ------
+    ServiceError
+        The server is gone, or does not answer.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address, self._heard = address, time.monotonic()
+        self._connection = connect(address)
+        _clients.add(self)
+
+    def close(self) -> None:
+        """Close the connection."""
+        with suppress(OSError):
+            self._connection.close()
+
+    def fetch(
+        self, movie: MovieFeatures, block: Sequence[int], need: int, *,
+        batch_size: int, ahead: bool = False, hits: int = 0,
+    ) -> Answer:  # fmt: skip
+        """Ask for records of a movie's frames, and send the pixels of those that must be computed.
+
+        Parameters
+        ----------
+        movie : MovieFeatures
+        block : sequence of int
+            Frames to have computed.
+        need : int
+            How many of these, from the first on, are to be answered.
+        batch_size : int
+            Frames to embed at once, and to send at most beside those that are needed.
+        ahead : bool
+            Nobody waits for them.
+        hits : int
+            Records that were found since the last time, to be counted.
+
+        Returns
+        -------
+        Answer
+            A record or an error for each of the first `need` frames.
+
+        Raises
+        ------
+        ServiceError
+            The server is gone, hangs, or refuses.
+        FrameError, MovieError
+            A frame that is needed can't be read.
+        """
+        spec = movie.spec
+        try:
+            self._send({
+                "do": "want",
+                "backbone": backbone_digest(spec.backbone),
+                "pooling": spec.pooling,
+                "dtype": spec.dtype,
+                "space": spec.digest.hex(),
+                "draw": movie.draw.to_json(),
+                "keys": [movie.key(t).hex() for t in block],
+                "need": need,
+                "batch_size": batch_size,
+                "ahead": ahead,
+                "hits": hits,
+            })  # fmt: skip
+            lacking = self._receive("pixels")["pixels"]
+            sent = choose_pixels(lacking, need, batch_size)
+            if lacking:
+                self._send_pixels(movie, block, sent, need)
+            records = self._receive_records(spec.dtype)
+            return Answer(records, sent)
+        except ServiceError:
+            self.close()
+            raise
+        except FeatureCacheError:
+            self.close()  # in the middle of a conversation
+            raise
+        except (*GONE, KeyError, TypeError, ValueError) as error:
+            self.close()
+            raise ServiceError(self._say(f"is gone ({error!r})")) from error
+
+    def _send_pixels(
+        self, movie: MovieFeatures, block: Sequence[int], numbers: Sequence[int], need: int
+    ) -> None:
+        jobs = read_jobs(movie, block, numbers, need)
+        frames = [
+            {
+                "number": i,
+                "frame": list(job.frame.shape),
+                "mask": None if job.mask is None else list(job.mask.shape),
+                "where": job.where,
+                "provenance": movie.provenance(block[i]),
+            }
+            for i, job in jobs.items()
+        ]
+        self._send({"frames": frames})
+        self._receive("go")
+        for job in jobs.values():
+            self._connection.send_bytes(job.frame.reshape(-1).view("u1").data)
+            if job.mask is not None:
+                self._connection.send_bytes(job.mask.reshape(-1).view("u1").data)
+
+    def _receive_records(self, dtype: str) -> list[Record | FeatureCacheError]:
+        records: list[Record | FeatureCacheError] = []
+        for described in self._receive("records")["records"]:
+            if "error" in described:
+                records.append(wire.make_error(*described["error"]))
+                continue
+            features = wire.receive_array(self._connection, described["features"], dtype)
+            labels = None
+            if described["labels"] is not None:
+                labels = wire.receive_array(self._connection, [described["labels"]], "<i4")
+            records.append(Record(features, labels))
+        return records
+
+    def _send(self, header: dict[str, Any]) -> None:
+        wire.send(self._connection, header)
+        self._heard = time.monotonic()
+
+    def _receive(self, expected: str) -> dict[str, Any]:
+        """Wait for a message; raise what the server says went wrong."""
+        while True:
+            while not self._connection.poll(_LOOK_SECONDS):
+                self._check_alive()
+            header = wire.receive(self._connection)
+            self._heard = time.monotonic()
+            if "error" in header:
+                raise wire.make_error(*header["error"])
+            if expected in header:
+                return header
+            if "wait" not in header:
+                raise ServiceError(self._say(f"sends {sorted(header)}, expected {expected}"))
+
+    def _check_alive(self) -> None:
+        if self.address.runs is False:
+            raise ServiceError(self._say("is gone"))
+        if time.monotonic() - self._heard > SILENT_SECONDS:
+            raise ServiceError(self._say(f"said nothing for {SILENT_SECONDS:.0f} s"))
+
+    def _say(self, what: str) -> str:
+        return (
+            f"{self.address}, which computes for {self.address.root}, {what}; what it had "
+            "committed is kept: start it again"
+        )
+
+
+def choose_pixels(lacking: Sequence[int], need: int, batch_size: int) -> list[int]:
+    """Choose whose pixels to send: all that are needed, and others to make it a full batch.
+
+    Where none is needed, all: they are read ahead.
+
+    Examples
+    --------
+    >>> choose_pixels([2, 3, 4, 5, 6, 7], need=3, batch_size=4)
+    [2, 3, 4, 5]
+    """
+    if not need:
+        return list(lacking)
+    needed = [i for i in lacking if i < need]
+    if not needed:
+        return []
+    return [*needed, *[i for i in lacking if i >= need][: max(0, batch_size - len(needed))]]
+
+
+def read_jobs(
+    movie: MovieFeatures, block: Sequence[int], numbers: Sequence[int], need: int
+) -> dict[int, Job]:
+    """Read the frames of some numbers of a block; one that nobody needs may fail."""
+    jobs = {}
+    for i in numbers:
+        try:
+            jobs[i] = movie.job(block[i])
+        except (FeatureCacheError, OSError, ValueError) as error:
+            if i < need:
+                raise
+            _log.info("not read ahead: %s", error)
+    return jobs
+
+
+def _forget_inherited() -> None:
+    for client in list(_clients):
+        client.close()
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

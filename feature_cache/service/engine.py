@@ -1,0 +1,494 @@
+"""The thread that owns the backbones: gathers what is asked into batches, computes, commits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..augment import Draw
+from ..cache.fill import PATIENCE_SECONDS, Commits
+from ..compute import compute_records
+from ..errors import BackboneError, FeatureCacheError, MissingRecordError, ServiceError, StoreError
+from ..hashing import DIGEST_BYTES, Digest, canonical_json, digest_json
+from ..key import Keys, Record
+from ..spec import BackboneSpec, SpaceSpec
+from ..store import Entry
+from .progress import Progress
+from .tickets import Bench, Ticket, Wanted
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+    from ..cache import FeatureCache
+
+GATHER_SECONDS = 0.003
+"""How long a batch that is not full waits for more."""
+COMMIT_SECONDS = 3.0
+MEMORY_BYTES = 2 << 30
+"""Pixels that may wait to be computed; who sends more waits."""
+CLOSING_SECONDS = 120.0
+
+DEAF_SECONDS = 30.0
+"""How long a process that can't be asked to hurry is not asked again."""
+
+_LAST_WAIT_SECONDS = 0.2
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Computes records for one cache, each once, in a thread of its own.
+
+    Records that are computed and not committed yet are answered from memory.
+
+    Parameters
+    ----------
+    cache : FeatureCache
+    memory_bytes : int
+        Pixels that may wait to be computed.
+    progress : bool
+        Whether to show a line on stderr, where that is a terminal.
+    """
+
+    def __init__(
+        self, cache: FeatureCache, *, memory_bytes: int = MEMORY_BYTES, progress: bool = False
+    ) -> None:
+        self.cache, self.memory_bytes = cache, memory_bytes
+        self.progress = Progress(progress)
+        self.backbones: dict[str, Backbone] = {}
+        self._benches: dict[Digest, Bench] = {}
+        self._flight: dict[Digest, Ticket] = {}
+        self._queue: dict[Digest, Ticket] = {}
+        self._ahead: dict[Digest, Ticket] = {}
+        self._elsewhere: dict[Digest, Ticket] = {}
+        self._hurried: set[Digest] = set()
+        self._held = 0
+        self._lost: StoreError | None = None
+        self._deaf: dict[int, float] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self.closing = False
+        self._ended = threading.Event()
+
+    # What others call
+
+    def add_backbone(self, backbone: Backbone) -> str:
+        """Serve a backbone; give the hex digest of its spec."""
+        digest = backbone_digest(backbone.spec)
+        with self._changed:
+            self.backbones.setdefault(digest, backbone)
+        return digest
+
+    def bench(self, spec: SpaceSpec) -> Bench:
+        """Give what one space needs. MissingRecordError where its backbone is not served."""
+        digest = spec.digest
+        with self._changed:
+            if digest not in self._benches:
+                backbone = self.backbones.get(backbone_digest(spec.backbone))
+                if backbone is None:
+                    raise MissingRecordError(f"{spec.backbone.name} is not served here")
+                space = self.cache.space(spec)
+                commits = Commits(self.cache, space)
+                self._benches[digest] = Bench(spec, space, backbone, commits)
+            return self._benches[digest]
+
+    def find(self, bench: Bench, keys: Sequence[Digest]) -> list[Future[Record] | None]:
+        """Give what is there or on its way; None for what must be computed."""
+        with self._changed:
+            tickets = [self._flight.get(key) for key in keys]
+            for ticket in tickets:
+                if ticket is not None and self._ahead.pop(ticket.key, None) is not None:
+                    self._queue[ticket.key] = ticket
+        absent = [i for i, ticket in enumerate(tickets) if ticket is None]
+        found: list[Future[Record] | None] = [None if t is None else t.future for t in tickets]
+        records = bench.space.read(_as_rows([keys[i] for i in absent])) if absent else []
+        for i, record in zip(absent, records, strict=True):
+            if record is not None:
+                found[i] = Future()
+                found[i].set_result(record)  # type: ignore[union-attr]
+        return found
+
+    def reserve(self, nbytes: int, seconds: float, *, ahead: bool = False) -> bool:
+        """Set memory aside for pixels; False where there was none for so long.
+
+        What is read ahead gets no more than half of it.
+
+        Raises
+        ------
+        ServiceError
+            There is never so much, or the engine closes.
+        """
+        limit = self.memory_bytes // 2 if ahead else self.memory_bytes
+        if nbytes > limit:
+            raise ServiceError(
+                f"frames of {nbytes:,} bytes at once, more than the {limit:,} that may "
+                "wait to be computed: lower batch_size, or raise feature-cache serve --memory"
+            )
+        with self._changed:
+            fits = self._changed.wait_for(
+                lambda: self.closing or self._held + nbytes <= limit, seconds
+            )
+            self._check_open()
+            if fits:
+                self._held += nbytes
+            return fits
+
+    def give_back(self, nbytes: int) -> None:
+        """Take back what was reserved and not submitted."""
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+
+    def submit(
+        self, bench: Bench, wanted: Iterable[Wanted], *, batch_size: int, ahead: bool = False
+    ) -> list[Future[Record]]:
+        """Have records computed; memory for their pixels was reserved before.
+
+        Parameters
+        ----------
+        bench : Bench
+        wanted : iterable of Wanted
+        batch_size : int
+            Frames embedded at once, at most.
+        ahead : bool
+            Nobody waits for them yet: they come after all others.
+
+        Raises
+        ------
+        StoreError
+            What was computed before could not be committed.
+        ServiceError
+            The engine closes.
+        """
+        with self._changed:
+            self._check_open()
+            lost, self._lost = self._lost, None
+            if lost is not None:
+                raise lost
+            futures = [self._put(bench, one, batch_size, ahead=ahead).future for one in wanted]
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="feature_cache engine", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+        return futures
+
+    def hurry(self, keys: Iterable[Digest]) -> None:
+        """Commit these records as soon as they are computed: another process waits for them."""
+        with self._changed:
+            self._hurried |= self._flight.keys() & set(keys)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Commit and end, soon, without waiting for it."""
+        with self._changed:
+            if self.closing:
+                return
+            self.closing = True
+            if self._thread is None:
+                self._ended.set()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Commit what is computed and end; what is not computed fails for those who wait."""
+        self.stop()
+        if threading.current_thread() is not self._thread:
+            self._ended.wait(CLOSING_SECONDS)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all is committed and the thread has ended."""
+        return self._ended.is_set()
+
+    def check(self) -> None:
+        """Raise ServiceError where nothing will be computed any more."""
+        thread = self._thread
+        if self.ended or (thread is not None and not thread.is_alive()):
+            raise ServiceError("the thread that computes has ended: make the dataset anew")
+
+    def _check_open(self) -> None:
+        if self.closing:
+            raise ServiceError("the process that computes is closing: start the training again")
+
+    # The thread
+
+    def _put(self, bench: Bench, wanted: Wanted, batch_size: int, *, ahead: bool) -> Ticket:
+        there = self._flight.get(wanted.key)
+        if there is not None:
+            self._held -= wanted.nbytes
+            if not ahead and self._ahead.pop(wanted.key, None) is not None:
+                self._queue[wanted.key] = there
+            return there
+        group = id(bench), canonical_json(wanted.draw.to_json()), wanted.job.frame.shape
+        ticket = Ticket(bench, wanted.key, wanted, batch_size, group, wanted.nbytes)
+        self._flight[wanted.key] = ticket
+        (self._ahead if ahead else self._queue)[wanted.key] = ticket
+        return ticket
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._work()
+        finally:
+            self.closing = True
+            self._finish()
+
+    def _work(self) -> None:
+        """Do what is next. Keeps nothing: an error holds on to the frames of whoever caught it."""
+        batch = self._next_batch()
+        if batch:
+            self._serve(batch)
+        self._recall()
+        self._commit()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not self.closing and not self._queue and not self._ahead:
+                nap = self._nap()
+                if nap is not None and nap <= 0:
+                    break
+                self._changed.wait(nap)
+            if self.closing:
+                return False
+            first = next(iter(self._queue.values()), None)
+            if first is not None and len(self._queue) < first.batch_size:
+                deadline = time.monotonic() + GATHER_SECONDS
+                full = first.batch_size
+                self._changed.wait_for(
+                    lambda: self.closing or len(self._queue) >= full,
+                    max(0.0, deadline - time.monotonic()),
+                )
+        return not self.closing
+
+    def _nap(self) -> float | None:
+        """Give the seconds until something is due; None for nothing."""
+        pending = [bench.commits for bench in self._benches.values() if bench.commits.pending]
+        times = [commits.since + COMMIT_SECONDS for commits in pending]
+        times += [ticket.due for ticket in self._elsewhere.values()]
+        if any(map(self._is_hurried, pending)):
+            return 0.0
+        return min(times) - time.monotonic() if times else None
+
+    def _next_batch(self) -> list[Ticket]:
+        """Take the first that waits, and others that go with it."""
+        with self._changed:
+            first = next(iter((self._queue or self._ahead).values()), None)
+            if first is None:
+                return []
+            alike = [
+                ticket
+                for queue in (self._queue, self._ahead)
+                for ticket in queue.values()
+                if ticket.group == first.group
+            ][: first.batch_size]
+            for ticket in alike:
+                self._queue.pop(ticket.key, None)
+                self._ahead.pop(ticket.key, None)
+            return alike
+
+    def _serve(self, batch: list[Ticket]) -> None:
+        """Claim, look again, compute."""
+        bench = batch[0].bench
+        try:
+            mine = self._claim(bench, batch)
+            # Only now can nobody else commit them: what is there by now is not computed again.
+            records = bench.space.read(_as_rows([ticket.key for ticket in mine])) if mine else []
+        except StoreError as error:
+            self._fail(batch, error)
+            return
+        missing = []
+        for ticket, record in zip(mine, records, strict=True):
+            if record is None:
+                missing.append(ticket)
+            else:
+                bench.commits.release([ticket.key])
+                self._settle(ticket)
+                ticket.future.set_result(record)
+        for part in _cut(missing, bench.most_slices):
+            self._compute(part)
+
+    def _claim(self, bench: Bench, batch: list[Ticket]) -> list[Ticket]:
+        won = bench.commits.claim([ticket.key for ticket in batch])
+        mine = []
+        for ticket, is_mine in zip(batch, won, strict=True):
+            now = time.monotonic()
+            if ticket.elsewhere_since is None:
+                ticket.elsewhere_since = now
+            if is_mine or now - ticket.elsewhere_since >= PATIENCE_SECONDS:
+                mine.append(ticket)
+            else:
+                ticket.due = now + ticket.wait
+                ticket.wait = min(2 * ticket.wait, _LAST_WAIT_SECONDS)
+                self._elsewhere[ticket.key] = ticket
+        return mine
+
+    def _recall(self) -> None:
+        """Look again for what other processes compute."""
+        now = time.monotonic()
+        again = [ticket for ticket in self._elsewhere.values() if ticket.due <= now]
+        if not again:
+            return
+        with self._changed:
+            for ticket in again:
+                del self._elsewhere[ticket.key]
+                self._queue[ticket.key] = ticket
+        self._ask_to_hurry(again)
+
+    def _ask_to_hurry(self, tickets: Sequence[Ticket]) -> None:
+        """Ask those who compute them, where they are on this host, to commit soon."""
+        from .client import hurry
+
+        claims = self.cache.store.claims
+        by_pid: dict[int, list[Digest]] = {}
+        for ticket in tickets:
+            parts = (claims.holder(ticket.key.hex()) or "").split("-")
+            if len(parts) == 3 and parts[1].isdigit() and int(parts[1]) != os.getpid():
+                by_pid.setdefault(int(parts[1]), []).append(ticket.key)
+        now = time.monotonic()
+        for pid, keys in by_pid.items():
+            if self._deaf.get(pid, 0.0) < now and not hurry(self.cache.store.root, pid, keys):
+                self._deaf[pid] = now + DEAF_SECONDS
+
+    def _compute(self, tickets: list[Ticket]) -> None:
+        """Compute a batch; where it fails, its halves, so that each error has its frame."""
+        bench, done = tickets[0].bench, 0
+        draw = tickets[0].wanted.draw if tickets[0].wanted else Draw()
+        size = bench.most_slices or tickets[0].batch_size
+        try:
+            jobs = [ticket.job for ticket in tickets]
+            for record in compute_records(jobs, bench.spec, bench.backbone, draw, size):
+                self._deliver(tickets[done], record)
+                done += 1
+        except torch.OutOfMemoryError as error:
+            self._compute_less(tickets[done:], size, error)
+        except Exception as error:  # noqa: BLE001 - it goes to those who asked
+            left = tickets[done:]
+            if len(left) == 1:
+                self._fail(left, _as_ours(error, left[0]))
+            else:
+                for part in _cut(left, -(-len(left) // 2)):
+                    self._compute(part)
+
+    def _compute_less(self, tickets: list[Ticket], size: int, error: BaseException) -> None:
+        """Go on with half as many frames at once, or say what to lower."""
+        bench, first = tickets[0].bench, tickets[0]
+        slices = min(size, len(tickets))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        if slices > 1:
+            bench.most_slices = slices // 2
+            _log.warning(
+                "%s: out of memory with %d frames at once, going on with %d",
+                bench.spec.backbone.name, slices, bench.most_slices,
+            )  # fmt: skip
+            for part in _cut(tickets, bench.most_slices):
+                self._compute(part)
+            return
+        device = getattr(bench.backbone, "device", "the device")
+        reason = BackboneError(
+            f"{bench.spec.backbone.name} ran out of memory on {device} with one frame, "
+            f"{first.job.where} of shape {first.job.frame.shape}: lower its input_size, use "
+            f"dtype bfloat16 or a smaller model, or free the device ({_first_line(error)})"
+        )
+        self._fail(tickets[:1], reason)
+        if tickets[1:]:
+            self._compute(tickets[1:])
+
+    def _deliver(self, ticket: Ticket, record: Record) -> None:
+        if ticket.wanted is not None:
+            ticket.bench.commits.add(Entry(ticket.key, record, ticket.wanted.provenance))
+        self._settle(ticket, keep=True)
+        ticket.future.set_result(record)
+        self.progress.add(computed=1)
+
+    def _fail(self, tickets: Iterable[Ticket], error: BaseException) -> None:
+        for ticket in tickets:
+            with suppress(OSError):
+                ticket.bench.commits.release([ticket.key])
+            self._settle(ticket)
+            ticket.future.set_exception(error)
+
+    def _settle(self, ticket: Ticket, *, keep: bool = False) -> None:
+        """Let go of a ticket's pixels; `keep` answers from it until it is committed."""
+        with self._changed:
+            if ticket.wanted is not None:
+                ticket.wanted = None
+                self._held -= ticket.nbytes
+            if not keep:
+                self._flight.pop(ticket.key, None)
+                self._hurried.discard(ticket.key)
+            self._changed.notify_all()
+
+    def _is_hurried(self, commits: Commits) -> bool:
+        return bool(self._hurried) and any(e.key in self._hurried for e in commits.pending)
+
+    def _commit(self, *, everything: bool = False) -> None:
+        for bench in list(self._benches.values()):
+            commits = bench.commits
+            due = commits.due(COMMIT_SECONDS) or self._is_hurried(commits)
+            if not (everything or due):
+                continue
+            keys = [entry.key for entry in commits.pending]
+            try:
+                commits.flush()
+            except StoreError as error:
+                _log.error("%d records that were computed are lost: %s", len(keys), str(error))
+                with self._changed:
+                    waiting = [*self._queue.values(), *self._ahead.values()]
+                    self._queue.clear()
+                    self._ahead.clear()
+                self._lost = None if waiting else error
+                self._fail(waiting, error)
+            with self._changed:
+                for key in keys:
+                    self._flight.pop(key, None)
+                self._hurried.difference_update(keys)
+
+    def _finish(self) -> None:
+        try:
+            self._commit(everything=True)
+        finally:
+            with self._changed:
+                left = [t for t in self._flight.values() if not t.future.done()]
+            self._fail(left, ServiceError("the process that computes has closed"))
+            for bench in self._benches.values():
+                bench.commits.release(list(bench.commits.claimed))
+            self.progress.close()
+            self._ended.set()
+
+
+def backbone_digest(spec: BackboneSpec) -> str:
+    """Give the hex digest by which servers and clients name a backbone."""
+    return digest_json(spec.to_json()).hex()
+
+
+def _as_rows(keys: Sequence[Digest]) -> Keys:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _cut(tickets: list[Ticket], size: int | None) -> Iterator[list[Ticket]]:
+    step = size or max(1, len(tickets))
+    for start in range(0, len(tickets), step):
+        yield tickets[start : start + step]
+
+
+def _as_ours(error: Exception, ticket: Ticket) -> FeatureCacheError:
+    """Give an error of ours for whatever a backbone raises; it names the frame."""
+    if isinstance(error, FeatureCacheError):
+        return error
+    name = ticket.bench.spec.backbone.name
+    ours = BackboneError(f"{name} failed for {ticket.job.where}: {type(error).__name__}: {error}")
+    ours.__cause__ = error
+    return ours
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

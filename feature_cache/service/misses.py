@@ -1,0 +1,404 @@
+"""Where missing records come from: the engine of this process, or a server on this host."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from ..cache import MovieFeatures
+from ..errors import FeatureCacheError, MissingRecordError, ServiceError
+from ..key import Record
+from ..spec import BackboneSpec
+from ..store import Usage
+from .client import Answer, Client, choose_pixels, read_jobs
+from .engine import Engine, backbone_digest
+from .hosting import Host, find_host, open_host
+from .place import Address, find_servers, identify
+from .tickets import Bench, Wanted
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+    from ..cache import FeatureCache
+
+AHEAD_BLOCKS = 32
+"""Blocks that may wait to be read ahead; more are passed over."""
+
+_IDLE_SECONDS, _LOOK_SECONDS = 1.0, 1.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A backbone without weights, in a process that leaves computing to another."""
+
+    spec: BackboneSpec
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Raise MissingRecordError."""
+        raise MissingRecordError(
+            f"{self.spec.name} came to this process without its weights, and can't embed "
+            f"{len(frames)} frames: make the dataset in this process"
+        )
+
+
+class Misses:
+    """Has missing records computed, once, wherever they are asked for.
+
+    Parameters
+    ----------
+    caches : sequence of (FeatureCache, Backbone)
+        Which backbones to serve for which cache.
+    records : int
+        About how many records there are, for the progress line.
+    progress : bool
+        Whether to show it.
+
+    Notes
+    -----
+    In a process that is no DataLoader worker, this begins to serve: records are computed here, for
+    this process without a socket, and for others at one. A worker asks: a ``feature-cache serve``
+    first, then its parent, then any other that serves the same cache and backbone.
+    """
+
+    def __init__(
+        self, caches: Sequence[tuple[FeatureCache, Backbone]], records: int, *, progress: bool
+    ) -> None:
+        self.caches, self.records, self.progress = caches, records, progress
+        self.hits = 0
+        self._route = _Route()
+        self._ahead = _Ahead()
+        self._run: _Run | None = None
+        self._lock, self._process = threading.Lock(), os.getpid()
+
+    def open(self) -> bool:
+        """Begin to serve, unless this is a DataLoader worker; tell whether anything is served."""
+        if get_worker_info() is not None:
+            return False
+        hosts = {}
+        for cache, backbone in self.caches:
+            if not isinstance(backbone, StandIn):
+                host = open_host(cache, [backbone], self, progress=self.progress)
+                hosts[id(host)] = host
+        for host in hosts.values():
+            host.engine.progress.add(total=self.records // len(hosts))
+        return bool(hosts)
+
+    def fetch(
+        self, movie: MovieFeatures, absent: Sequence[int], *, batch_size: int
+    ) -> dict[int, Record]:
+        """Give records that are not in the store; a block from there on is computed with them.
+
+        Raises
+        ------
+        MissingRecordError
+            Nobody is there who computes them.
+        ServiceError
+            The process that computes is gone.
+        BackboneError, FrameError, MovieError, StoreError
+            As in the process that computes.
+        """
+        self._renew()
+        with self._lock:
+            block = plan_block(movie, absent, batch_size)
+            hits, self.hits = self.hits, 0
+            ask = _Ask(movie, block, len(absent), batch_size, hits=hits)
+            try:
+                records, sent = self._route.run(ask)
+            except MissingRecordError:  # it was closed, or this is a fork that outlives its parent
+                if _own_host(movie.cache, backbone_digest(movie.spec.backbone)) or not self.open():
+                    raise
+                records, sent = self._route.run(ask)
+            misses = sum(i < ask.need for i in sent)
+            hits = len(absent) - misses
+            self.hits += hits
+            movie.cache.counter.add(Usage(hits=hits, misses=misses))
+            self._read_on(movie, ask, sent)
+        return dict(zip(absent, records, strict=True))
+
+    def prefetch(self, movie: MovieFeatures, times: Sequence[int], *, batch_size: int) -> None:
+        """Have records computed in the background; passes over them where too much waits."""
+        self._renew()
+        good = _hash_frames(movie, times)
+        if good:
+            self._ahead.put(_Ask(movie, good, 0, batch_size, ahead=True))
+
+    def _read_on(self, movie: MovieFeatures, ask: _Ask, sent: Sequence[int]) -> None:
+        """Read one block more ahead, where frames are asked for one after the other."""
+        place, first, last = id(movie), ask.block[0], ask.block[ask.need - 1]
+        before = self._run if self._run is not None and self._run.place == place else None
+        if sent:
+            end = ask.block[sent[-1]] + 1
+            goes_on = before is not None and before.end == ask.block[sent[0]] >= first
+            self._run = _Run(place, end)
+        else:
+            goes_on = before is not None and before.ahead is not None and last >= before.ahead
+        if goes_on and self._run is not None:
+            following = _hash_frames(movie, range(self._run.end, self._run.end + ask.batch_size))
+            if following:
+                self._ahead.put(_Ask(movie, following, 0, ask.batch_size, ahead=True))
+                self._run = _Run(place, following[-1] + 1, following[0])
+
+    def _renew(self) -> None:
+        """Start anew in a forked child; what it inherited belongs to its parent."""
+        if self._process != os.getpid():
+            self._process, self._lock = os.getpid(), threading.Lock()
+            self._route, self._ahead, self._run = _Route(), _Ahead(), None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What to have computed: frames of a movie, of which the first ones are needed."""
+
+    movie: MovieFeatures
+    block: Sequence[int]
+    need: int
+    batch_size: int
+    ahead: bool = False
+    hits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Frames of one movie and copy asked for one after the other.
+
+    Attributes
+    ----------
+    place : int
+        Which movie and copy.
+    end : int
+        The first frame that was not asked for yet.
+    ahead : int or None
+        Where the block begins that was read ahead.
+    """
+
+    place: int
+    end: int
+    ahead: int | None = None
+
+
+class _Route:
+    """The way of one thread to who computes; connections are kept."""
+
+    def __init__(self) -> None:
+        self._client: Client | None = None
+
+    def run(self, ask: _Ask) -> tuple[list[Record], Sequence[int]]:
+        """Have it done; give what is needed, and which of the block was to be computed for it."""
+        failed: ServiceError | None = None
+        for _ in range(8):
+            try:
+                answer = self._try(ask, failed)
+                return _raise_errors(answer.records), answer.sent
+            except ServiceError as error:
+                _log.info("%s; looking for another", error)
+                again = self._look_again(ask)
+                if again is not None:
+                    return again, ()
+                failed = error
+        raise failed or ServiceError("nobody answers")
+
+    def _try(self, ask: _Ask, failed: ServiceError | None) -> Answer:
+        backbone = backbone_digest(ask.movie.spec.backbone)
+        host = _own_host(ask.movie.cache, backbone)
+        client = self._connected(ask.movie.cache, backbone, failed, own=host is not None)
+        if client is not None:
+            return client.fetch(
+                ask.movie, ask.block, ask.need, batch_size=ask.batch_size, ahead=ask.ahead,
+                hits=ask.hits,
+            )  # fmt: skip
+        if host is not None and not (failed is not None and host.engine.closing):
+            return _compute_here(host.engine, ask)
+        raise failed or _nobody(ask)
+
+    def _connected(
+        self, cache: FeatureCache, backbone: str, failed: ServiceError | None, *, own: bool
+    ) -> Client | None:
+        """Connect to the best server there is; None where this process does it itself."""
+        place = identify(cache.store.root)
+        kept = self._client
+        if kept is not None and failed is None:
+            served = kept.address.cache == place and backbone in kept.address.backbones
+            if served and (kept.address.standalone or not own):
+                return kept
+        self.close()
+        parent = multiprocessing.parent_process()
+        servers = find_servers(place, backbone, parent=parent.pid if parent else None)
+        for address in servers:
+            if own and not address.standalone:
+                continue
+            self._client = self._connect(address)
+            if self._client is not None:
+                return self._client
+        return None
+
+    def _connect(self, address: Address) -> Client | None:
+        try:
+            return Client(address)
+        except ServiceError as error:
+            _log.info("%s", error)
+            return None
+
+    def _look_again(self, ask: _Ask) -> list[Record] | None:
+        """Read what may have been committed meanwhile."""
+        records = ask.movie.space.read(ask.movie.keys(ask.block[: ask.need]))
+        found = [record for record in records if record is not None]
+        return found if len(found) == len(records) else None
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+
+def _raise_errors(records: list[Record | FeatureCacheError]) -> list[Record]:
+    for record in records:
+        if isinstance(record, FeatureCacheError):
+            raise record
+    return [record for record in records if isinstance(record, Record)]
+
+
+def _own_host(cache: FeatureCache, backbone: str) -> Host | None:
+    host = None if get_worker_info() is not None else find_host(cache)
+    return host if host is not None and backbone in host.engine.backbones else None
+
+
+def _nobody(ask: _Ask) -> MissingRecordError:
+    movie = ask.movie
+    worker = "a DataLoader worker" if get_worker_info() is not None else "a process without it"
+    first = movie.where(ask.block[0])
+    return MissingRecordError(
+        f"{max(1, ask.need)} records, first {first}, are not in {movie.cache!r}, and no process on "
+        f"this host serves {movie.spec.backbone.name} for it (this is {worker}): warm the cache "
+        "first (feature-cache warm, or warm() of the dataset), start feature-cache serve, or make "
+        "the dataset in the process that runs the DataLoader"
+    )
+
+
+def _compute_here(engine: Engine, ask: _Ask) -> Answer:
+    """Have the engine of this process compute; wait for what is needed."""
+    bench = engine.bench(ask.movie.spec)
+    futures = engine.find(bench, [ask.movie.key(t) for t in ask.block])
+    lacking = [i for i, future in enumerate(futures) if future is None]
+    engine.progress.add(hits=ask.hits, misses=sum(i < ask.need for i in lacking))
+    numbers = choose_pixels(lacking, ask.need, ask.batch_size)
+    for i, future in _submit(engine, bench, ask, numbers).items():
+        futures[i] = future
+    return Answer([_wait(engine, future) for future in futures[: ask.need]], numbers)
+
+
+def _submit(
+    engine: Engine, bench: Bench, ask: _Ask, numbers: Sequence[int]
+) -> dict[int, Future[Record]]:
+    movie = ask.movie
+    jobs = read_jobs(movie, ask.block, numbers, ask.need)
+    wanted = {
+        i: Wanted(movie.key(t), job, movie.draw, movie.provenance(t))
+        for i, job in jobs.items()
+        for t in [ask.block[i]]
+    }
+    size = sum(one.nbytes for one in wanted.values())
+    while size and not engine.reserve(size, _LOOK_SECONDS, ahead=ask.ahead):
+        engine.check()
+    try:
+        futures = engine.submit(bench, wanted.values(), batch_size=ask.batch_size, ahead=ask.ahead)
+    except FeatureCacheError:
+        engine.give_back(size)
+        raise
+    return dict(zip(wanted, futures, strict=True))
+
+
+def _wait(engine: Engine, future: Future[Record] | None) -> Record | FeatureCacheError:
+    if future is None:
+        raise ServiceError("a record that is needed was not submitted")
+    while True:
+        try:
+            return future.result(_LOOK_SECONDS)
+        except TimeoutError:
+            if not future.done():
+                engine.check()
+        except FeatureCacheError as error:
+            return error
+
+
+def plan_block(movie: MovieFeatures, absent: Sequence[int], batch_size: int) -> list[int]:
+    """Give the frames to have computed: the absent ones, then those after them that lack too."""
+    following = _hash_frames(movie, range(absent[-1] + 1, absent[-1] + 1 + batch_size))
+    if not following:
+        return list(absent)
+    there = movie.contains(following).tolist()
+    lacking = there.index(True) if True in there else len(following)
+    return [*absent, *following[:lacking]]
+
+
+def _hash_frames(movie: MovieFeatures, times: Iterable[int]) -> list[int]:
+    """Give the frames that there are, up to the first that can't be hashed."""
+    good: list[int] = []
+    for t in times:
+        if t >= len(movie):
+            break
+        try:
+            movie.key(t)
+        except (FeatureCacheError, OSError):  # whoever asks for this frame is told
+            break
+        good.append(t)
+    return good
+
+
+class _Ahead:
+    """A thread that has records computed before they are asked for; it ends when it is idle."""
+
+    def __init__(self) -> None:
+        self._asks: deque[_Ask] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def put(self, ask: _Ask) -> None:
+        with self._changed:
+            if len(self._asks) >= AHEAD_BLOCKS:
+                return
+            self._asks.append(ask)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="feature_cache read-ahead", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify()
+
+    def _next(self) -> _Ask | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._asks, _IDLE_SECONDS)
+            if not self._asks:
+                self._thread = None
+                return None
+            return self._asks.popleft()
+
+    def _run(self) -> None:
+        route = _Route()
+        while (ask := self._next()) is not None:
+            try:
+                missing = [t for t in ask.block if not ask.movie.contains([t])[0]]
+                if missing:
+                    route.run(_Ask(ask.movie, missing, 0, ask.batch_size, ahead=True))
+            except (FeatureCacheError, OSError, ValueError) as error:
+                _log.info("not read ahead: %s", error)  # the sample that needs it is told
+        route.close()
+
+
+def check_writable(movie: MovieFeatures, absent: Sequence[int]) -> None:
+    """Raise MissingRecordError where the cache can only be read."""
+    if movie.cache.store.mode == "r":
+        raise MissingRecordError(
+            f"{len(absent)} records, first {movie.where(absent[0])}, are not in {movie.cache!r}, "
+            "which can only be read: warm it where you may write"
+        )

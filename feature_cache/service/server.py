@@ -1,0 +1,312 @@
+"""A socket at which an engine serves the other processes of its host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import AuthenticationError
+from typing import Any
+
+import numpy as np
+
+from ..augment import Draw
+from ..compute import Job
+from ..errors import FeatureCacheError, FrameError, MissingRecordError, ServiceError
+from ..hashing import DIGEST_BYTES, Digest, frame_digest, mask_digest
+from ..key import Record, record_key
+from ..spec import SpaceSpec
+from . import wire
+from .engine import Engine
+from .place import (
+    Address,
+    identify,
+    list_servers,
+    make_runtime_folder,
+    publish,
+    this_process,
+    withdraw,
+)
+from .tickets import Bench, Wanted
+from .wire import GONE, Connection
+
+TELL_SECONDS = 2.0
+"""How often a client that waits is told that it does."""
+_LOOK_SECONDS = 0.2
+_MOST_KEYS = 1 << 14
+_log = logging.getLogger(__name__)
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+class Server:
+    """Serves an engine's records at a socket, in a thread for each connection.
+
+    Parameters
+    ----------
+    engine : Engine
+    standalone : bool
+        Whether this process does nothing else.
+
+    Raises
+    ------
+    ServiceError
+        The runtime folder is not this user's alone.
+    """
+
+    def __init__(self, engine: Engine, *, standalone: bool = False) -> None:
+        self.engine, self._closing = engine, False
+        self._connections: set[Connection] = set()
+        self._threads: set[threading.Thread] = set()
+        self.used = time.monotonic()
+        make_runtime_folder()
+        list(list_servers())  # removes what dead ones left
+        process, root = this_process(), engine.cache.store.root
+        self.address = Address(
+            f"{os.getpid()}-{secrets.token_hex(4)}", process.pid, process.started, process.host,
+            identify(root), str(root), frozenset(), "", standalone, secrets.token_bytes(32),
+        )  # fmt: skip
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(self.address.socket)
+            self._socket.listen(64)
+            self._socket.settimeout(_LOOK_SECONDS)
+            self.publish()
+        except OSError as error:
+            self._socket.close()
+            withdraw(self.address.name)
+            raise ServiceError(f"can't listen at {self.address.socket}: {error}") from error
+        self._thread = threading.Thread(
+            target=self._accept, name="feature_cache server", daemon=True
+        )
+        self._thread.start()
+        _servers.add(self)
+
+    def publish(self) -> None:
+        """Say which backbones there are now."""
+        backbones = dict(self.engine.backbones)
+        devices = {str(getattr(b, "device", "cpu")) for b in backbones.values()}
+        self.address = replace(
+            self.address, backbones=frozenset(backbones), device=",".join(sorted(devices))
+        )
+        publish(self.address)
+
+    def __len__(self) -> int:
+        """Count who is connected."""
+        return len(self._connections)
+
+    def stop(self) -> None:
+        """Let nobody in any more; who waits is answered or told. Waits for nothing."""
+        if not self._closing:
+            self._closing = True
+            withdraw(self.address.name)
+
+    def close(self) -> None:
+        """Stop, and wait a moment for the threads; the engine is closed before."""
+        self.stop()
+        deadline = time.monotonic() + 5.0
+        for thread in [self._thread, *self._threads]:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def forget(self) -> None:
+        """Close, in a forked child, what it inherited: the parent goes on with its own."""
+        self._closing = True
+        self._socket.close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.close()
+        self._connections, self._threads = set(), set()
+
+    # Threads
+
+    def _accept(self) -> None:
+        with self._socket:
+            while not self._closing:
+                try:
+                    opened, _ = self._socket.accept()
+                except TimeoutError:
+                    continue
+                except OSError as error:
+                    _log.warning("can't take a connection: %s", error)
+                    time.sleep(_LOOK_SECONDS)
+                    continue
+                thread = threading.Thread(
+                    target=self._talk, args=(opened,), name="feature_cache client", daemon=True
+                )
+                self._threads.add(thread)
+                thread.start()
+
+    def _talk(self, opened: socket.socket) -> None:
+        try:
+            connection = wire.greet(opened, self.address.authkey, server=True)
+        except (AuthenticationError, *GONE, ValueError, AssertionError) as error:
+            stranger = isinstance(error, AuthenticationError | ValueError | AssertionError)
+            level = logging.WARNING if stranger else logging.DEBUG
+            _log.log(level, "a connection is refused: %r", error)
+            self._threads.discard(threading.current_thread())
+            return
+        self._connections.add(connection)
+        try:
+            with connection:
+                while self._wait_for(connection):
+                    self.used = time.monotonic()
+                    self._answer(connection, wire.receive(connection))
+                    self.used = time.monotonic()
+        except GONE as error:
+            _log.debug("a client is gone: %r", error)
+        finally:
+            self._connections.discard(connection)
+            self._threads.discard(threading.current_thread())
+
+    def _wait_for(self, connection: Connection) -> bool:
+        while not self._closing:
+            if connection.poll(_LOOK_SECONDS):
+                return True
+        return False
+
+    def _answer(self, connection: Connection, header: dict[str, Any]) -> None:
+        try:
+            if header.get("do") == "hurry":
+                self.engine.hurry(_read_keys(header))
+            elif header.get("do") == "want":
+                _Conversation(self.engine, connection, header).run()
+            else:
+                raise ServiceError(f"unknown message {str(header.get('do'))[:40]!r}")
+        except GONE as error:
+            if isinstance(error, FeatureCacheError):
+                wire.send(connection, {"error": wire.error_text(error)})
+            raise
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+            wire.send(connection, {"error": wire.error_text(error)})
+            # Only before pixels are sent is it known where the next message begins.
+            raise EOFError from error
+
+
+class _Conversation:
+    """One client asks for some records."""
+
+    def __init__(self, engine: Engine, connection: Connection, header: dict[str, Any]) -> None:
+        self.engine, self.connection = engine, connection
+        self.keys = _read_keys(header)
+        self.need, self.batch_size = int(header["need"]), int(header["batch_size"])
+        self.is_ahead = bool(header.get("ahead"))
+        if not (0 <= self.need <= len(self.keys) and 1 <= self.batch_size <= _MOST_KEYS):
+            raise ServiceError(f"{self.need} of {len(self.keys)} keys, {self.batch_size} at once")
+        self.draw = Draw.from_json(header["draw"])
+        self.bench = _find_bench(engine, header)
+        engine.progress.add(hits=int(header.get("hits", 0)))
+
+    def run(self) -> None:
+        futures = self.engine.find(self.bench, self.keys)
+        lacking = [i for i, future in enumerate(futures) if future is None]
+        wire.send(self.connection, {"pixels": lacking})
+        self.engine.progress.add(misses=sum(i < self.need for i in lacking))
+        if lacking:
+            for i, future in self._receive_pixels(set(lacking)):
+                futures[i] = future
+        self._send_records([self._wait(future) for future in futures[: self.need]])
+
+    def _receive_pixels(self, lacking: set[int]) -> Iterator[tuple[int, Future[Record]]]:
+        described = wire.receive(self.connection)["frames"]
+        numbers = [int(frame["number"]) for frame in described]
+        if not set(numbers) <= lacking or len(set(numbers)) < len(numbers):
+            raise ServiceError(f"frames {numbers} came, asked were {sorted(lacking)}")
+        sizes = [_pixel_bytes(frame) for frame in described]
+        held = sum(sizes)
+        while not self.engine.reserve(held, TELL_SECONDS, ahead=self.is_ahead):
+            wire.send(self.connection, {"wait": True})
+        try:
+            wire.send(self.connection, {"go": True})
+            wanted = [self._receive_frame(frame) for frame in described]
+            futures = self.engine.submit(
+                self.bench, wanted, batch_size=self.batch_size, ahead=self.is_ahead
+            )
+            held = 0
+        finally:
+            self.engine.give_back(held)
+        yield from zip(numbers, futures, strict=True)
+
+    def _receive_frame(self, header: dict[str, Any]) -> Wanted:
+        """Read a frame and its mask, and check that they are those of the key."""
+        frame = wire.receive_array(self.connection, header["frame"], "<f4")
+        mask = None
+        if header["mask"] is not None:
+            mask = wire.receive_array(self.connection, header["mask"], "<i4")
+        key, where = self.keys[int(header["number"])], str(header["where"])
+        digest = frame_digest(frame, where)
+        masked = None if mask is None else mask_digest(mask, where)
+        if record_key(self.bench.spec.digest, digest, masked, self.draw) != key:
+            raise FrameError(f"{where} came with other pixels than its key stands for")
+        provenance = header["provenance"]
+        if not isinstance(provenance, dict):
+            raise ServiceError(f"the provenance of {where} is no object")
+        return Wanted(key, Job(frame, mask, digest, where), self.draw, provenance)
+
+    def _wait(self, future: Future[Record] | None) -> Record | Exception:
+        if future is None:
+            return MissingRecordError("no pixels were sent for a record that is asked for")
+        while True:
+            try:
+                return future.result(TELL_SECONDS)
+            except TimeoutError:
+                self.engine.check()
+                wire.send(self.connection, {"wait": True})
+            except FeatureCacheError as error:
+                return error
+
+    def _send_records(self, records: Sequence[Record | Exception]) -> None:
+        headers: list[dict[str, Any]] = []
+        arrays: list[np.ndarray[Any, Any]] = []
+        for record in records:
+            if isinstance(record, Exception):
+                headers.append({"error": wire.error_text(record)})
+                continue
+            features, labels = record.features, record.labels
+            length = None if labels is None else len(labels)
+            headers.append({"features": list(features.shape), "labels": length})
+            arrays += [features] if labels is None else [features, labels]
+        wire.send(self.connection, {"records": headers}, arrays)
+
+
+def _read_keys(header: dict[str, Any]) -> list[Digest]:
+    keys = [bytes.fromhex(key) for key in header["keys"]]
+    if len(keys) > _MOST_KEYS or any(len(key) != DIGEST_BYTES for key in keys):
+        raise ServiceError(f"{len(keys)} keys: expected at most {_MOST_KEYS}, of 16 bytes")
+    return keys
+
+
+def _find_bench(engine: Engine, header: dict[str, Any]) -> Bench:
+    backbone = engine.backbones.get(str(header["backbone"]))
+    if backbone is None:
+        raise MissingRecordError("this server has no such backbone (any more)")
+    spec = SpaceSpec(backbone.spec, header["pooling"], header["dtype"])
+    if spec.digest.hex() != header["space"]:
+        raise ServiceError(
+            f"space {spec.folder_name} is another one for the client: do both run the same "
+            "version of feature_cache?"
+        )
+    return engine.bench(spec)
+
+
+def _pixel_bytes(header: dict[str, Any]) -> int:
+    frame, mask = header["frame"], header["mask"]
+    if mask is not None and mask != frame:
+        raise ServiceError(f"a frame of {str(frame)[:40]} with a mask of {str(mask)[:40]}")
+    return wire.array_bytes(frame, "<f4") * (1 if mask is None else 2)
+
+
+def _forget_inherited() -> None:
+    for server in list(_servers):
+        server.forget()
+    _servers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)

@@ -1,0 +1,23 @@
+"""Warming: a plan of what is missing, and a run of it, on this machine or on a Dask cluster."""
+
+from .grids import StoredGrids
+from .plan import DENSE, PlanRow, Task, Unit, WarmPlan, plan_warm
+from .report import Failure, WarmReport
+from .run import run_warm
+from .sources import Source, find_sources, open_movies
+
+__all__ = [
+    "DENSE",
+    "Failure",
+    "PlanRow",
+    "Source",
+    "StoredGrids",
+    "Task",
+    "Unit",
+    "WarmPlan",
+    "WarmReport",
+    "find_sources",
+    "open_movies",
+    "plan_warm",
+    "run_warm",
+]

@@ -1,0 +1,326 @@
+"""A run of a plan on a Dask cluster: workers compute and commit, and give back only counts.
+
+A unit's Dask key is a digest of its records' keys, so that two runs that want the same meet on the
+scheduler. Workers claim what they compute, as any process does; nothing rests on Dask but who
+does what. A worker loads the backbone once, under the name that the run was given.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeAlias
+
+from ..cache import Progress, check_batch_size
+from ..errors import SchedulerGoneError
+from ..hashing import digest_bytes
+from ..movies import Movie
+from ..store import Usage
+from .commits import Budget
+from .plan import UNIT_FRAMES, Task, Unit, WarmPlan
+from .report import Failure, FailureListener, Tally, WarmReport
+from .run import check_writable, make_report, over_budget
+from .sources import Source
+from .worker import Order, Outcome, Recipe, compute_order
+
+Client: TypeAlias = Any
+Future: TypeAlias = Any
+"""Those of distributed, which is annotated in part."""
+
+RETRIES = 2
+"""How often a unit whose worker raised an error is tried again, on any worker."""
+
+_UNITS_PER_THREAD = 3
+_LOOK_SECONDS = 2.0
+_LEAVE_SECONDS = 60.0
+CONNECT_SECONDS = 10.0
+"""How long a scheduler may take to answer."""
+
+
+def run_on_cluster(
+    plan: WarmPlan,
+    recipe: Recipe | None,
+    client: Client,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    failed: FailureListener | None = None,
+    max_bytes: int | None = None,
+    unit_frames: int = UNIT_FRAMES,
+) -> WarmReport:
+    """Have workers compute and commit what a plan found missing.
+
+    Workers must see the cache and the movies under the same paths. A lost worker's units run
+    again; what fails is left out and reported, and the rest is done.
+
+    Parameters
+    ----------
+    plan : WarmPlan
+        Made from sources, or from movies opened as a whole.
+    recipe : Recipe or None
+        The plan's backbone, by name; None where all is pooled from stored grids.
+    client : distributed.Client
+    batch_size, progress, failed, max_bytes
+        As `run_warm`.
+    unit_frames : int
+        Frames that a worker is given at once.
+
+    Raises
+    ------
+    MovieError
+        A movie of the plan can't be found by workers.
+    MissingRecordError
+        Something is missing, and the cache can only be read.
+    """
+    started = time.monotonic()
+    check_batch_size(batch_size)
+    check_writable(plan)
+    plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
+    tally = Tally(progress, failed)
+    orders = [
+        (unit, _order(plan, unit, source, recipe, batch_size))
+        for task in plan.tasks
+        for source in [(task.source or _source_of(task)).absolute()]
+        for unit in task.units(unit_frames)
+    ]
+    budget = None if max_bytes is None else Budget.of(plan.cache, max_bytes)
+    _Run(plan, client, tally, budget, orders[::-1]).work_off()
+    if budget is not None and budget.spent:
+        tally.fail(over_budget(plan, budget.max_bytes, tally))
+    return make_report(plan, tally, started)
+
+
+def _source_of(task: Task) -> Source:
+    movie = task.movie
+    masks: Any = movie.masks
+    folder = masks.files[0].parent if masks is not None else None
+    detections = movie.name.rpartition(" ")[2] if folder is not None else None
+    root = movie.name.removesuffix(f" {detections}") if detections else movie.name
+    frames: Any = movie.frames
+    return Source.of(Movie(Path(root), frames, masks, detections, folder))
+
+
+def _order(
+    plan: WarmPlan, unit: Unit, source: Source, recipe: Recipe | None, batch_size: int
+) -> Order:
+    task, cache = unit.task, plan.cache
+    frames = [t for t, _ in unit.wanted]
+    return Order(
+        root=str(cache.store.root),
+        codec=cache.codec,
+        layers=tuple(layer.place for layer in cache.layers),
+        recipe=recipe,
+        source=source,
+        specs=task.specs,
+        draw=task.movie.draw,
+        origin=task.movie.origin,
+        digests={t: task.movie.digests(t) for t in frames},
+        wanted=unit.wanted,
+        grids=task.grids.intersection(frames),
+        batch_size=batch_size,
+    )
+
+
+def unit_key(unit: Unit) -> str:
+    """Name a unit by its content: a digest of the keys of its records."""
+    views = unit.task.views()
+    keys = [views[number].key(t) for t, numbers in unit.wanted for number in numbers]
+    return f"warm-{digest_bytes(*keys).hex()}"
+
+
+@dataclass(eq=False)
+class _Run:
+    """Keeps a window of units on the cluster; `waiting` are the others, the next one last."""
+
+    plan: WarmPlan
+    client: Client
+    tally: Tally
+    budget: Budget | None
+    waiting: list[tuple[Unit, Order]]
+    running: dict[Future, tuple[Unit, Order]] = field(default_factory=dict)
+    finished: SimpleQueue[Future] = field(default_factory=SimpleQueue)
+
+    def work_off(self) -> None:
+        """Run units until each is done or has failed."""
+        try:
+            while self.waiting or self.running:
+                self._submit()
+                if not self.running:
+                    break
+                self._collect()
+        except SchedulerGoneError as error:
+            self._give_up([*self.running.values(), *self.waiting], str(error))
+        except BaseException:
+            self._leave()
+            raise
+
+    def _submit(self) -> None:
+        threads = self._threads()
+        window = max(1, threads) if self.budget else max(4, _UNITS_PER_THREAD * threads)
+        while self.waiting and len(self.running) < window:
+            if self.budget is not None and self.budget.spent:
+                return
+            unit, order = self.waiting.pop()
+            if self.budget is not None:
+                order = replace(order, max_bytes=self._allowance(window))
+            future = self.client.submit(
+                compute_order, order, key=self._key(unit), retries=RETRIES, pure=True
+            )
+            self.running[future] = unit, order
+            future.add_done_callback(self.finished.put)
+
+    def _key(self, unit: Unit) -> str:
+        # A unit that may stop early is not the same as one that may not.
+        return unit_key(unit) + ("" if self.budget is None else f"-{secrets.token_hex(4)}")
+
+    def _allowance(self, window: int) -> int:
+        """Share out the bytes that are left among the units that can run at once."""
+        budget = Budget.of(self.plan.cache, self.budget.max_bytes if self.budget else 0)
+        reserved = sum(order.max_bytes or 0 for _, order in self.running.values())
+        return max(0, budget.max_bytes - budget.used - reserved) // (window - len(self.running))
+
+    def _threads(self) -> int:
+        with _reaching(self.client):
+            return sum(self.client.ncores().values())
+
+    def _collect(self) -> None:
+        try:
+            future = self.finished.get(timeout=_LOOK_SECONDS)
+        except Empty:
+            self._check()
+            return
+        with _reaching(self.client):
+            self._take(future)
+
+    def _take(self, future: Future) -> None:
+        if future.status in ("cancelled", "lost"):
+            raise SchedulerGoneError(_gone(self.client))
+        error = future.exception()
+        unit, order = self.running.pop(future)
+        if error is not None:
+            self._give_up([(unit, order)], f"{type(error).__name__}: {error}")
+            return
+        outcome: Outcome = future.result()
+        for failure in outcome.failures:
+            self.tally.fail(failure)
+        if outcome.stopped:
+            self.tally.add(computed=outcome.computed, elsewhere=outcome.elsewhere)
+            self._go_on(unit, order, outcome)
+            return
+        failed = sum(failure.records for failure in outcome.failures)
+        # Another run may have submitted the same unit: then the records are those it computed.
+        self.tally.add(
+            computed=outcome.computed, elsewhere=unit.records - outcome.computed - failed
+        )
+
+    def _go_on(self, unit: Unit, order: Order, outcome: Outcome) -> None:
+        """Have the rest of a unit computed, if there is room for any of it."""
+        if self.budget is not None and not outcome.computed:
+            self.budget.spent = True
+        elif not outcome.failures and (rest := _missing_of(unit)):
+            self.waiting.append((Unit(unit.task, rest), replace(order, wanted=rest)))
+
+    def _check(self) -> None:
+        if self.client.status not in ("running", "connecting"):
+            raise SchedulerGoneError(_gone(self.client))
+
+    def _give_up(self, units: Sequence[tuple[Unit, Order]], reason: str) -> None:
+        """Report units that nobody will do; what is there by now is not among them."""
+        for unit, _ in units:
+            left = sum(len(numbers) for _, numbers in _missing_of(unit))
+            self.tally.add(elsewhere=unit.records - left)
+            if left:
+                self.tally.fail(Failure(unit.where, reason, left))
+
+    def _leave(self) -> None:
+        """Take back what has not begun, and let what has begun be committed."""
+        with suppress(OSError, CancelledError, RuntimeError):
+            begun = {key for keys in self.client.processing().values() for key in keys}
+            self.client.cancel([future for future in self.running if future.key not in begun])
+            waiting = [future for future in self.running if future.key in begun]
+            until = time.monotonic() + _LEAVE_SECONDS
+            while not all(future.done() for future in waiting) and time.monotonic() < until:
+                time.sleep(0.05)
+
+
+def _gone(client: Client) -> str:
+    address = getattr(client.scheduler, "address", "the address given")
+    return (
+        f"the Dask scheduler at {address} is gone: what is computed is in the cache; run the same "
+        "again when there is a scheduler"
+    )
+
+
+def _missing_of(unit: Unit) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """List what of a unit is not in the cache now."""
+    views = unit.task.views()
+    pairs = [(t, number) for t, numbers in unit.wanted for number in numbers]
+    there = {pair for pair in pairs if views[pair[1]].contains([pair[0]])[0]}
+    rest = ((t, tuple(n for n in numbers if (t, n) not in there)) for t, numbers in unit.wanted)
+    return tuple((t, numbers) for t, numbers in rest if numbers)
+
+
+@contextmanager
+def _reaching(client: Client) -> Iterator[None]:
+    from distributed.comm.core import CommClosedError
+
+    try:
+        yield
+    except (CommClosedError, CancelledError, ConnectionError) as error:
+        raise SchedulerGoneError(_gone(client)) from error
+
+
+@contextmanager
+def open_client(scheduler: str | None = None, local_workers: int | None = None) -> Iterator[Client]:
+    """Connect to a scheduler, or start workers on this machine for as long as the block lasts.
+
+    Parameters
+    ----------
+    scheduler : str, optional
+        Such as ``tcp://10.0.0.1:8786``.
+    local_workers : int, optional
+        Processes to start; on machines with GPUs and dask-cuda, each has one.
+
+    Raises
+    ------
+    SchedulerGoneError
+        There is no scheduler at the address.
+    """
+    distributed: Any = import_module("distributed")
+    if scheduler is not None:
+        try:
+            client = distributed.Client(scheduler, set_as_default=False, timeout=CONNECT_SECONDS)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise SchedulerGoneError(
+                f"no Dask scheduler at {scheduler}: {error}; start one with: dask scheduler"
+            ) from error
+        with client:
+            yield client
+        return
+    with (
+        _local_cluster(local_workers or 1) as cluster,
+        distributed.Client(cluster, set_as_default=False) as own,
+    ):
+        yield own
+
+
+def _local_cluster(workers: int) -> Any:
+    if find_spec("dask_cuda") is not None:
+        return import_module("dask_cuda").LocalCUDACluster(
+            n_workers=workers, dashboard_address=None
+        )
+    return import_module("distributed").LocalCluster(
+        n_workers=workers,
+        threads_per_worker=2,
+        processes=True,
+        dashboard_address=None,
+        host="127.0.0.1",
+    )

