@@ -195,6 +195,16 @@ def test_runs_are_listed(run, warmed):
     assert len(run("stats", "--cache", "cache", "--runs")[1].splitlines()) == 3
 
 
+def test_ls_shows_the_spec_and_the_last_use(run, warmed):
+    [row] = json.loads(run("ls", "--cache", "cache", "--json")[1])
+    assert row["spec"]["backbone"]["name"] == row["backbone"] == "efficientnet-lite0"
+    assert abs(row["last_use"] - max(pack.stat().st_mtime for pack in packs())) < 1
+    assert (
+        time.strftime("%Y-%m-%d", time.localtime(row["last_use"]))
+        in run("ls", "--cache", "cache")[1]
+    )
+
+
 def test_the_version(run):
     code, out, _ = run("--version")
     assert code == 0

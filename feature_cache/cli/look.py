@@ -28,7 +28,10 @@ def inspect(
 
 
 def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
-    """List the spaces of a cache: one for each backbone, pooling and dtype."""
+    """List the spaces of a cache: one for each backbone, pooling and dtype; --json has all of it.
+
+    Example: feature-cache ls --cache features
+    """
     from ..store import Store
 
     rows = [
@@ -41,6 +44,7 @@ def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
             "packs": len(names := space.pack_names()),
             "bytes": space.disk_bytes(),
             "last_use": max(map(space.last_use, names), default=0.0),
+            **({"spec": dict(space.spec)} if as_json else {}),
         }
         for space in Store(cache, "r").spaces()
     ]
