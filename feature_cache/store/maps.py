@@ -7,13 +7,14 @@ import os
 import resource
 import threading
 import weakref
+from pathlib import Path
 
 _MAPS_LIMIT = 1 << 14
 _maps: weakref.WeakKeyDictionary[mmap.mmap, str] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def map_file(descriptor: int, length: int, name: str) -> mmap.mmap | None:
+def map_file(descriptor: int, length: int, pack: str) -> mmap.mmap | None:
     """Map the beginning of an open file, read-only; None where the process has many mapped already.
 
     Parameters
@@ -21,21 +22,25 @@ def map_file(descriptor: int, length: int, name: str) -> mmap.mmap | None:
     descriptor : int
     length : int
         In bytes; the caller has checked that the file is as long.
-    name : str
-        Of the pack, for `mapped_names`.
+    pack : str
+        The pack's folder, for `mapped_names`.
     """
     with _lock:
         if len(_maps) >= _maps_allowed():
             return None
         data = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
-        _maps[data] = name
+        _maps[data] = pack
         return data
 
 
-def mapped_names() -> frozenset[str]:
-    """Name the packs of which an array is still referenced."""
+def mapped_names(root: Path) -> frozenset[str]:
+    """Name the packs of a cache of which an array is still referenced."""
     with _lock:
-        return frozenset(_maps.values())
+        packs = frozenset(map(Path, _maps.values()))
+    real = os.path.realpath(root)
+    roots = {pack.parents[3] for pack in packs if len(pack.parents) > 3}
+    ours = {folder for folder in roots if os.path.realpath(folder) == real}
+    return frozenset(p.name for p in packs if len(p.parents) > 3 and p.parents[3] in ours)
 
 
 def _maps_allowed() -> int:

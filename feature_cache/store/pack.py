@@ -308,7 +308,7 @@ class Pack:
 
     def _map_rows(self) -> tuple[AnyArray, mmap.mmap | None]:
         if self.features.shape[0]:
-            return self.features.map_chunk(self.name, 0, 0)
+            return self.features.map_chunk(str(self.path), 0, 0)
         return np.frombuffer(b"", self.features.dtype).reshape(self.features.shape), None
 
     def _grid(self, row: int) -> AnyArray:
@@ -316,7 +316,7 @@ class Pack:
             return self._decode(row)
         with missing_is_corrupt(self.path):
             index = (row, *(0 for _ in self.features.shape[1:]))
-            return self.features.map_chunk(self.name, *index)[0][0]
+            return self.features.map_chunk(str(self.path), *index)[0][0]
 
     def _decode(self, rows: int | slice) -> AnyArray:
         import zarr

@@ -158,7 +158,7 @@ class Presence:
             if create:
                 make_folder(self.file.parent)
             with self._lock:
-                self._release(retired_names(self.root) - mapped_names())
+                self._release(retired_names(self.root) - mapped_names(self.root))
         except OSError as error:
             _log.debug("not announced in %s: %s", self.file, error)
 
@@ -172,7 +172,7 @@ class Presence:
                 if retired - self._process.released:
                     self._refresh_members()
                 if retired != self._process.released or not self.announced:
-                    self._release(retired - mapped_names())
+                    self._release(retired - mapped_names(self.root))
                 os.utime(self.file)
             except OSError as error:
                 self.announced = False

@@ -248,7 +248,7 @@ def fork_often(root: Path, times: int) -> None:
         loop(lambda: contents(Store(root).space(make_spec()), range(10, 14))),
         loop(lambda: contents(space, [10, 99])),
         loop(join(root).beat),
-        loop(mapped_names),
+        loop(lambda: mapped_names(root)),
     ]
 
     def check() -> None:

@@ -88,7 +88,7 @@ def find_leaving(root: Path, grace_seconds: float | None = None) -> list[Leaving
 
     def holds(process: str, name: str) -> bool:
         if process == presence.name:  # on a full disk it can't say what it has let go of
-            return name in mapped_names()
+            return name in mapped_names(root)
         return name not in processes[process].released
 
     def waits_for(name: str, since: Path) -> str:
