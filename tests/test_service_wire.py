@@ -20,7 +20,7 @@ from feature_cache.service.client import Client, connect
 from feature_cache.service.engine import backbone_digest
 from feature_cache.service.server import Server
 from feature_cache.testing import FakeBackbone
-from serving import make_dataset, make_loader, nothing_left, sockets
+from serving import make_dataset, make_loader, nothing_left, sockets, wait_until
 from synthetic import make_movie
 
 FRAME, MASK = [48, 64], [48, 64]
@@ -94,7 +94,7 @@ def test_without_the_key_nobody_comes_in(server, movie, caplog):
 
     with pytest.raises(ServiceError, match="can't be connected to"):
         connect(replace(server.address, authkey=b"wrong"))
-    assert "a connection is refused" in caplog.text
+    assert wait_until(lambda: "a connection is refused" in caplog.text)
     assert is_served(server, movie)
 
 
