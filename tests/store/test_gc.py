@@ -432,3 +432,14 @@ def test_temporaries_of_unknown_writers_stay_for_an_hour(root: Path, space: Spac
     collect_garbage(root)
     assert [path.name for path in root.rglob(".tmp-*")] == [".tmp-4567"]
     assert content(space.read(make_keys([1]))[0]) == content(make_record(1))
+
+
+def test_a_twin_mapped_in_another_cache_holds_nothing_back(root: Path, tmp_path: Path) -> None:
+    for place in (root, tmp_path / "other"):
+        Store(place).space(make_spec()).write([make_entry(1)], {})
+    held = Store(tmp_path / "other").space(make_spec()).read(make_keys([1]))
+    collect_garbage(root, max_bytes=0)
+    assert Store(root).space(make_spec()).pack_names() == []
+    assert verify(root) == []
+    assert [path.name for path in root.glob("spaces/*/packs/*")] == ["zarr.json"]
+    assert content(held[0]) == expected([1])[0]
