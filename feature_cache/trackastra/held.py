@@ -1,0 +1,70 @@
+"""What a `CTCData` was loaded from, and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from trackastra.data import data as _ctc
+
+from ..errors import MovieError
+from ..movies import TiffSeries, image_folder
+
+
+def frames_of(data: Any) -> TiffSeries:
+    """Find the frames as they are on disk: `CTCData` keeps only normalised ones."""
+    files = sorted(image_folder(Path(data.root)).glob("*.tif"))
+    part = files[data.start_frame : data.end_frame : data.downscale_temporal]
+    if not part:
+        raise MovieError(
+            f"{data.root} has no frames any more: expected *.tif as when it was loaded"
+        )
+    return TiffSeries(tuple(part), data.downscale_spatial)
+
+
+def count_masks(held: Any) -> int:
+    """Count the masks of a series that may be compressed."""
+    return int(held._shape[0] if isinstance(held, _ctc._CompressedArray) else len(held))
+
+
+class DetectionMasks:
+    """The masks that a `CTCData` holds, compressed or not.
+
+    A compressed series is held decompressed from its first use until `release`.
+    """
+
+    def __init__(self, held: Any, *, planar: bool) -> None:
+        self._held, self._planar = held, planar
+        self._masks: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return count_masks(self._held)
+
+    def __getitem__(self, t: int) -> NDArray[Any]:
+        if self._masks is None:
+            compressed = isinstance(self._held, _ctc._CompressedArray)
+            self._masks = self._held.decompress() if compressed else self._held
+        mask: NDArray[Any] = self._masks[t]
+        return mask[0] if self._planar and mask.ndim == 3 and len(mask) == 1 else mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_masks": None}
+
+    def release(self) -> None:
+        """Let go of what was decompressed."""
+        self._masks = None
+
+
+def owners_of(data: Any, folders: Sequence[str]) -> tuple[int, ...]:
+    """Give, for each window, the number of its detection folder among the different ones."""
+    unique = list(dict.fromkeys(folders))
+    counts = [max(0, count_masks(data.det_masks[f]) - data.window_size + 1) for f in folders]
+    owners = [unique.index(f) for f, n in zip(folders, counts, strict=True) for _ in range(n)]
+    if len(owners) != len(data.windows):
+        raise MovieError(
+            f"{data.root} has {len(data.windows)} windows, expected {len(owners)} from its "
+            f"detections {list(folders)}: is this trackastra 0.5.6?"
+        )
+    return tuple(owners)

@@ -1,0 +1,67 @@
+"""The shallow features of regions: Trackastra's sets of properties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from trackastra.data import wrfeat as _wrfeat
+from trackastra.utils import normalize
+
+from ..movies import TiffSeries
+from .held import DetectionMasks, frames_of, owners_of
+
+Props = Literal["regionprops_small", "regionprops", "regionprops2"]
+
+SHALLOW_FEATURES: Mapping[str, tuple[str, ...]] = {
+    "regionprops_small": ("area", "inertia_tensor"),
+    "regionprops": (
+        "area",
+        "intensity_mean",
+        "intensity_max",
+        "intensity_min",
+        "inertia_tensor",
+    ),
+    "regionprops2": (
+        "equivalent_diameter_area",
+        "intensity_mean",
+        "inertia_tensor",
+        "border_dist",
+    ),
+}
+"""The sets of shallow features, as in trackastra-pretrained-feats and Trackastra's pull request 61;
+``"regionprops2"`` is what `CTCData` has by itself."""
+
+
+def columns_of(props: str | None, ndim: int) -> tuple[str, ...]:
+    """Name each column of the shallow features."""
+    names = SHALLOW_FEATURES[props] if props is not None else ()
+    return tuple(
+        name for name in names for _ in range(ndim * ndim if name == "inertia_tensor" else 1)
+    )
+
+
+def exchange_shallow(data: Any, folders: Sequence[str], props: Props) -> list[dict[str, Any]]:
+    """Give the dataset's windows with other shallow features, measured as `CTCData` does."""
+    frames = frames_of(data)
+    measured = {name: _measure(data, name, frames, props) for name in dict.fromkeys(folders)}
+    windows = []
+    for window, owner in zip(data.windows, owners_of(data, folders), strict=True):
+        regions = measured[list(measured)[owner]][window["t1"] : window["t1"] + data.window_size]
+        windows.append({**window, "wrfeat": _wrfeat.WRFeatures.concat(regions)})
+    return windows
+
+
+def _measure(data: Any, folder: str, frames: TiffSeries, props: Props) -> list[Any]:
+    masks = DetectionMasks(data.det_masks[folder], planar=False)
+    measured = []
+    for t in range(len(frames)):
+        image = normalize(frames[t].astype(np.float32)).reshape(masks[t].shape)
+        regions = _wrfeat.WRFeatures.from_mask_img(
+            masks[t][None], image[None], properties="regionprops", t_start=t
+        )
+        for name in set(regions.features) - set(SHALLOW_FEATURES[props]):
+            del regions.features[name]
+        measured.append(regions)
+    return measured
