@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,47 +13,100 @@ from ..key import Keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Some keys, as two halves, sorted, and where each of them is."""
+
+    high: NDArray[np.uint64]
+    low: NDArray[np.uint64]
+    pack: NDArray[np.int32]
+    row: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    @classmethod
+    def merge(cls, runs: Iterable[_Run]) -> _Run:
+        """Give one run with the keys of several."""
+        high, low, pack, row = (
+            np.concatenate(columns)
+            for columns in zip(*((r.high, r.low, r.pack, r.row) for r in runs), strict=True)
+        )
+        order = np.argsort(high, kind="stable")  # linear where the parts are sorted already
+        if (high[order][1:] == high[order][:-1]).any():
+            order = np.lexsort((low, high))
+        return cls(high[order], low[order], pack[order], row[order])
+
+    def drop(self, numbers: NDArray[np.int32]) -> _Run:
+        """Give each pack the number that it has now, and leave out those that have -1."""
+        pack = numbers[self.pack]
+        kept = pack >= 0
+        return _Run(self.high[kept], self.low[kept], pack[kept], self.row[kept])
+
+    def find_into(
+        self,
+        pack: NDArray[np.int32],
+        row: NDArray[np.int32],
+        high: NDArray[np.uint64],
+        low: NDArray[np.uint64],
+    ) -> None:
+        """Fill in where keys are that have not been found yet."""
+        if not len(self):
+            return
+        last = len(self) - 1
+        place = np.searchsorted(self.high, high)
+        at = np.minimum(place, last)
+        while (going := (place <= last) & (self.high[at] == high) & (pack < 0)).any():
+            hit = going & (self.low[at] == low)
+            pack[hit], row[hit] = self.pack[at[hit]], self.row[at[hit]]
+            place = place + 1
+            at = np.minimum(place, last)
+
+
+@dataclass(frozen=True, eq=False)
 class Index:
-    """An immutable table from keys to (pack, row), sorted by key.
+    """An immutable table from keys to (pack, row).
 
     Adding or dropping packs gives a new index, so a reader that holds one is never disturbed.
+    The keys lie in sorted runs, each at least twice as long as the next, so that adding a pack
+    costs little however many records there are.
     """
 
     packs: tuple[str, ...] = ()
-    _high: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    _low: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    _pack: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    _row: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    _runs: tuple[_Run, ...] = ()
 
     def __len__(self) -> int:
         """Count the different keys."""
-        same = (self._high[1:] == self._high[:-1]) & (self._low[1:] == self._low[:-1])
-        return len(self._high) - int(np.count_nonzero(same))
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        if not self._runs:
+            return 0
+        run = self._runs[0] if len(self._runs) == 1 else _Run.merge(self._runs)
+        same = (run.high[1:] == run.high[:-1]) & (run.low[1:] == run.low[:-1])
+        return len(run) - int(np.count_nonzero(same))
 
     def add(self, packs: Mapping[str, Keys]) -> Index:
         """Give the index with more packs, by name."""
         if not packs:
             return self
-        numbers = range(len(self.packs), len(self.packs) + len(packs))
-        halves = [np.ascontiguousarray(keys).view(">u8").reshape(-1, 2) for keys in packs.values()]
-        parts = list(zip(numbers, halves, strict=True))
-        high = np.concatenate([self._high, *(h[:, 0] for _, h in parts)]).astype(np.uint64)
-        low = np.concatenate([self._low, *(h[:, 1] for _, h in parts)]).astype(np.uint64)
-        pack = np.concatenate([self._pack, *(np.full(len(h), n, np.int32) for n, h in parts)])
-        row = np.concatenate([self._row, *(np.arange(len(h), dtype=np.int32) for _, h in parts)])
-        return Index((*self.packs, *packs), *_sorted(high, low, pack, row))
+        parts = [_run_of(keys, len(self.packs) + i) for i, keys in enumerate(packs.values())]
+        runs = [*self._runs]
+        size = sum(map(len, parts))
+        while runs and len(runs[-1]) < 2 * size:
+            size += len(runs[-1])
+            parts.insert(0, runs.pop())
+        return Index((*self.packs, *packs), (*runs, _Run.merge(parts)))
 
     def drop(self, names: set[str]) -> Index:
         """Give the index without the packs named."""
         if names.isdisjoint(self.packs):
             return self
         kept = [i for i, name in enumerate(self.packs) if name not in names]
-        renumbered = np.full(len(self.packs), -1, np.int32)
-        renumbered[kept] = np.arange(len(kept), dtype=np.int32)
-        pack = renumbered[self._pack]
-        rows = pack >= 0
-        columns = self._high[rows], self._low[rows], pack[rows], self._row[rows]
-        return Index(tuple(self.packs[i] for i in kept), *columns)
+        numbers = np.full(len(self.packs), -1, np.int32)
+        numbers[kept] = np.arange(len(kept), dtype=np.int32)
+        runs = tuple(run.drop(numbers) for run in self._runs)
+        return Index(tuple(self.packs[i] for i in kept), runs)
 
     def find(self, keys: Keys) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Locate many keys at once.
@@ -66,28 +120,22 @@ class Index:
         pack, row : (m,) int32 each
             Numbers in `packs` and rows there; -1 where there is no such key.
         """
-        wanted = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2).astype(np.uint64)
-        high, low = wanted[:, 0], wanted[:, 1]
-        pack, row = np.full(len(wanted), -1, np.int32), np.full(len(wanted), -1, np.int32)
-        if not len(self._high):
-            return pack, row
-        place = np.searchsorted(self._high, high)
-        at = np.minimum(place, len(self._high) - 1)
-        while (going := (place < len(self._high)) & (self._high[at] == high) & (pack < 0)).any():
-            hit = going & (self._low[at] == low)
-            pack[hit], row[hit] = self._pack[at[hit]], self._row[at[hit]]
-            place = place + 1
-            at = np.minimum(place, len(self._high) - 1)
+        high, low = _halves(keys)
+        pack, row = np.full(len(high), -1, np.int32), np.full(len(high), -1, np.int32)
+        for run in self._runs:
+            run.find_into(pack, row, high, low)
         return pack, row
 
 
-def _sorted(
-    high: NDArray[np.uint64],
-    low: NDArray[np.uint64],
-    pack: NDArray[np.int32],
-    row: NDArray[np.int32],
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]:
-    order = np.argsort(high, kind="stable")
-    if (high[order][1:] == high[order][:-1]).any():
-        order = np.lexsort((low, high))
-    return high[order], low[order], pack[order], row[order]
+def _halves(keys: Keys) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Read each key as two numbers that sort as its bytes do."""
+    halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2).astype(np.uint64)
+    return halves[:, 0], halves[:, 1]
+
+
+def _run_of(keys: Keys, number: int) -> _Run:
+    """Give the keys of one pack, not sorted yet."""
+    high, low = _halves(keys)
+    return _Run(
+        high, low, np.full(len(high), number, np.int32), np.arange(len(high), dtype=np.int32)
+    )
