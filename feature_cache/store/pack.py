@@ -21,6 +21,7 @@ import json
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,34 @@ def read_provenance(pack: Path) -> dict[str, Any]:
     return provenance
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Records of one pack that lie one after the other.
+
+    Attributes
+    ----------
+    features : (R, C), or one grid, read-only
+    labels : (R,) int32; None for a grid
+    offsets : (n + 1,) int64; None for a grid
+        Record i has rows offsets[i] to offsets[i + 1].
+    """
+
+    features: AnyArray
+    labels: NDArray[np.int32] | None
+    offsets: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        """Count the records."""
+        return 1 if self.offsets is None else len(self.offsets) - 1
+
+    def record(self, number: int) -> Record:
+        """Give one of the records."""
+        if self.offsets is None or self.labels is None:
+            return Record(self.features, None)
+        rows = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
+        return Record(self.features[rows], self.labels[rows])
+
+
 class Pack:
     """A pack opened for reading.
 
@@ -274,29 +303,40 @@ class Pack:
             self.features.check_size(self.path / "features", size)
 
     def record(self, row: int) -> Record:
-        """Give record `row`, verified.
+        """Give record `row`, verified. Errors as `spans`."""
+        return self.spans(row, row + 1)[0].record(0)
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """Give records `start` to `stop`, verified: regions as one span, grids as one each.
 
         Raises
         ------
         CorruptRecordError
-            If it is not what was written.
+            One of them is not what was written.
         """
         self.used = True
-        record = self._read(row)
-        if not (self._verified[row] and self.features.raw):
-            if record_checksum(self.keys[row].tobytes(), record) != int(self.checksums[row]):
-                raise CorruptRecordError(
-                    f"record {self.keys[row].tobytes().hex()} in {self.path} fails its checksum: "
-                    "its bytes changed since it was written"
-                )
-            self._verified[row] = True
-        return record
-
-    def _read(self, row: int) -> Record:
         if self._offsets is None or self._labels is None:
-            return Record(self._grid(row), None)
-        start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
-        return Record(self._rows(start, stop), self._labels[start:stop])
+            spans = [Span(self._grid(row), None, None) for row in range(start, stop)]
+        else:
+            bounds = self._offsets[start : stop + 1]
+            first, last = int(bounds[0]), int(bounds[-1])
+            spans = [Span(self._rows(first, last), self._labels[first:last], bounds - first)]
+        if not (self.features.raw and self._verified[start:stop].all()):
+            records = (span.record(i) for span in spans for i in range(len(span)))
+            for row, record in zip(range(start, stop), records, strict=True):
+                self._verify(row, record)
+        return spans
+
+    def _verify(self, row: int, record: Record) -> None:
+        if self.features.raw and self._verified[row]:
+            return
+        key = self.keys[row].tobytes()
+        if record_checksum(key, record) != int(self.checksums[row]):
+            raise CorruptRecordError(
+                f"record {key.hex()} in {self.path} fails its checksum: "
+                "its bytes changed since it was written"
+            )
+        self._verified[row] = True
 
     def _rows(self, start: int, stop: int) -> AnyArray:
         if not self.features.raw:

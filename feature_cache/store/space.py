@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from .files import (
     writing,
 )
 from .index import Index
-from .pack import Pack, read_keys
+from .pack import Pack, Span, read_keys
 from .process import Presence, join
 from .writer import Entry, write_pack
 
@@ -181,42 +182,75 @@ class Space:
 
     def find(self, keys: Keys) -> list[Record | None]:
         """Read records as `read` does; one lost to damage is None in mode ``"r"`` as well."""
-        self._join()
         records: list[Record | None] = [None] * len(keys)
-        with reading(self.path), self._lock:
-            self._read_into(records, keys, np.arange(len(keys)))
-            absent = np.flatnonzero([record is None for record in records])
-            if len(absent):
-                self.refresh()
-                self._read_into(records, keys, absent)
+        for first, span in self.gather(keys):
+            for number in range(len(span)):
+                records[first + number] = span.record(number)
+        absent = [i for i, record in enumerate(records) if record is None]
+        if absent:
+            self.refresh()
+            for first, span in self.gather(keys[absent]):
+                for number in range(len(span)):
+                    records[absent[first + number]] = span.record(number)
         return records
 
-    def _read_into(
-        self, records: list[Record | None], keys: Keys, places: NDArray[np.integer[Any]]
-    ) -> None:
-        index = self._index
-        packs, rows = index.find(keys[places])
-        last = -1
-        for place, pack, row in zip(places.tolist(), packs.tolist(), rows.tolist(), strict=True):
-            if pack >= 0:
-                name = index.packs[pack]
-                records[place] = self._read_row(name, row, check_size=pack != last)
-                last = pack
+    def gather(self, keys: Keys) -> list[tuple[int, Span]]:
+        """Read what is known to be in this folder, records that lie side by side at once, verified.
 
-    def _read_row(self, name: str, row: int, *, check_size: bool) -> Record | None:
+        Parameters
+        ----------
+        keys : (m, 16) uint8
+
+        Returns
+        -------
+        list of (int, Span)
+            A span holds the records of keys[i : i + len(span)]. What no span holds is not here, or
+            damaged, or not yet known of: `find` looks further.
+        """
+        self._join()
+        with reading(self.path), self._lock:
+            return list(self._gather(keys))
+
+    def _gather(self, keys: Keys) -> Iterator[tuple[int, Span]]:
+        index = self._index
+        packs, rows = index.find(keys)
+        apart = (packs[1:] != packs[:-1]) | (rows[1:] != rows[:-1] + 1)
+        bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(keys)]
+        last = -1
+        for first, end in pairwise(bounds):
+            if end == first or (number := int(packs[first])) < 0:
+                continue
+            row, name = int(rows[first]), index.packs[number]
+            yield from self._read_spans(first, name, row, row + end - first, number != last)
+            last = number
+
+    def _read_spans(
+        self, place: int, name: str, start: int, stop: int, check_size: bool
+    ) -> Iterator[tuple[int, Span]]:
+        """Read rows of one pack, those before a damaged one as well; give where each belongs."""
+        try:
+            spans = self._spans_of(name, start, stop, check_size)
+        except FileNotFoundError:
+            self._forget(name)
+        except CorruptRecordError as error:
+            if stop - start == 1:
+                self.condemn(name, error)
+            else:
+                for row in range(start, stop):
+                    yield from self._read_spans(place + row - start, name, row, row + 1, True)
+        else:
+            for span in spans:
+                yield place, span
+                place += len(span)
+
+    def _spans_of(self, name: str, start: int, stop: int, check_size: bool) -> list[Span]:
         if (pack := self._packs.get(name)) is not None:
             with suppress(FileNotFoundError, CorruptRecordError):
                 if check_size:
                     pack.check_mapped()
-                return pack.record(row)
+                return pack.spans(start, stop)
             # Another process may have set this pack aside since, and written it anew.
-        try:
-            return self._open(name).record(row)
-        except FileNotFoundError:
-            self._forget(name)
-        except CorruptRecordError as error:
-            self.condemn(name, error)
-        return None
+        return self._open(name).spans(start, stop)
 
     def _open(self, name: str) -> Pack:
         self._packs.pop(name, None)

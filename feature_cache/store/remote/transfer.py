@@ -128,18 +128,9 @@ def plan_push(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None
     with reading(root):
         chosen = _choose(_local_spaces(root), spaces)
         here = {name: _local(root, name, spec).pack_names() for name, spec in chosen.items()}
-        there = (
-            {name: remote.pack_names(name) for name in chosen}
-            if remote.version() is not None
-            else {}
-        )
-        missing = find_missing(here, there)
-        places = [
-            PackPlace(space, name, tree_bytes(root / pack_prefix(space, name)))
-            for space, names in missing.items()
-            for name in names
-        ]
-    return TransferPlan(chosen, tuple(places), sum(map(len, here.values())) - len(places))
+        known = remote.version() is not None
+        there = {name: remote.pack_names(name) for name in chosen} if known else {}
+        return _plan(chosen, here, there, lambda *pack: tree_bytes(root / pack_prefix(*pack)))
 
 
 def push(
@@ -197,24 +188,7 @@ def push(
 def plan_pull(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None) -> TransferPlan:
     """Plan what `pull` is to fetch; nothing is changed.
 
-    Parameters
-    ----------
-    root : Path
-        A cache, or none yet.
-    remote : Remote
-    spaces : sequence of str, optional
-        Names; all by default.
-
-    Returns
-    -------
-    TransferPlan
-
-    Raises
-    ------
-    UnknownNameError
-        For a space that is not in the remote.
-    StoreError
-        If the remote is no cache or a newer one, or can't be read.
+    As `plan_push`, of a cache or none yet; the spaces are those of the remote.
     """
     if remote.version() is None:
         raise NotACacheError(f"there is no feature cache at {remote.url}; check the address")
@@ -223,13 +197,21 @@ def plan_pull(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None
     with reading(root):
         local = [_local(root, name, spec) for name, spec in chosen.items()]
         here = {space.name: {*space.pack_names(), *space.retired_names()} for space in local}
-        missing = find_missing(sizes, here)
-    places = [
-        PackPlace(space, name, sizes[space][name])
-        for space, names in missing.items()
+    return _plan(chosen, sizes, here, lambda space, name: sizes[space][name])
+
+
+def _plan(
+    spaces: Mapping[str, Mapping[str, Any]],
+    here: Mapping[str, Collection[str]],
+    there: Mapping[str, Collection[str]],
+    size_of: Callable[[str, str], int],
+) -> TransferPlan:
+    places = tuple(
+        PackPlace(space, name, size_of(space, name))
+        for space, names in find_missing(here, there).items()
         for name in names
-    ]
-    return TransferPlan(chosen, tuple(places), sum(map(len, sizes.values())) - len(places))
+    )
+    return TransferPlan(spaces, places, sum(map(len, here.values())) - len(places))
 
 
 def pull(
@@ -242,32 +224,8 @@ def pull(
 ) -> TransferReport:
     """Fetch the packs that a cache lacks; each is verified as a whole before it is committed.
 
-    Killed or cut off, another call goes on with what is missing; when all is here, nothing is
-    fetched.
-
-    Parameters
-    ----------
-    root : Path
-        A cache, made where there is none.
-    remote : Remote
-    spaces : sequence of str, optional
-        Names; all by default.
-    plan : TransferPlan, optional
-        By `plan_pull`, which this calls itself otherwise.
-    progress : callable, optional
-        Is told of each number of bytes just fetched, by one thread at a time.
-
-    Returns
-    -------
-    TransferReport
-        Packs that are damaged there are not committed and stand under ``failures``.
-
-    Raises
-    ------
-    UnknownNameError
-        For a space that is not in the remote.
-    StoreError
-        If one of the sides is no cache or a newer one, or can't be read or written.
+    Parameters, errors and what is given as `push`, with the sides exchanged: a cache is made where
+    there is none, and packs that are damaged there are not committed.
     """
     plan = plan or plan_pull(root, remote, spaces=spaces)
     Store(root)
