@@ -1,6 +1,17 @@
+from .collation import collate as collate
+from .datamodule import CachedDataModule as CachedDataModule
 from .dataset import CachedConcatDataset as CachedConcatDataset
 from .dataset import CachedCTCData as CachedCTCData
 from .dataset import wrap as wrap
 from .examples import EXAMPLES as EXAMPLES
 from .examples import write_example as write_example
+from .inference import CachedFeatureExtractor as CachedFeatureExtractor
+from .inference import cached_inference as cached_inference
+from .metrics import score_tracks as score_tracks
+from .metrics import write_tracks as write_tracks
+from .patching import patch as patch
 from .shallow import SHALLOW_FEATURES as SHALLOW_FEATURES
+from .training import BestModel as BestModel
+from .training import TrackingModule as TrackingModule
+from .training import association_loss as association_loss
+from .training import make_model as make_model

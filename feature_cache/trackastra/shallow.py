@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from trackastra.data import wrfeat as _wrfeat
 from trackastra.utils import normalize
 
@@ -58,10 +59,15 @@ def _measure(data: Any, folder: str, frames: TiffSeries, props: Props) -> list[A
     measured = []
     for t in range(len(frames)):
         image = normalize(frames[t].astype(np.float32)).reshape(masks[t].shape)
-        regions = _wrfeat.WRFeatures.from_mask_img(
-            masks[t][None], image[None], properties="regionprops", t_start=t
-        )
-        for name in set(regions.features) - set(SHALLOW_FEATURES[props]):
-            del regions.features[name]
-        measured.append(regions)
+        measured.append(measure_regions(masks[t], image, t, props))
     return measured
+
+
+def measure_regions(mask: NDArray[Any], image: NDArray[Any], t: int, props: str | None) -> Any:
+    """Measure the regions of frame `t`: a `WRFeatures`, without features where `props` is None."""
+    known = "regionprops2" if props == "regionprops2" else "regionprops"
+    regions = _wrfeat.WRFeatures.from_mask_img(mask[None], image[None], known, t_start=t)
+    wanted = SHALLOW_FEATURES[props] if props is not None else ()
+    for name in set(regions.features) - set(wanted):
+        del regions.features[name]
+    return regions

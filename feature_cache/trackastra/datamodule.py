@@ -1,0 +1,201 @@
+"""Trackastra's Lightning data module, with cached features; its samplers and loader with epochs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, Dataset
+from trackastra.data import distributed as _distributed
+
+from ..augment import Augmentations
+from ..backbones import load_backbone
+from ..cache import FeatureCache
+from ..dataset import OnMiss
+from .dataset import Geometry, wrap
+from .shallow import Props
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+_logger = logging.getLogger(__name__)
+
+
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Choose other copies in a dataset, or in the parts of a concatenated one, that have copies."""
+    for part in getattr(dataset, "datasets", [dataset]):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+class EpochBatchSampler(_distributed.BalancedBatchSampler):  # type: ignore[misc]
+    """Upstream's balanced batches, and the epoch passed on to the dataset."""
+
+    def __init__(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        self.dataset = dataset
+
+    @property
+    def sampler(self) -> EpochBatchSampler:
+        """Itself: Lightning calls ``set_epoch`` on the sampler of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other copies in the dataset."""
+        set_epoch(self.dataset, epoch)
+
+
+class EpochDistributedSampler(_distributed.BalancedDistributedSampler):  # type: ignore[misc]
+    """Upstream's balanced indices of a rank, and the epoch passed on to the dataset."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle otherwise, and choose other copies in the dataset."""
+        super().set_epoch(epoch)
+        set_epoch(self.dataset, epoch)
+
+
+class LateDataLoader(DataLoader[Any]):
+    """A `DataLoader` that begins to read with its first batch, not when it is iterated.
+
+    Lightning iterates the loader of its first epoch, also after a resume, before it says which
+    epoch that is; workers would read ahead with another.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Give the batches."""
+        yield from super().__iter__()
+
+
+class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
+    """Trackastra's `BalancedDataModule`, its samples with cached features.
+
+    Training samples have augmented copies and validation samples have none. The epoch reaches the
+    copies by itself: which one a sample has is a function of (seed, epoch, index), with any number
+    of workers, persistent or not, and of ranks, and after a resume.
+
+    Parameters
+    ----------
+    input_train, input_val : sequence of path
+        CTC folders.
+    cachedir : path, optional
+        Not used. It is where upstream pickles loaded datasets, under a name made of arguments and
+        not of contents, so that changed movies are served stale.
+    augment : int
+        Level of upstream's augmentation of coordinates, for training.
+    distributed : bool
+        Whether training indices are divided among ranks.
+    dataset_kwargs, sampler_kwargs, loader_kwargs : mapping
+        As upstream.
+    cache, backbone, pooling, augmentations, geometry, additional_props, rotate_features, dtype
+        As `wrap`.
+    on_miss, batch_size, progress
+        As `wrap`. `batch_size` is the number of frames embedded at once.
+    warm : bool
+        Compute all that is missing, in every copy, before training: on one process of each node,
+        while the others wait. Without, it is computed when a sample needs it.
+
+    Attributes
+    ----------
+    datasets : dict
+        ``"train"`` and ``"val"``, once `setup` has loaded them: once a process.
+    """
+
+    def __init__(
+        self,
+        input_train: Sequence[str | os.PathLike[str]],
+        input_val: Sequence[str | os.PathLike[str]],
+        cachedir: str | os.PathLike[str] | None,
+        augment: int,
+        distributed: bool,
+        dataset_kwargs: Mapping[str, Any],
+        sampler_kwargs: Mapping[str, Any],
+        loader_kwargs: Mapping[str, Any],
+        *,
+        cache: FeatureCache | str | os.PathLike[str],
+        backbone: Backbone | str,
+        pooling: str = "mean_patches_exact",
+        augmentations: Augmentations | None = None,
+        geometry: Geometry = "map",
+        additional_props: Props | None = "regionprops2",
+        rotate_features: bool = False,
+        dtype: str = "float16",
+        on_miss: OnMiss = "compute",
+        batch_size: int = 8,
+        progress: bool = True,
+        warm: bool = False,
+    ) -> None:
+        super().__init__(
+            input_train, input_val, None, augment, distributed,
+            dict(dataset_kwargs), dict(sampler_kwargs), dict(loader_kwargs),
+        )  # fmt: skip
+        if cachedir is not None:
+            _logger.info("cachedir %s is not used: its pickles may be stale", cachedir)
+        self.datasets: dict[str, Any] = {}
+        self.warm = warm
+        self._cache, self._backbone, self._augmentations = cache, backbone, augmentations
+        self._options: dict[str, Any] = {
+            "pooling": pooling,
+            "geometry": geometry,
+            "additional_props": additional_props,
+            "rotate_features": rotate_features,
+            "dtype": dtype,
+            "on_miss": on_miss,
+            "batch_size": batch_size,
+            "progress": progress,
+        }
+
+    def prepare_data(self) -> None:
+        """Warm the cache, if that was asked for."""
+        if self.warm:
+            self.setup("fit")
+            for dataset in self.datasets.values():
+                dataset.warm()
+
+    def setup(self, stage: str) -> None:
+        """Load both datasets, if this process has not loaded them.
+
+        Parameters
+        ----------
+        stage : str
+            Makes no difference.
+
+        Raises
+        ------
+        MovieError, FrameError, UnknownNameError, ValueError
+            As `wrap`.
+        """
+        if self.datasets:
+            return
+        super().setup(stage)
+        plain, self.datasets = self.datasets, {}
+        self.datasets = {split: self._wrap(data, split) for split, data in plain.items()}
+
+    def train_dataloader(self) -> LateDataLoader:
+        """Give balanced batches of the training set.
+
+        Raises
+        ------
+        ValueError
+            Sampler and loader have different batch sizes.
+        """
+        data, options = self.datasets["train"], dict(self.loader_kwargs)
+        if self.distributed:
+            sampler = EpochDistributedSampler(data, **self.sampler_kwargs)
+            return LateDataLoader(data, sampler=sampler, **options)
+        batch_sampler = EpochBatchSampler(data, **self.sampler_kwargs)
+        if options.pop("batch_size") != batch_sampler.batch_size:
+            raise ValueError(
+                f"batch_size is {batch_sampler.batch_size} in sampler_kwargs and "
+                f"{self.loader_kwargs['batch_size']} in loader_kwargs: expected the same"
+            )
+        return LateDataLoader(data, batch_sampler=batch_sampler, **options)
+
+    def _wrap(self, data: Any, split: str) -> Any:
+        if not isinstance(self._cache, FeatureCache):
+            self._cache = FeatureCache(self._cache)
+        if isinstance(self._backbone, str):
+            self._backbone = load_backbone(self._backbone)
+        augmentations = self._augmentations if split == "train" else None
+        return wrap(data, self._cache, self._backbone, augmentations=augmentations, **self._options)
