@@ -29,6 +29,7 @@ from .errors import UnknownNameError as UnknownNameError
 from .key import Record as Record
 from .movies import Movie as Movie
 from .pooling import POOLINGS as POOLINGS
+from .service import ReadAhead as ReadAhead
 from .spec import BackboneSpec as BackboneSpec
 from .spec import Normalization as Normalization
 from .spec import SpaceSpec as SpaceSpec

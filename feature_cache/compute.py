@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Pixels = NDArray[np.float32]
+Pixels: TypeAlias = NDArray[np.float32]
+Grid: TypeAlias = NDArray[np.float32]
+"""(gh, gw, C), or (Z, gh, gw, C) for a stack."""
+FindGrids: TypeAlias = Callable[[Sequence["Job"], Draw], Sequence[Grid | None]]
+"""Gives the grids of frames under a draw that need not be embedded, None for the others."""
 
 
 class ConstantFrameWarning(UserWarning):
@@ -121,11 +125,38 @@ def compute_records(
     BackboneError
         The embedding has a wrong shape, or NaN, or does not fit the storage dtype.
     """
+    for job, grid in compute_grids(jobs, Embedder(backbone), draw, batch_size):
+        if isinstance(grid, Exception):
+            raise grid
+        yield make_record(job, grid, spec, draw)
+
+
+def compute_grids(
+    jobs: Iterable[Job],
+    embedder: Embedder,
+    draw: Draw,
+    batch_size: int,
+    *,
+    find: FindGrids | None = None,
+    blame: tuple[type[Exception], ...] = (),
+) -> Iterator[tuple[Job, Grid | Exception]]:
+    """Compute grids in batches, one for each job, in order. Holds one batch at a time.
+
+    Parameters
+    ----------
+    jobs, draw, batch_size
+        As `compute_records`.
+    embedder, blame
+        As `Embedder.embed`.
+    find : callable, optional
+        What it finds is not embedded.
+    """
     for batch in _batches(jobs, batch_size):
-        images = [prepare_frame(job, spec.backbone.normalization) for job in batch]
-        grids = embed_frames(batch, images, backbone, draw)
-        for job, grid in zip(batch, grids, strict=True):
-            yield make_record(job, grid, spec, draw)
+        found = find(batch, draw) if find is not None else [None] * len(batch)
+        missing = [job for job, grid in zip(batch, found, strict=True) if grid is None]
+        fresh = embedder.embed(missing, draw, blame=blame)
+        for job, grid in zip(batch, found, strict=True):
+            yield job, next(fresh) if grid is None else grid
 
 
 def _batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
@@ -153,15 +184,126 @@ def prepare_frame(job: Job, normalization: Normalization) -> Pixels:
     return _slices(normalize(job.frame, normalization, job.where))
 
 
+class Embedder:
+    """Embeds frames, fewer at once where the device's memory does not suffice.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._most_slices: int | None = None
+
+    def embed(
+        self,
+        jobs: Sequence[Job],
+        draw: Draw,
+        images: Sequence[Pixels] | None = None,
+        *,
+        blame: tuple[type[Exception], ...] = (),
+    ) -> Iterator[Grid | Exception]:
+        """Embed whole frames of one shape, as one batch if that can be.
+
+        Parameters
+        ----------
+        jobs : sequence of Job
+        draw : Draw
+        images : sequence of (Z, H, W) float32, optional
+            What `prepare_frame` gives, where that was done before.
+        blame : tuple of Exception types
+            Errors that cost only their frame: the batch is halved, down to the frame to blame.
+
+        Yields
+        ------
+        (gh, gw, C), or (Z, gh, gw, C) for stacks, float32
+            In order; or the error that a frame is to blame for. One for which there is no memory
+            is a BackboneError.
+
+        Raises
+        ------
+        BackboneError
+            The embedding has a wrong shape, or NaN; unless it is among `blame`.
+        """
+        parts = [range(len(jobs))] if jobs else []
+        while parts:
+            part = parts.pop()
+            outcome: list[Grid] | Exception | None = None
+            if self._fits(jobs[part.start], len(part)):
+                chosen = jobs[part.start : part.stop]
+                given = None if images is None else images[part.start : part.stop]
+                outcome = self._attempt(chosen, draw, given, blame)
+            if isinstance(outcome, list):
+                yield from outcome
+            elif isinstance(outcome, Exception) and len(part) == 1:
+                yield outcome
+            else:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+
+    def _fits(self, job: Job, count: int) -> bool:
+        most = self._most_slices
+        return most is None or count == 1 or count * _depth(job.frame) <= most
+
+    def _attempt(
+        self,
+        jobs: Sequence[Job],
+        draw: Draw,
+        images: Sequence[Pixels] | None,
+        blame: tuple[type[Exception], ...],
+    ) -> list[Grid] | Exception:
+        """Embed one batch; where memory ran out, nothing holds on to it."""
+        normalization = self.backbone.spec.normalization
+        try:
+            images = images or [prepare_frame(job, normalization) for job in jobs]
+            return embed_frames(jobs, images, self.backbone, draw)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                return self._lower(jobs, error)
+            if not isinstance(error, blame):
+                raise
+            return error
+
+    def _lower(self, jobs: Sequence[Job], error: Exception) -> BackboneError:
+        """Take fewer frames at once from now on; say what to lower where it was only one."""
+        name, device = self.backbone.spec.name, getattr(self.backbone, "device", "the device")
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        if len(jobs) > 1:
+            fewer = len(jobs) // 2
+            self._most_slices = fewer * _depth(jobs[0].frame)
+            _log.warning(
+                "%s on %s: out of memory with %d frames at once, going on with %d; a batch size "
+                "of %d would have done", name, device, len(jobs), fewer, fewer,
+            )  # fmt: skip
+        first = jobs[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return BackboneError(
+            f"{name} ran out of memory on {device} with one frame, {first.where} of shape "
+            f"{first.frame.shape}: lower its input_size, use dtype bfloat16 or a smaller model, "
+            f"or free the device ({reason})"
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether there is no memory left; torch has several ways to say so."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    said = "out of memory" in text or "can't allocate memory" in text or "alloc_cpu" in text
+    return isinstance(error, RuntimeError) and said
+
+
 def embed_frames(
-    jobs: list[Job], images: list[Pixels], backbone: Backbone, draw: Draw
-) -> list[Pixels]:
+    jobs: Sequence[Job], images: Sequence[Pixels], backbone: Backbone, draw: Draw
+) -> list[Grid]:
     """Embed whole frames of one shape as one batch.
 
     Parameters
     ----------
-    jobs : list of Job
-    images : list of (Z, H, W) float32
+    jobs : sequence of Job
+    images : sequence of (Z, H, W) float32
         Of `prepare_frame`, one for each job; before the draw.
     backbone : Backbone
     draw : Draw
@@ -192,7 +334,7 @@ def _slice_digests(job: Job) -> list[Digest]:
     return [digest_bytes(job.digest, z.to_bytes(4, "big")) for z in range(len(job.frame))]
 
 
-def _check_grids(grids: Pixels, count: int, backbone: Backbone, batch: list[Job]) -> None:
+def _check_grids(grids: Grid, count: int, backbone: Backbone, batch: Sequence[Job]) -> None:
     spec = backbone.spec
     if grids.ndim != 4 or grids.shape[0] != count or grids.shape[3] != spec.width:
         raise BackboneError(
@@ -208,7 +350,7 @@ def _check_grids(grids: Pixels, count: int, backbone: Backbone, batch: list[Job]
         )
 
 
-def make_record(job: Job, grid: Pixels, spec: SpaceSpec, draw: Draw) -> Record:
+def make_record(job: Job, grid: Grid, spec: SpaceSpec, draw: Draw) -> Record:
     """Make a frame's record from its grid: pool it where the space says so, and round it.
 
     Raises

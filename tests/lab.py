@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,11 @@ class Lab:
         return folder
 
     def start(self, *words: object) -> subprocess.Popen[str]:
-        """Start the command line in a process of its own."""
+        """Start the command line in a process, and a process group, of its own."""
         command = [sys.executable, "-m", "feature_cache.cli", *map(str, words)]
         return subprocess.Popen(
             command, cwd=self.root, env=self.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
     def warm(self, cache: str, movies: Sequence[Path], *options: object) -> subprocess.Popen[str]:
@@ -147,6 +147,25 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> str:
     """Send a signal, and wait for the end; give what was said."""
     process.send_signal(number)
     return process.communicate(timeout=120)[1]
+
+
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Send Ctrl-C as a terminal does, to the whole process group; wait for the end of them all."""
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    wait_until(lambda: not members(process.pid), "the last process to end")
+    return said
+
+
+def members(group: int) -> list[str]:
+    """List the processes of a group that still run."""
+    stats = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            stats.append(file.read_text())
+    fields = [stat.rpartition(")")[2].split() for stat in stats]
+    pairs = zip(stats, fields, strict=True)
+    return [stat for stat, (state, _, one, *_) in pairs if int(one) == group and state != "Z"]
 
 
 def lines(folder: Path) -> list[str]:

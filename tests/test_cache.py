@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crowd import content
 from feature_cache import (
+    Augmentations,
+    BackboneError,
     DrawError,
     FeatureCache,
     FrameError,
@@ -313,6 +317,91 @@ class TestFailure:
         assert not (tmp_path / "cache").exists()
 
 
+class TestGrids:
+    POOLED = (
+        {"pooling": "median_patches_exact"},
+        {"pooling": "nearest_patch", "dtype": "float32"},
+    )
+
+    @pytest.mark.parametrize("draw", [None, Augmentations("default", copies=1).draw(1)])
+    def test_what_is_pooled_from_kept_grids_has_the_same_bits(
+        self, cache, small, log, tmp_path, draw
+    ):
+        backbone = FakeBackbone(log=log)
+        cache.get_or_compute(*small, backbone, draw=draw, keep_grids=True)
+        assert computed(log) == 6
+        assert cache.stats()["records"] == 12
+        fresh = FeatureCache(tmp_path / "fresh")
+        other = small[0], np.roll(small[1], 3, axis=2)
+        for options in self.POOLED:
+            expected = fresh.get_or_compute(*other, FakeBackbone(), draw=draw, **options)
+            found = cache.get_or_compute(*other, backbone, draw=draw, **options)
+            assert list(map(content, found)) == list(map(content, expected))
+        assert computed(log) == 6
+        cache.get_or_compute(small[0], None, backbone, pooling=None, draw=draw)  # rounded ones
+        assert computed(log) == 12
+
+    def test_grids_of_a_layer_below(self, cache, small, log, tmp_path):
+        cache.get_or_compute(*small, FakeBackbone(), keep_grids=True)
+        upper = FeatureCache(tmp_path / "upper", layers=[cache.store.root])
+        upper.get_or_compute(*small, FakeBackbone(log=log), pooling="nearest_patch")
+        assert computed(log) == 0
+
+    def test_only_what_is_computed_is_kept_and_once(self, cache, small, log):
+        frames, masks = (np.concatenate([a, a[:2]]) for a in small)
+        masks[-1] = np.roll(masks[-1], 5)
+        movie = cache.movie(frames, masks, FakeBackbone(log=log))
+        movie.compute([0, 1])
+        assert movie.warm(keep_grids=True) == 5  # four new frames, and one in another mask
+        grids = cache.contains(frames, None, movie.backbone, pooling=None, dtype="float32")
+        assert grids == [False, True, True, True, True, True, False, True]
+        again = cache.movie(frames, None, movie.backbone, pooling=None, dtype="float32")
+        again.warm(keep_grids=True)
+        assert cache.stats()["records"] == 7 + 6
+
+    def test_a_damaged_grid_is_computed_again(self, cache, small, log, caplog):
+        backbone = FakeBackbone(log=log)
+        cache.get_or_compute(*small, backbone, keep_grids=True)
+        [grids] = [space for space in cache.spaces() if space.spec["pooling"] is None]
+        for chunk in grids.packs_folder.glob("*/features/c/2/*/*/*"):
+            chunk.write_bytes(b"\x7f" + chunk.read_bytes()[1:])
+        again = FeatureCache(cache.store.root)
+        found = again.get_or_compute(*small, backbone, pooling="nearest_patch")
+        assert "fails its checksum" in caplog.text
+        assert 7 <= computed(log) <= 12
+        assert again.contains(*small, backbone, pooling="nearest_patch") == [True] * 6
+        fresh = FeatureCache(cache.store.root.parent / "fresh")
+        expected = fresh.get_or_compute(*small, FakeBackbone(), pooling="nearest_patch")
+        assert list(map(content, found)) == list(map(content, expected))
+
+
+class Tight(FakeBackbone):
+    """Has memory for a few frames at once."""
+
+    def __init__(self, room, **options):
+        super().__init__(**options)
+        self.room, self.sizes = room, []
+
+    def embed(self, frames):
+        self.sizes.append(len(frames))
+        if len(frames) > self.room:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return super().embed(frames)
+
+
+class TestMemory:
+    def test_a_batch_out_of_memory_is_halved(self, cache, small, caplog):
+        backbone = Tight(2)
+        assert cache.movie(*small, backbone).warm(batch_size=6) == 6
+        assert backbone.sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+        assert "out of memory with 6 frames at once, going on with 3" in caplog.text
+
+    def test_a_frame_out_of_memory_says_what_to_lower(self, cache, small):
+        with pytest.raises(BackboneError, match=r"one frame, frame 0 of shape .* lower"):
+            cache.get_or_compute(*small, Tight(0))
+        assert not list((cache.store.root / "claims").iterdir())
+
+
 def read_in_child(cache, request, queue):
     queue.put(
         (
@@ -336,6 +425,30 @@ def test_another_process_reads_the_same(cache, small, method):
     assert pid != os.getpid()
     assert computed_there == 0
     assert all(np.array_equal(a, b.features) for a, b in zip(features, records, strict=True))
+
+
+def test_a_fork_while_another_thread_opens_a_space(tmp_path, small, monkeypatch):
+    slow, other = (FeatureCache(tmp_path / name) for name in ("slow", "other"))
+    request = make_request(small)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(_):
+        begun.set()
+        go_on.wait()
+
+    monkeypatch.setattr(slow, "space", wait)
+    movies = [cache.movie(*small, request["backbone"]) for cache in (slow, other)]
+    thread = threading.Thread(target=lambda: movies[0].space)
+    thread.start()
+    begun.wait()
+    child = multiprocessing.get_context("fork").Process(target=lambda: movies[1].space)
+    child.start()
+    child.join(60)
+    ended = child.exitcode
+    child.kill()
+    go_on.set()
+    thread.join()
+    assert ended == 0
 
 
 def test_a_pickled_cache_holds_no_data(cache, small):

@@ -21,7 +21,7 @@ LAYERS = [
     {"key"},
     {"store", "compute", "explain"},
     {"cache"},
-    {"warm", "geometry", "doctor", "service"},
+    {"warm", "geometry", "doctor", "service", "batch"},
     {"dataset", "cli"},
     {"trackastra"},
 ]

@@ -26,6 +26,7 @@ from feature_cache import (
     MissingRecordError,
     ServiceError,
 )
+from feature_cache.cache import grid_spec
 from feature_cache.service import Misses, StandIn, close_all, engine, list_servers, open_host
 from feature_cache.service.client import hurry
 from feature_cache.service.misses import plan_block
@@ -33,6 +34,7 @@ from feature_cache.service.progress import Progress
 from feature_cache.testing import FakeBackbone
 from serving import (
     FRAMES,
+    WINDOW,
     Windows,
     damage,
     embeddings,
@@ -202,6 +204,16 @@ def test_blocks_go_on_to_what_is_there(tmp_path):
     movie.compute([9])
     assert plan_block(movie, [4, 5], 8) == [4, 5, 6, 7, 8]
     assert plan_block(movie, [22, 23], 8) == [22, 23]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_missing_is_pooled_from_stored_grids(tmp_path, log, expected, workers):
+    dataset = make_dataset(tmp_path / "cache", FakeBackbone(dim=4, log=log))
+    [movie] = dataset.tokens.movies
+    movie.in_space(grid_spec(movie.spec.backbone)).warm()
+    assert len(embeddings(log)) == FRAMES
+    check(make_loader(dataset, workers, "fork"), expected)
+    assert embeddings(log).total() == FRAMES
 
 
 def test_the_dataset_is_small_and_has_no_weights_when_it_is_pickled(tmp_path):
@@ -554,6 +566,16 @@ def test_read_ahead_that_fails_fails_nobody(tmp_path, caplog):
     dataset.prefetch([18])
     assert wait_until(lambda: dataset.tokens.movies[0].cache.counter.total.computed == 3)
     _ = dataset[0]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_hits_in_workers_are_counted(tmp_path, method):
+    dataset = make_dataset(tmp_path / "cache")
+    dataset.warm()
+    cache = dataset.tokens.movies[0].cache
+    samples = len(list(make_loader(dataset, 2, method)))
+    assert cache.stats(lifetime=True)["hits"] == samples * WINDOW
+    assert cache.stats()["hits"] == 0
 
 
 def test_misses_of_many_threads(tmp_path, log, expected):

@@ -20,8 +20,10 @@ import yaml
 from crowd import content
 from feature_cache import Augmentations, FeatureCache, Movie, movies
 from feature_cache import backbones as registry
+from feature_cache.cache import commits
 from feature_cache.cli import main, progress
-from feature_cache.errors import MissingRecordError, MovieError, UnknownNameError
+from feature_cache.errors import MissingRecordError, MovieError, StoreError, UnknownNameError
+from feature_cache.store.remote import Remote
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import (
     Failure,
@@ -155,6 +157,23 @@ class TestPlan:
         assert plan_warm(cache, [Source(str(root))], FakeBackbone()).missing == 6
         assert not (cache.store.root / "spaces").exists()
 
+    def test_time_is_estimated_from_the_last_run(self, small_folder, tmp_path, monkeypatch):
+        monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
+        movie, backbone = Movie.open(small_folder(frames=20)), FakeBackbone()
+        first = plan_warm(FeatureCache(tmp_path / "one"), [movie], backbone, dense="original")
+        assert (first.seconds, first.to_json()["estimated_seconds"]) == (None, None)
+        run_warm(first)
+        two = FeatureCache(tmp_path / "two")
+        plan = plan_warm(two, [movie], backbone, pooling=["nearest_patch", None])
+        assert plan.rate > 0
+        assert plan.seconds == 20 / plan.rate
+        pooled = plan_warm(first.cache, [movie], backbone, pooling="nearest_patch")
+        assert (pooled.missing, pooled.seconds) == (20, 0)
+        assert plan_warm(two, [movie], FakeBackbone(3)).seconds is None
+        [file] = (tmp_path / "memo").glob("*.rate")
+        file.write_text("{")
+        assert plan_warm(two, [movie], backbone).seconds is None
+
     def test_command(self, command, small_folder):
         root = small_folder()
         words = ("warm", root, "--cache", "cache", "--backbone", "debug/random", "--plan")
@@ -282,7 +301,7 @@ class TestFailures:
         plan = plan_warm(cache, [Movie.open(small_folder(frames=30))], backbone)
         report = run_warm(plan, batch_size=8)
         assert (report.computed, report.failed) == (30, 0)
-        assert "going on with 2 at once; --batch-size 2 would have done" in caplog.text
+        assert "going on with 2; a batch size of 2 would have done" in caplog.text
         assert backbone.sizes[:3] == [8, 4, 2]
         assert sum(size > 3 for size in backbone.sizes) <= 3
 
@@ -290,7 +309,7 @@ class TestFailures:
         backbone = Troubled(room=0)
         report = run_warm(plan_warm(cache, [Movie.open(small_folder())], backbone))
         assert (report.computed, report.failed) == (0, 6)
-        assert "lower the input size or the compute dtype" in report.failures[0].reason
+        assert "lower its input_size, use dtype bfloat16" in report.failures[0].reason
         assert not list((cache.store.root / "claims").iterdir())
 
     def test_a_frame_that_changes_or_goes_costs_itself(self, cache, small_folder):
@@ -406,6 +425,48 @@ class TestBudget:
         assert again.present == report.computed
         assert run_warm(again, max_bytes=budget).computed <= 2
         assert run_warm(again, max_bytes=10**9).failed == 0
+
+
+class TestPush:
+    def test_a_remote_gets_each_pack_when_it_is_committed(
+        self, cache, small_folder, tmp_path, monkeypatch
+    ):
+        url, movie = f"file://{tmp_path}/remote", Movie.open(small_folder())
+        run_warm(plan_warm(cache, [movie], FakeBackbone()))
+        monkeypatch.setattr(commits, "COMMIT_BYTES", 1)
+        there, embed = list[int](), FakeBackbone.embed
+
+        def look(*words: Any) -> torch.Tensor:
+            there.append(len(list((tmp_path / "remote").rglob("packs/*/zarr.json"))))
+            return embed(*words)
+
+        monkeypatch.setattr(FakeBackbone, "embed", look)
+        backbone = FakeBackbone(seconds_per_frame=0.05)
+        plan = plan_warm(cache, [movie], backbone, pooling="nearest_patch")
+        assert run_warm(plan, batch_size=1, push=url).failures == ()
+        assert there[0] == 1  # what was there before
+        assert there[-1] > 1
+        assert contents(tmp_path / "cache") == contents(tmp_path / "remote")
+
+    def test_what_can_not_be_sent_stays_and_is_sent_the_next_time(
+        self, command, small_folder, tmp_path, monkeypatch, caplog
+    ):
+        def fail(*_: Any, **__: Any) -> None:
+            raise StoreError("nobody listens")
+
+        words = ("warm", small_folder(), "--cache", "cache", "--backbone", "debug/random")
+        words += ("--json", "--push", f"file://{tmp_path}/remote")
+        with monkeypatch.context() as patch:
+            patch.setattr(Remote, "push_pack", fail)
+            code, out, _ = command(*words)
+        report = json.loads(out)
+        assert (code, report["computed"], report["failed"]) == (1, 6, 0)
+        assert "not all of it there: nobody listens" in report["errors"][0]["reason"]
+        assert "1 packs wait to be sent" in caplog.text
+        code, out, _ = command(*words)
+        assert (code, json.loads(out)["present"]) == (0, 6)
+        assert contents(tmp_path / "cache") == contents(tmp_path / "remote")
+        assert command(*words[:-1], "ftp://remote")[0] == 2
 
 
 MEMORY = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from feature_cache import FeatureCache
 from feature_cache.store.maintenance import verify
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import cluster, find_sources, plan_warm, run_warm
-from lab import Lab, contents, counts, end, finish, lines, wait_until
+from lab import Lab, contents, counts, end, finish, interrupt, lines, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -140,17 +139,27 @@ def test_a_budget_holds_on_a_cluster(lab: Lab) -> None:
     assert "--max-size 300,000" in report["errors"][-1]["reason"]
 
 
-def test_a_run_that_is_stopped_commits_what_is_computed(lab: Lab) -> None:
-    movie = lab.write_movie("movie", 200, 0)
+@pytest.mark.parametrize("options", [(), ("--local-workers", 2)], ids=["alone", "two workers"])
+def test_ctrl_c_commits_what_is_computed(lab: Lab, options: tuple[object, ...]) -> None:
+    movie = lab.write_movie("movie", 400, 0)
     logs = lab.logs("logs", 0.02)
-    process = lab.warm("cache", [movie], "--batch-size", 4)
+    process = lab.warm("cache", [movie], "--batch-size", 4, *options)
     wait_until(lambda: len(lines(logs)) > 50, "the middle of the work")
-    embedded = len(lines(logs))
-    started = time.monotonic()
-    end(process, signal.SIGINT)
-    assert time.monotonic() - started < 10
+    interrupt(process)
+    assert process.returncode == 130
     there = len(contents(lab.root / "cache"))
-    assert embedded - 4 <= there < 200
+    lost = len(lines(logs)) - there
+    print(f"{there} records, {lost} embedded and lost")
+    assert lost <= (0 if options else 4)  # alone, the batch that it is at
+    assert 40 < there < 400
     assert not list((lab.root / "cache" / "claims").iterdir())
     report = finish(lab.warm("cache", [movie]))
-    assert (report["present"], report["computed"]) == (there, 200 - there)
+    assert (report["present"], report["computed"]) == (there, 400 - there)
+
+
+def test_workers_send_what_they_write(lab: Lab) -> None:
+    movies = [lab.write_movie(f"movie{i}", 70, i) for i in range(2)]
+    remote = lab.root / "remote"
+    report = finish(lab.warm("cache", movies, "--local-workers", 2, "--push", f"file://{remote}"))
+    assert (report["computed"], report["errors"]) == (140, [])
+    assert contents(remote) == contents(lab.root / "cache")

@@ -146,6 +146,7 @@ class FeatureCache:
         draw: Draw | None = None,
         dtype: str = "float16",
         batch_size: int = 8,
+        keep_grids: bool = False,
     ) -> list[Record]:
         """Give one record a frame, in order; compute and commit what is missing.
 
@@ -163,8 +164,8 @@ class FeatureCache:
             The augmentation, by default none.
         dtype : str
             Storage dtype: ``"float16"`` or ``"float32"``.
-        batch_size : int
-            Frames embedded at once.
+        batch_size, keep_grids
+            As `MovieFeatures.compute`.
 
         Returns
         -------
@@ -184,7 +185,7 @@ class FeatureCache:
             The cache can't be read or written.
         """
         movie = self.movie(frames, masks, backbone, pooling=pooling, draw=draw, dtype=dtype)
-        return movie.get_or_compute(batch_size=batch_size)
+        return movie.get_or_compute(batch_size=batch_size, keep_grids=keep_grids)
 
     def get(
         self,
@@ -244,7 +245,8 @@ class FeatureCache:
         ----------
         lifetime : bool
             Count hits, misses and computed records of all processes that ever used the cache,
-            instead of those of this object in this process.
+            instead of those of this object in this process. Hits in DataLoader workers are there:
+            a worker counts its own, and keeps them every few seconds and when it ends.
 
         Returns
         -------

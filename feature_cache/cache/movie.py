@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,9 +74,11 @@ class MovieFeatures:
     memo: Memo = field(default_factory=Memo, repr=False)
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
+    _space: Space | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading; files name their movie."""
+        self._space_digest = self.spec.digest
         if not self.name and isinstance(self.frames, TiffSeries):
             self.name = self.frames.folder
         if self.spec.pooling is None:
@@ -104,7 +106,7 @@ class MovieFeatures:
         digests = self._digests
         if spec.pooling is None:
             digests = {t: (frame, None) for t, (frame, _) in digests.items()}
-        return replace(self, spec=spec, _digests=digests, _keys={})
+        return replace(self, spec=spec, _digests=digests, _keys={}, _space=None)
 
     def know(self, digests: Mapping[int, tuple[Digest, Digest | None]]) -> None:
         """Take digests of frames and masks that another process made of the same files."""
@@ -112,16 +114,15 @@ class MovieFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "space"}
+        return {**self.__dict__, "_space": None}
 
-    @cached_property
+    @property
     def space(self) -> Space:
         """The space in the store, shared by all movies of one spec."""
-        return self.cache.space(self.spec)
-
-    @cached_property
-    def _space_digest(self) -> Digest:
-        return self.spec.digest
+        # Not a cached_property: Python 3.11 locks it, for good in a child forked meanwhile.
+        if self._space is None:
+            self._space = self.cache.space(self.spec)
+        return self._space
 
     def digests(self, t: int) -> tuple[Digest, Digest | None]:
         """Give the digests of frame `t` and of its mask; reads what the memo doesn't know.
@@ -193,9 +194,15 @@ class MovieFeatures:
         return records
 
     def get_or_compute(
-        self, indices: Sequence[int] | None = None, *, batch_size: int = 8
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        batch_size: int = 8,
+        keep_grids: bool = False,
     ) -> list[Record]:
         """Read records of some frames, by default all; compute and commit what is missing.
+
+        Parameters as `compute`.
 
         Raises
         ------
@@ -206,13 +213,15 @@ class MovieFeatures:
         records = self.get(wanted)
         absent = [t for t, record in zip(wanted, records, strict=True) if record is None]
         if absent:
-            self.compute(absent, batch_size=batch_size)
+            self.compute(absent, batch_size=batch_size, keep_grids=keep_grids)
             fresh = dict(zip(absent, self.space.read(self.keys(absent)), strict=True))
             records = [fresh[t] if r is None else r for t, r in zip(wanted, records, strict=True)]
         return [self.expect(t, record) for t, record in zip(wanted, records, strict=True)]
 
-    def warm(self, *, batch_size: int = 8) -> int:
+    def warm(self, *, batch_size: int = 8, keep_grids: bool = False) -> int:
         """Compute and commit all that is missing; give the number of records computed.
+
+        Parameters as `compute`.
 
         Raises
         ------
@@ -220,7 +229,9 @@ class MovieFeatures:
         """
         absent = np.flatnonzero(~self.contains()).tolist()
         self.cache.counter.add(Usage(hits=len(self) - len(absent), misses=len(absent)))
-        return self.compute(absent, batch_size=batch_size) if absent else 0
+        if not absent:
+            return 0
+        return self.compute(absent, batch_size=batch_size, keep_grids=keep_grids)
 
     def expect(self, t: int, record: Record | None) -> Record:
         """Give the record of frame `t` just computed or read, or raise if it is gone."""
@@ -236,12 +247,25 @@ class MovieFeatures:
         indices: Sequence[int],
         *,
         batch_size: int = 8,
+        keep_grids: bool = False,
         progress: Progress | None = None,
     ) -> int:
         """Compute and commit those records of some frames that are missing.
 
         Commits every 64 MB or 30 seconds, and what is complete when an error ends it. Records that
-        another process is computing are waited for, as long as that process lives.
+        another process is computing are waited for, as long as that process lives. Where a frame's
+        grid is stored in float32, its record is pooled from it, and the backbone is not called.
+
+        Parameters
+        ----------
+        indices : sequence of int
+        batch_size : int
+            Frames embedded at once; fewer where the device's memory does not suffice.
+        keep_grids : bool
+            Store the grid of what is computed too, in float32: other poolings and other masks
+            then need no backbone.
+        progress : callable, optional
+            Called with the number of records just done.
 
         Returns
         -------
@@ -260,7 +284,7 @@ class MovieFeatures:
             )
         check_batch_size(batch_size)
         unique = list({self.key(t): t for t in reversed(indices)}.values())[::-1]
-        return fill(self, unique, batch_size=batch_size, progress=progress)
+        return fill(self, unique, batch_size=batch_size, progress=progress, keep_grids=keep_grids)
 
     def explain(
         self,

@@ -83,6 +83,10 @@ def warm(
         int | None, typer.Option(min=1, help="Processes to start here, one for each GPU.")
     ] = None,
     max_size: MaxSizeOption = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Send what is committed there: s3://…, file://…"),
+    ] = None,
     log: Annotated[Path | None, typer.Option(help="Append what happens to this file.")] = None,
     report: ReportOption = None,
     layer: LayersOption = [],
@@ -122,7 +126,7 @@ def warm(
         if plan:
             _show_plan(work, as_json, report)
         else:
-            done = _run(work, where, model, batch_size, max_bytes)
+            done = _run(work, where, model, batch_size, max_bytes, push)
             store.counter.save()
             _show_report(done, as_json, report)
 
@@ -191,7 +195,12 @@ def _find_movies(
 
 
 def _run(
-    plan: WarmPlan, where: _Where, model: Backbone, batch_size: int, max_bytes: int | None
+    plan: WarmPlan,
+    where: _Where,
+    model: Backbone,
+    batch_size: int,
+    max_bytes: int | None,
+    push: str | None,
 ) -> WarmReport:
     from ..warm import StoredGrids, run_warm
 
@@ -213,6 +222,7 @@ def _run(
                     progress=progress.update,
                     failed=progress.fail,
                     max_bytes=max_bytes,
+                    push=push,
                 )
         others = [] if stored else [where.load(device) for device in where.devices[1:]]
         return run_warm(
@@ -222,6 +232,7 @@ def _run(
             failed=progress.fail,
             backbones=[model, *others],
             max_bytes=max_bytes,
+            push=push,
         )
 
 
@@ -272,7 +283,7 @@ def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
             f"{report.planned} records: {report.present} were there, {report.computed} computed, "
             f"{report.failed} failed, {report.seconds:.1f} s"
         )
-    if report.failed:
+    if report.failures:
         raise typer.Exit(1 if report.present + report.computed else 2)
 
 

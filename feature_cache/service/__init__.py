@@ -1,5 +1,6 @@
 """Misses computed once, for every process of this host, by the one that owns the device."""
 
+from .ahead import ReadAhead
 from .engine import MEMORY_BYTES, Engine
 from .hosting import Host, close_all, open_host
 from .misses import Misses, StandIn, check_writable
@@ -10,6 +11,7 @@ __all__ = [
     "Engine",
     "Host",
     "Misses",
+    "ReadAhead",
     "StandIn",
     "check_writable",
     "close_all",

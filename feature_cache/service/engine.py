@@ -6,17 +6,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..augment import Draw
-from ..cache.fill import PATIENCE_SECONDS, Commits
-from ..compute import compute_records
+from ..cache import Grids
+from ..cache.commits import Commits
+from ..cache.fill import PATIENCE_SECONDS
+from ..compute import Embedder, Grid, Job, compute_grids, make_record
 from ..errors import BackboneError, FeatureCacheError, MissingRecordError, ServiceError, StoreError
 from ..hashing import DIGEST_BYTES, Digest, canonical_json, digest_json
 from ..key import Keys, Record
@@ -95,8 +96,10 @@ class Engine:
                 if backbone is None:
                     raise MissingRecordError(f"{spec.backbone.name} is not served here")
                 space = self.cache.space(spec)
-                commits = Commits(self.cache, space)
-                self._benches[digest] = Bench(spec, space, backbone, commits)
+                grids = Grids(self.cache, spec.backbone)
+                self._benches[digest] = Bench(
+                    spec, space, Embedder(backbone), Commits(self.cache), grids
+                )
             return self._benches[digest]
 
     def find(self, bench: Bench, keys: Sequence[Digest]) -> list[Future[Record] | None]:
@@ -312,8 +315,8 @@ class Engine:
                 bench.commits.release([ticket.key])
                 self._settle(ticket)
                 ticket.future.set_result(record)
-        for part in _cut(missing, bench.most_slices):
-            self._compute(part)
+        if missing:
+            self._compute(missing)
 
     def _claim(self, bench: Bench, batch: list[Ticket]) -> list[Ticket]:
         won = bench.commits.claim([ticket.key for ticket in batch])
@@ -358,53 +361,26 @@ class Engine:
                 self._deaf[pid] = now + DEAF_SECONDS
 
     def _compute(self, tickets: list[Ticket]) -> None:
-        """Compute a batch; where it fails, its halves, so that each error has its frame."""
-        bench, done = tickets[0].bench, 0
+        """Compute a batch; each error goes to those who asked for its frame."""
+        bench, jobs = tickets[0].bench, [ticket.job for ticket in tickets]
         draw = tickets[0].wanted.draw if tickets[0].wanted else Draw()
-        size = bench.most_slices or tickets[0].batch_size
-        try:
-            jobs = [ticket.job for ticket in tickets]
-            for record in compute_records(jobs, bench.spec, bench.backbone, draw, size):
-                self._deliver(tickets[done], record)
-                done += 1
-        except torch.OutOfMemoryError as error:
-            self._compute_less(tickets[done:], size, error)
-        except Exception as error:  # noqa: BLE001 - it goes to those who asked
-            left = tickets[done:]
-            if len(left) == 1:
-                self._fail(left, _as_ours(error, left[0]))
+        grids = compute_grids(
+            jobs, bench.embedder, draw, tickets[0].batch_size,
+            find=bench.grids.find if bench.spec.pooling is not None else None,
+            blame=(Exception,),
+        )  # fmt: skip
+        for ticket, (job, grid) in zip(tickets, grids, strict=True):
+            try:
+                record = _make_record(job, grid, bench.spec, draw)
+            except Exception as error:  # noqa: BLE001 - it goes to those who asked
+                self._fail([ticket], _as_ours(error, ticket))
             else:
-                for part in _cut(left, -(-len(left) // 2)):
-                    self._compute(part)
-
-    def _compute_less(self, tickets: list[Ticket], size: int, error: BaseException) -> None:
-        """Go on with half as many frames at once, or say what to lower."""
-        bench, first = tickets[0].bench, tickets[0]
-        slices = min(size, len(tickets))
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
-        if slices > 1:
-            bench.most_slices = slices // 2
-            _log.warning(
-                "%s: out of memory with %d frames at once, going on with %d",
-                bench.spec.backbone.name, slices, bench.most_slices,
-            )  # fmt: skip
-            for part in _cut(tickets, bench.most_slices):
-                self._compute(part)
-            return
-        device = getattr(bench.backbone, "device", "the device")
-        reason = BackboneError(
-            f"{bench.spec.backbone.name} ran out of memory on {device} with one frame, "
-            f"{first.job.where} of shape {first.job.frame.shape}: lower its input_size, use "
-            f"dtype bfloat16 or a smaller model, or free the device ({_first_line(error)})"
-        )
-        self._fail(tickets[:1], reason)
-        if tickets[1:]:
-            self._compute(tickets[1:])
+                self._deliver(ticket, record)
 
     def _deliver(self, ticket: Ticket, record: Record) -> None:
         if ticket.wanted is not None:
-            ticket.bench.commits.add(Entry(ticket.key, record, ticket.wanted.provenance))
+            entry = Entry(ticket.key, record, ticket.wanted.provenance)
+            ticket.bench.commits.collect(ticket.bench.space, entry)
         self._settle(ticket, keep=True)
         ticket.future.set_result(record)
         self.progress.add(computed=1)
@@ -428,7 +404,7 @@ class Engine:
             self._changed.notify_all()
 
     def _is_hurried(self, commits: Commits) -> bool:
-        return bool(self._hurried) and any(e.key in self._hurried for e in commits.pending)
+        return bool(self._hurried) and not self._hurried.isdisjoint(commits.pending)
 
     def _commit(self, *, everything: bool = False) -> None:
         for bench in list(self._benches.values()):
@@ -436,7 +412,7 @@ class Engine:
             due = commits.due(COMMIT_SECONDS) or self._is_hurried(commits)
             if not (everything or due):
                 continue
-            keys = [entry.key for entry in commits.pending]
+            keys = list(commits.pending)
             try:
                 commits.flush()
             except StoreError as error:
@@ -460,7 +436,7 @@ class Engine:
                 left = [t for t in self._flight.values() if not t.future.done()]
             self._fail(left, ServiceError("the process that computes has closed"))
             for bench in self._benches.values():
-                bench.commits.release(list(bench.commits.claimed))
+                bench.commits.close()
             self.progress.close()
             self._ended.set()
 
@@ -474,10 +450,10 @@ def _as_rows(keys: Sequence[Digest]) -> Keys:
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
-def _cut(tickets: list[Ticket], size: int | None) -> Iterator[list[Ticket]]:
-    step = size or max(1, len(tickets))
-    for start in range(0, len(tickets), step):
-        yield tickets[start : start + step]
+def _make_record(job: Job, grid: Grid | Exception, spec: SpaceSpec, draw: Draw) -> Record:
+    if isinstance(grid, Exception):
+        raise grid
+    return make_record(job, grid, spec, draw)
 
 
 def _as_ours(error: Exception, ticket: Ticket) -> FeatureCacheError:
@@ -488,7 +464,3 @@ def _as_ours(error: Exception, ticket: Ticket) -> FeatureCacheError:
     ours = BackboneError(f"{name} failed for {ticket.job.where}: {type(error).__name__}: {error}")
     ours.__cause__ = error
     return ours
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

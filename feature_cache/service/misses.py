@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
 
-AHEAD_BLOCKS = 32
+AHEAD_BLOCKS = 256
 """Blocks that may wait to be read ahead; more are passed over."""
 
 _IDLE_SECONDS, _LOOK_SECONDS = 1.0, 1.0
@@ -387,7 +387,8 @@ class _Ahead:
         route = _Route()
         while (ask := self._next()) is not None:
             try:
-                missing = [t for t in ask.block if not ask.movie.contains([t])[0]]
+                there = ask.movie.contains(ask.block).tolist()
+                missing = [t for t, found in zip(ask.block, there, strict=True) if not found]
                 if missing:
                     route.run(_Ask(ask.movie, missing, 0, ask.batch_size, ahead=True))
             except (FeatureCacheError, OSError, ValueError) as error:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..augment import Draw
-from ..cache.fill import Commits
-from ..compute import Job
+from ..cache import Grids
+from ..cache.commits import Commits
+from ..compute import Embedder, Job
 from ..hashing import JSON, Digest
 from ..key import Record
 from ..spec import SpaceSpec
 from ..store import Space
-
-if TYPE_CHECKING:
-    from ..backbones.base import Backbone
 
 FIRST_WAIT_SECONDS = 0.02
 """How soon is looked again for what another process computes."""
@@ -38,14 +35,13 @@ class Wanted:
 
 @dataclass(eq=False, slots=True)
 class Bench:
-    """What one space needs: its spec, its records in the store, its backbone."""
+    """What one space needs: its spec, its records in the store, its backbone, stored grids."""
 
     spec: SpaceSpec
     space: Space
-    backbone: Backbone
+    embedder: Embedder
     commits: Commits
-    most_slices: int | None = None
-    """Slices that fit in the device's memory, where more were found not to."""
+    grids: Grids
 
 
 @dataclass(eq=False, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.util
 import os
 import secrets
 import time
@@ -43,7 +44,7 @@ class Usage:
         return Usage(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
 
     def _values(self) -> tuple[int, ...]:
-        return tuple(asdict(self).values())
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     def to_json(self) -> dict[str, int]:
         """Give the counters by name."""
@@ -113,6 +114,8 @@ class Counter:
         """What this process counted so far."""
         if self._process != os.getpid():
             self._restart()
+            # What saves it when a process ends is passed over in a child of multiprocessing.
+            multiprocessing.util.Finalize(None, self.save, exitpriority=10)
         return self._total
 
     def add(self, usage: Usage) -> None:

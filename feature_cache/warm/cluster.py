@@ -26,10 +26,11 @@ from ..movies import Movie
 from ..store import Usage
 from .commits import Budget
 from .plan import UNIT_FRAMES, Task, Unit, WarmPlan
+from .push import Pushing
 from .report import Failure, FailureListener, Tally, WarmReport
-from .run import check_writable, make_report, over_budget
+from .run import check_writable, finish_push, make_report, over_budget
 from .sources import Source
-from .worker import Order, Outcome, Recipe, compute_order
+from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 
 Client: TypeAlias = Any
 Future: TypeAlias = Any
@@ -40,7 +41,7 @@ RETRIES = 2
 
 _UNITS_PER_THREAD = 3
 _LOOK_SECONDS = 2.0
-_LEAVE_SECONDS = 60.0
+_LEAVE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
 """How long a scheduler may take to answer."""
 
@@ -54,6 +55,7 @@ def run_on_cluster(
     progress: Progress | None = None,
     failed: FailureListener | None = None,
     max_bytes: int | None = None,
+    push: str | None = None,
     unit_frames: int = UNIT_FRAMES,
 ) -> WarmReport:
     """Have workers compute and commit what a plan found missing.
@@ -68,8 +70,8 @@ def run_on_cluster(
     recipe : Recipe or None
         The plan's backbone, by name; None where all is pooled from stored grids.
     client : distributed.Client
-    batch_size, progress, failed, max_bytes
-        As `run_warm`.
+    batch_size, progress, failed, max_bytes, push
+        As `run_warm`. Each worker sends the packs that it writes.
     unit_frames : int
         Frames that a worker is given at once.
 
@@ -79,14 +81,17 @@ def run_on_cluster(
         A movie of the plan can't be found by workers.
     MissingRecordError
         Something is missing, and the cache can only be read.
+    StoreError
+        The remote can't be written.
     """
     started = time.monotonic()
     check_batch_size(batch_size)
     check_writable(plan)
     plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
     tally = Tally(progress, failed)
+    pushing = None if push is None else Pushing(plan.cache, push)
     orders = [
-        (unit, _order(plan, unit, source, recipe, batch_size))
+        (unit, _order(plan, unit, source, recipe, batch_size, push))
         for task in plan.tasks
         for source in [(task.source or _source_of(task)).absolute()]
         for unit in task.units(unit_frames)
@@ -95,6 +100,7 @@ def run_on_cluster(
     _Run(plan, client, tally, budget, orders[::-1]).work_off()
     if budget is not None and budget.spent:
         tally.fail(over_budget(plan, budget.max_bytes, tally))
+    finish_push(pushing, tally)
     return make_report(plan, tally, started)
 
 
@@ -109,7 +115,12 @@ def _source_of(task: Task) -> Source:
 
 
 def _order(
-    plan: WarmPlan, unit: Unit, source: Source, recipe: Recipe | None, batch_size: int
+    plan: WarmPlan,
+    unit: Unit,
+    source: Source,
+    recipe: Recipe | None,
+    batch_size: int,
+    push: str | None,
 ) -> Order:
     task, cache = unit.task, plan.cache
     frames = [t for t, _ in unit.wanted]
@@ -126,6 +137,7 @@ def _order(
         wanted=unit.wanted,
         grids=task.grids.intersection(frames),
         batch_size=batch_size,
+        push=push,
     )
 
 
@@ -171,8 +183,9 @@ class _Run:
             unit, order = self.waiting.pop()
             if self.budget is not None:
                 order = replace(order, max_bytes=self._allowance(window))
+            order = replace(order, name=self._key(unit))
             future = self.client.submit(
-                compute_order, order, key=self._key(unit), retries=RETRIES, pure=True
+                compute_order, order, key=order.name, retries=RETRIES, pure=True
             )
             self.running[future] = unit, order
             future.add_done_callback(self.finished.put)
@@ -241,11 +254,12 @@ class _Run:
                 self.tally.fail(Failure(unit.where, reason, left))
 
     def _leave(self) -> None:
-        """Take back what has not begun, and let what has begun be committed."""
+        """Take back what has not begun; what has begun ends soon, and commits what is computed."""
         with suppress(OSError, CancelledError, RuntimeError):
             begun = {key for keys in self.client.processing().values() for key in keys}
             self.client.cancel([future for future in self.running if future.key not in begun])
             waiting = [future for future in self.running if future.key in begun]
+            self.client.run(stop_orders, [future.key for future in waiting], on_error="ignore")
             until = time.monotonic() + _LEAVE_SECONDS
             while not all(future.done() for future in waiting) and time.monotonic() < until:
                 time.sleep(0.05)
@@ -313,9 +327,10 @@ def open_client(scheduler: str | None = None, local_workers: int | None = None) 
 
 
 def _local_cluster(workers: int) -> Any:
+    preload = ["feature_cache.warm.worker"]  # for its `dask_setup`
     if find_spec("dask_cuda") is not None:
         return import_module("dask_cuda").LocalCUDACluster(
-            n_workers=workers, dashboard_address=None
+            n_workers=workers, dashboard_address=None, preload=preload
         )
     return import_module("distributed").LocalCluster(
         n_workers=workers,
@@ -323,4 +338,5 @@ def _local_cluster(workers: int) -> Any:
         processes=True,
         dashboard_address=None,
         host="127.0.0.1",
+        preload=preload,
     )

@@ -1,4 +1,4 @@
-"""Pooling from grids that are stored, without a model."""
+"""What stands for a model where all is pooled from stored grids."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ..cache import FeatureCache
+from ..cache import GRID_DTYPE, FeatureCache
 from ..errors import BackboneError, MissingRecordError, UnknownNameError
-from ..spec import BackboneSpec, SpaceSpec, describe
-
-GRID_DTYPE = "float32"
-"""Grids in any other dtype are rounded: what is pooled from them has other bits."""
-
-
-def grid_spec(backbone: BackboneSpec) -> SpaceSpec:
-    """Give the space of the grids from which poolings are computed bit by bit."""
-    return SpaceSpec(backbone, None, GRID_DTYPE)
+from ..spec import BackboneSpec, describe
 
 
 class StoredGrids:

@@ -12,30 +12,23 @@ Between them are bounded queues, so that memory does not grow with a movie's len
 from __future__ import annotations
 
 import contextvars
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from ..cache import FeatureCache, MovieFeatures
-from ..compute import Job, embed_frames, make_record, prepare_frame
-from ..errors import BackboneError
+from ..cache import FeatureCache, Grids, MovieFeatures
+from ..compute import Embedder, Grid, Job, Pixels, make_record, prepare_frame
 from ..key import Record
 from .commits import Budget, RunCommits
-from .grids import grid_spec
 from .pipe import Pipe
 from .plan import Unit
+from .push import Pushing
 from .report import PART_FAILS, Failure, Tally
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
-_log = logging.getLogger(__name__)
 _THREADS = 3
 _BATCHES_AHEAD = 3
 
@@ -62,8 +55,8 @@ class _Read:
 
     frame: _Frame
     job: Job
-    image: NDArray[np.float32] | None
-    grid: NDArray[np.floating[Any]] | None
+    image: Pixels | None
+    grid: Grid | None
 
 
 _Pooled = tuple[_Frame, "Future[list[Record]]"]
@@ -77,9 +70,10 @@ class Pipeline:
     cache : FeatureCache
     backbone : Backbone
     batch_size : int
-        Frames embedded at once; halved when the device's memory does not suffice.
+        Frames embedded at once; fewer where the device's memory does not suffice.
     tally : Tally
-    budget : Budget, optional
+    budget, pushing
+        As `RunCommits`.
     claim : bool
         Whether work is claimed, so that nobody else does it.
     """
@@ -92,12 +86,13 @@ class Pipeline:
         batch_size: int,
         tally: Tally,
         budget: Budget | None = None,
+        pushing: Pushing | None = None,
         claim: bool = True,
     ) -> None:
         self.cache, self.backbone, self.batch_size = cache, backbone, batch_size
         self.tally, self.budget, self._claims = tally, budget, claim
-        self._grids = grid_spec(backbone.spec)
-        self._commits = RunCommits(cache, budget)
+        self._embedder, self._grids = Embedder(backbone), Grids(cache, backbone.spec)
+        self._commits = RunCommits(cache, budget, pushing)
         self._ready: Pipe[Future[_Read | Failure]] = Pipe(_BATCHES_AHEAD * batch_size)
         self._done: Pipe[_Pooled] = Pipe(2 * batch_size)
 
@@ -183,18 +178,13 @@ class Pipeline:
         masked = next((v for v in frame.views if v.spec.pooling is not None), frame.views[0])
         try:
             job = masked.job(frame.t)
-            grid = self._stored_grid(masked, frame.t) if frame.stored else None
+            grid = self._grids.find([job], masked.draw)[0] if frame.stored else None
             image = None
             if grid is None:
                 image = prepare_frame(job, self.backbone.spec.normalization)
         except PART_FAILS as error:
             return self._fail(frame, error)
         return _Read(frame, job, image, grid)
-
-    def _stored_grid(self, view: MovieFeatures, t: int) -> NDArray[np.floating[Any]] | None:
-        grids = view.in_space(self._grids)
-        [record] = grids.space.read(grids.keys([t]))
-        return None if record is None else record.features
 
     def _fail(self, frame: _Frame, error: Exception) -> Failure:
         self._commits.release([view.key(frame.t) for view in frame.views])
@@ -215,7 +205,7 @@ class Pipeline:
                     self._embed(batch)
                     batch = []
                 batch.append(read)
-            if self.budget is not None and self.budget.spent:
+            if self.budget is not None and self.budget.is_over:
                 return
         if batch:
             self._embed(batch)
@@ -230,46 +220,19 @@ class Pipeline:
         )
 
     def _embed(self, batch: list[_Read]) -> None:
-        """Embed a batch; one that fails is halved, down to the frame that is to blame."""
+        """Embed a batch; where it fails, the frame that is to blame is left out."""
         jobs = [read.job for read in batch]
         images = [read.image for read in batch if read.image is not None]
-        try:
-            draw = batch[0].frame.unit.task.movie.draw
-            grids = embed_frames(jobs, images, self.backbone, draw)
-        except (*PART_FAILS, MemoryError, RuntimeError) as error:
-            reason = self._explain(error, len(batch))
-            if len(batch) == 1:
-                self.tally.fail(self._fail(batch[0].frame, reason))
-                return
-        else:
-            for read, grid in zip(batch, grids, strict=True):
+        draw = batch[0].frame.unit.task.movie.draw
+        grids = self._embedder.embed(jobs, draw, images, blame=PART_FAILS)
+        for read, grid in zip(batch, grids, strict=True):
+            if isinstance(grid, Exception):
+                self.tally.fail(self._fail(read.frame, grid))
+            else:
                 self._pool_later(read, grid)
-            return
-        half = len(batch) // 2
-        for part in (batch[:half], batch[half:]):
-            self._embed(part)
+        self.tally.add(embedded=len(batch))
 
-    def _explain(self, error: Exception, frames: int) -> Exception:
-        """Give an error of ours, or raise what is none."""
-        if isinstance(error, PART_FAILS):
-            return error
-        if not _is_out_of_memory(error):
-            raise error
-        name, device = self.backbone.spec.name, getattr(self.backbone, "device", "the device")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if frames > 1:
-            self.batch_size = max(1, frames // 2)
-            _log.warning(
-                "out of memory on %s with %d frames: going on with %d at once; --batch-size %d "
-                "would have done", device, frames, self.batch_size, self.batch_size,
-            )  # fmt: skip
-        return BackboneError(
-            f"{device} has not the memory for {name} on a single frame ({error}): lower the "
-            "input size or the compute dtype, take a smaller model, or another device"
-        )
-
-    def _pool_later(self, read: _Read, grid: NDArray[Any]) -> None:
+    def _pool_later(self, read: _Read, grid: Grid) -> None:
         future = self._threads.submit(_here(_pool), read, grid)
         if not self._done.put((read.frame, future)):
             self._ready.break_off()
@@ -308,13 +271,5 @@ def _contained(views: Sequence[MovieFeatures], pairs: Sequence[tuple[int, int]])
     return [found[pair] for pair in pairs]
 
 
-def _pool(read: _Read, grid: NDArray[Any]) -> list[Record]:
+def _pool(read: _Read, grid: Grid) -> list[Record]:
     return [make_record(read.job, grid, view.spec, view.draw) for view in read.frame.views]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether there is no memory left; torch has several ways to say so."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "alloc_cpu" in text

@@ -13,12 +13,13 @@ import numpy as np
 import tifffile
 
 from ..augment import Augmentations, Draw
-from ..cache import FeatureCache, MovieFeatures, Progress
+from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..errors import MovieError, UnknownNameError
 from ..hashing import JSON, Digest
 from ..movies import Movie, TiffSeries
 from ..spec import SpaceSpec
-from .grids import StoredGrids, grid_spec
+from .grids import StoredGrids
+from .rates import recall_rate
 from .report import PART_FAILS, Failure
 from .sources import Source, open_sources
 
@@ -63,6 +64,13 @@ class Task:
     def records(self) -> int:
         """Count the missing records."""
         return sum(map(len, self.missing))
+
+    @property
+    def embeddings(self) -> int:
+        """Count the frames that must go through the backbone."""
+        pairs = zip(self.specs, self.missing, strict=True)
+        dense = {t for spec, missing in pairs if spec.pooling is None for t in missing}
+        return len(dense | {t for missing in self.missing for t in missing} - self.grids)
 
     def views(self) -> tuple[MovieFeatures, ...]:
         """Give the movie in each of its spaces."""
@@ -144,6 +152,8 @@ class WarmPlan:
     present: int
     failures: tuple[Failure, ...]
     rows: tuple[PlanRow, ...] = field(default=(), repr=False)
+    rate: float | None = None
+    """Frames a second, of the last run of this backbone on such a device."""
 
     @property
     def missing(self) -> int:
@@ -172,6 +182,11 @@ class WarmPlan:
         total = sum(size for size, _ in sure)
         return total + (total * unknown // counted if counted else 0)
 
+    @property
+    def seconds(self) -> float | None:
+        """Estimate the time on one device; None where this backbone never ran on such a one."""
+        return None if self.rate is None else sum(t.embeddings for t in self.tasks) / self.rate
+
     def units(self, frames: int = UNIT_FRAMES) -> list[Unit]:
         """Cut all the work into runs of missing frames."""
         return [unit for task in self.tasks for unit in task.units(frames)]
@@ -184,6 +199,7 @@ class WarmPlan:
             "missing": self.missing,
             "from_grids": self.from_grids,
             "estimated_bytes": self.bytes,
+            "estimated_seconds": None if self.seconds is None else round(self.seconds, 1),
             "failed": sum(failure.records for failure in self.failures),
             "rows": [row.to_json() for row in self.rows],
             "errors": [failure.to_json() for failure in self.failures],
@@ -276,8 +292,9 @@ class _Planner:
 
     def plan(self) -> WarmPlan:
         return WarmPlan(
-            self.cache, tuple(self.tasks), self.present, tuple(self.failures), tuple(self.rows)
-        )
+            self.cache, tuple(self.tasks), self.present, tuple(self.failures), tuple(self.rows),
+            recall_rate(self.backbone),
+        )  # fmt: skip
 
     def add(self, movie: Movie, source: Source | None, progress: Progress | None) -> None:
         specs = [self._specs_of(number) for number in range(self.copies.copies + 1)]

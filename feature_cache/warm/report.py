@@ -25,7 +25,8 @@ class Failure:
         A movie or a frame.
     reason : str
     records : int
-        How many records it stands for; 1 for a movie that can't be opened.
+        How many records it stands for; 1 for a movie that can't be opened, 0 for what is
+        computed and could not be sent.
     """
 
     what: str
@@ -85,13 +86,18 @@ class Tally:
         Called with the number of records just done, whoever computed them.
     failed : callable, optional
         Called with each failure.
+
+    Attributes
+    ----------
+    embedded : int
+        Frames that went through a backbone here.
     """
 
     def __init__(
         self, progress: Progress | None = None, failed: FailureListener | None = None
     ) -> None:
         self._progress, self._failed = progress, failed
-        self.computed = self.elsewhere = 0
+        self.computed = self.elsewhere = self.embedded = 0
         self.failures: list[Failure] = []
         self._lock = threading.Lock()
 
@@ -100,9 +106,10 @@ class Tally:
         """Count the records of which the outcome is known."""
         return self.computed + self.elsewhere + sum(f.records for f in self.failures)
 
-    def add(self, *, computed: int = 0, elsewhere: int = 0) -> None:
-        """Count records computed here, and those that others computed."""
+    def add(self, *, computed: int = 0, elsewhere: int = 0, embedded: int = 0) -> None:
+        """Count records computed here, and those that others computed; and frames embedded."""
         with self._lock:
+            self.embedded += embedded
             self.computed += computed
             self.elsewhere += elsewhere
             if self._progress is not None and computed + elsewhere:

@@ -16,6 +16,8 @@ from ..store import Usage
 from .commits import Budget
 from .pipeline import Pipeline
 from .plan import Unit, WarmPlan
+from .push import Pushing
+from .rates import remember_rate
 from .report import Failure, FailureListener, Tally, WarmReport
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def run_warm(
     failed: FailureListener | None = None,
     backbones: Sequence[Backbone] = (),
     max_bytes: int | None = None,
+    push: str | None = None,
 ) -> WarmReport:
     """Compute and commit what a plan found missing.
 
@@ -53,26 +56,39 @@ def run_warm(
         The same backbone on several devices, which share the work; by default the plan's.
     max_bytes : int, optional
         Stop before the packs of the cache take more.
+    push : str, optional
+        A URL, as `FeatureCache.push`: packs are sent there as they are committed, and at the end
+        it has all that the cache has.
 
     Raises
     ------
     MissingRecordError
         Something is missing, and the cache can only be read.
     StoreError
-        The cache can't be written; what was committed stays.
+        The cache can't be written, or the remote can't when the run begins; what was committed
+        stays.
     """
     started = time.monotonic()
     check_batch_size(batch_size)
     check_writable(plan)
     plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
     tally = Tally(progress, failed)
+    pushing = None if push is None else Pushing(plan.cache, push)
     if plan.tasks:
         budget = None if max_bytes is None else Budget.of(plan.cache, max_bytes)
         models = list(backbones) or [plan.tasks[0].movie.backbone]
-        work_off(plan.cache, plan.units(), models, batch_size, tally, budget)
+        work_off(plan.cache, plan.units(), models, batch_size, tally, budget, pushing)
+        remember_rate(models[0], tally.embedded // len(models), time.monotonic() - started)
         if budget is not None and budget.spent:
             tally.fail(over_budget(plan, budget.max_bytes, tally))
+    finish_push(pushing, tally)
     return make_report(plan, tally, started)
+
+
+def finish_push(pushing: Pushing | None, tally: Tally) -> None:
+    """Send what the remote lacks at the end of a run."""
+    for failure in pushing.finish(everything=True) if pushing is not None else ():
+        tally.fail(failure)
 
 
 def make_report(plan: WarmPlan, tally: Tally, started: float) -> WarmReport:
@@ -113,10 +129,11 @@ def work_off(
     batch_size: int,
     tally: Tally,
     budget: Budget | None = None,
+    pushing: Pushing | None = None,
 ) -> None:
     """Compute units; those that other processes are at are waited for, as long as these live."""
     left, pause, since = list(units), _FIRST_WAIT_SECONDS, time.monotonic()
-    while left and not (budget is not None and budget.spent):
+    while left and not (budget is not None and budget.is_over):
         before, waited = sum(unit.records for unit in left), time.monotonic() - since
         claim = waited < fill.PATIENCE_SECONDS
         if not claim:
@@ -126,8 +143,9 @@ def work_off(
 
         def pipeline(backbone: Backbone, claim: bool = claim) -> Pipeline:
             return Pipeline(
-                cache, backbone, batch_size=batch_size, tally=tally, budget=budget, claim=claim
-            )
+                cache, backbone, batch_size=batch_size, tally=tally, budget=budget,
+                pushing=pushing, claim=claim,
+            )  # fmt: skip
 
         left = _run_all([pipeline(backbone) for backbone in backbones], left)
         if sum(unit.records for unit in left) < before:

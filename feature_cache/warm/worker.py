@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..spec import BackboneSpec, SpaceSpec
 from .commits import Budget
 from .grids import StoredGrids
 from .plan import Task, Unit
+from .push import Pushing
 from .report import PART_FAILS, Failure, Tally
 from .run import work_off
 from .sources import Source
@@ -57,8 +59,12 @@ class Order:
         None where all is pooled from stored grids.
     digests : mapping
         Of each frame and its mask, as the plan found them.
+    push : str or None
+        Where the packs are sent.
     max_bytes : int or None
         What this unit may add to the cache.
+    name : str
+        By which `stop_orders` knows it.
     """
 
     root: str
@@ -73,7 +79,9 @@ class Order:
     wanted: tuple[tuple[int, tuple[int, ...]], ...]
     grids: frozenset[int]
     batch_size: int
+    push: str | None = None
     max_bytes: int | None = None
+    name: str = ""
 
     @property
     def frames(self) -> list[int]:
@@ -89,7 +97,7 @@ class Outcome:
     elsewhere: int
     failures: tuple[Failure, ...] = ()
     stopped: bool = False
-    """Whether it stopped as it may add no more bytes."""
+    """Whether it stopped as it may add no more bytes, or was told to."""
 
 
 def compute_order(order: Order) -> Outcome:
@@ -100,21 +108,45 @@ def compute_order(order: Order) -> Outcome:
     BackboneError
         The worker's weights are not those of the plan.
     StoreError
-        The cache can't be written from here.
+        The cache can't be written from here, or the remote can't.
     """
     tally = Tally()
     cache = _open_cache(order.root, order.codec, order.layers)
+    pushing = None if order.push is None else _open_pushing(cache, order.push)
     backbone = _backbone_of(order)
     try:
         task = _bind(cache, backbone, order)
     except PART_FAILS as error:
         records = sum(len(spaces) for _, spaces in order.wanted)
         return Outcome(0, 0, (Failure(order.source.path, str(error), records),))
-    budget = None if order.max_bytes is None else Budget(order.max_bytes, 0)
-    work_off(cache, [Unit(task, order.wanted)], [backbone], order.batch_size, tally, budget)
+    budget = _at_work[order.name] = Budget(
+        _NO_LIMIT if order.max_bytes is None else order.max_bytes, 0
+    )
+    try:
+        units = [Unit(task, order.wanted)]
+        work_off(cache, units, [backbone], order.batch_size, tally, budget, pushing)
+    finally:
+        _at_work.pop(order.name, None)
     cache.counter.save()
-    stopped = budget is not None and budget.spent
-    return Outcome(tally.computed, tally.elsewhere, tuple(tally.failures), stopped)
+    failures = (*tally.failures, *(pushing.finish() if pushing is not None else ()))
+    return Outcome(tally.computed, tally.elsewhere, failures, budget.is_over)
+
+
+_NO_LIMIT = 1 << 62
+_at_work: dict[str, Budget] = {}
+
+
+def stop_orders(names: Collection[str]) -> None:
+    """End orders that this worker is at, soon; what is computed by then is committed."""
+    for name in names:
+        budget = _at_work.get(name)
+        if budget is not None:
+            budget.stopped = True
+
+
+def dask_setup(_: object) -> None:
+    """Leave Ctrl-C, which a terminal sends to all at once, to the process that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _bind(cache: FeatureCache, backbone: Backbone, order: Order) -> Task:
@@ -135,6 +167,11 @@ def _bind(cache: FeatureCache, backbone: Backbone, order: Order) -> Task:
 @lru_cache(maxsize=8)
 def _open_cache(root: str, codec: str, layers: tuple[str, ...]) -> FeatureCache:
     return FeatureCache(root, codec=codec, layers=layers)
+
+
+@lru_cache(maxsize=8)
+def _open_pushing(cache: FeatureCache, url: str) -> Pushing:
+    return Pushing(cache, url)
 
 
 @lru_cache(maxsize=32)

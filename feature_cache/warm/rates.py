@@ -1,0 +1,58 @@
+"""How fast frames were computed on this device the last time: for estimates of time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..hashing import digest_json
+from ..memo import memo_folder, memo_is_off
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+_ENOUGH_FRAMES = 16
+_log = logging.getLogger(__name__)
+
+
+def recall_rate(backbone: Backbone) -> float | None:
+    """Give the frames a second of the last run on such a device; None where there was none."""
+    if memo_is_off():
+        return None
+    try:
+        rate = json.loads(_file_of(backbone).read_text())["frames_per_second"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(rate) if type(rate) in (int, float) and rate > 0 else None
+
+
+def remember_rate(backbone: Backbone, frames: int, seconds: float) -> None:
+    """Remember the pace of a run, in the user's memo; one of a few frames says nothing."""
+    if frames < _ENOUGH_FRAMES or memo_is_off():
+        return
+    file = _file_of(backbone)
+    temporary = file.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"frames_per_second": frames / seconds}))
+        temporary.replace(file)
+    except OSError as error:
+        _log.info("can't remember the pace in %s: %s", file.parent, error)
+
+
+def _file_of(backbone: Backbone) -> Path:
+    about: list[Any] = [backbone.spec.to_json(), _name_device(getattr(backbone, "device", "cpu"))]
+    return memo_folder() / f"{digest_json(about).hex()}.rate"
+
+
+def _name_device(device: object) -> str:
+    """Name a kind of device; another host is another kind, where it is no GPU."""
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} of {platform.node()}"

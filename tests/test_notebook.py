@@ -1,0 +1,73 @@
+"""Use from a notebook: cells, interrupts, a clean end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from lab import members
+from serving import FRAMES, damage, embeddings, nothing_left, sockets, wait_until
+
+SHELLS = {
+    "IPython": """
+from IPython.core.interactiveshell import InteractiveShell
+run = InteractiveShell.instance().run_cell
+""",
+    "code": """
+import code
+interpreter = code.InteractiveInterpreter()
+def run(cell):
+    interpreter.runcode(compile(cell, "a cell", "exec"))
+""",
+}
+CELLS = [
+    """
+import os, signal, time
+from feature_cache.testing import FakeBackbone
+from serving import make_dataset, make_loader
+
+dataset = make_dataset({root!r}, FakeBackbone(4, 8, 0.02, {log!r}))
+loader = make_loader(dataset, {workers}, "fork")
+""",
+    """
+for number, sample in enumerate(loader):
+    if number == 2:  # as a notebook does, to the whole process group
+        os.killpg(0, signal.SIGINT)
+        time.sleep(60)
+""",
+    'print("an epoch of", len(list(loader)))',
+]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_interrupted_and_another_one_works(
+    tmp_path: Path, shell: str, workers: int
+) -> None:
+    if shell == "IPython" and find_spec("IPython") is None:
+        pytest.skip("IPython is not installed")
+    log = tmp_path / "log"
+    names = {"root": str(tmp_path / "cache"), "log": str(log), "workers": workers}
+    cells = [cell.format(**names) for cell in CELLS]
+    script = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{SHELLS[shell]}"
+    script += "".join(f"run({cell!r})\n" for cell in cells)
+    with nothing_left():
+        notebook = subprocess.Popen(
+            [sys.executable, "-c", script], text=True, start_new_session=True,
+            env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipython")},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        out, err = notebook.communicate(timeout=120)
+        assert notebook.returncode == 0, err
+        assert (out + err).count("KeyboardInterrupt") >= 1
+        assert f"an epoch of {FRAMES - 3}" in out, err
+        assert wait_until(lambda: not members(notebook.pid))
+        assert not sockets()
+    assert set(embeddings(log).values()) == {1}
+    assert len(embeddings(log)) == FRAMES
+    assert not damage(tmp_path / "cache")
