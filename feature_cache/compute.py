@@ -17,7 +17,7 @@ from .augment import Draw
 from .errors import BackboneError, FrameError
 from .hashing import Digest, digest_bytes
 from .key import Record
-from .pooling import Regions, pool
+from .pooling import Regions, pool_regions
 from .spec import Normalization, SpaceSpec
 
 if TYPE_CHECKING:
@@ -365,22 +365,22 @@ def make_record(job: Job, grid: Grid, spec: SpaceSpec, draw: Draw) -> Record:
     if job.mask is None:
         raise FrameError(f"{job.where} has no mask, and pooling {spec.pooling} needs one")
     regions = Regions.of_mask(job.mask)
-    mask, centroids = _draw_mask(job.mask, regions, draw)
-    features = pool(grid, mask, spec.pooling, labels=regions.labels, centroids=centroids)
+    drawn, centroids = _draw_regions(job.mask, regions, draw)
+    features = pool_regions(grid, drawn, spec.pooling, centroids=centroids)
     return Record(_store_as(features, spec, job), regions.labels)
 
 
-def _draw_mask(
+def _draw_regions(
     mask: NDArray[np.int32], regions: Regions, draw: Draw
-) -> tuple[NDArray[np.int32], NDArray[np.float64] | None]:
-    """Map a mask, and the centroid of each of its regions, by a draw."""
+) -> tuple[Regions, NDArray[np.float64] | None]:
+    """Map the regions of a mask, and the centroid of each of them, by a draw."""
     if draw.is_identity:
-        return mask, None
+        return regions, None
     drawn = np.stack([draw.apply_mask(plane) for plane in _slices(mask)])
     centroids = regions.centroids()
     mapped = draw.map_points(centroids[:, 1:], shape=mask.shape[-2:])
     points = np.column_stack([centroids[:, 0], mapped])
-    return (drawn[0] if mask.ndim == 2 else drawn), points
+    return Regions.of_mask(drawn, regions.labels), points
 
 
 def _store_as(features: Pixels, spec: SpaceSpec, job: Job) -> NDArray[np.floating[Any]]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ Votes: TypeAlias = sparse.csr_array
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 _EPSILON = np.float32(1e-8)
 _LOOKUP_LIMIT = 1 << 24
+_DENSE_VOTES_A_PIXEL = 32
+"""Up to so many pairs of region and cell a pixel, counting all pairs is faster than sorting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,14 @@ class Regions:
     shape : (Z, H, W); Z is 1 for a single frame
     index : (P,) int64
         For each foreground pixel, the row of its label in `labels`.
-    pixels : (3, P) int64, (z, y, x)
+    places : (P,) int64
+        Where each of these pixels lies in the flattened (Z, H, W).
     """
 
     labels: NDArray[np.int32]
     shape: tuple[int, int, int]
     index: Ints
-    pixels: Ints
+    places: Ints
 
     @classmethod
     def of_mask(cls, mask: NDArray[np.generic], labels: NDArray[np.int32] | None = None) -> Regions:
@@ -66,15 +70,19 @@ class Regions:
             pixels with other labels are left out.
         """
         stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
-        flat = np.flatnonzero(stack)
-        values = stack.reshape(-1)[flat]
+        places = np.flatnonzero(stack)
+        values = stack.reshape(-1)[places]
         wanted = _distinct(values) if labels is None else labels
-        index = np.searchsorted(wanted, values)
+        index = _rows_of(values, wanted)
         if labels is not None:
-            inside = np.isin(values, wanted)
-            flat, index = flat[inside], index[inside]
-        pixels = np.stack(np.unravel_index(flat, stack.shape)).astype(np.int64)
-        return cls(wanted, stack.shape, index.astype(np.int64), pixels)
+            inside = index >= 0
+            places, index = places[inside], index[inside]
+        return cls(wanted, stack.shape, index, places)
+
+    @property
+    def pixels(self) -> Ints:
+        """(3, P) int64, (z, y, x) of each foreground pixel."""
+        return np.stack(np.unravel_index(self.places, self.shape)).astype(np.int64)
 
     @property
     def sizes(self) -> Ints:
@@ -98,6 +106,19 @@ def _distinct(values: NDArray[np.int32]) -> NDArray[np.int32]:
     if values.size and int(values.max()) < _LOOKUP_LIMIT:
         return np.flatnonzero(np.bincount(values)).astype(np.int32)
     return np.unique(values)
+
+
+def _rows_of(values: NDArray[np.int32], labels: NDArray[np.int32]) -> Ints:
+    """Give the row of each value among ascending labels: (P,) int64, -1 where it is none."""
+    if not values.size or not labels.size:
+        return np.full(len(values), -1, np.int64)
+    highest = int(max(values.max(), labels[-1]))
+    if highest < _LOOKUP_LIMIT:
+        table = np.full(highest + 1, -1, np.int64)
+        table[labels] = np.arange(len(labels))
+        return table[values]
+    rows = np.minimum(np.searchsorted(labels, values), len(labels) - 1)
+    return np.where(labels[rows] == values, rows, -1)
 
 
 def pool(
@@ -142,14 +163,24 @@ def pool(
     >>> np.allclose(pool(grid, mask, "nearest_patch"), [[0.447, 0.894], [0.6, 0.8]], atol=1e-3)
     True
     """
+    return pool_regions(grid, Regions.of_mask(mask, labels), mode, centroids=centroids)
+
+
+def pool_regions(
+    grid: NDArray[np.floating],
+    regions: Regions,
+    mode: str,
+    *,
+    centroids: NDArray[np.float64] | None = None,
+) -> Floats:
+    """Pool a grid as `pool` does, over the regions of a mask that are known already."""
     steps = _steps(mode)
     stack = grid[None] if grid.ndim == 3 else grid
-    if stack.ndim != 4 or stack.shape[0] != _as_stack(mask).shape[0]:
+    if stack.ndim != 4 or stack.shape[0] != regions.shape[0]:
         raise FrameError(
-            f"a grid of shape {grid.shape} does not belong to a mask of shape {mask.shape}: "
+            f"a grid of shape {grid.shape} does not belong to a mask of {regions.shape[0]} slices: "
             "expected (gh, gw, C) for (H, W), or (Z, gh, gw, C) for (Z, H, W)"
         )
-    regions = Regions.of_mask(mask, labels)
     votes = _fill_empty(steps.vote(regions, stack.shape[:3]), regions, stack.shape[:3], centroids)
     return steps.aggregate(votes, _unit_vectors(stack, votes))
 
@@ -160,34 +191,56 @@ def _as_stack(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
 
 def _cells(points: NDArray[np.generic], regions: Regions, grid: tuple[int, ...]) -> Ints:
     """Find the number of the grid cell under each point (3, P), (z, y, x), clipped to the frame."""
-    axes = []
-    for axis, length, cells in zip(points, regions.shape, grid, strict=True):
-        axes.append(np.clip((axis * (cells / length)).astype(np.int64), 0, cells - 1))
+    axes = [
+        _cells_along(axis, length, cells)
+        for axis, length, cells in zip(points, regions.shape, grid, strict=True)
+    ]
     return np.ravel_multi_index(tuple(axes), grid).astype(np.int64)
 
 
+def _cells_along(points: NDArray[Any], length: int, cells: int) -> Ints:
+    return np.clip((points * (cells / length)).astype(np.int64), 0, cells - 1)
+
+
+@lru_cache(maxsize=4)
+def _cells_of_pixels(shape: tuple[int, int, int], grid: tuple[int, int, int]) -> Ints:
+    """Give the number of the grid cell under every pixel: (Z * H * W,) int64."""
+    axes = [_cells_along(np.arange(n), n, cells) for n, cells in zip(shape, grid, strict=True)]
+    cells = np.ravel_multi_index(np.ix_(*axes), grid).astype(np.int64).reshape(-1)
+    cells.flags.writeable = False
+    return cells
+
+
 def _tally(rows: Ints, cells: Ints, regions: Regions, grid: tuple[int, ...]) -> Votes:
-    ones = np.ones(len(rows), np.float32)
-    votes = sparse.csr_array((ones, (rows, cells)), shape=(len(regions.labels), int(np.prod(grid))))
-    votes.sum_duplicates()
-    return votes
+    shape = len(regions.labels), int(np.prod(grid))
+    if shape[0] * shape[1] > _DENSE_VOTES_A_PIXEL * len(rows):
+        votes = sparse.csr_array((np.ones(len(rows), np.float32), (rows, cells)), shape=shape)
+        votes.sum_duplicates()
+        return votes
+    counts = np.bincount(rows * shape[1] + cells, minlength=shape[0] * shape[1])
+    filled = np.flatnonzero(counts)
+    bounds = np.searchsorted(filled, np.arange(shape[0] + 1) * shape[1])
+    return sparse.csr_array(
+        (counts[filled].astype(np.float32), filled % shape[1], bounds), shape=shape
+    )
 
 
-def _vote_by_pixel(regions: Regions, grid: tuple[int, ...]) -> Votes:
-    return _tally(regions.index, _cells(regions.pixels, regions, grid), regions, grid)
+def _vote_by_pixel(regions: Regions, grid: tuple[int, int, int]) -> Votes:
+    cells = _cells_of_pixels(regions.shape, grid)[regions.places]
+    return _tally(regions.index, cells, regions, grid)
 
 
-def _vote_by_centroid(regions: Regions, grid: tuple[int, ...]) -> Votes:
+def _vote_by_centroid(regions: Regions, grid: tuple[int, int, int]) -> Votes:
     rows = np.flatnonzero(regions.sizes)
     return _tally(rows, _cells(regions.centroids()[rows].T, regions, grid), regions, grid)
 
 
-def _vote_by_box(regions: Regions, grid: tuple[int, ...]) -> Votes:
+def _vote_by_box(regions: Regions, grid: tuple[int, int, int]) -> Votes:
     low = np.full((3, len(regions.labels)), np.iinfo(np.int64).max)
     high = np.full((3, len(regions.labels)), -1)
-    for axis in range(3):
-        np.minimum.at(low[axis], regions.index, regions.pixels[axis])
-        np.maximum.at(high[axis], regions.index, regions.pixels[axis])
+    for axis, pixels in enumerate(regions.pixels):
+        np.minimum.at(low[axis], regions.index, pixels)
+        np.maximum.at(high[axis], regions.index, pixels)
     rows = np.flatnonzero(regions.sizes)
     first = np.stack(np.unravel_index(_cells(low[:, rows], regions, grid), grid), axis=-1)
     last = np.stack(np.unravel_index(_cells(high[:, rows], regions, grid), grid), axis=-1)
@@ -263,7 +316,7 @@ def _weighted_median(vectors: Floats, weights: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    vote: Callable[[Regions, tuple[int, ...]], Votes]
+    vote: Callable[[Regions, tuple[int, int, int]], Votes]
     aggregate: Callable[[Votes, Floats], Floats]
     revision: int = 1
 
