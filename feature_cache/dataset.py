@@ -9,20 +9,19 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augmentations, Draw
+from .batch import Batch, Sample, Tokens, pad
 from .cache import MovieFeatures, check_batch_size
-from .errors import DrawError, FrameError, MissingRecordError, UnknownNameError
-from .hashing import digest_json
+from .errors import DrawError, MissingRecordError, UnknownNameError
+from .hashing import DIGEST_BYTES, Digest, digest_json
 from .key import Record
 from .service import Misses, StandIn, check_writable
-from .store import Usage
+from .store import Space, Usage
 
 OnMiss = Literal["compute", "error"]
-Sample = dict[str, Any]
 
 
 def choose_copy(seed: int, epoch: int, index: int, copies: int) -> int:
@@ -93,7 +92,7 @@ class Copies:
         return [movie.with_draw(draw, name_of(k)) for k, draw in enumerate(self.draws)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenFeatures:
     """Looks up the feature vectors of tokens, each a (timepoint, label) of a movie.
 
@@ -167,16 +166,30 @@ class TokenFeatures:
         FrameError
             A label is not in the mask of its frame.
         """
-        features = self.variants[movie][copy]
-        times = timepoints.numpy()
-        wanted = labels.numpy()
-        result = torch.empty(len(times), features.spec.backbone.width)
-        used = np.unique(times).tolist()
-        for t, record in zip(used, self._records(features, used), strict=True):
-            tokens = np.flatnonzero(times == t)
-            rows = _find_rows(record, wanted[tokens], features, t)
-            result[tokens] = torch.from_numpy(record.features[rows]).float()
-        return result
+        tokens = {"timepoints": timepoints, "labels": labels}
+        features: Tensor = finish([self.begin(tokens, movie, copy)])[0]["pretrained_feats"]
+        return features
+
+    def begin(
+        self,
+        sample: Sample,
+        movie: int,
+        copy: int = 0,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> Unfinished:
+        """Give a sample that lacks only the features of its tokens; nothing is looked up yet.
+
+        Parameters
+        ----------
+        sample : dict
+            With ``timepoints`` and ``labels``; these, `movie` and `copy` are as in a call.
+        change : callable, optional
+            What is done to the features, (N, C) to (N, C), in the end.
+        """
+        times, labels = sample["timepoints"].numpy(), sample["labels"].numpy()
+        return Unfinished(
+            sample, self, Tokens.of(self.variants[movie][copy], times, labels), change
+        )
 
     @cached_property
     def variants(self) -> list[list[MovieFeatures]]:
@@ -205,12 +218,17 @@ class TokenFeatures:
         if self.on_miss == "compute":
             self._misses.prefetch(self.variants[movie][copy], times, batch_size=self.batch_size)
 
-    def _records(self, movie: MovieFeatures, times: list[int]) -> list[Record]:
-        records = movie.space.read(movie.keys(times))
-        absent = [t for t, record in zip(times, records, strict=True) if record is None]
-        self._count(movie, records)
-        if not absent:
-            return [movie.expect(t, r) for t, r in zip(times, records, strict=True)]
+    def complete(self, movie: MovieFeatures, lookups: Sequence[Lookup]) -> None:
+        """Count what was found of one of the `variants`, and get what was not. Errors as a call."""
+        absent = sorted((one for one in lookups if one.record is None), key=lambda one: one.t)
+        size = sum(one.uses * one.record.features.nbytes for one in lookups if one.record)
+        self._count(movie, sum(one.uses for one in lookups if one.record), size)
+        if absent:
+            for one, record in zip(absent, self._fetch(movie, [a.t for a in absent]), strict=True):
+                one.record = record
+            self._count(movie, sum(one.uses - 1 for one in absent))
+
+    def _fetch(self, movie: MovieFeatures, absent: Sequence[int]) -> list[Record]:
         if self.on_miss == "error":
             movie.cache.counter.add(Usage(misses=len(absent)))
             raise MissingRecordError(
@@ -219,33 +237,84 @@ class TokenFeatures:
                 "first (feature-cache warm, or warm() of the dataset)"
             )
         check_writable(movie, absent)
-        fresh = self._misses.fetch(movie, absent, batch_size=self.batch_size)
-        merged = [fresh[t] if r is None else r for t, r in zip(times, records, strict=True)]
-        return [movie.expect(t, record) for t, record in zip(times, merged, strict=True)]
+        fresh: dict[int, Record] = {}
+        # The pixels of all that is asked for at once are held in memory together.
+        for start in range(0, len(absent), self.batch_size):
+            part = absent[start : start + self.batch_size]
+            fresh |= self._misses.fetch(movie, part, batch_size=self.batch_size)
+        return [movie.expect(t, fresh[t]) for t in absent]
 
-    def _count(self, movie: MovieFeatures, records: Sequence[Record | None]) -> None:
-        """Count the hits; misses are counted where it is known whether they are on their way."""
-        hits = [record for record in records if record is not None]
-        size = sum(record.features.nbytes for record in hits)
-        movie.cache.counter.add(Usage(hits=len(hits), bytes_read=size))
-        self._misses.hits += len(hits)
+    def _count(self, movie: MovieFeatures, hits: int, nbytes: int = 0) -> None:
+        """Count hits; misses are counted where it is known whether they are on their way."""
+        movie.cache.counter.add(Usage(hits=hits, bytes_read=nbytes))
+        self._misses.hits += hits
 
 
-def _find_rows(
-    record: Record, labels: NDArray[np.int64], movie: MovieFeatures, t: int
-) -> NDArray[np.intp]:
-    """Find the row of each label: (n,) int, in a record whose labels ascend."""
-    if record.labels is None:
-        raise FrameError("whole grids have no rows for labels: choose a pooling")
-    rows = np.searchsorted(record.labels, labels)
-    known = rows < len(record.labels)
-    known[known] = record.labels[rows[known]] == labels[known]
-    if not known.all():
-        raise FrameError(
-            f"label {labels[~known][0]} is not in the mask of {movie.where(t)}, which has "
-            f"{len(record.labels)} labels: do dataset and cache use the same masks?"
-        )
-    return rows
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A sample that lacks the features of its tokens; made by `TokenFeatures.begin`."""
+
+    sample: Sample
+    source: TokenFeatures
+    tokens: Tokens
+    change: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Lookup:
+    """A record that samples of a batch need: frame `t` of `movie`, whoever asked first."""
+
+    source: TokenFeatures
+    movie: MovieFeatures
+    t: int
+    uses: int = 0
+    record: Record | None = None
+
+
+def finish(unfinished: Sequence[Unfinished]) -> Batch:
+    """Give each sample ``pretrained_feats`` (N, C) float32, all in one padded tensor.
+
+    Each record is looked up and read once, and what is missing is asked for together, movie by
+    movie and copy by copy. Errors as `TokenFeatures`, and ValueError for features of different
+    width.
+    """
+    records = _look_up(unfinished)
+    padded = pad([one.tokens for one in unfinished], records)
+    samples = []
+    for one, rows in zip(unfinished, padded, strict=True):
+        features = rows[: len(one.tokens.labels)]
+        if one.change is not None:
+            features.copy_(one.change(features))
+        samples.append({**one.sample, "pretrained_feats": features})
+    return Batch(samples, padded)
+
+
+def _look_up(unfinished: Sequence[Unfinished]) -> list[list[Record]]:
+    """Give, for each sample, the record of each frame."""
+    spaces: dict[Space, dict[Digest, Lookup]] = {}
+    needed = [_need(one, spaces.setdefault(one.tokens.movie.space, {})) for one in unfinished]
+    for space, lookups in spaces.items():
+        keys = np.frombuffer(b"".join(lookups), np.uint8).reshape(-1, DIGEST_BYTES)
+        groups: dict[tuple[TokenFeatures, MovieFeatures], list[Lookup]] = {}
+        for lookup, record in zip(lookups.values(), space.read(keys), strict=True):
+            lookup.record = record
+            groups.setdefault((lookup.source, lookup.movie), []).append(lookup)
+        for (source, movie), group in groups.items():
+            source.complete(movie, group)
+    return [[one.movie.expect(one.t, one.record) for one in row] for row in needed]
+
+
+def _need(unfinished: Unfinished, lookups: dict[Digest, Lookup]) -> list[Lookup]:
+    """Take the frames of a sample into the lookups of its space."""
+    movie, row = unfinished.tokens.movie, []
+    for t, _ in unfinished.tokens.frames:
+        key = movie.key(t)
+        lookup = lookups.get(key)
+        if lookup is None:
+            lookup = lookups[key] = Lookup(unfinished.source, movie, t)
+        lookup.uses += 1
+        row.append(lookup)
+    return row
 
 
 class CachedFeatureDataset(Dataset[Sample]):
@@ -291,15 +360,22 @@ class CachedFeatureDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Give a sample with ``pretrained_feats`` (N, C) float32; errors as `TokenFeatures`."""
+        return finish([self._begin(index)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Give the samples of a batch, their features read together; a DataLoader calls it.
+
+        They are equal to those given one by one. Errors as `finish`.
+        """
+        return finish([self._begin(index) for index in indices])
+
+    def _begin(self, index: int) -> Unfinished:
         sample = dict(self.dataset[index])
         movie = 0 if self.movie_of is None else self.movie_of(index)
         copy = 0
         if self.copies is not None:
             copy = sample["copy"] = self.copies.choose(index)
-        sample["pretrained_feats"] = self.tokens(
-            movie, sample["timepoints"], sample["labels"], copy
-        )
-        return sample
+        return self.tokens.begin(sample, movie, copy)
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the records of coming samples computed in the background; waits for none.

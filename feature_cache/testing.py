@@ -1,6 +1,7 @@
-"""For tests, ours and those of packages around us: a backbone without a model, and its conformance.
+"""For tests, ours and those of packages around us: what can be known exactly.
 
-`check_backbone` is what a backbone of any package must pass.
+`FakeBackbone` has no model, `check_backbone` is what a backbone of any package must pass, and
+`moving_movie` makes movies whose tracks are exact.
 
 Examples
 --------
@@ -21,9 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
 from .hashing import frame_digest, state_digest
+from .movies import Masks, Tracks
 from .spec import BackboneSpec, Normalization
 
 if TYPE_CHECKING:
@@ -218,3 +222,130 @@ def _check_place(grids: Tensor, corner: tuple[bool, bool], what: str) -> None:
         f"{what}: a bright square in a corner changed that corner's cells by {within:.3g} on "
         f"average and the others by {outside:.3g}: does the grid lie on the frame, row by row?",
     )
+
+
+def moving_movie(
+    frame: NDArray[np.generic],
+    mask: NDArray[np.integer],
+    frames: int,
+    seed: int,
+    *,
+    speed: float = 8.0,
+    smoothness: float = 60.0,
+    every: int = 1,
+    size: tuple[int, int] | None = None,
+    noise: float = 0.05,
+) -> tuple[NDArray[np.float32], Masks, Tracks]:
+    """Move a frame and its mask by smooth random deformations: a movie with exact tracks.
+
+    In each step each pixel is displaced by a smooth random field, new for each step; the fields are
+    composed over time. A label is the same cell throughout; one that leaves the field of view ends,
+    and is another when it comes back. No cell divides.
+
+    Parameters
+    ----------
+    frame : (H, W)
+        Interpolated linearly; outside of it there is background, its median outside of cells.
+    mask : (H, W) int
+        Interpolated by nearest neighbour.
+    frames : int
+        How many to give.
+    seed : int
+        The same seed gives the same movie.
+    speed : float
+        Root mean square displacement in a step, in pixels, along each axis.
+    smoothness : float
+        Length over which displacements are alike, in pixels; several times `speed`, or cells tear.
+    every : int
+        Steps from one frame to the next: above 1, the frames between are left out.
+    size : (int, int), optional
+        Field of view, in the middle of `frame`, so that cells come and go; by default all of it.
+    noise : float
+        Of each frame, Gaussian, relative to the standard deviation of `frame`.
+
+    Returns
+    -------
+    frames : (T, h, w) float32
+    masks : (T, h, w) int32
+        Without what is left of a cell of which less than a quarter is in view.
+    tracks : (N, 4) int64
+        As in man_track.txt.
+    """
+    seeds = np.random.SeedSequence(seed).spawn(2)
+    motion, grain = (np.random.Generator(np.random.Philox(part)) for part in seeds)
+    background = float(np.median(frame[mask == 0]))
+    height, width = mask.shape
+    view = _middle(mask.shape, size or (height, width))
+    places = np.indices((height, width), dtype=np.float64)
+    images, masks = [], []
+    for t in range(frames):
+        for _ in range(every if t else 0):
+            places = _displace(places, _smooth_field((height, width), speed, smoothness, motion))
+        image = ndimage.map_coordinates(
+            frame.astype(np.float32), places, order=1, mode="constant", cval=background
+        )
+        image += noise * float(frame.std()) * grain.standard_normal(image.shape, np.float32)
+        moved = ndimage.map_coordinates(mask, places, order=0, mode="constant").astype(np.int32)
+        images.append(image[view])
+        masks.append(_keep_in_view(moved, view))
+    tracked, tracks = _name_visits(np.stack(masks))
+    return np.stack(images), tracked, tracks
+
+
+def _middle(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[slice, ...]:
+    if any(part > whole for part, whole in zip(size, shape, strict=True)):
+        raise ValueError(f"size {size} is larger than the frame {shape}")
+    starts = [(whole - part) // 2 for part, whole in zip(size, shape, strict=True)]
+    return tuple(slice(start, start + part) for start, part in zip(starts, size, strict=True))
+
+
+def _smooth_field(
+    shape: tuple[int, int], speed: float, smoothness: float, random: np.random.Generator
+) -> NDArray[np.float64]:
+    """Draw displacements (2, H, W) as a sum of waves of random direction, length and phase."""
+    waves = 64
+    fields = []
+    for _ in range(2):
+        ky, kx = random.standard_normal((2, waves)) / smoothness
+        phases = np.exp(2j * np.pi * random.random(waves))
+        along_y = np.exp(1j * np.outer(np.arange(shape[0]), ky)) * phases
+        along_x = np.exp(1j * np.outer(kx, np.arange(shape[1])))
+        fields.append(speed * np.sqrt(2 / waves) * (along_y @ along_x).real)
+    return np.stack(fields)
+
+
+def _displace(places: NDArray[np.float64], field: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compose: where each pixel comes from, (2, H, W), after one step more."""
+    targets = np.indices(field.shape[1:], dtype=np.float64)
+    moved = [
+        ndimage.map_coordinates(place - target, targets + field, order=1, mode="nearest")
+        for place, target in zip(places, targets, strict=True)
+    ]
+    return np.stack(moved) + targets + field
+
+
+def _keep_in_view(mask: Masks, view: tuple[slice, ...]) -> Masks:
+    """Cut a mask, and erase the cells of which less than a quarter is left."""
+    seen = mask[view]
+    whole = np.bincount(mask.ravel())
+    left = np.bincount(seen.ravel(), minlength=len(whole))
+    return np.where((4 * left >= whole)[seen], seen, 0).astype(np.int32)
+
+
+def _name_visits(masks: Masks) -> tuple[Masks, Tracks]:
+    """Give each uninterrupted presence of a label in masks (T, H, W) a label of its own."""
+    named = np.zeros_like(masks)
+    tracks: list[list[int]] = []
+    open_visits: dict[int, int] = {}
+    for t, mask in enumerate(masks):
+        labels = np.unique(mask[mask > 0]).tolist()
+        open_visits = {label: open_visits[label] for label in labels if label in open_visits}
+        lookup = np.zeros(int(mask.max()) + 1, np.int32)
+        for label in labels:
+            if label not in open_visits:
+                tracks.append([len(tracks) + 1, t, t, 0])
+                open_visits[label] = len(tracks)
+            lookup[label] = open_visits[label]
+            tracks[lookup[label] - 1][2] = t
+        named[t] = lookup[mask]
+    return named, np.array(tracks, np.int64).reshape(-1, 4)

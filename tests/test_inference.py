@@ -238,7 +238,7 @@ def test_a_model_takes_batches_of_one_window_and_windows_of_one_region(make_mode
         rest = torch.arange(5).expand(3, 5) > 0
         padded = transformer(coords, None, features, padding_mask=rest)[:, :1, :1]
         for leading in (features, features[None]):
-            with inference._whole_batches(transformer):
+            with inference.whole_batches(transformer):
                 one = transformer(coords[:1], None, leading[..., :1, :, :])
                 single = transformer(coords[:, :1], None, leading[..., :1, :])
             torch.testing.assert_close(one, batch[:1], rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from ..augment import Augmentations
 from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..dataset import OnMiss
+from .collation import collate
 from .dataset import Geometry, wrap
 from .shallow import Props
 
@@ -87,7 +88,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     distributed : bool
         Whether training indices are divided among ranks.
     dataset_kwargs, sampler_kwargs, loader_kwargs : mapping
-        As upstream.
+        As upstream; without a ``collate_fn``, batches are made by `collate`.
     cache, backbone, pooling, augmentations, geometry, additional_props, rotate_features, dtype
         As `wrap`.
     on_miss, batch_size, progress
@@ -128,7 +129,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     ) -> None:
         super().__init__(
             input_train, input_val, None, augment, distributed,
-            dict(dataset_kwargs), dict(sampler_kwargs), dict(loader_kwargs),
+            dict(dataset_kwargs), dict(sampler_kwargs), {"collate_fn": collate, **loader_kwargs},
         )  # fmt: skip
         if cachedir is not None:
             _logger.info("cachedir %s is not used: its pickles may be stale", cachedir)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch.utils.data import ConcatDataset
 from trackastra.data import data as _ctc
 
 from ..augment import Augmentations, Draw
 from ..backbones import load_backbone
+from ..batch import Batch
 from ..cache import FeatureCache, MovieFeatures
-from ..dataset import Copies, OnMiss, TokenFeatures
+from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish
 from ..errors import UnknownNameError
 from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
@@ -39,16 +41,18 @@ class _Extras:
     columns: tuple[str, ...] | None
     rotate_features: bool
 
-    def add(self, n: int, sample: dict[str, Any]) -> dict[str, Any]:
-        """Give the sample of window `n` with features, its geometry mapped as theirs."""
-        copy = 0 if self.copies is None else self.copies.choose(n)
-        features = self.tokens(self.movie_of[n], sample["timepoints"], sample["labels"], copy)
-        if self.columns is not None and self.copies is not None:
-            sample = self._map(sample, self.copies.draws[copy])
+    def begin(self, n: int, sample: dict[str, Any]) -> Unfinished:
+        """Give the sample of window `n` without its features, its geometry mapped as theirs."""
+        copy = 0
+        if self.copies is not None:
+            copy = self.copies.choose(n)
+            sample = {**sample, "copy": copy}
+            if self.columns is not None:
+                sample = self._map(sample, self.copies.draws[copy])
+        turn = None
         if self.rotate_features:
-            features = rotate(features, sample["coords"], self.shape)
-        added = {"pretrained_feats": features}
-        return {**sample, **added} if self.copies is None else {**sample, **added, "copy": copy}
+            turn = partial(rotate, coords=sample["coords"], shape=self.shape)
+        return self.tokens.begin(sample, self.movie_of[n], copy, turn)
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the records of coming windows computed in the background."""
@@ -92,10 +96,22 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
         MissingRecordError
             A record is missing and may not be computed here.
         """
+        return finish([self.begin(n, return_dense)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Give the windows of a batch, their features read together; a DataLoader calls it.
+
+        They are equal to those given one by one, and `collate` need not copy their features.
+        Errors as one by one, and ValueError for features of different width.
+        """
+        return finish([self.begin(n) for n in indices])
+
+    def begin(self, n: int, return_dense: bool | None = None) -> Unfinished:
+        """Give window `n` without its features; nothing is looked up yet."""
         sample: dict[str, Any] = super().__getitem__(n, return_dense)
         if self.additional_props is None:
             sample["features"] = sample["features"][:, :0]
-        return self.feature_cache_extras.add(n, sample)
+        return self.feature_cache_extras.begin(n, sample)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""
@@ -117,6 +133,19 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
 class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
     """Several `CachedCTCData`, one after the other. Made by `wrap`."""
 
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Give the windows of a batch, of several members, as `CachedCTCData` does."""
+        return finish([data.begin(n) for data, n in map(self._locate, indices)])
+
+    def _locate(self, index: int) -> tuple[CachedCTCData, int]:
+        """Give the member of a sample, and the sample's index there."""
+        index = index + len(self) if index < 0 else index
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self.cumulative_sizes, index)
+        before = self.cumulative_sizes[number - 1] if number else 0
+        return cast(CachedCTCData, self.datasets[number]), index - before
+
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies in all of them."""
         for dataset in self.datasets:
@@ -124,10 +153,8 @@ class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the records of coming windows computed in the background; waits for none."""
-        for index in indices:
-            number = bisect_right(self.cumulative_sizes, index)
-            before = self.cumulative_sizes[number - 1] if number else 0
-            self.datasets[number].prefetch([index - before])  # type: ignore[attr-defined]
+        for data, n in map(self._locate, indices):
+            data.prefetch([n])
 
     def warm(self) -> int:
         """Compute all that is missing in all of them; give the number of records computed."""

@@ -355,7 +355,7 @@ def _bind_movie(theirs: Callable[..., Any]) -> Callable[..., Any]:
             return theirs(model, imgs, masks, *args, **kwargs)
         try:
             model.feature_extractor = inference.extractor_for(model, imgs, masks)
-            with _whole_batches(model.transformer):
+            with whole_batches(model.transformer):
                 return theirs(model, imgs, masks, *args, **kwargs)
         finally:
             model.feature_extractor = None
@@ -377,7 +377,7 @@ def _describe_regions(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _whole_batches(transformer: nn.Module) -> Iterator[None]:
+def whole_batches(transformer: nn.Module) -> Iterator[None]:
     """Let a model take batches of one window, and windows of one region.
 
     It squeezes its projected features, to remove an axis in front, and any other of length 1 goes

@@ -1,0 +1,169 @@
+"""A batch of samples whose features are rows of one padded tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .cache import MovieFeatures
+from .errors import FrameError
+from .key import Record
+
+Sample = dict[str, Any]
+_COPIED_BY_ONE_THREAD = 1 << 15  # numbers; torch's at::internal::GRAIN_SIZE
+
+
+class Batch(list[Sample]):
+    """Samples whose ``pretrained_feats`` are views of one tensor, so that none need be copied.
+
+    Parameters
+    ----------
+    samples : iterable of dict
+    features : (B, N, C) float32
+        Sample i has the rows ``features[i, :n_i]``; the others are zero.
+    """
+
+    def __init__(self, samples: Iterable[Sample], features: Tensor) -> None:
+        super().__init__(samples)
+        self._features = features
+        self._views = [sample["pretrained_feats"] for sample in self]
+
+    @property
+    def features(self) -> Tensor | None:
+        """The tensor, (B, N, C) float32; None where samples or their features were exchanged."""
+        views = [sample.get("pretrained_feats") for sample in self]
+        same = len(views) == len(self._views) and all(map(is_, views, self._views))
+        return self._features if same else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a sample, by frame.
+
+    Attributes
+    ----------
+    movie : MovieFeatures
+    labels : (N,) int64
+        In the order of frames.
+    frames : tuple of (int, slice)
+        Each frame, and where its labels are.
+    order : (N,) int, or None
+        Which of the sample's tokens each label is, where these are not in the order of frames.
+    """
+
+    movie: MovieFeatures
+    labels: NDArray[np.int64]
+    frames: tuple[tuple[int, slice], ...]
+    order: NDArray[np.intp] | None = None
+
+    @classmethod
+    def of(
+        cls, movie: MovieFeatures, times: NDArray[np.int64], labels: NDArray[np.int64]
+    ) -> Tokens:
+        """Group the tokens (N,), (N,) of a sample."""
+        if len(times) != len(labels):
+            raise ValueError(f"{len(times)} timepoints and {len(labels)} labels: expected as many")
+        if not len(times):
+            return cls(movie, labels, ())
+        order = None
+        if (times[1:] < times[:-1]).any():
+            order = np.argsort(times, kind="stable")
+            times, labels = times[order], labels[order]
+        starts = [0, *(np.flatnonzero(times[1:] != times[:-1]) + 1).tolist()]
+        places = [slice(*bounds) for bounds in pairwise([*starts, len(times)])]
+        return cls(movie, labels, tuple(zip(times[starts].tolist(), places, strict=True)), order)
+
+    def select(self, records: Sequence[Record]) -> NDArray[np.floating[Any]]:
+        """Give the features of the tokens, (N, C), from the record of each frame.
+
+        Raises
+        ------
+        FrameError
+            A label is not in the mask of its frame.
+        """
+        features = np.concatenate([
+            _select_rows(record, self.labels[place], self.movie, t)
+            for (t, place), record in zip(self.frames, records, strict=True)
+        ])  # fmt: skip
+        if self.order is None:
+            return features
+        ordered = np.empty_like(features)
+        ordered[self.order] = features
+        return ordered
+
+
+def _select_rows(
+    record: Record, labels: NDArray[np.int64], movie: MovieFeatures, t: int
+) -> NDArray[np.floating[Any]]:
+    """Give the features of some labels: (n, C), from a record whose labels ascend."""
+    if record.labels is None:
+        raise FrameError("whole grids have no rows for labels: choose a pooling")
+    if len(labels) == len(record.labels) and (labels == record.labels).all():
+        return record.features
+    rows = np.searchsorted(record.labels, labels)
+    known = rows < len(record.labels)
+    known[known] = record.labels[rows[known]] == labels[known]
+    if not known.all():
+        raise FrameError(
+            f"label {labels[~known][0]} is not in the mask of {movie.where(t)}, which has "
+            f"{len(record.labels)} labels: do dataset and cache use the same masks?"
+        )
+    return record.features[rows]
+
+
+def pad(tokens: Sequence[Tokens], records: Sequence[Sequence[Record]]) -> Tensor:
+    """Write the features of a batch into one tensor.
+
+    Parameters
+    ----------
+    tokens : sequence of Tokens
+        B samples.
+    records : sequence of sequences of Record
+        For each sample, the record of each of its frames.
+
+    Returns
+    -------
+    (B, N, C) float32
+        N is that of the longest sample; the others end in zeros.
+
+    Raises
+    ------
+    ValueError
+        Features of different width.
+    FrameError
+        A label is not in the mask of its frame.
+    """
+    widths = {one.movie.spec.backbone.width: one.movie.spec.backbone.name for one in tokens}
+    if len(widths) > 1:
+        found = ", ".join(f"{width} ({name})" for width, name in widths.items())
+        raise ValueError(
+            f"the samples of a batch have features of different widths: {found}; "
+            "use one backbone for all movies, or batches of one sample"
+        )
+    longest = max((len(one.labels) for one in tokens), default=0)
+    padded = torch.empty(len(tokens), longest, *(widths or (0,)))
+    for rows, one, found_here in zip(padded, tokens, records, strict=True):
+        if one.frames:
+            _cast(one.select(found_here), rows)
+        rows[len(one.labels) :].numpy().fill(0)
+    return padded
+
+
+def _cast(features: NDArray[np.floating[Any]], rows: Tensor) -> None:
+    """Write (n, C) features into the first of some rows, in pieces that torch copies in one thread.
+
+    It shares larger ones among threads, which then wait for one another wherever cores are busy.
+    """
+    size = max(1, (_COPIED_BY_ONE_THREAD - 1) // max(1, rows.shape[1]))
+    source = torch.from_numpy(features)
+    for start in range(0, len(features), size):
+        piece = source[start : start + size]
+        rows[start : start + len(piece)] = piece

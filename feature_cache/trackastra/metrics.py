@@ -1,0 +1,157 @@
+"""How good tracks are: written as the Cell Tracking Challenge has them, scored by traccuracy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+from trackastra.tracking import graph_to_ctc
+
+from ..errors import MissingDependencyError, MovieError
+from ..movies import Tracks, read_tiff, read_tracks
+
+try:
+    from traccuracy import TrackingGraph
+    from traccuracy.matchers import CTCMatcher
+    from traccuracy.metrics import CTCMetrics, DivisionMetrics
+except ImportError as _error:
+    raise MissingDependencyError(
+        "traccuracy", "scoring tracks", 'pip install "feature-cache[trackastra]"'
+    ) from _error
+
+
+def write_tracks(graph: Any, masks: NDArray[Any], folder: str | os.PathLike[str]) -> Path:
+    """Write what ``Trackastra.track`` gave as a folder of masks and ``man_track.txt``.
+
+    Parameters
+    ----------
+    graph : networkx.DiGraph
+        The tracks; a cell that they leave out is not in the masks that are written.
+    masks : (T, H, W) or (T, Z, H, W) int
+    folder : path
+
+    Returns
+    -------
+    Path
+        `folder`.
+    """
+    graph_to_ctc(graph, masks, outdir=Path(folder))
+    return Path(folder)
+
+
+def cut_tracks(tracks: Tracks, first: int, stop: int) -> Tracks:
+    """Give the tracks of the frames `first` to `stop` - 1, counted from `first`.
+
+    Parameters
+    ----------
+    tracks : (N, 4) int64
+        Label, first frame, last frame, parent, as in man_track.txt.
+    first, stop : int
+
+    Returns
+    -------
+    (M, 4) int64
+        A daughter whose parent is not in these frames has none.
+    """
+    part = tracks[(tracks[:, 1] < stop) & (tracks[:, 2] >= first)]
+    spans = np.clip(part[:, 1:3], first, stop - 1) - first
+    parents = np.where(np.isin(part[:, 3], part[:, 0]), part[:, 3], 0)
+    return np.column_stack([part[:, 0], spans, parents])
+
+
+def score_tracks(
+    truth: str | os.PathLike[str], result: str | os.PathLike[str], *, first: int = 0
+) -> dict[str, float]:
+    """Compare tracks with the truth, link by link.
+
+    Parameters
+    ----------
+    truth, result : path
+        Folders of masks with a man_track.txt (or any ``*_track.txt``), such as ``01_GT/TRA`` and
+        what `write_tracks` writes.
+    first : int
+        The frame of the truth that is the first one of the result, which may end before it.
+
+    Returns
+    -------
+    dict
+        ``links``, the number in the truth; ``found`` and ``missed`` of them; ``wrong``, those in
+        the result that join two cells of the truth that are not linked; ``links_f1``; ``AOGM`` and
+        ``TRA`` of the challenge; ``divisions`` in the truth, and ``division_f1`` where there are
+        any, with every cell in one detection.
+
+    Raises
+    ------
+    MovieError
+        A folder without tracks or masks, or whose masks and tracks disagree.
+    ValueError
+        The truth has no links.
+
+    Notes
+    -----
+    A cell is found where a mask covers more than half of its own (traccuracy's ``CTCMatcher``).
+    """
+    tracked = _read_graph(Path(result))
+    frames = len(tracked.segmentation)
+    known = _read_graph(Path(truth), first, first + frames)
+    if not known.graph.number_of_edges():
+        raise ValueError(f"{truth} has no links in frames {first} to {first + frames - 1}")
+    links = known.graph.number_of_edges()
+    matched = CTCMatcher().compute_mapping(known, tracked)
+    errors = CTCMetrics().compute(matched).results
+    missed, wrong = errors["fn_edges"], errors["fp_edges"]
+    scores = {
+        "links": links,
+        "found": links - missed,
+        "missed": missed,
+        "wrong": wrong,
+        "links_f1": 2 * (links - missed) / (2 * (links - missed) + missed + wrong),
+        "AOGM": errors["AOGM"],
+        "TRA": errors["TRA"],
+        "divisions": len(known.get_divisions()),
+    }
+    if scores["divisions"] and matched.matching_type == "one-to-one":
+        divisions = DivisionMetrics().compute(matched).results["Frame Buffer 0"]
+        scores["division_f1"] = divisions["Division F1"]
+    return scores
+
+
+def _read_graph(folder: Path, first: int = 0, stop: int | None = None) -> TrackingGraph:
+    """Read the frames `first` to `stop` - 1 of a folder in the challenge's format."""
+    files = sorted(folder.glob("*.tif"))[first:stop]
+    found = sorted(folder.glob("*_track.txt"))
+    if not files or len(found) != 1 or (stop is not None and len(files) != stop - first):
+        raise MovieError(
+            f"{folder} has {len(files)} masks from frame {first} on and {len(found)} files named "
+            f"*_track.txt: expected {'some' if stop is None else stop - first}, and one"
+        )
+    tracks = cut_tracks(read_tracks(found[0]), first, first + len(files))
+    masks = np.stack([read_tiff(file) for file in files])
+    for t, mask in enumerate(masks):
+        _check_labels(mask, tracks[(tracks[:, 1] <= t) & (t <= tracks[:, 2]), 0], files[t])
+    return TrackingGraph(_link(tracks), masks, location_keys=())
+
+
+def _check_labels(mask: NDArray[Any], listed: NDArray[np.int64], file: Path) -> None:
+    drawn = np.unique(mask[mask > 0])
+    if not np.array_equal(drawn, np.sort(listed)):
+        odd = np.setxor1d(drawn, listed)
+        raise MovieError(
+            f"{file} has {len(drawn)} labels and the tracks beside it have {len(listed)} in this "
+            f"frame; in one of them only: {', '.join(map(str, odd[:5]))}; write both anew"
+        )
+
+
+def _link(tracks: Tracks) -> Any:
+    """Make a graph whose nodes are (label, frame)."""
+    graph = nx.DiGraph()
+    last = {label: (label, end) for label, _, end, _ in tracks.tolist()}
+    for label, start, end, parent in tracks.tolist():
+        nodes = [(label, t) for t in range(start, end + 1)]
+        graph.add_nodes_from((node, {"segmentation_id": label, "t": node[1]}) for node in nodes)
+        nx.add_path(graph, [last[parent], *nodes] if parent else nodes)
+    return graph

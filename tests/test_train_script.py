@@ -1,0 +1,155 @@
+"""scripts/train_trackastra.py: its options, and a real run from movies to scored tracks."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+from trackastra.model import Trackastra
+
+from feature_cache import Movie
+from feature_cache.movies import link_by_overlap, write_movie
+from feature_cache.trackastra import cached_inference, make_model, score_tracks, write_tracks
+from feature_cache.trackastra.training import save_model
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train_trackastra.py"
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # upstream's
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_trackastra", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path, small_folder):
+    """Write a YAML file in Trackastra's format; give what names it."""
+    movie = str(small_folder())
+
+    def write(**options) -> list[str]:
+        given = {"name": "run", "input_train": [movie], "input_val": [movie], **options}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(given))
+        return ["-c", str(tmp_path / "train.yaml")]
+
+    return write
+
+
+def test_upstreams_files_are_understood(script, config, capsys):
+    given = config(
+        features="pretrained_feats_aug",
+        pretrained_feats_model="facebook/sam2.1-hiera-base-plus",
+        pretrained_feats_additional_props="regionprops_small",
+        reduced_pretrained_feat_dim=128,
+        rotate_features=True,
+        model=None,
+        crop_size=[320, 320],
+        lr=1e-3,
+        cachedir=".cache",
+        example_images=False,
+    )
+    options = script.parse_options([*given, "--cache", "features", "--lr", "1e-4"])
+    assert options.model is None
+    assert options.rotate_features is True
+    assert (options.crop_size, options.lr) == ([320, 320], 1e-4)
+    assert capsys.readouterr().err.splitlines() == [
+        "ignored: cachedir (its pickles may be stale)",
+        "ignored: example_images",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epoch": 3}, "unknown options: epoch"),
+        ({"input_val": ["nowhere"]}, "no such movie folder: nowhere"),
+        ({"features": "pretrained_feats"}, "needs --cache"),
+        ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
+    ],
+)
+def test_wrong_options_end_with_what_is_wrong(script, config, capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        script.parse_options(config(**given))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_to_fine_tune_must_be_what_is_asked(script, config, tmp_path):
+    folder = tmp_path / "model"
+    save_model(make_model(pretrained_feat_dim=8, d_model=16, num_encoder_layers=1), folder)
+    options = script.parse_options(config(model=str(folder), d_model=16))
+    assert script.choose_model(options, 8, "regionprops2").config["num_encoder_layers"] == 1
+    options = script.parse_options(config(model=str(folder), d_model=32, dropout=0.5))
+    with pytest.raises(ValueError, match=r"d_model 16, asked 32; dropout 0\.1, asked 0\.5"):
+        script.choose_model(options, 8, "regionprops2")
+    with pytest.raises(ValueError, match="pretrained_feat_dim 8, asked 9"):
+        script.choose_model(script.parse_options(config(model=str(folder))), 9, "regionprops2")
+    with pytest.raises(ValueError, match="it has pretrained features"):
+        script.choose_model(script.parse_options(config(model=str(folder))), 0, "regionprops2")
+
+
+def test_a_folder_that_exists_is_gone_on_with_or_an_error(script, config, tmp_path):
+    given = {"outdir": str(tmp_path), "timestamp": False}
+    options = script.parse_options(config(**given))
+    assert script.choose_folder(options) == (tmp_path / "run", None)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert script.choose_folder(options) == (tmp_path / "run", last)
+    with pytest.raises(ValueError, match="exists"):
+        script.choose_folder(script.parse_options(config(**given, resume=False)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and Trackastra, in tracking too
+def test_from_movies_to_tracks(hela, tmp_path):
+    """Train on frames 0 to 13, validate on 13 to 19; the loss falls, and the model tracks."""
+    roots = {}
+    for part, times in {"train": np.s_[:14], "val": np.s_[13:]}.items():
+        frames, masks = (stack[times, :240, :320] for stack in hela)
+        roots[part] = tmp_path / part / "01"
+        write_movie(roots[part], frames, *link_by_overlap(masks))
+    options = {
+        "name": "hela", "timestamp": False, "outdir": str(tmp_path), "logger": "csv",
+        "input_train": [str(roots["train"])], "input_val": [str(roots["val"])],
+        "features": "pretrained_feats_aug", "pretrained_feats_model": "efficientnet-lite0",
+        "pretrained_n_augs": 2, "pretrained_feats_additional_props": "regionprops2",
+        "cache": str(tmp_path / "cache"), "warm": True, "reduced_pretrained_feat_dim": 32,
+        "d_model": 64, "num_encoder_layers": 2, "num_decoder_layers": 2, "window": 4,
+        "epochs": 5, "warmup_epochs": 1, "train_samples": 160, "batch_size": 4, "lr": 2e-3,
+        "num_workers": 0, "device": "cpu",
+    }  # fmt: skip
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(options))
+    command = [sys.executable, str(SCRIPT), "-c", str(tmp_path / "train.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"model: {tmp_path / 'hela'}"
+
+    with open(next((tmp_path / "hela" / "csv").rglob("metrics.csv")), newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train_loss", "val_loss"):
+        losses = [float(row[name]) for row in rows if row[name]]
+        assert len(losses) == options["epochs"]
+        assert losses[-1] < 0.7 * losses[0], losses
+
+    model = Trackastra.from_folder(tmp_path / "hela", device="cpu")
+    movie = Movie.open(roots["val"])
+    frames, masks = np.stack(list(movie.frames)), np.stack(list(movie.masks))
+    with cached_inference(tmp_path / "cache") as cache:
+        computed = cache.stats()["computed"]
+        graph, _ = model.track(frames, masks, mode="greedy")
+        assert cache.stats()["computed"] == computed  # validation had warmed them
+    result = write_tracks(graph, masks, tmp_path / "result")
+    scores = score_tracks(Path(f"{roots['val']}_GT") / "TRA", result)
+    print(scores)
+    assert scores["found"] + scores["missed"] == scores["links"]
+    assert scores["found"] > 0.5 * scores["links"], scores

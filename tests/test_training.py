@@ -1,0 +1,269 @@
+"""The loss, its weights and schedule, the module that trains, and the model folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trackastra.data import CTCData, collate_sequence_padding
+from trackastra.model import TrackingTransformer
+from trackastra.utils import blockwise_causal_norm
+
+from feature_cache.testing import FakeBackbone
+from feature_cache.trackastra import wrap
+from feature_cache.trackastra.training import (
+    BestModel,
+    TrackingModule,
+    association_loss,
+    link_weights,
+    make_model,
+    save_model,
+    warmup_cosine,
+)
+
+SMALL = {"d_model": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "window": 3}
+SCRIPT = os.environ.get("TRACKASTRA_TRAIN_SCRIPT")
+
+
+def random_batch(seed: int, sizes=(14, 9, 11), frames: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
+    """Windows of several sizes, padded, with chains of cells of which some divide."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for n in sizes:
+        times = torch.arange(n) * frames // n
+        cells = torch.randint(4, (n,), generator=generator)
+        same = cells[:, None] == cells[None, :]
+        samples.append(
+            {
+                "coords": torch.rand((n, 3), generator=generator),
+                "features": torch.rand((n, 7), generator=generator),
+                "timepoints": times,
+                "assoc_matrix": (same & (times[:, None] < times[None, :])).float(),
+            }
+        )
+    batch = collate_sequence_padding(samples)
+    logits = 4 * torch.randn(batch["assoc_matrix"].shape, generator=generator)
+    return logits, batch
+
+
+def test_a_track_counts_twice_and_a_division_more():
+    links = torch.zeros(4, 4)
+    links[0, 1] = links[1, 2] = links[1, 3] = 1
+    weights = link_weights(links, torch.tensor([0, 1, 2, 2]), 5.0)
+    assert weights[0, 1] == 2
+    assert weights[1, 2] == weights[1, 3] == 6
+    assert weights[0, 2] == weights[2, 0] == 1
+
+
+@pytest.mark.parametrize("norm", ["none", "linear", "softmax", "quiet_softmax"])
+def test_the_loss_is_the_formula_pair_by_pair(norm):
+    logits, batch = random_batch(1)
+    losses, sizes = [], []
+    for a, links, times, padded in zip(
+        logits, batch["assoc_matrix"], batch["timepoints"], batch["padding_mask"], strict=True
+    ):
+        n = int((~padded).sum())
+        a, links, times = a[:n, :n], links[:n, :n], times[:n]
+        weights = link_weights(links, times, 3.0)
+        likely = None if norm == "none" else blockwise_causal_norm(a, times, norm)
+        terms = []
+        for i in range(n):
+            for j in range(n):
+                if 0 < times[j] - times[i] <= 2:
+                    term = nn.BCEWithLogitsLoss()(a[i, j], links[i, j])
+                    if likely is not None:
+                        term = 0.01 * term + nn.BCELoss()(likely[i, j], links[i, j])
+                    terms.append(term * weights[i, j])
+        losses.append(torch.stack(terms).mean())
+        sizes.append(len(terms) ** 0.2)
+    expected = sum(x * s for x, s in zip(losses, sizes, strict=True)) / sum(sizes)
+    found = association_loss(logits, batch, causal_norm=norm, division_weight=3.0)
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_is_padded_does_not_matter():
+    logits, batch = random_batch(2)
+    padded = batch["padding_mask"]
+    other = logits.masked_fill(padded[:, :, None] | padded[:, None, :], 1e9)
+    assert association_loss(other, batch) == association_loss(logits, batch)
+
+
+def test_logits_beyond_half_precision_give_a_finite_loss():
+    logits, batch = random_batch(3)
+    assert torch.isfinite(association_loss(logits * torch.inf, batch, causal_norm="softmax"))
+
+
+@pytest.mark.skipif(SCRIPT is None, reason="TRACKASTRA_TRAIN_SCRIPT names no upstream train.py")
+@pytest.mark.parametrize("norm", ["none", "linear", "softmax", "quiet_softmax"])
+@pytest.mark.filterwarnings("ignore")  # upstream's script
+def test_the_loss_and_its_gradient_are_upstreams(norm, monkeypatch):
+    upstream = load_script(monkeypatch)
+    for seed in range(5):
+        logits, batch = random_batch(seed)
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        model = FixedLogits(theirs)
+        module = upstream.WrappedLightningModule(
+            model, causal_norm=norm, delta_cutoff=2, div_upweight=3.0
+        )
+        expected = module._common_step(batch)["loss"]
+        found = association_loss(ours, batch, causal_norm=norm, division_weight=3.0)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        if (
+            norm == "linear"
+        ):  # upstream has no gradient here: it changes a sigmoid's output in place
+            continue
+        expected.backward()
+        found.backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.skipif(SCRIPT is None, reason="TRACKASTRA_TRAIN_SCRIPT names no upstream train.py")
+@pytest.mark.filterwarnings("ignore")  # upstream's script
+def test_the_schedule_is_upstreams(monkeypatch):
+    upstream = load_script(monkeypatch)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = upstream.WarmupCosineLRScheduler(optimizer, warmup_epochs=5, max_epochs=20)
+    for epoch in range(20):
+        assert schedule.get_last_lr()[0] == pytest.approx(warmup_cosine(epoch, 5, 20))
+        optimizer.step()
+        schedule.step()
+
+
+class FixedLogits(nn.Module):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, *_: Tensor, **__: Tensor) -> Tensor:
+        return self.logits.clone()
+
+
+def load_script(monkeypatch) -> ModuleType:
+    """Import upstream's script; what it only imports for its logs may be missing."""
+    for name in ("git", "humanize", "wandb"):
+        if importlib.util.find_spec(name) is None:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    spec = importlib.util.spec_from_file_location("upstream_train", str(SCRIPT))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_rate_warms_up_and_falls():
+    rates = [warmup_cosine(epoch, 4, 12) for epoch in range(12)]
+    assert rates[0] == 0.01
+    assert rates[4] == 1 == max(rates)
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0.001 < warmup_cosine(12, 4, 12) < 0.05
+
+
+def samples(small_folder, cache, props: str | None = "regionprops2"):
+    data = CTCData(str(small_folder()), window_size=3)
+    return wrap(data, cache, FakeBackbone(dim=8), additional_props=props)
+
+
+def loader(data, batch_size: int = 2) -> DataLoader:
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate_sequence_padding)
+
+
+def trainer(*callbacks, epochs: int = 3, **options) -> Trainer:
+    return Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, callbacks=list(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        **{"enable_checkpointing": False, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("props", ["regionprops2", "regionprops_small", None])
+def test_one_window_is_predicted_as_in_a_batch_of_two(small_folder, cache, props):
+    data = samples(small_folder, cache, props)
+    module = TrackingModule(
+        make_model(pretrained_feat_dim=8, additional_props=props, **SMALL), epochs=1
+    )
+    module.eval().double()  # upstream's encoding magnifies the rounding of float32
+    both, single = (
+        {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
+        for batch in (next(iter(loader(data, n))) for n in (2, 1))
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(module(single)[0], module(both)[0])
+
+
+def test_models_have_the_width_of_their_samples(small_folder, cache):
+    sample = samples(small_folder, cache, "regionprops_small")[0]
+    model = make_model(pretrained_feat_dim=8, additional_props="regionprops_small", **SMALL)
+    assert model.config["feat_dim"] == sample["features"].shape[1]
+    plain = make_model(ndim=3, **SMALL)
+    assert (plain.config["coord_dim"], plain.config["feat_dim"]) == (3, 12)
+    assert "pretrained_feat_dim" not in plain.config
+
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (
+        ".*does not have many workers.*",  # Lightning's advice
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning with torch 2.15
+        ".*The number of training batches.*",
+        "Checkpoint directory .* exists",  # of the training that is resumed
+        "unclosed file:ResourceWarning",  # Trackastra.from_folder
+    )
+]
+
+
+def test_training_writes_the_model_of_the_best_validation_loss(small_folder, cache, tmp_path):
+    torch.manual_seed(0)
+    data = samples(small_folder, cache)
+    model = make_model(pretrained_feat_dim=8, **SMALL)
+    folder = tmp_path / "model"
+    best = BestModel(folder, {"features": "pretrained_feats"})
+    module = TrackingModule(model, epochs=3, warmup_epochs=1, learning_rate=1e-2)
+    trainer(best).fit(module, loader(data), loader(data))
+    assert (folder / "train_config.yaml").read_text() == "features: pretrained_feats\n"
+    again = TrackingTransformer.from_folder(folder)
+    assert again.config == model.config
+    found = trainer().validate(TrackingModule(again, epochs=1), loader(data), verbose=False)
+    assert found[0]["val_loss"] == pytest.approx(best.best, rel=1e-5)
+
+
+def test_a_resumed_training_keeps_a_better_model_of_before(small_folder, cache, tmp_path):
+    data, folder = samples(small_folder, cache), tmp_path / "model"
+
+    def run(epochs: int, **options) -> float:
+        module = TrackingModule(make_model(pretrained_feat_dim=8, **SMALL), epochs=2)
+        trainer(best := BestModel(folder, {}), epochs=epochs, **kept).fit(
+            module, loader(data), loader(data), **options
+        )
+        return best.best
+
+    kept = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    run(1)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=False)
+    state["callbacks"]["BestModel"]["best"] = 1e-9  # nothing that comes is as good
+    torch.save(state, checkpoint)
+    written = (folder / "model.pt").read_bytes()
+    assert run(2, ckpt_path=str(checkpoint)) == 1e-9
+    assert (folder / "model.pt").read_bytes() == written
+
+
+def test_a_loss_that_is_no_number_ends_the_training(small_folder, cache):
+    model = make_model(pretrained_feat_dim=8, **SMALL)
+    nn.init.constant_(model.norm.weight, torch.nan)
+    module, data = TrackingModule(model, epochs=1), loader(samples(small_folder, cache))
+    with pytest.raises(FloatingPointError, match="NaN in epoch 0"):
+        trainer(epochs=1, limit_val_batches=0).fit(module, data, data)
+
+
+def test_saving_again_leaves_no_other_files(tmp_path):
+    model = make_model(**SMALL)
+    save_model(model, tmp_path / "model")
+    save_model(model, tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.yaml", "model.pt"]
