@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from feature_cache import CachedFeatureDataset, FeatureCache
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
 
+from .harness import OURS, Case, Options, interleave
+
 WINDOW = 4
+FIRST = "warming first"
 
 
 class Windows(Dataset[dict[str, Any]]):
@@ -84,7 +88,30 @@ def measure(options: argparse.Namespace, cost: float, *, lazy: bool) -> tuple[fl
     return (first if lazy else warming), warming + total
 
 
-def main() -> None:
+def run(options: Options) -> list[Case]:
+    """Compare a cold first epoch with warming first, for one cost of a frame."""
+    chosen = make_parser().parse_args(["--frames", "60"] if options.quick else [])
+    cost = 0.02
+    firsts: dict[str, list[float]] = {}
+
+    def side(name: str, *, lazy: bool) -> Callable[[], float]:
+        def total() -> float:
+            first, seconds = measure(chosen, cost, lazy=lazy)
+            firsts.setdefault(name, []).append(first)
+            return seconds
+
+        return total
+
+    sides = {FIRST: side(FIRST, lazy=False), OURS: side(OURS, lazy=True)}
+    totals = interleave(sides, 2 if options.quick else min(options.rounds, 5))
+    name = f"{chosen.frames} frames of {1e3 * cost:.0f} ms"
+    return [
+        Case(f"{name}, all of the first epoch", FIRST, totals),
+        Case(f"{name}, first batch", FIRST, firsts),
+    ]
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=400)
     parser.add_argument("--size", type=int, default=256)
@@ -93,7 +120,11 @@ def main() -> None:
     parser.add_argument("--costs", type=float, nargs="+", default=[0.005, 0.02, 0.05])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shuffle", action="store_true")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
     print("ms a frame   lazy s   warm+train s   ratio   first batch s   of warming")
     for cost in options.costs:
         pairs = [

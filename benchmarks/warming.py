@@ -16,8 +16,6 @@ import heapq
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,11 @@ from feature_cache.warm.cluster import open_client, run_on_cluster
 from feature_cache.warm.plan import UNIT_FRAMES
 from feature_cache.warm.worker import Recipe
 
+from .harness import OURS, Case, Options, interleave, seconds_of
+
 BATCH = 8
+ALONE = "backbone alone"
+PLANNING = f"{OURS}, planning"
 PLUGIN = """
 import os
 import time
@@ -54,7 +56,7 @@ def load(name, weights, device, dtype):
 """
 
 
-def parse_options() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -64,7 +66,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", help="such as cuda:0; default: the best there is")
     parser.add_argument("--no-model", action="store_true", help="leave out efficientnet-lite0")
     parser.add_argument("--quick", action="store_true", help="few frames, once")
-    return parser.parse_args()
+    return parser
 
 
 def write_frames(root: Path, frames: int) -> Path:
@@ -80,12 +82,6 @@ def write_frames(root: Path, frames: int) -> Path:
     return root
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def batches_of(movie: Movie, backbone: Any) -> list[torch.Tensor]:
     features = FeatureCache(tempfile.mkdtemp()).movie(movie.frames, movie.masks, backbone)
     images = [
@@ -95,7 +91,8 @@ def batches_of(movie: Movie, backbone: Any) -> list[torch.Tensor]:
     return [torch.from_numpy(np.concatenate(images[start : start + BATCH])) for start in starts]
 
 
-def compare(name: str, backbone: Any, root: Path, repeats: int) -> None:
+def compare(name: str, backbone: Any, root: Path, repeats: int) -> Case:
+    """Time the backbone alone, planning and warming, on the same batches in turns."""
     movie = Movie.open(root)
     batches = batches_of(movie, backbone)
 
@@ -103,23 +100,39 @@ def compare(name: str, backbone: Any, root: Path, repeats: int) -> None:
         for batch in batches:
             backbone.embed(batch).cpu()
 
+    def plan() -> WarmPlan:
+        return plan_warm(FeatureCache(tempfile.mkdtemp()), [movie], backbone)
+
+    def warm() -> float:
+        planned = plan()
+        return seconds_of(lambda: run_warm(planned, batch_size=BATCH))
+
     embed()
-    bare, warm, planned = [], [], []
-    for _ in range(repeats):
-        bare.append(seconds_of(embed))
-        cache = FeatureCache(tempfile.mkdtemp())
-        plans: list[WarmPlan] = []
-        planned.append(
-            seconds_of(
-                lambda cache=cache, plans=plans: plans.append(plan_warm(cache, [movie], backbone))
-            )
-        )
-        warm.append(seconds_of(lambda plans=plans: run_warm(plans[0], batch_size=BATCH)))
-    best = min(bare), min(warm)
+    sides = {ALONE: lambda: seconds_of(embed), PLANNING: lambda: seconds_of(plan), OURS: warm}
+    return Case(name, ALONE, interleave(sides, repeats))
+
+
+def print_comparison(case: Case, frames: int) -> None:
+    alone, warm = min(case.values[ALONE]), min(case.values[OURS])
     print(
-        f"| {name} | {len(movie) / best[0]:.1f} | {len(movie) / best[1]:.1f} "
-        f"| {best[0] / best[1]:.3f} | {np.median(planned) / len(movie) * 1e3:.1f} |"
+        f"| {case.name} | {frames / alone:.1f} | {frames / warm:.1f} "
+        f"| {alone / warm:.3f} | {np.median(case.values[PLANNING]) / frames * 1e3:.1f} |"
     )
+
+
+def run(options: Options) -> list[Case]:
+    """Compare warming with the bare backbone."""
+    chosen = make_parser().parse_args(["--quick"] if options.quick else [])
+    frames, repeats = (24, 2) if options.quick else (chosen.frames, min(options.rounds, 5))
+    root = write_frames(options.folder / "warming" / "01", frames)
+    with plugin(chosen.seconds) as recipe:
+        fake = compare(
+            f"{frames} frames of {1e3 * chosen.seconds:.0f} ms", recipe.load(), root, repeats
+        )
+        if options.quick:
+            return [fake]
+    model = load_backbone("efficientnet-lite0", "random:0")
+    return [fake, compare(f"{frames} frames, {model.spec.name}", model, root, repeats)]
 
 
 @contextmanager
@@ -221,7 +234,7 @@ def simulate(costs: Costs, workers: int, units: int) -> float:
 
 
 def main() -> None:
-    options = parse_options()
+    options = make_parser().parse_args()
     frames, repeats = (48, 1) if options.quick else (options.frames, options.repeats)
     with tempfile.TemporaryDirectory() as folder, plugin(options.seconds) as recipe:
         os.environ["FEATURE_CACHE_MEMO"] = "off"
@@ -231,10 +244,11 @@ def main() -> None:
         print("| backbone | alone, frames/s | warming, frames/s | ratio | planning, ms a frame |")
         print("|---|---:|---:|---:|---:|")
         name = f"fake, {options.seconds * 1e3:.0f} ms a frame"
-        compare(name, recipe.load(), root, repeats)
+        print_comparison(compare(name, recipe.load(), root, repeats), frames)
         if not options.no_model:
             model = load_backbone("efficientnet-lite0", "random:0", options.device)
-            compare(f"efficientnet-lite0 on {model.device}", model, root, repeats)
+            case = compare(f"efficientnet-lite0 on {model.device}", model, root, repeats)
+            print_comparison(case, frames)
         print("\n| Dask workers | frames/s | speed-up |\n|---|---:|---:|")
         scale(recipe, root, repeats)
         costs = measure_costs(recipe, root, options.seconds)

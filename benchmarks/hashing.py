@@ -1,0 +1,80 @@
+"""Hashing frames and masks against loading them, and digests that are remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from feature_cache import FeatureCache, Movie
+from feature_cache.hashing import frame_digest, mask_digest
+from feature_cache.movies import read_tiff, write_movie
+from feature_cache.testing import FakeBackbone
+
+from .data import load_real
+from .harness import OURS, Case, Options, compare_calls, interleave, seconds_of
+
+
+def run(options: Options) -> list[Case]:
+    """Compare a frame with its mask, 700 x 1100, hashed and loaded; and a movie's keys."""
+    real = load_real(options.folder)
+    frames = [np.roll(f, 7 * i, 0) for i in range(5) for f in real["frames"]]
+    masks = [np.roll(m, 7 * i, 0) for i in range(5) for m in real["masks"]]
+    root = options.folder / "hashing" / "01"
+    write_movie(root, frames, masks, np.array([[1, 0, len(frames) - 1, 0]]))
+    return [compare_frame(root, options), compare_movie(root, options)]
+
+
+def compare_frame(root: Path, options: Options) -> Case:
+    movie = Movie.open(root)
+    files = [(movie.frames.files_of(t)[0], movie.masks.files_of(t)[0]) for t in range(len(movie))]
+    loaded = {pair: [read_tiff(file) for file in pair] for pair in files}
+
+    def load(pair: tuple[Path, Path]) -> None:
+        for file in pair:
+            read_tiff(file)
+
+    def digest(pair: tuple[Path, Path]) -> None:
+        frame, mask = loaded[pair]
+        frame_digest(frame)
+        mask_digest(mask)
+
+    def sha256(pair: tuple[Path, Path]) -> None:
+        frame, mask = loaded[pair]
+        hashlib.sha256(np.ascontiguousarray(frame, np.float32).data)
+        hashlib.sha256(np.ascontiguousarray(mask, np.int32).data)
+
+    sides = {"reading the TIFFs": load, OURS: digest, "the same by sha256": sha256}
+    name = "frame and mask, 700 x 1100"
+    return compare_calls(name, "reading the TIFFs", sides, files, options.rounds, 0.2)
+
+
+def compare_movie(root: Path, options: Options) -> Case:
+    """Compare the keys of a movie that is opened anew, its digests remembered or not."""
+    old = time.time() - 100
+    for file in root.parent.rglob("*.tif"):
+        os.utime(file, (old, old))
+    memo = options.folder / "memo"
+    cache = FeatureCache(options.folder / "hashing" / "cache")
+
+    def side(setting: str) -> Callable[[], float]:
+        def measure() -> float:
+            os.environ["FEATURE_CACHE_MEMO"] = setting
+            return seconds_of(keys)
+
+        return measure
+
+    def keys() -> None:
+        movie = Movie.open(root)
+        cache.movie(movie.frames, movie.masks, FakeBackbone()).keys()
+
+    sides = {"read and hashed": side("off"), f"{OURS}, remembered": side(str(memo))}
+    for call in sides.values():
+        call()
+    values = interleave(sides, options.rounds)
+    os.environ["FEATURE_CACHE_MEMO"] = "off"
+    return Case("keys of a movie of 20 frames", "read and hashed", values)
