@@ -16,6 +16,7 @@ from torch import Tensor
 from .cache import MovieFeatures
 from .errors import FrameError
 from .key import Record
+from .store import Held
 
 Sample = dict[str, Any]
 _COPIED_BY_ONE_THREAD = 1 << 15  # numbers; torch's at::internal::GRAIN_SIZE
@@ -81,7 +82,7 @@ class Tokens:
         places = [slice(*bounds) for bounds in pairwise([*starts, len(times)])]
         return cls(movie, labels, tuple(zip(times[starts].tolist(), places, strict=True)), order)
 
-    def select(self, records: Sequence[Record]) -> NDArray[np.floating[Any]]:
+    def select(self, found: Sequence[Held]) -> NDArray[np.floating[Any]]:
         """Give the features of the tokens, (N, C), from the record of each frame.
 
         Raises
@@ -89,15 +90,31 @@ class Tokens:
         FrameError
             A label is not in the mask of its frame.
         """
-        features = np.concatenate([
-            _select_rows(record, self.labels[place], self.movie, t)
-            for (t, place), record in zip(self.frames, records, strict=True)
-        ])  # fmt: skip
+        features = self._side_by_side(found)
+        if features is None:
+            features = np.concatenate([
+                _select_rows(held.record, self.labels[place], self.movie, t)
+                for (t, place), held in zip(self.frames, found, strict=True)
+            ])  # fmt: skip
         if self.order is None:
             return features
         ordered = np.empty_like(features)
         ordered[self.order] = features
         return ordered
+
+    def _side_by_side(self, found: Sequence[Held]) -> NDArray[np.floating[Any]] | None:
+        """Give the features as one view, where one span has just these tokens in this order."""
+        span, first = found[0].span, found[0].number
+        if span.offsets is None or span.labels is None:
+            return None
+        if any(one.span is not span or one.number != first + i for i, one in enumerate(found)):
+            return None
+        bounds = span.offsets[first : first + len(found) + 1].tolist()
+        rows = slice(bounds[0], bounds[-1])
+        same = [place.stop + bounds[0] for _, place in self.frames] == bounds[1:]
+        if same and (self.labels == span.labels[rows]).all():
+            return span.features[rows]
+        return None
 
 
 def _select_rows(
@@ -119,14 +136,14 @@ def _select_rows(
     return record.features[rows]
 
 
-def pad(tokens: Sequence[Tokens], records: Sequence[Sequence[Record]]) -> Tensor:
+def pad(tokens: Sequence[Tokens], found: Sequence[Sequence[Held]]) -> Tensor:
     """Write the features of a batch into one tensor.
 
     Parameters
     ----------
     tokens : sequence of Tokens
         B samples.
-    records : sequence of sequences of Record
+    found : sequence of sequences of Held
         For each sample, the record of each of its frames.
 
     Returns
@@ -143,17 +160,18 @@ def pad(tokens: Sequence[Tokens], records: Sequence[Sequence[Record]]) -> Tensor
     """
     widths = {one.movie.spec.backbone.width: one.movie.spec.backbone.name for one in tokens}
     if len(widths) > 1:
-        found = ", ".join(f"{width} ({name})" for width, name in widths.items())
+        names = ", ".join(f"{width} ({name})" for width, name in widths.items())
         raise ValueError(
-            f"the samples of a batch have features of different widths: {found}; "
+            f"the samples of a batch have features of different widths: {names}; "
             "use one backbone for all movies, or batches of one sample"
         )
     longest = max((len(one.labels) for one in tokens), default=0)
     padded = torch.empty(len(tokens), longest, *(widths or (0,)))
-    for rows, one, found_here in zip(padded, tokens, records, strict=True):
+    for rows, one, held in zip(padded, tokens, found, strict=True):
         if one.frames:
-            _cast(one.select(found_here), rows)
-        rows[len(one.labels) :].numpy().fill(0)
+            _cast(one.select(held), rows)
+        if len(one.labels) < longest:
+            rows[len(one.labels) :] = 0
     return padded
 
 
@@ -162,8 +180,23 @@ def _cast(features: NDArray[np.floating[Any]], rows: Tensor) -> None:
 
     It shares larger ones among threads, which then wait for one another wherever cores are busy.
     """
+    source = torch.from_numpy(np.asarray(_Readable(features)))
+    if torch.get_num_threads() == 1:
+        rows[: len(features)] = source
+        return
     size = max(1, (_COPIED_BY_ONE_THREAD - 1) // max(1, rows.shape[1]))
-    source = torch.from_numpy(features)
     for start in range(0, len(features), size):
         piece = source[start : start + size]
         rows[start : start + len(piece)] = piece
+
+
+class _Readable:
+    """An array whose view says that it can be written: torch warns of those that can't.
+
+    It is only read.
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        described = dict(array.__array_interface__)
+        described["data"] = (described["data"][0], False)
+        self.array, self.__array_interface__ = array, described

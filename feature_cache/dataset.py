@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .errors import DrawError, MissingRecordError, UnknownNameError
 from .hashing import DIGEST_BYTES, Digest, digest_json
 from .key import Record
 from .service import Misses, StandIn, check_writable
-from .store import Space, Usage
+from .store import Held, Space, Span, Usage
 
 OnMiss = Literal["compute", "error"]
 
@@ -220,12 +220,12 @@ class TokenFeatures:
 
     def complete(self, movie: MovieFeatures, lookups: Sequence[Lookup]) -> None:
         """Count what was found of one of the `variants`, and get what was not. Errors as a call."""
-        absent = sorted((one for one in lookups if one.record is None), key=lambda one: one.t)
-        size = sum(one.uses * one.record.features.nbytes for one in lookups if one.record)
-        self._count(movie, sum(one.uses for one in lookups if one.record), size)
+        absent = sorted((one for one in lookups if one.held is None), key=lambda one: one.t)
+        size = sum(one.uses * one.held.nbytes for one in lookups if one.held)
+        self._count(movie, sum(one.uses for one in lookups if one.held), size)
         if absent:
             for one, record in zip(absent, self._fetch(movie, [a.t for a in absent]), strict=True):
-                one.record = record
+                one.held = Held(Span.of(record), 0)
             self._count(movie, sum(one.uses - 1 for one in absent))
 
     def _fetch(self, movie: MovieFeatures, absent: Sequence[int]) -> list[Record]:
@@ -268,7 +268,7 @@ class Lookup:
     movie: MovieFeatures
     t: int
     uses: int = 0
-    record: Record | None = None
+    held: Held | None = None
 
 
 def finish(unfinished: Sequence[Unfinished]) -> Batch:
@@ -278,8 +278,7 @@ def finish(unfinished: Sequence[Unfinished]) -> Batch:
     movie and copy by copy. Errors as `TokenFeatures`, and ValueError for features of different
     width.
     """
-    records = _look_up(unfinished)
-    padded = pad([one.tokens for one in unfinished], records)
+    padded = pad([one.tokens for one in unfinished], _look_up(unfinished))
     samples = []
     for one, rows in zip(unfinished, padded, strict=True):
         features = rows[: len(one.tokens.labels)]
@@ -289,19 +288,22 @@ def finish(unfinished: Sequence[Unfinished]) -> Batch:
     return Batch(samples, padded)
 
 
-def _look_up(unfinished: Sequence[Unfinished]) -> list[list[Record]]:
+def _look_up(unfinished: Sequence[Unfinished]) -> list[list[Held]]:
     """Give, for each sample, the record of each frame."""
     spaces: dict[Space, dict[Digest, Lookup]] = {}
     needed = [_need(one, spaces.setdefault(one.tokens.movie.space, {})) for one in unfinished]
     for space, lookups in spaces.items():
-        keys = np.frombuffer(b"".join(lookups), np.uint8).reshape(-1, DIGEST_BYTES)
+        # Frames in order may lie side by side, and are then one span.
+        ordered = sorted(lookups.items(), key=lambda item: (id(item[1].movie), item[1].t))
+        joined = b"".join(key for key, _ in ordered)
+        keys = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
         groups: dict[tuple[TokenFeatures, MovieFeatures], list[Lookup]] = {}
-        for lookup, record in zip(lookups.values(), space.read(keys), strict=True):
-            lookup.record = record
+        for (_, lookup), held in zip(ordered, space.read_held(keys), strict=True):
+            lookup.held = held
             groups.setdefault((lookup.source, lookup.movie), []).append(lookup)
         for (source, movie), group in groups.items():
             source.complete(movie, group)
-    return [[one.movie.expect(one.t, one.record) for one in row] for row in needed]
+    return [cast(list[Held], [one.held for one in row]) for row in needed]
 
 
 def _need(unfinished: Unfinished, lookups: dict[Digest, Lookup]) -> list[Lookup]:

@@ -175,7 +175,8 @@ def mask_labels(mask: NDArray[np.generic], where: str = "the mask") -> NDArray[n
         raise FrameError(
             f"{where} has shape {mask.shape}: expected (H, W) or (Z, H, W), none of them 0"
         )
-    if mask.dtype.kind != "b" and (mask.min() < 0 or mask.max() > _INT32.max):
+    always_fits = mask.dtype.kind in "bu" and mask.dtype.itemsize < 4
+    if not always_fits and (mask.min() < 0 or mask.max() > _INT32.max):
         raise FrameError(
             f"{where} has labels from {mask.min()} to {mask.max()}: expected 0 to {_INT32.max}"
         )

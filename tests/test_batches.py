@@ -169,15 +169,15 @@ def test_balanced_batches_through_workers(load, cache, workers, method):
 
 
 def count_keys(monkeypatch):
-    """Note how many keys each Space.read is asked for."""
+    """Note how many keys each Space.read_held is asked for."""
     asked = []
-    read = Space.read
+    read = Space.read_held
 
     def counted(self, keys):
         asked.append(len(keys))
         return read(self, keys)
 
-    monkeypatch.setattr(Space, "read", counted)
+    monkeypatch.setattr(Space, "read_held", counted)
     return asked
 
 

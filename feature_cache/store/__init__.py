@@ -3,7 +3,7 @@
 from .claims import Claims
 from .index import Index
 from .inspect import inspect, record_sources
-from .pack import Pack, read_provenance
+from .pack import Held, Pack, Span, read_provenance
 from .space import Mode, Space
 from .store import FORMAT_VERSION, Store
 from .usage import Counter, Run, Usage, read_runs, sum_usage
@@ -15,11 +15,13 @@ __all__ = [
     "Claims",
     "Counter",
     "Entry",
+    "Held",
     "Index",
     "Mode",
     "Pack",
     "Run",
     "Space",
+    "Span",
     "Store",
     "Usage",
     "inspect",

@@ -195,12 +195,40 @@ class Span:
         """Count the records."""
         return 1 if self.offsets is None else len(self.offsets) - 1
 
+    @classmethod
+    def of(cls, record: Record) -> Span:
+        """Give a record that is in no pack as a span of its own."""
+        offsets = None if record.labels is None else np.array([0, len(record.labels)])
+        return cls(record.features, record.labels, offsets)
+
     def record(self, number: int) -> Record:
         """Give one of the records."""
         if self.offsets is None or self.labels is None:
             return Record(self.features, None)
         rows = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
         return Record(self.features[rows], self.labels[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A record, and the span that holds it, perhaps with its neighbours."""
+
+    span: Span
+    number: int
+
+    @property
+    def record(self) -> Record:
+        """The record."""
+        return self.span.record(self.number)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its features."""
+        features, offsets = self.span.features, self.span.offsets
+        if offsets is None:
+            return features.nbytes
+        rows = int(offsets[self.number + 1] - offsets[self.number])
+        return rows * features.itemsize * features.shape[1]
 
 
 class Pack:

@@ -32,7 +32,7 @@ from .files import (
     writing,
 )
 from .index import Index
-from .pack import Pack, Span, read_keys
+from .pack import Held, Pack, Span, read_keys
 from .process import Presence, join
 from .writer import Entry, write_pack
 
@@ -174,25 +174,30 @@ class Space:
         StoreError
             If the system can't read the files.
         """
-        records = self.find(keys)
-        if self.mode == "r":
-            absent = [i for i, record in enumerate(records) if record is None]
-            self._raise_damage(keys[absent])
-        return records
+        held = self.read_held(keys)
+        return [None if one is None else one.record for one in held]
 
-    def find(self, keys: Keys) -> list[Record | None]:
-        """Read records as `read` does; one lost to damage is None in mode ``"r"`` as well."""
-        records: list[Record | None] = [None] * len(keys)
+    def read_held(self, keys: Keys) -> list[Held | None]:
+        """Read records as `read` does, each with the span that holds it."""
+        found = self.find(keys)
+        if self.mode == "r":
+            absent = [i for i, held in enumerate(found) if held is None]
+            self._raise_damage(keys[absent])
+        return found
+
+    def find(self, keys: Keys) -> list[Held | None]:
+        """Read records as `read_held`; one lost to damage is None in mode ``"r"`` as well."""
+        found: list[Held | None] = [None] * len(keys)
         for first, span in self.gather(keys):
             for number in range(len(span)):
-                records[first + number] = span.record(number)
-        absent = [i for i, record in enumerate(records) if record is None]
+                found[first + number] = Held(span, number)
+        absent = [i for i, held in enumerate(found) if held is None]
         if absent:
             self.refresh()
             for first, span in self.gather(keys[absent]):
                 for number in range(len(span)):
-                    records[absent[first + number]] = span.record(number)
-        return records
+                    found[absent[first + number]] = Held(span, number)
+        return found
 
     def gather(self, keys: Keys) -> list[tuple[int, Span]]:
         """Read what is known to be in this folder, records that lie side by side at once, verified.

@@ -181,7 +181,7 @@ def _write_group(
         "salt": salt,
         "digest": NO_DIGEST,
     }
-    text = group_text({"feature_cache": own, "provenance": dict(provenance)})
+    text = group_text({"feature_cache": own, "provenance": dict(provenance)}, indent=None)
     digest = metadata_digest(path, text.encode())
     (path / "zarr.json").write_text(text.replace(NO_DIGEST, digest, 1))
 
