@@ -379,6 +379,19 @@ class TestTokens:
             dataset.__getitems__([0, 1])
 
 
+    def test_labels_of_another_frame_are_no_match_though_all_labels_are_the_same(self, cache):
+        masks = np.zeros((2, 16, 16), int)
+        masks[0, :4, :4], masks[0, 8:, :4], masks[1, :4, 8:] = 1, 2, 3
+        frames = np.random.default_rng(0).random((2, 16, 16))
+        movie = cache.movie(frames, masks, FakeBackbone(dim=3))
+        movie.warm()
+        tokens = Chosen([[(0, 1), (1, 2), (1, 3)], [(0, 1), (0, 2), (1, 3)]])
+        dataset = CachedFeatureDataset(tokens, [movie], on_miss="error")
+        assert dataset[1]["pretrained_feats"].shape == (3, 3)
+        with pytest.raises(FrameError, match="label 2 is not in the mask of frame 1"):
+            dataset[0]
+
+
 class TestCollate:
     @pytest.fixture
     def batch(self, gappy):
