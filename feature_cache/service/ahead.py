@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 
@@ -23,7 +23,7 @@ class ReadAhead:
 
     Parameters
     ----------
-    batch_sampler : iterable of sequence of int
+    batch_sampler : iterable of list of int
         Such as torch's `BatchSampler` or Trackastra's `BalancedBatchSampler`. It draws that much
         earlier. All else that it has (``set_epoch``, ``sampler``, its length) is had here too.
     dataset : dataset with ``prefetch``
@@ -45,7 +45,7 @@ class ReadAhead:
     """
 
     def __init__(
-        self, batch_sampler: Iterable[Sequence[int]], dataset: Prefetching, *, batches: int = 8
+        self, batch_sampler: Iterable[list[int]], dataset: Prefetching, *, batches: int = 8
     ) -> None:
         if batches < 1:
             raise ValueError(f"batches {batches}: expected 1 or more")
@@ -55,9 +55,9 @@ class ReadAhead:
         """Count the batches."""
         return len(self.batch_sampler)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
+    def __iter__(self) -> Iterator[list[int]]:
         """Give the batches as they are, each some time after it was drawn."""
-        coming = deque[Sequence[int]]()
+        coming = deque[list[int]]()
         for batch in self.batch_sampler:
             self.dataset.prefetch(batch)
             coming.append(batch)

@@ -14,6 +14,7 @@ from ..augment import Augmentations
 from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..dataset import OnMiss
+from ..service import ReadAhead
 from .collation import collate
 from .dataset import Geometry, wrap
 from .shallow import Props
@@ -174,7 +175,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         self.datasets = {split: self._wrap(data, split) for split, data in plain.items()}
 
     def train_dataloader(self) -> LateDataLoader:
-        """Give balanced batches of the training set.
+        """Give balanced batches of the training set; what those to come miss is computed ahead.
 
         Raises
         ------
@@ -191,7 +192,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
                 f"batch_size is {batch_sampler.batch_size} in sampler_kwargs and "
                 f"{self.loader_kwargs['batch_size']} in loader_kwargs: expected the same"
             )
-        return LateDataLoader(data, batch_sampler=batch_sampler, **options)
+        return LateDataLoader(data, batch_sampler=ReadAhead(batch_sampler, data), **options)
 
     def _wrap(self, data: Any, split: str) -> Any:
         if not isinstance(self._cache, FeatureCache):
