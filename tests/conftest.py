@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,8 @@ from feature_cache.movies import write_movie
 from synthetic import make_movie
 
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]  # they have no doctests
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or Ctrl-C could not be tested
 settings.register_profile("tests", deadline=None)  # no test asserts on a time
 settings.load_profile("tests")
 
