@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,8 +48,6 @@ for number, sample in enumerate(loader):
 def test_an_epoch_is_interrupted_and_another_one_works(
     tmp_path: Path, shell: str, workers: int
 ) -> None:
-    if shell == "IPython" and find_spec("IPython") is None:
-        pytest.skip("IPython is not installed")
     log = tmp_path / "log"
     names = {"root": str(tmp_path / "cache"), "log": str(log), "workers": workers}
     cells = [cell.format(**names) for cell in CELLS]
