@@ -108,7 +108,14 @@ def reporting(committed: set[int]) -> Iterator[Report]:
     committed.update(number for (number,) in NUMBER.iter_unpack(told[:whole]))
 
 
-def kill_some(scene: Scene, rng: random.Random, committed: set[int]) -> list[str]:
+def seconds_to_write(scene: Scene) -> float:
+    """Time one commit in a process of its own: the pace of this machine, as busy as it is."""
+    began = time.monotonic()
+    finish([start(scene.space().write, scene.entries([0]), {})])
+    return time.monotonic() - began
+
+
+def kill_some(scene: Scene, rng: random.Random, committed: set[int], longest: float) -> list[str]:
     """Let processes work at once, each until it is killed; give what they did."""
     works = rng.choices(VICTIMS, k=AT_ONCE)
     with reporting(committed) as report:
@@ -116,7 +123,7 @@ def kill_some(scene: Scene, rng: random.Random, committed: set[int]) -> list[str
         for victim in victims:
             if rng.random() < 0.7:  # the others are perhaps killed before they are at work
                 wait_for(scene.root, victim)
-            time.sleep(rng.uniform(0, LONGEST_SECONDS))
+            time.sleep(rng.uniform(0, longest))
             victim.kill()
         finish(victims, -signal.SIGKILL)
     return [work.__name__ for work in works]
@@ -135,12 +142,13 @@ def kill_many(root: Path, pooling: str | None, kills: int, seed: int) -> dict[st
     beat_fast()
     rng, stop, committed = random.Random(seed), fork.Event(), set[int]()
     scene, counts = Scene(root, 3 * kills, pooling), Counter[str]()
-    finish([start(scene.space().write, scene.entries([0]), {})])
+    longest = max(LONGEST_SECONDS, 2 * seconds_to_write(scene))
     readers = [start(read, scene, stop, mode) for mode in "ar"]
     while counts.total() < kills and all(reader.is_alive() for reader in readers):
         for _ in range(CHECK_EVERY):
-            counts.update(kill_some(scene, rng, committed))
+            counts.update(kill_some(scene, rng, committed, longest))
         finish([start(check, scene, committed)])
+        longest = max(LONGEST_SECONDS, 2 * seconds_to_write(scene))
     stop.set()
     finish(readers)
     finish([start(complete, scene)])
