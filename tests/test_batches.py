@@ -378,7 +378,6 @@ class TestTokens:
         with pytest.raises(FrameError, match=f"label {label} is not in the mask of frame {t} of"):
             dataset.__getitems__([0, 1])
 
-
     def test_labels_of_another_frame_are_no_match_though_all_labels_are_the_same(self, cache):
         masks = np.zeros((2, 16, 16), int)
         masks[0, :4, :4], masks[0, 8:, :4], masks[1, :4, 8:] = 1, 2, 3
