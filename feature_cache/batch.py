@@ -16,9 +16,11 @@ from torch import Tensor
 from .cache import MovieFeatures
 from .errors import FrameError
 from .key import Record
-from .store import Held
+from .store import Span
 
 Sample = dict[str, Any]
+Found = Span | Sequence[Record]
+"""The records of a sample's frames: side by side, or each of them."""
 _COPIED_BY_ONE_THREAD = 1 << 15  # numbers; torch's at::internal::GRAIN_SIZE
 
 
@@ -54,15 +56,18 @@ class Tokens:
     movie : MovieFeatures
     labels : (N,) int64
         In the order of frames.
-    frames : tuple of (int, slice)
-        Each frame, and where its labels are.
+    times : tuple of int
+        The frames, ascending.
+    bounds : tuple of int
+        Frame i has the labels bounds[i] to bounds[i + 1].
     order : (N,) int, or None
         Which of the sample's tokens each label is, where these are not in the order of frames.
     """
 
     movie: MovieFeatures
     labels: NDArray[np.int64]
-    frames: tuple[tuple[int, slice], ...]
+    times: tuple[int, ...]
+    bounds: tuple[int, ...]
     order: NDArray[np.intp] | None = None
 
     @classmethod
@@ -72,29 +77,29 @@ class Tokens:
         """Group the tokens (N,), (N,) of a sample."""
         if len(times) != len(labels):
             raise ValueError(f"{len(times)} timepoints and {len(labels)} labels: expected as many")
-        if not len(times):
-            return cls(movie, labels, ())
+        frames, bounds = _group(times)
         order = None
-        if (times[1:] < times[:-1]).any():
+        if any(after <= before for before, after in pairwise(frames)):
             order = np.argsort(times, kind="stable")
-            times, labels = times[order], labels[order]
-        starts = [0, *(np.flatnonzero(times[1:] != times[:-1]) + 1).tolist()]
-        places = [slice(*bounds) for bounds in pairwise([*starts, len(times)])]
-        return cls(movie, labels, tuple(zip(times[starts].tolist(), places, strict=True)), order)
+            labels = labels[order]
+            frames, bounds = _group(times[order])
+        return cls(movie, labels, frames, bounds, order)
 
-    def select(self, found: Sequence[Held]) -> NDArray[np.floating[Any]]:
-        """Give the features of the tokens, (N, C), from the record of each frame.
+    def select(self, found: Found) -> NDArray[np.floating[Any]]:
+        """Give the features of the tokens, (N, C), from the records of the frames.
 
         Raises
         ------
         FrameError
             A label is not in the mask of its frame.
         """
-        features = self._side_by_side(found)
+        features = self._select_all(found) if isinstance(found, Span) else None
         if features is None:
+            records = found.records() if isinstance(found, Span) else found
+            places = [slice(*bounds) for bounds in pairwise(self.bounds)]
             features = np.concatenate([
-                _select_rows(held.record, self.labels[place], self.movie, t)
-                for (t, place), held in zip(self.frames, found, strict=True)
+                _select_rows(record, self.labels[place], self.movie, t)
+                for t, place, record in zip(self.times, places, records, strict=True)
             ])  # fmt: skip
         if self.order is None:
             return features
@@ -102,19 +107,20 @@ class Tokens:
         ordered[self.order] = features
         return ordered
 
-    def _side_by_side(self, found: Sequence[Held]) -> NDArray[np.floating[Any]] | None:
-        """Give the features as one view, where one span has just these tokens in this order."""
-        span, first = found[0].span, found[0].number
+    def _select_all(self, span: Span) -> NDArray[np.floating[Any]] | None:
+        """Give all features of a span, if it has just these tokens in this order."""
         if span.offsets is None or span.labels is None:
             return None
-        if any(one.span is not span or one.number != first + i for i, one in enumerate(found)):
-            return None
-        bounds = span.offsets[first : first + len(found) + 1].tolist()
-        rows = slice(bounds[0], bounds[-1])
-        same = [place.stop + bounds[0] for _, place in self.frames] == bounds[1:]
-        if same and (self.labels == span.labels[rows]).all():
-            return span.features[rows]
-        return None
+        same = tuple(span.offsets.tolist()) == self.bounds and (span.labels == self.labels).all()
+        return span.features if same else None
+
+
+def _group(times: NDArray[np.int64]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give the runs of equal times, and where they begin and end."""
+    if not len(times):
+        return (), (0,)
+    bounds = [0, *((times[1:] != times[:-1]).nonzero()[0] + 1).tolist(), len(times)]
+    return tuple(times[bounds[:-1]].tolist()), tuple(bounds)
 
 
 def _select_rows(
@@ -136,15 +142,15 @@ def _select_rows(
     return record.features[rows]
 
 
-def pad(tokens: Sequence[Tokens], found: Sequence[Sequence[Held]]) -> Tensor:
+def pad(tokens: Sequence[Tokens], found: Sequence[Found]) -> Tensor:
     """Write the features of a batch into one tensor.
 
     Parameters
     ----------
     tokens : sequence of Tokens
         B samples.
-    found : sequence of sequences of Held
-        For each sample, the record of each of its frames.
+    found : sequence of Found
+        For each sample, the records of its frames.
 
     Returns
     -------
@@ -167,9 +173,9 @@ def pad(tokens: Sequence[Tokens], found: Sequence[Sequence[Held]]) -> Tensor:
         )
     longest = max((len(one.labels) for one in tokens), default=0)
     padded = torch.empty(len(tokens), longest, *(widths or (0,)))
-    for rows, one, held in zip(padded, tokens, found, strict=True):
-        if one.frames:
-            _cast(one.select(held), rows)
+    for rows, one, records in zip(padded, tokens, found, strict=True):
+        if one.times:
+            _cast(one.select(records), rows)
         if len(one.labels) < longest:
             rows[len(one.labels) :] = 0
     return padded

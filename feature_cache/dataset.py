@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augmentations, Draw
-from .batch import Batch, Sample, Tokens, pad
+from .batch import Batch, Found, Sample, Tokens, pad
 from .cache import MovieFeatures, check_batch_size
 from .errors import DrawError, MissingRecordError, UnknownNameError
 from .hashing import DIGEST_BYTES, Digest, digest_json
 from .key import Record
 from .service import Misses, StandIn, check_writable
-from .store import Held, Space, Span, Usage
+from .store import Space, Usage
 
 OnMiss = Literal["compute", "error"]
 
@@ -220,13 +220,14 @@ class TokenFeatures:
 
     def complete(self, movie: MovieFeatures, lookups: Sequence[Lookup]) -> None:
         """Count what was found of one of the `variants`, and get what was not. Errors as a call."""
-        absent = sorted((one for one in lookups if one.held is None), key=lambda one: one.t)
-        size = sum(one.uses * one.held.nbytes for one in lookups if one.held)
-        self._count(movie, sum(one.uses for one in lookups if one.held), size)
+        found = [one for one in lookups if one.record is not None]
+        absent = sorted((one for one in lookups if one.record is None), key=lambda one: one.t)
+        size = sum(one.uses * one.record.features.nbytes for one in found if one.record)
+        self.count(movie, sum(one.uses for one in found), size)
         if absent:
             for one, record in zip(absent, self._fetch(movie, [a.t for a in absent]), strict=True):
-                one.held = Held(Span.of(record), 0)
-            self._count(movie, sum(one.uses - 1 for one in absent))
+                one.record = record
+            self.count(movie, sum(one.uses - 1 for one in absent))
 
     def _fetch(self, movie: MovieFeatures, absent: Sequence[int]) -> list[Record]:
         if self.on_miss == "error":
@@ -244,7 +245,7 @@ class TokenFeatures:
             fresh |= self._misses.fetch(movie, part, batch_size=self.batch_size)
         return [movie.expect(t, fresh[t]) for t in absent]
 
-    def _count(self, movie: MovieFeatures, hits: int, nbytes: int = 0) -> None:
+    def count(self, movie: MovieFeatures, hits: int, nbytes: int = 0) -> None:
         """Count hits; misses are counted where it is known whether they are on their way."""
         movie.cache.counter.add(Usage(hits=hits, bytes_read=nbytes))
         self._misses.hits += hits
@@ -268,7 +269,7 @@ class Lookup:
     movie: MovieFeatures
     t: int
     uses: int = 0
-    held: Held | None = None
+    record: Record | None = None
 
 
 def finish(unfinished: Sequence[Unfinished]) -> Batch:
@@ -278,7 +279,7 @@ def finish(unfinished: Sequence[Unfinished]) -> Batch:
     movie and copy by copy. Errors as `TokenFeatures`, and ValueError for features of different
     width.
     """
-    padded = pad([one.tokens for one in unfinished], _look_up(unfinished))
+    padded = pad([one.tokens for one in unfinished], _read(unfinished))
     samples = []
     for one, rows in zip(unfinished, padded, strict=True):
         features = rows[: len(one.tokens.labels)]
@@ -288,28 +289,35 @@ def finish(unfinished: Sequence[Unfinished]) -> Batch:
     return Batch(samples, padded)
 
 
-def _look_up(unfinished: Sequence[Unfinished]) -> list[list[Held]]:
+def _read(unfinished: Sequence[Unfinished]) -> list[Found]:
+    """Give, for each sample, its records as one span, or else each of them."""
+    spans = [one.tokens.movie.span(one.tokens.times) for one in unfinished]
+    for one, span in zip(unfinished, spans, strict=True):
+        if span is not None:
+            one.source.count(one.tokens.movie, len(span), span.features.nbytes)
+    apart = iter(_look_up([u for u, span in zip(unfinished, spans, strict=True) if span is None]))
+    return [next(apart) if span is None else span for span in spans]
+
+
+def _look_up(unfinished: Sequence[Unfinished]) -> list[list[Record]]:
     """Give, for each sample, the record of each frame."""
     spaces: dict[Space, dict[Digest, Lookup]] = {}
     needed = [_need(one, spaces.setdefault(one.tokens.movie.space, {})) for one in unfinished]
     for space, lookups in spaces.items():
-        # Frames in order may lie side by side, and are then one span.
-        ordered = sorted(lookups.items(), key=lambda item: (id(item[1].movie), item[1].t))
-        joined = b"".join(key for key, _ in ordered)
-        keys = np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
+        keys = np.frombuffer(b"".join(lookups), np.uint8).reshape(-1, DIGEST_BYTES)
         groups: dict[tuple[TokenFeatures, MovieFeatures], list[Lookup]] = {}
-        for (_, lookup), held in zip(ordered, space.read_held(keys), strict=True):
-            lookup.held = held
+        for lookup, record in zip(lookups.values(), space.read(keys), strict=True):
+            lookup.record = record
             groups.setdefault((lookup.source, lookup.movie), []).append(lookup)
         for (source, movie), group in groups.items():
             source.complete(movie, group)
-    return [cast(list[Held], [one.held for one in row]) for row in needed]
+    return [cast(list[Record], [one.record for one in row]) for row in needed]
 
 
 def _need(unfinished: Unfinished, lookups: dict[Digest, Lookup]) -> list[Lookup]:
     """Take the frames of a sample into the lookups of its space."""
     movie, row = unfinished.tokens.movie, []
-    for t, _ in unfinished.tokens.frames:
+    for t in unfinished.tokens.times:
         key = movie.key(t)
         lookup = lookups.get(key)
         if lookup is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +29,7 @@ from ..key import Keys, Record, record_key
 from ..memo import Fingerprint, Memo
 from ..movies import TiffSeries
 from ..spec import KEY_VERSION, SpaceSpec
-from ..store import Space, Usage, record_sources
+from ..store import Index, Space, Span, Usage, record_sources
 from .fill import fill
 
 if TYPE_CHECKING:
@@ -44,6 +45,26 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where records of a movie are in the packs of a space, as one index had it.
+
+    Attributes
+    ----------
+    index : Index
+    rows : dict of int to (int, int)
+        Number of pack and row for a frame; (-1, -1) where there was none.
+    """
+
+    index: Index
+    rows: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, indices: Sequence[int], keys: Keys) -> None:
+        """Look up frames by their keys."""
+        packs, rows = self.index.find(keys)
+        self.rows.update(zip(indices, zip(packs.tolist(), rows.tolist(), strict=True), strict=True))
 
 
 @dataclass(eq=False)
@@ -75,6 +96,7 @@ class MovieFeatures:
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
     _space: Space | None = field(default=None, repr=False)
+    _places: Places | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading; files name their movie."""
@@ -99,14 +121,14 @@ class MovieFeatures:
 
     def with_draw(self, draw: Draw, origin: str = "") -> MovieFeatures:
         """Give the same movie under another draw; what is hashed stays hashed."""
-        return replace(self, draw=draw, origin=origin, _keys={})
+        return replace(self, draw=draw, origin=origin, _keys={}, _places=None)
 
     def in_space(self, spec: SpaceSpec) -> MovieFeatures:
         """Give the same movie in another space; what is hashed stays hashed."""
         digests = self._digests
         if spec.pooling is None:
             digests = {t: (frame, None) for t, (frame, _) in digests.items()}
-        return replace(self, spec=spec, _digests=digests, _keys={}, _space=None)
+        return replace(self, spec=spec, _digests=digests, _keys={}, _space=None, _places=None)
 
     def know(self, digests: Mapping[int, tuple[Digest, Digest | None]]) -> None:
         """Take digests of frames and masks that another process made of the same files."""
@@ -114,7 +136,7 @@ class MovieFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""
-        return {**self.__dict__, "_space": None}
+        return {**self.__dict__, "_space": None, "_places": None}
 
     @property
     def space(self) -> Space:
@@ -186,12 +208,35 @@ class MovieFeatures:
 
     def get(self, indices: Sequence[int] | None = None) -> list[Record | None]:
         """Read records of some frames, by default all; None where there is none."""
+        if (span := self.span(range(len(self)) if indices is None else indices)) is not None:
+            self.cache.counter.add(Usage(hits=len(span), bytes_read=span.features.nbytes))
+            return list(span.records())
         records = self.space.read(self.keys(indices))
         hits = [record for record in records if record is not None]
         size = sum(record.features.nbytes for record in hits)
         usage = Usage(hits=len(hits), misses=len(records) - len(hits), bytes_read=size)
         self.cache.counter.add(usage)
         return records
+
+    def span(self, indices: Sequence[int]) -> Span | None:
+        """Read records of some frames that lie side by side in a mapped pack; no copy is made.
+
+        None where they don't, or have not been read before: `get` them. Counts no hit.
+        """
+        if self._places is None or self._places.index is not self.space.index:
+            self._places = Places(self.space.index)
+        places = self._places
+        unknown = [t for t in indices if t not in places.rows]
+        if unknown:
+            places.add(unknown, self.keys(unknown))
+        found = [places.rows[t] for t in indices]
+        if not found:
+            return None
+        pack, first = found[0]
+        rows = range(first, first + len(found))
+        if pack < 0 or found != list(zip(repeat(pack), rows, strict=False)):
+            return None
+        return self.space.view(places.index, pack, rows.start, rows.stop)
 
     def get_or_compute(
         self,

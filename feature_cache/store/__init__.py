@@ -3,7 +3,7 @@
 from .claims import Claims
 from .index import Index
 from .inspect import inspect, record_sources
-from .pack import Held, Pack, Span, read_provenance
+from .pack import Pack, Span, read_provenance
 from .space import Mode, Space
 from .store import FORMAT_VERSION, Store
 from .usage import Counter, Run, Usage, read_runs, sum_usage
@@ -15,7 +15,6 @@ __all__ = [
     "Claims",
     "Counter",
     "Entry",
-    "Held",
     "Index",
     "Mode",
     "Pack",

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import NotACacheError, StoreError
-from ..key import Keys
+from ..key import Keys, Record
 from ..spec import SpaceSpec
 from .files import TEMPORARY_PREFIX, make_folder, writing
-from .pack import Held, check_pack
+from .pack import check_pack
 from .process import join
 from .remote import Remote, RemoteSpace, open_remote
 from .space import Space
@@ -33,7 +33,7 @@ class Layer(Protocol):
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Tell which records it has."""
 
-    def find(self, keys: Keys, top: Space) -> list[Held | None]:
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
         """Read records, None where there is none; may bring whole packs into `top`."""
 
 
@@ -55,7 +55,7 @@ class FolderLayer:
         """Tell which records it has."""
         return self.space.contains(keys)
 
-    def find(self, keys: Keys, top: Space) -> list[Held | None]:
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
         """Read records, verified; None where there is none."""
         records = self.space.find(keys)
         if self.promote:
@@ -129,7 +129,7 @@ class RemoteLayer:
         """Tell which records it has."""
         return self.space.contains(keys)
 
-    def find(self, keys: Keys, top: Space) -> list[Held | None]:
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
         """Bring packs into `top`, verified, and read them there."""
         top.create()
         self.space.fetch(keys, top.packs_folder, writer=join(top.root).name)
@@ -177,7 +177,7 @@ class LayeredSpace(Space):
                 _log.warning("a layer is left out: %s", error)
         return found
 
-    def find(self, keys: Keys) -> list[Held | None]:
+    def find(self, keys: Keys) -> list[Record | None]:
         """Read records from here or below, verified; None where there is none."""
         records = super().find(keys)
         for layer in self.layers:

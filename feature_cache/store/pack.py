@@ -22,6 +22,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,40 +196,12 @@ class Span:
         """Count the records."""
         return 1 if self.offsets is None else len(self.offsets) - 1
 
-    @classmethod
-    def of(cls, record: Record) -> Span:
-        """Give a record that is in no pack as a span of its own."""
-        offsets = None if record.labels is None else np.array([0, len(record.labels)])
-        return cls(record.features, record.labels, offsets)
-
-    def record(self, number: int) -> Record:
-        """Give one of the records."""
+    def records(self) -> list[Record]:
+        """Give them one by one."""
         if self.offsets is None or self.labels is None:
-            return Record(self.features, None)
-        rows = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
-        return Record(self.features[rows], self.labels[rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A record, and the span that holds it, perhaps with its neighbours."""
-
-    span: Span
-    number: int
-
-    @property
-    def record(self) -> Record:
-        """The record."""
-        return self.span.record(self.number)
-
-    @property
-    def nbytes(self) -> int:
-        """The size of its features."""
-        features, offsets = self.span.features, self.span.offsets
-        if offsets is None:
-            return features.nbytes
-        rows = int(offsets[self.number + 1] - offsets[self.number])
-        return rows * features.itemsize * features.shape[1]
+            return [Record(self.features, None)]
+        rows = [slice(*bounds) for bounds in pairwise(self.offsets.tolist())]
+        return [Record(self.features[some], self.labels[some]) for some in rows]
 
 
 class Pack:
@@ -276,6 +249,11 @@ class Pack:
     def __len__(self) -> int:
         """Count the records."""
         return len(self.keys)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether all its regions are mapped by now."""
+        return self._rows_mapped is not None and self._rows_mapped[1] is not None
 
     def _read_rows(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int32] | None]:
         if len(self.features.shape) > 2:
@@ -332,7 +310,7 @@ class Pack:
 
     def record(self, row: int) -> Record:
         """Give record `row`, verified. Errors as `spans`."""
-        return self.spans(row, row + 1)[0].record(0)
+        return self.spans(row, row + 1)[0].records()[0]
 
     def spans(self, start: int, stop: int) -> list[Span]:
         """Give records `start` to `stop`, verified: regions as one span, grids as one each.
@@ -350,7 +328,7 @@ class Pack:
             first, last = int(bounds[0]), int(bounds[-1])
             spans = [Span(self._rows(first, last), self._labels[first:last], bounds - first)]
         if not (self.features.raw and self._verified[start:stop].all()):
-            records = (span.record(i) for span in spans for i in range(len(span)))
+            records = (record for span in spans for record in span.records())
             for row, record in zip(range(start, stop), records, strict=True):
                 self._verify(row, record)
         return spans

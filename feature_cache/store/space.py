@@ -32,7 +32,7 @@ from .files import (
     writing,
 )
 from .index import Index
-from .pack import Held, Pack, Span, read_keys
+from .pack import Pack, Span, read_keys
 from .process import Presence, join
 from .writer import Entry, write_pack
 
@@ -174,30 +174,26 @@ class Space:
         StoreError
             If the system can't read the files.
         """
-        held = self.read_held(keys)
-        return [None if one is None else one.record for one in held]
-
-    def read_held(self, keys: Keys) -> list[Held | None]:
-        """Read records as `read` does, each with the span that holds it."""
         found = self.find(keys)
         if self.mode == "r":
-            absent = [i for i, held in enumerate(found) if held is None]
+            absent = [i for i, record in enumerate(found) if record is None]
             self._raise_damage(keys[absent])
         return found
 
-    def find(self, keys: Keys) -> list[Held | None]:
-        """Read records as `read_held`; one lost to damage is None in mode ``"r"`` as well."""
-        found: list[Held | None] = [None] * len(keys)
-        for first, span in self.gather(keys):
-            for number in range(len(span)):
-                found[first + number] = Held(span, number)
-        absent = [i for i, held in enumerate(found) if held is None]
+    def find(self, keys: Keys) -> list[Record | None]:
+        """Read records as `read`; one lost to damage is None in mode ``"r"`` as well."""
+        found: list[Record | None] = [None] * len(keys)
+        self._find_into(found, range(len(keys)), keys)
+        absent = [i for i, record in enumerate(found) if record is None]
         if absent:
             self.refresh()
-            for first, span in self.gather(keys[absent]):
-                for number in range(len(span)):
-                    found[absent[first + number]] = Held(span, number)
+            self._find_into(found, absent, keys[absent])
         return found
+
+    def _find_into(self, found: list[Record | None], places: Sequence[int], keys: Keys) -> None:
+        for first, span in self.gather(keys):
+            for number, record in enumerate(span.records(), first):
+                found[places[number]] = record
 
     def gather(self, keys: Keys) -> list[tuple[int, Span]]:
         """Read what is known to be in this folder, records that lie side by side at once, verified.
@@ -215,6 +211,33 @@ class Space:
         self._join()
         with reading(self.path), self._lock:
             return list(self._gather(keys))
+
+    @property
+    def index(self) -> Index:
+        """Where the records are, as known since the last refresh; another object after a change."""
+        self._join()
+        return self._index
+
+    def view(self, index: Index, pack: int, start: int, stop: int) -> Span | None:
+        """Give records that lie side by side in one pack, verified, by their places in an index.
+
+        None where the index is not the newest, or the pack not mapped yet, or damaged: `read` them.
+
+        Parameters
+        ----------
+        index : Index
+            From `index`.
+        pack, start, stop : int
+            Number of the pack and rows in it.
+        """
+        with reading(self.path), self._lock:
+            self._join()
+            opened = self._packs.get(index.packs[pack]) if self._index is index else None
+            if opened is not None and opened.is_mapped:
+                with suppress(CorruptRecordError):
+                    opened.check_mapped()
+                    return opened.spans(start, stop)[0]
+            return None
 
     def _gather(self, keys: Keys) -> Iterator[tuple[int, Span]]:
         index = self._index

@@ -1,7 +1,8 @@
-"""Records that lie side by side are read at once."""
+"""Records that lie side by side are read at once, or looked at where they lie."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feature_cache.store import CODECS, Space, Store
-from samples import KINDS, make_entries, make_keys, make_record, make_spec
+from feature_cache.store import CODECS, Index, Space, Store
+from samples import (
+    KINDS,
+    content,
+    contents,
+    expected,
+    make_entries,
+    make_keys,
+    make_record,
+    make_spec,
+)
 
 
 def write(root: Path, kind: str, codec: str = "raw") -> Space:
@@ -19,6 +29,18 @@ def write(root: Path, kind: str, codec: str = "raw") -> Space:
     for numbers in (range(10), range(20, 25)):
         space.write(make_entries(numbers, kind), {}, codec)
     return space
+
+
+def chunk_of(space: Space, number: int) -> Path:
+    return space.packs_folder / space.packs_of(make_keys([number]))[0] / "features/c/0/0"
+
+
+def damage_record(space: Space, number: int) -> None:
+    chunk = chunk_of(space, number)
+    bad = sum(len(make_record(n).features) for n in range(number)) * 8 * 2 + 1
+    data = bytearray(chunk.read_bytes())
+    data[bad] ^= 1
+    chunk.write_bytes(data)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -31,9 +53,9 @@ def test_every_record_that_is_there_is_in_one_span_at_its_place(
     space = write(tmp_path / "cache", kind, codec)
     found = {}
     for first, span in space.gather(make_keys(asked)):
-        for number in range(len(span)):
-            assert first + number not in found
-            found[first + number] = span.record(number)
+        for number, record in enumerate(span.records(), first):
+            assert number not in found
+            found[number] = record
     assert [i for i, n in enumerate(asked) if n < 10 or 20 <= n < 25] == sorted(found)
     for place, record in found.items():
         expected = make_record(asked[place], kind)
@@ -52,10 +74,56 @@ def test_a_window_of_one_pack_is_one_array(tmp_path: Path) -> None:
 
 def test_a_damaged_record_takes_no_other_with_it_in_the_same_read(tmp_path: Path) -> None:
     space = write(tmp_path / "cache", "regions")
-    chunk = next(space.packs_folder.glob(f"{space.packs_of(make_keys([4]))[0]}/features/c/0/0"))
-    bad = sum(len(make_record(n).features) for n in range(4)) * 8 * 2 + 1
-    content = bytearray(chunk.read_bytes())
-    content[bad] ^= 1
-    chunk.write_bytes(content)
+    damage_record(space, 4)
     records = Store(tmp_path / "cache", "a").space(make_spec()).find(make_keys(range(10)))
     assert [record is not None for record in records[:5]] == [True] * 4 + [False]
+
+
+def places_of(space: Space, numbers: range) -> tuple[Index, int, int, int]:
+    packs, rows = space.index.find(make_keys(numbers))
+    return space.index, int(packs[0]), int(rows[0]), int(rows[-1]) + 1
+
+
+def test_a_view_is_given_once_the_pack_is_mapped(tmp_path: Path) -> None:
+    space = write(tmp_path / "cache", "regions")
+    places = places_of(space, range(2, 9))
+    assert space.view(*places) is None
+    space.read(make_keys([2]))
+    span = space.view(*places)
+    assert span is not None
+    assert [content(record) for record in span.records()] == contents(space, range(2, 9))
+
+
+def test_a_view_by_an_index_of_before_is_none(tmp_path: Path) -> None:
+    space = write(tmp_path / "cache", "regions")
+    space.read(make_keys([2]))
+    places = places_of(space, range(2, 9))
+    space.write(make_entries([40]), {})
+    assert space.view(*places) is None
+    assert space.view(*places_of(space, range(2, 9))) is not None
+
+
+def test_a_view_of_what_is_not_mapped_is_none(tmp_path: Path) -> None:
+    for kind, codec in (("regions", "zstd"), ("empty", "raw"), ("grids", "raw")):
+        space = write(tmp_path / f"{kind}-{codec}", kind, codec)
+        space.read(make_keys(range(10)))
+        assert space.view(*places_of(space, range(2, 9))) is None
+
+
+def test_a_damaged_record_is_in_no_view(tmp_path: Path) -> None:
+    space = write(tmp_path / "cache", "regions")
+    damage_record(space, 4)
+    space = Store(tmp_path / "cache", "a").space(make_spec())
+    space.read(make_keys([0]))
+    assert space.view(*places_of(space, range(4))) is not None
+    assert space.view(*places_of(space, range(3, 6))) is None
+    assert contents(space, [3, 4, 5]) == [*expected([3]), None, None]  # then in quarantine
+    assert space.view(*places_of(space, range(20, 23))) is None
+
+
+def test_a_file_cut_short_is_in_no_view(tmp_path: Path) -> None:
+    space = write(tmp_path / "cache", "regions")
+    space.read(make_keys([2]))
+    places = places_of(space, range(2, 9))
+    os.truncate(chunk_of(space, 2), 10)
+    assert space.view(*places) is None
