@@ -221,8 +221,11 @@ class MovieFeatures:
     def span(self, indices: Sequence[int]) -> Span | None:
         """Read records of some frames that lie side by side in a mapped pack; no copy is made.
 
-        None where they don't, or have not been read before: `get` them. Counts no hit.
+        None where they don't, or have not been read before, and for several grids: `get` them.
+        Counts no hit.
         """
+        if self.spec.pooling is None and len(indices) > 1:
+            return None
         if self._places is None or self._places.index is not self.space.index:
             self._places = Places(self.space.index)
         places = self._places

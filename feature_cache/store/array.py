@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -103,11 +104,14 @@ class ArrayFile:
         """The size of a chunk, decoded."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
-    def map_chunk(self, pack: str, *index: int) -> tuple[AnyArray, mmap.mmap | None]:
-        """Map one raw chunk, read-only; read it where the process has many mapped already."""
+    def map_chunk(self, pack: str, *index: int, whole: bool) -> tuple[AnyArray, mmap.mmap | None]:
+        """Map one raw chunk, read-only; read it where the process has many mapped already.
+
+        `whole` says whether all of it is going to be read.
+        """
         data: mmap.mmap | bytes | None
         with self._open_chunk(index) as file:
-            mapped = data = map_file(file.fileno(), self.chunk_bytes, pack)
+            mapped = data = map_file(file.fileno(), self.chunk_bytes, pack, whole=whole)
             if data is None:
                 data = file.read()
                 self.check_size(self.chunk_file(*index), len(data))
@@ -192,6 +196,66 @@ class ArrayFile:
             )
         if size > 2 * self.chunk_bytes + _PIECE_BYTES:
             raise CorruptRecordError(f"{file} has {size} bytes, more than a compressed chunk can")
+
+
+def write_array(
+    path: Path,
+    shape: tuple[int, ...],
+    chunk_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: Iterable[Iterable[AnyArray]],
+) -> None:
+    """Write a Zarr array as raw chunks, each with its CRC. Copies nothing, syncs nothing.
+
+    Parameters
+    ----------
+    path : Path
+        The array's folder; it is made.
+    shape, chunk_shape : tuple of int
+        Chunks follow one another along the first axis.
+    dtype : dtype
+        One of `DTYPES`.
+    chunks : iterable of iterables of arrays
+        The pieces of each chunk in the order of their bytes, C-contiguous; asked for once, one
+        after the other, and written before the next is asked for.
+    """
+    path.mkdir(parents=True)
+    for number, pieces in enumerate(chunks if shape[0] else ()):
+        file = path.joinpath("c", str(number), *("0" for _ in shape[1:]))
+        file.parent.mkdir(parents=True)
+        _write_chunk(file, pieces)
+    (path / "zarr.json").write_text(json.dumps(_describe(shape, chunk_shape, dtype)))
+
+
+def _write_chunk(file: Path, pieces: Iterable[AnyArray]) -> None:
+    from google_crc32c import extend
+
+    crc = 0
+    with open(file, "wb") as opened:
+        for piece in pieces:
+            data = piece.reshape(-1).view(np.uint8)
+            crc = extend(crc, data)
+            opened.write(data.data)
+        opened.write(crc.to_bytes(CRC_BYTES, "little"))
+
+
+def _describe(
+    shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """Give the metadata of a raw array, as the specification of Zarr v3 has them."""
+    order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
+    return {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
+        "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
 
 
 def _are_ours(codecs: Sequence[tuple[str, Any]]) -> bool:

@@ -10,11 +10,12 @@ import weakref
 from pathlib import Path
 
 _MAPS_LIMIT = 1 << 14
+_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
 _maps: weakref.WeakKeyDictionary[mmap.mmap, str] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def map_file(descriptor: int, length: int, pack: str) -> mmap.mmap | None:
+def map_file(descriptor: int, length: int, pack: str, *, whole: bool) -> mmap.mmap | None:
     """Map the beginning of an open file, read-only; None where the process has many mapped already.
 
     Parameters
@@ -24,11 +25,14 @@ def map_file(descriptor: int, length: int, pack: str) -> mmap.mmap | None:
         In bytes; the caller has checked that the file is as long.
     pack : str
         The pack's folder, for `mapped_names`.
+    whole : bool
+        Whether all of it is going to be read: it is then brought in at once, not page by page.
     """
+    flags = mmap.MAP_SHARED | (_POPULATE if whole else 0)
     with _lock:
         if len(_maps) >= _maps_allowed():
             return None
-        data = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+        data = mmap.mmap(descriptor, length, flags, mmap.PROT_READ)
         _maps[data] = pack
         return data
 
@@ -41,6 +45,11 @@ def mapped_names(root: Path) -> frozenset[str]:
     roots = {pack.parents[3] for pack in packs if len(pack.parents) > 3}
     ours = {folder for folder in roots if os.path.realpath(folder) == real}
     return frozenset(p.name for p in packs if len(p.parents) > 3 and p.parents[3] in ours)
+
+
+def may_keep_map() -> bool:
+    """Tell whether a map may stay for the next time, though it could be made again."""
+    return len(_maps) < _maps_allowed() // 2
 
 
 def _maps_allowed() -> int:

@@ -221,7 +221,8 @@ class Space:
     def view(self, index: Index, pack: int, start: int, stop: int) -> Span | None:
         """Give records that lie side by side in one pack, verified, by their places in an index.
 
-        None where the index is not the newest, or the pack not mapped yet, or damaged: `read` them.
+        None where the index is not the newest, where the pack is not mapped yet, or damaged, and
+        for several grids: `read` them.
 
         Parameters
         ----------
@@ -230,14 +231,14 @@ class Space:
         pack, start, stop : int
             Number of the pack and rows in it.
         """
-        with reading(self.path), self._lock:
-            self._join()
+        self._join()
+        with self._lock, suppress(CorruptRecordError, OSError):
             opened = self._packs.get(index.packs[pack]) if self._index is index else None
             if opened is not None and opened.is_mapped:
-                with suppress(CorruptRecordError):
-                    opened.check_mapped()
-                    return opened.spans(start, stop)[0]
-            return None
+                opened.check_mapped()
+                spans = opened.spans(start, stop)
+                return spans[0] if len(spans) == 1 else None
+        return None
 
     def _gather(self, keys: Keys) -> Iterator[tuple[int, Span]]:
         index = self._index

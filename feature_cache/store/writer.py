@@ -1,11 +1,12 @@
-"""Writing packs: through zarr-python, under a temporary name, synced, renamed."""
+"""Writing packs: under a temporary name, synced, renamed. zarr-python writes what has a codec."""
 
 from __future__ import annotations
 
+import collections
 import os
 import secrets
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from ..errors import UnknownNameError
 from ..hashing import DIGEST_BYTES, JSON, Digest
 from ..key import Record
-from .array import DTYPES, AnyArray
+from .array import DTYPES, AnyArray, write_array
 from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_folder, sync_tree
 from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, pack_name, record_checksum
 
@@ -89,14 +90,15 @@ def write_pack(
     if codec not in CODECS:
         raise UnknownNameError("codec", codec, CODECS)
     _check_entries(entries)
-    arrays = _pack_arrays(entries)
-    salt, name = 0, pack_name(arrays, 0)
-    while name in unusable:
-        salt, name = salt + 1, pack_name(arrays, salt + 1)
     temporary = folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
-    attributes = {**provenance, "records": [dict(entry.provenance) for entry in entries]}
     try:
-        _write_group(temporary, arrays, attributes, codec, salt)
+        arrays = _write_arrays(temporary, entries, codec)
+        salt, name = 0, pack_name(arrays, 0)
+        while name in unusable:
+            salt, name = salt + 1, pack_name(arrays, salt + 1)
+        records: list[JSON] = [dict(entry.provenance) for entry in entries]
+        kind = "regions" if "labels" in arrays else "grid"
+        _write_metadata(temporary, {**provenance, "records": records}, kind, salt)
         install_pack(temporary, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -126,6 +128,9 @@ def _check_entries(entries: Sequence[Entry]) -> None:
     if dtypes not in ({DTYPES["float16"]}, {DTYPES["float32"]}):
         found = ", ".join(sorted(map(str, dtypes))) or "none"
         raise ValueError(f"a pack of dtypes {found}: expected all float16 or all float32")
+    shapes = {_shape_of(entry.record) for entry in entries}
+    if len(shapes) > 1:
+        raise ValueError(f"a pack of shapes {shapes}: expected one kind and one width")
     if len({entry.key for entry in entries}) < len(entries):
         raise ValueError("a pack can't hold the same key twice")
     for entry in entries:
@@ -139,70 +144,85 @@ def _check_entries(entries: Sequence[Entry]) -> None:
             )
 
 
-def _pack_arrays(entries: Sequence[Entry]) -> dict[str, AnyArray]:
-    records = [entry.record for entry in entries]
+def _shape_of(record: Record) -> tuple[int, ...]:
+    """Give what records of one pack share: the shape of a grid, or the width of regions."""
+    return record.features.shape[record.labels is not None :]
+
+
+def _write_arrays(path: Path, entries: Sequence[Entry], codec: str) -> dict[str, AnyArray]:
+    """Write all arrays of a pack; give those that are no features."""
     keys = np.frombuffer(b"".join(entry.key for entry in entries), np.uint8).reshape(-1, 16)
-    checksums = [record_checksum(entry.key, entry.record) for entry in entries]
-    arrays: dict[str, AnyArray] = {"keys": keys, "checksums": np.array(checksums, np.uint64)}
-    labels = [record.labels for record in records if record.labels is not None]
-    if not labels:
-        arrays["features"] = np.stack([record.features for record in records])
-        return arrays
-    arrays["offsets"] = np.cumsum([0, *map(len, labels)], dtype=np.int64)
-    arrays["labels"] = np.concatenate(labels).astype(np.int32)
-    arrays["features"] = np.concatenate([record.features for record in records])
+    arrays: dict[str, AnyArray] = {"keys": keys}
+    labels = [e.record.labels for e in entries if e.record.labels is not None]
+    if labels:
+        arrays["offsets"] = np.cumsum([0, *map(len, labels)], dtype=np.int64)
+        arrays["labels"] = np.concatenate(labels).astype(np.int32)
+    sums = _write_features(path / "features", entries, codec)
+    arrays["checksums"] = np.array(sums, np.uint64)
+    for name, array in arrays.items():
+        chunk = (max(1, len(array)), *array.shape[1:])
+        write_array(path / name, array.shape, chunk, array.dtype, [[array]])
     return arrays
 
 
-def _write_group(
-    path: Path,
-    arrays: Mapping[str, AnyArray],
-    provenance: Mapping[str, JSON],
-    codec: str,
-    salt: int,
-) -> None:
-    import zarr
+def _write_features(path: Path, entries: Sequence[Entry], codec: str) -> list[int]:
+    """Write the features; give the checksum of each record."""
+    sums: list[int] = []
+    features = _sum_up(entries, sums)
+    one, dtype = _shape_of(entries[0].record), entries[0].record.features.dtype
+    if codec != "raw":
+        _write_compressed(path, list(features), codec)
+    elif len(one) > 1:
+        write_array(path, (len(entries), *one), (1, *one), dtype, ([grid] for grid in features))
+    else:
+        rows = sum(len(entry.record.features) for entry in entries)
+        write_array(path, (rows, *one), (max(1, rows), *one), dtype, [features])
+        collections.deque(features, maxlen=0)  # where there are no rows, nobody has asked for them
+    return sums
 
-    for name, array in arrays.items():
-        target = zarr.create_array(
-            path / name,
-            zarr_format=3,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=_chunk_shape(name, array, codec),
-            compressors=_compressors(codec if name == "features" else "raw", array.dtype),
-            config={"write_empty_chunks": True},
-        )
-        if array.size:
-            target[...] = array
-    own = {
-        "pack_version": PACK_VERSION,
-        "kind": "regions" if "labels" in arrays else "grid",
-        "salt": salt,
-        "digest": NO_DIGEST,
-    }
+
+def _sum_up(entries: Sequence[Entry], sums: list[int]) -> Iterator[AnyArray]:
+    """Give the features of each record, summed up just before, so that they are read once."""
+    for entry in entries:
+        sums.append(record_checksum(entry.key, entry.record))
+        yield np.ascontiguousarray(entry.record.features)
+
+
+def _write_metadata(path: Path, provenance: Mapping[str, JSON], kind: str, salt: int) -> None:
+    own: JSON = {"pack_version": PACK_VERSION, "kind": kind, "salt": salt, "digest": NO_DIGEST}
     text = group_text({"feature_cache": own, "provenance": dict(provenance)}, indent=None)
     digest = metadata_digest(path, text.encode())
     (path / "zarr.json").write_text(text.replace(NO_DIGEST, digest, 1))
 
 
-def _chunk_shape(name: str, array: AnyArray, codec: str) -> tuple[int, ...]:
-    shape = tuple(max(1, length) for length in array.shape)
-    if name != "features":
-        return shape
+def _write_compressed(path: Path, features: Sequence[AnyArray], codec: str) -> None:
+    import zarr
+
+    array = np.stack(features) if features[0].ndim > 2 else np.concatenate(features)
+    target = zarr.create_array(
+        path,
+        zarr_format=3,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=_chunk_shape(array),
+        compressors=_compressors(codec, array.dtype),
+        config={"write_empty_chunks": True},
+    )
+    if array.size:
+        target[...] = array
+
+
+def _chunk_shape(array: AnyArray) -> tuple[int, ...]:
     if array.ndim > 2:
-        return (1, *shape[1:])
-    if codec == "raw":
-        return shape
-    row_bytes = shape[1] * array.dtype.itemsize
-    return (min(shape[0], max(1, _COMPRESSED_CHUNK_BYTES // row_bytes)), shape[1])
+        return (1, *array.shape[1:])
+    rows, width = (max(1, length) for length in array.shape)
+    return (min(rows, max(1, _COMPRESSED_CHUNK_BYTES // (width * array.dtype.itemsize))), width)
 
 
 def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
     chosen: dict[str, list[Any]] = {
-        "raw": [],
         "zstd": [ZstdCodec(level=3)],
         "blosc": [BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)],
     }

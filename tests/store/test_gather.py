@@ -110,6 +110,18 @@ def test_a_view_of_what_is_not_mapped_is_none(tmp_path: Path) -> None:
         assert space.view(*places_of(space, range(2, 9))) is None
 
 
+def test_a_view_of_a_grid_is_the_same_map_each_time(tmp_path: Path) -> None:
+    space = write(tmp_path / "cache", "grids")
+    space.read(make_keys([2]))
+    first, again = (space.view(*places_of(space, range(2, 3))) for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert np.shares_memory(first.features, again.features)
+    assert [content(record) for record in again.records()] == expected([2], "grids")
+    os.truncate(space.packs_folder / space.packs_of(make_keys([2]))[0] / "features/c/2/0/0/0", 10)
+    assert space.view(*places_of(space, range(2, 3))) is None
+
+
 def test_a_damaged_record_is_in_no_view(tmp_path: Path) -> None:
     space = write(tmp_path / "cache", "regions")
     damage_record(space, 4)

@@ -283,7 +283,7 @@ def test_a_retired_pack_is_written_again_under_another_name(
     kill(child)
 
 
-@pytest.mark.parametrize("moment", ["_pack_arrays", "_write_group", "install_pack"])
+@pytest.mark.parametrize("moment", ["_write_arrays", "_write_metadata", "install_pack"])
 @pytest.mark.parametrize("removed", [False, True])
 def test_a_pack_retired_while_it_is_written_again_is_not_lost(
     root: Path,

@@ -656,7 +656,7 @@ def finish_started(processes: Iterable[Any]) -> None:
     [
         ("fsync", 1, False, False),
         ("fsync", 8, True, False),
-        ("replace", 3, False, False),
+        ("mkdir", 3, False, False),
         ("rename", 1, False, False),
         ("rename", 1, True, True),
         ("rename", 99, True, True),
