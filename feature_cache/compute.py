@@ -319,7 +319,7 @@ def embed_frames(
     """
     batch = torch.from_numpy(np.concatenate(images))
     if not draw.is_identity:
-        digests = list(chain.from_iterable(map(_slice_digests, jobs)))
+        digests = list(chain.from_iterable(map(slice_digests, jobs)))
         batch = draw.apply(batch.to(getattr(backbone, "device", "cpu")), digests=digests)
     grids = torch.as_tensor(backbone.embed(batch)).float().cpu().numpy()
     _check_grids(grids, len(batch), backbone, jobs)
@@ -327,7 +327,7 @@ def embed_frames(
     return [s[0] if j.frame.ndim == 2 else s for s, j in zip(stacks, jobs, strict=True)]
 
 
-def _slice_digests(job: Job) -> list[Digest]:
+def slice_digests(job: Job) -> list[Digest]:
     """Give one digest a slice, so that noise differs from slice to slice."""
     if job.frame.ndim == 2:
         return [job.digest]

@@ -7,13 +7,29 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
+from .backbones import BackboneInfo, list_backbones
+from .backbones.weights import describe_weights
 from .errors import FeatureCacheError
 from .hashing import JSON
 
-_PACKAGES = ("feature-cache", "torch", "zarr", "numpy", "trackastra", "obstore")
+_NAME = "feature-cache"
+_PACKAGES = (_NAME, "torch", "zarr", "numpy", "trackastra", "obstore")
+_JOBS = {
+    "warm": (),
+    "serve": (),
+    "wrap a training": ("trackastra",),
+    "push, pull, remote layers": ("remote",),
+    "report": ("report",),
+    "benchmarks": ("bench", "report", "trackastra", "demo"),
+    "tests": ("test", "trackastra", "demo"),
+}
+"""What people do, and the extras it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +42,9 @@ class Fact:
     source : str
         Where a setting comes from; empty for what is none.
     is_well : bool
-        Whether it is as it should be.
+        Whether it is as it should be; something optional that is missing is.
+    install : str
+        The command that brings what is missing; empty where nothing is.
     """
 
     section: str
@@ -34,6 +52,7 @@ class Fact:
     value: str
     source: str = ""
     is_well: bool = True
+    install: str = ""
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
@@ -43,11 +62,14 @@ class Fact:
             "value": self.value,
             "source": self.source,
             "well": self.is_well,
+            "install": self.install,
         }
 
 
 def examine(cache: Path | None, cache_source: str) -> list[Fact]:
-    """Look at versions, devices, settings and a cache's folder. Changes nothing.
+    """Look at versions, devices, settings, a cache's folder, and what can be done here.
+
+    Changes nothing, loads no model, and asks no network.
 
     Parameters
     ----------
@@ -56,16 +78,61 @@ def examine(cache: Path | None, cache_source: str) -> list[Fact]:
     cache_source : str
         Where its name comes from.
     """
-    return [*_versions(), *_devices(), *_settings(cache, cache_source), *_folder(cache)]
+    return [
+        *_versions(),
+        *_devices(),
+        *_settings(cache, cache_source),
+        *_folder(cache),
+        *(examine_job(job, extras) for job, extras in _JOBS.items()),
+        *map(examine_backbone, list_backbones()),
+    ]
+
+
+def examine_backbone(info: BackboneInfo) -> Fact:
+    """Say whether a backbone can run here, and where its weights are; imports none of it."""
+    weights = f"weights: {describe_weights(info)}"
+    if not info.missing:
+        return Fact("backbone", info.name, f"installed; {weights}")
+    value = f"needs {', '.join(info.missing)}; {weights}"
+    return Fact("backbone", info.name, value, install=info.install)
+
+
+def examine_job(job: str, extras: tuple[str, ...]) -> Fact:
+    """Say whether all packages of some extras are there, in versions that fit; imports none."""
+    missing = {extra: found for extra in extras if (found := _find_missing(extra))}
+    if not missing:
+        return Fact("job", job, "ready")
+    packages = ", ".join(dict.fromkeys(chain.from_iterable(missing.values())))
+    install = f'pip install "{_NAME}[{",".join(missing)}]"'
+    return Fact("job", job, f"needs {packages}", install=install)
+
+
+def _find_missing(extra: str) -> list[str]:
+    """List what an extra requires and is not there, or in another version than it says."""
+    missing = []
+    for text in requires(_NAME) or ():
+        needed = Requirement(text)
+        if needed.marker is None or not needed.marker.evaluate({"extra": extra}):
+            continue
+        found = _version(needed.name)
+        if found is None:
+            missing.append(needed.name)
+        elif not needed.specifier.contains(found, prereleases=True):
+            missing.append(f"{needed.name}{needed.specifier} (found {found})")
+    return missing
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _versions() -> Iterator[Fact]:
     yield Fact("versions", "python", platform.python_version())
     for package in _PACKAGES:
-        try:
-            yield Fact("versions", package, version(package))
-        except PackageNotFoundError:
-            yield Fact("versions", package, "not installed")
+        yield Fact("versions", package, _version(package) or "not installed")
 
 
 def _devices() -> Iterator[Fact]:
@@ -81,15 +148,14 @@ def _devices() -> Iterator[Fact]:
 
 
 def _settings(cache: Path | None, cache_source: str) -> Iterator[Fact]:
-    from .memo import memo_folder
+    from .memo import memo_folder, memo_is_off
 
     yield Fact("setting", "cache", str(cache) if cache else "none named", cache_source)
     layers = os.environ.get("FEATURE_CACHE_LAYERS")
     where = "FEATURE_CACHE_LAYERS" if layers else "default"
     yield Fact("setting", "layers", layers or "none", where)
     chosen = os.environ.get("FEATURE_CACHE_MEMO")
-    folder = memo_folder()
-    memo = "off" if folder is None else str(folder)
+    memo = "off" if memo_is_off() else str(memo_folder())
     yield Fact("setting", "memo", memo, "FEATURE_CACHE_MEMO" if chosen else "default")
 
 
@@ -99,7 +165,7 @@ def _folder(cache: Path | None) -> Iterator[Fact]:
     from .store.process import living
 
     if cache is None:
-        yield Fact("cache", "folder", "name one: --cache, or FEATURE_CACHE_DIR", is_well=False)
+        yield Fact("cache", "folder", "name one to look at it: --cache, or FEATURE_CACHE_DIR")
         return
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     system = find_file_system(there)

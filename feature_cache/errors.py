@@ -29,6 +29,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_MANY = 12
+"""More names than these are not all shown."""
+
 
 class FeatureCacheError(Exception):
     """Base of all errors of this package."""
@@ -69,16 +72,32 @@ class UnknownNameError(FeatureCacheError, LookupError):
         The name that is unknown.
     known : iterable of str
         The names that would have been right.
+    listing : str
+        The command that lists them, where they are many.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        self.kind, self.name, self.known = kind, name, tuple(known)
-        close = get_close_matches(str(name), self.known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}Known: {', '.join(self.known) or 'none'}")
+    def __init__(self, kind: str, name: str, known: Iterable[str], listing: str = "") -> None:
+        self.kind, self.name, self.known, self.listing = kind, name, tuple(known), listing
+        close = _find_nearest(str(name), self.known)
+        hint = f"did you mean {close!r}? " if close else ""
+        super().__init__(f"unknown {kind} {name!r}: {hint}Known: {_enumerate(self.known, listing)}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
-        return type(self), (self.kind, self.name, self.known)
+    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...], str]]:
+        return type(self), (self.kind, self.name, self.known, self.listing)
+
+
+def _find_nearest(name: str, known: tuple[str, ...]) -> str | None:
+    """Find the name that was probably meant: one spelled much alike, or one that contains it."""
+    close = get_close_matches(name, known, n=1)
+    holding = [one for one in known if len(name) > 2 and name.casefold() in one.casefold()]
+    return next(iter([*close, *holding]), None)
+
+
+def _enumerate(known: tuple[str, ...], listing: str) -> str:
+    if len(known) <= _MANY:
+        return ", ".join(known) or "none"
+    see = f": see {listing}" if listing else ""
+    return f"{', '.join(known[:3])}, … ({len(known)} in all{see})"
 
 
 class MissingDependencyError(FeatureCacheError, ImportError):

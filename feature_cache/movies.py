@@ -14,6 +14,7 @@ that masks warmed here have the keys of those in training.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,9 +137,11 @@ def read_tiff(file: Path) -> NDArray[Any]:
         IndexError,
         KeyError,
         RuntimeError,
+        struct.error,
         tifffile.TiffFileError,
     ) as error:
-        raise MovieError(f"can't read {file}: {error}; restore the file or leave it out") from error
+        found = error.strerror if isinstance(error, OSError) else f"damaged, or no TIFF ({error})"
+        raise MovieError(f"can't read {file}: {found}; restore the file or leave it out") from error
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class Movie:
         MovieError
             No frames or masks in it, or not as many.
         """
-        _check_part(slice_pct, downscale_temporal, downscale_spatial)
+        _check_part(path, slice_pct, downscale_temporal, downscale_spatial)
         try:
             root, default = _find_root(path)
             image_files = _list_tiffs(image_folder(root), "frames")
@@ -207,7 +210,7 @@ class Movie:
         if len(image_files) != len(mask_files):
             raise MovieError(
                 f"{root} has {len(image_files)} frames and {folder} has {len(mask_files)} masks: "
-                "expected as many masks as frames"
+                "expected as many masks as frames; add what is missing or remove what is too many"
             )
         overlays = _find_overlays(folder, len(mask_files))
         part = _part_of(len(mask_files), slice_pct, downscale_temporal)
@@ -246,11 +249,11 @@ def _part_of(count: int, slice_pct: tuple[float, float], step: int) -> slice:
     return slice(int(count * slice_pct[0]), int(count * slice_pct[1]), step)
 
 
-def _check_part(slice_pct: tuple[float, float], *downscales: int) -> None:
+def _check_part(path: str | Path, slice_pct: tuple[float, float], *downscales: int) -> None:
     if not 0 <= slice_pct[0] < slice_pct[1] <= 1:
-        raise MovieError(f"slice_pct {slice_pct}: expected 0 <= from < to <= 1")
+        raise MovieError(f"{path}: slice_pct is {slice_pct}, expected 0 <= from < to <= 1")
     if min(downscales) < 1:
-        raise MovieError(f"downscale {min(downscales)}: expected 1 or more")
+        raise MovieError(f"{path}: downscale is {min(downscales)}, expected 1 or more")
 
 
 def _find_root(given: str | Path) -> tuple[Path, str | None]:
@@ -303,10 +306,21 @@ def image_folder(root: Path) -> Path:
 def _list_tiffs(folder: Path, kind: str) -> tuple[Path, ...]:
     files = tuple(sorted(folder.glob("*.tif")))
     if not files:
-        others = sorted({file.suffix for file in folder.iterdir() if file.suffix} - {".txt"})
-        found = f", found {', '.join(others)}" if others else ""
-        raise MovieError(f"{folder} has no {kind}: expected files named *.tif{found}")
+        raise MovieError(
+            f"{folder} has no {kind}: expected files named *.tif{_name_others(folder)}"
+        )
     return files
+
+
+def _name_others(folder: Path) -> str:
+    """Say what is in a folder in place of images."""
+    inside = sorted(folder.iterdir())
+    others = sorted({file.suffix for file in inside if file.suffix} - {".txt"})
+    if others:
+        return f", found {', '.join(others)}"
+    folders = [one for one in inside if one.is_dir()]
+    names = ", ".join(one.name for one in folders[:4])
+    return f", found the folders {names}: name one, such as {folders[0]}" if folders else ""
 
 
 def read_tracks(file: Path) -> Tracks:

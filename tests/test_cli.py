@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import typer
 
 from feature_cache import Augmentations, FeatureCache, load_backbone, movies
-from feature_cache.cli import main
+from feature_cache.cli import app, main
+from feature_cache.movies import write_movie
 from feature_cache.store import Store
+from synthetic import make_movie
 
 MODEL = ("--backbone", "efficientnet-lite0", "--weights", "random:0", "--device", "cpu")
 
@@ -383,11 +386,88 @@ def test_backbones(run):
     )
 
 
-@pytest.mark.parametrize("command", ["warm", "ls", "stats", "explain", "backbones"])
-def test_help(run, command):
-    code, out, _ = run(command, "--help")
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_each_command_has_a_summary_of_one_sentence(self, command):
+        summary = typer.main.get_command(app).commands[command].help.split("\n\n")[0]
+        assert re.fullmatch(r"[A-Z][^.]*(\.[^ .][^.]*)*\.( Computes nothing\.)?", summary)
+
+    def test_options_are_grouped_where_there_are_many(self, run):
+        _, out, _ = run("warm", "--help")
+        headings = re.findall(r"╭─ ([A-Z][\w ]+?) ─", out)
+        assert headings == [
+            "Arguments", "Options", "Which features", "Computing", "Output", "Augmented copies",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_each_example_works(self, run, prepared, monkeypatch, command):
+        monkeypatch.setenv("COLUMNS", "300")
+        code, out, _ = run(command, "--help")
+        [example] = re.findall(r"^ *Example: feature-cache (.*?) *$", out, re.MULTILINE)
+        assert code == 0
+        code, _, err = run(*small_version(example, prepared).split())
+        assert code == 0, err
+
+
+@pytest.fixture
+def prepared(run, small_folder, tmp_path):
+    """Movies and caches of the names that examples use: warmed, pinned and pushed."""
+    for number, seed in ("01", 0), ("02", 3):
+        write_movie(Path("data", number), *make_movie(seed=seed))
+    model = ("--cache", "features", "--backbone", "debug/random")
+    assert run("warm", "data/01", *model)[0] == 0
+    assert run("pin", "data/01", "--cache", "features")[0] == 0
+    assert run("push", f"file://{tmp_path}/pushed", "--cache", "features")[0] == 0
+    return tmp_path
+
+
+def small_version(example: str, folder: Path) -> str:
+    """Give an example for a backbone without a model, an object store on disk, and no waiting."""
+    for word, other in (
+        ("efficientnet-lite0", "debug/random"),
+        ("inspect efficientnet", "inspect debug"),
+        ("s3://bucket/features", f"file://{folder}/pushed"),
+        ("--idle 10m", "--idle 0.1s"),
+    ):
+        example = example.replace(word, other)
+    return example
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "found"),
+    [
+        ("bash", "warm data/01 --backbone facebook/sam2.1-hiera-t", "facebook/sam2.1-hiera-tiny"),
+        ("zsh", "warm data/01 --backbone debug/r", "debug/random"),
+        ("bash", "warm data/01 --pooling nea", "nearest_patch"),
+        ("bash", "warm data/01 --policy int", "intensity"),
+        ("zsh", "explain data/01 --dtype float3", "float32"),
+        ("bash", "serve --codec zs", "zstd"),
+        ("zsh", "serve --compute-dtype bf", "bfloat16"),
+        ("bash", "warm --dense orig", "original"),
+        ("bash", "unp", "unpin"),
+    ],
+)
+def test_shells_complete_names(run, monkeypatch, shell, words, found):
+    typed = f"feature-cache {words}"
+    monkeypatch.setenv("_FEATURE_CACHE_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", typed)
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    code, out, _ = run()
     assert code == 0
-    assert "--json" in out
+    assert set(re.findall(r"[\w./-]+", out.partition("_arguments")[2] or out)) >= {found}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_can_be_shown(shell):
+    command = Path(sys.executable).with_name("feature-cache")
+    done = subprocess.run(
+        [command, "--show-completion", shell], capture_output=True, text=True, check=True
+    )
+    assert "_FEATURE_CACHE_COMPLETE=complete_" in done.stdout
 
 
 def test_the_installed_command(tmp_path, small_folder):

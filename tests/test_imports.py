@@ -14,7 +14,7 @@ import feature_cache
 PACKAGE = Path(feature_cache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"hashing"},
+    {"hashing", "units"},
     {"pooling", "memo"},
     {"spec", "movies"},
     {"augment", "backbones"},
@@ -22,10 +22,13 @@ LAYERS = [
     {"store", "compute", "explain"},
     {"cache"},
     {"warm", "geometry", "doctor", "service", "batch"},
-    {"dataset", "cli"},
+    {"dataset", "report"},
+    {"cli"},
     {"trackastra"},
 ]
 EXEMPT = {"testing", "__init__"}
+EXAMINE = "from feature_cache.doctor import examine"
+HEAVY = {"torch", "zarr", "timm", "transformers", "sam2", "trackastra", "tensorstore", "obstore"}
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -44,7 +47,14 @@ def loaded_after(statement: str) -> set[str]:
         ("import feature_cache.backbones.efficientnet", {"zarr", "timm"}),
         ("import feature_cache.compute", {"zarr", "timm"}),
         ("import feature_cache.cache", {"timm", "trackastra"}),
-        ("import feature_cache.cli", {"torch", "zarr"}),
+        ("import feature_cache.cli", {"torch", "zarr", "jinja2", "imagecodecs"}),
+        (
+            "from feature_cache.cli import app; app(['warm', '--help'], standalone_mode=False)",
+            HEAVY | {"numpy", "dask"},
+        ),
+        (f"{EXAMINE}_backbone as look, list_backbones; [*map(look, list_backbones())]", HEAVY),
+        (f"{EXAMINE}_job as look; look('', ('trackastra', 'bench', 'remote'))", HEAVY),
+        ("import feature_cache.report", {"jinja2", "timm", "trackastra"}),
     ],
 )
 def test_importing_is_light(statement, absent):

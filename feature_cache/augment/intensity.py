@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Brightness(Operation):
-    """Multiply intensities by `factor` and clamp to 0..1 (torchvision's ``adjust_brightness``).
+    """Multiply intensities by `factor` and clamp to 0..1, torchvision's ``adjust_brightness``.
 
     Parameters
     ----------
@@ -40,10 +40,7 @@ class Brightness(Operation):
         return None if self.factor == 1.0 else self
 
     def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        from torchvision.transforms.v2.functional import adjust_brightness
-
-        brightened: torch.Tensor = adjust_brightness(frames[:, None], self.factor)
-        return brightened[:, 0]
+        return frames.mul(self.factor).clamp_(0, 1)
 
 
 @dataclass(frozen=True, slots=True)

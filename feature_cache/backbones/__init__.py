@@ -74,7 +74,8 @@ def load_backbone(
     known = list_backbones()
     info = next((info for info in known if info.fits(name)), None)
     if info is None:
-        raise UnknownNameError("backbone", name, [info.name for info in known])
+        names = [info.name for info in known]
+        raise UnknownNameError("backbone", name, names, "feature-cache backbones")
     factory = _load_factory(info)
     _check_options(name, factory, options)
     backbone = factory(name, weights, device, dtype, **options)

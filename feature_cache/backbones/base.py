@@ -71,7 +71,7 @@ def _check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0]
         raise BackboneError(
             f"no device {name!r} here ({first}); leave it out for the best there is, or use cpu"
         ) from error

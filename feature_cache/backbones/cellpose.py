@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from .hub import hub_file
 from .preprocessing import scale_by_percentiles
 from .sam import ENCODER_SIZES, build_encoder, name_in_transformers
 from .transformers import HubBackbone
+from .weights import cellpose_file
 
 _INPUT, _PATCH, _WIDTH = 256, 8, 192
 _PERCENTILES = (1.0, 99.0)
@@ -82,9 +82,7 @@ class CellposeSam(HubBackbone):
         )
 
     def _own_weights(self) -> Path:
-        chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")
-        folder = Path(chosen) if chosen else Path.home() / ".cellpose" / "models"
-        file = folder / self.checkpoint
+        file = cellpose_file(self.checkpoint)
         return file if file.is_file() else hub_file(self.name, self.checkpoint)
 
     def _build(self) -> nn.Module:

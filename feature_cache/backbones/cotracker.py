@@ -18,9 +18,9 @@ from ..errors import BackboneError, FrameError, MissingDependencyError, UnknownN
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, load_into, seeded
 from .hub import hub_file
+from .weights import COTRACKER_CHECKPOINT, COTRACKER_COPY
 
 INSTALL = 'pip install "git+https://github.com/facebookresearch/co-tracker"'
-_CHECKPOINT = "scaled_offline.pth"
 _RANGES = MappingProxyType({"0..1": (0.0, 1.0), "-1..1": (0.5, 0.5)})
 _COARSEST = 16
 
@@ -75,8 +75,8 @@ class CoTracker(TorchBackbone):
         )
 
     def _own_weights(self) -> Path:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / _CHECKPOINT
-        return cached if cached.is_file() else hub_file("facebook/cotracker3", _CHECKPOINT)
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / COTRACKER_CHECKPOINT
+        return cached if cached.is_file() else hub_file("facebook/cotracker3", COTRACKER_CHECKPOINT)
 
     def _build(self) -> nn.Module:
         with seeded(self._seed() or 0):
@@ -121,7 +121,7 @@ def _encoder_class(name: str) -> Any:
 @contextmanager
 def _hub_copy_importable() -> Iterator[None]:
     """Let the copy that torch.hub keeps be imported, where the package is not installed."""
-    folder = Path(torch.hub.get_dir()) / "facebookresearch_co-tracker_main"
+    folder = Path(torch.hub.get_dir()) / COTRACKER_COPY
     if find_spec("cotracker") is not None or not folder.is_dir():
         yield
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import BackboneError, MissingDependencyError
+from .catalogue import BACKBONES
 
 
 def hub_file(repo: str, filename: str) -> Path:
@@ -31,29 +32,40 @@ def hub_file(repo: str, filename: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingDependencyError(
-            "huggingface_hub", f"{filename} of {repo}", "pip install huggingface_hub"
-        ) from error
+        raise _name_missing(repo, filename) from error
     try:
         return Path(hf_hub_download(repo, filename, local_files_only=True))
     except LocalEntryNotFoundError:
         return _download(repo, filename)
 
 
+def _name_missing(repo: str, filename: str) -> MissingDependencyError:
+    """Name what the backbone of a file lacks, as the hub's package comes with its extra."""
+    for info in BACKBONES:
+        if info.hub == (repo, filename) and info.missing:
+            return MissingDependencyError(
+                info.missing[0], f"the backbone {info.name!r}", info.install
+            )
+    purpose = f"{filename} of {repo}"
+    return MissingDependencyError("huggingface_hub", purpose, "pip install huggingface_hub")
+
+
 def _download(repo: str, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, filename))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise unreachable(f"{filename} of the hub's repository {repo}", error) from error
-
-
-def unreachable(what: str, error: Exception) -> BackboneError:
-    """Make the error for weights that can't be downloaded."""
-    first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return BackboneError(
-        f"can't get {what}: {type(error).__name__}, {first}; "
-        "pass weights=<path of a checkpoint> or weights='random:<seed>'"
-    )
+    except LocalEntryNotFoundError as error:
+        raise BackboneError(
+            f"no weights: {filename} of {repo} is not in the hub's cache on this machine "
+            f"({HF_HUB_CACHE}), and the hub can't be reached; where there is a network: "
+            f"hf download {repo} {filename}; or pass weights=<path of a checkpoint> (--weights)"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise BackboneError(
+            f"can't get {filename} of {repo} on the hub: {type(error).__name__}, {first}; "
+            "pass weights=<path of a checkpoint> or weights='random:<seed>'"
+        ) from error

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-import platformdirs
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from ..spec import BackboneSpec
 from .base import load_into, resize_frames, seeded
 from .checkpoint import check_config, read_tensors
 from .transformers import HubBackbone, import_transformers
+from .weights import micro_sam_file
 
 _INPUT, _PATCH = 1024, 16
 _RESIZE = "bilinear-antialias"
@@ -206,9 +205,8 @@ class MicroSam(SegmentAnything):
         return ENCODER_SIZES["large" if self.name == "microsam/vit_l_lm" else "base"]
 
     def _own_weights(self) -> Path:
-        folder = os.environ.get("MICROSAM_CACHEDIR") or platformdirs.user_cache_dir("micro_sam")
         model = self.name.removeprefix("microsam/")
-        file = Path(folder) / "models" / model
+        file = micro_sam_file(model)
         if not file.is_file():
             raise BackboneError(
                 f"no weights of {self.name} at {file}: let micro_sam download them "

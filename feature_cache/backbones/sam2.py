@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,19 +10,16 @@ from torch import Tensor, nn
 from ..errors import MissingDependencyError, UnknownNameError
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, load_into, resize_frames, seeded
+from .catalogue import SAM2_INSTALL
 from .hub import hub_file
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_input_size
+from .weights import SAM2_SIZES, published_files
 
-_INSTALL = (
-    'SAM2_BUILD_CUDA=0 pip install --no-build-isolation "feature-cache[sam2]" (its build needs '
-    "torch, setuptools and wheel to be installed)"
-)
-_SIZES = MappingProxyType({"tiny": "t", "small": "s", "base-plus": "b+", "large": "l"})
 NAMES = tuple(
     f"facebook/{version}-hiera-{size}{layer}"
     for version in ("sam2.1", "sam2")
     for layer in ("", "/highres")
-    for size in _SIZES
+    for size in SAM2_SIZES
 )
 """Every name of the family, smallest first."""
 
@@ -139,19 +135,6 @@ def _build_upstream(model: str) -> nn.Module:
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
     except ImportError as error:
-        raise MissingDependencyError("sam2", f"the backbone {model!r}", _INSTALL) from error
+        raise MissingDependencyError("sam2", f"the backbone {model!r}", SAM2_INSTALL) from error
     file = Path(sam2.__path__[0]) / published_files(model)[0]
     return cast(nn.Module, instantiate(OmegaConf.load(file).model, _recursive_=True))
-
-
-def published_files(model: str) -> tuple[str, str]:
-    """Name the configuration in the package and the checkpoint on the hub.
-
-    Examples
-    --------
-    >>> published_files("facebook/sam2.1-hiera-base-plus")
-    ('configs/sam2.1/sam2.1_hiera_b+.yaml', 'sam2.1_hiera_base_plus.pt')
-    """
-    version, _, size = model.removeprefix("facebook/").partition("-hiera-")
-    config = f"configs/{version}/{version}_hiera_{_SIZES[size]}.yaml"
-    return config, f"{version}_hiera_{size.replace('-', '_')}.pt"

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any, cast
 
@@ -144,8 +145,10 @@ class Timm(TorchBackbone):
                 pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
             )
         except (RuntimeError, KeyError) as error:
-            lines = " ".join(line.strip() for line in str(error).splitlines())
-            raise BackboneError(f"{file} does not fit {self.name}: {lines[:400]}") from error
+            said = shorten(str(error), 200, placeholder=" …")
+            raise BackboneError(
+                f"{file} does not fit {self.name}: {said}; name a checkpoint of this model"
+            ) from error
         network.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator,union-attr]
         return network
 

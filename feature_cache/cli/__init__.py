@@ -5,6 +5,7 @@ Exit status: 0 done, 1 problems found or part of it failed, 2 wrong use or nothi
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError
-from . import compute, keep, look, serve
+from . import compute, keep, look, pictures, serve
 
 app = typer.Typer(
     name="feature-cache",
@@ -27,10 +28,21 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(compute.warm, serve.serve, compute.explain),
     *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
+    *(pictures.report, pictures.show),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
 )
+_NAMES = {look.list_spaces: "ls"}
+
+
+def _register(command: Callable[..., None]) -> None:
+    """Add a command; the example at the end of its docstring comes after its options."""
+    text, _, example = (inspect.getdoc(command) or "").partition("Example: ")
+    end = f"Example: {' '.join(example.split())}"
+    app.command(_NAMES.get(command), help=text.strip(), epilog=end)(command)
+
+
 for _command in _COMMANDS:
-    app.command("ls" if _command is look.list_spaces else None)(_command)
+    _register(_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -60,7 +72,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        app()
+        app(prog_name="feature-cache")
     except FeatureCacheError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -13,8 +13,13 @@ import typer
 
 from ..errors import FeatureCacheError
 from .options import (
+    COMPUTING,
+    COPIES,
+    FEATURES,
+    OUTPUT,
     BackboneOption,
     CacheOption,
+    CodecOption,
     DetectionsOption,
     DtypeOption,
     JsonOption,
@@ -24,7 +29,10 @@ from .options import (
     PoolingOption,
     SeedOption,
     WeightsOption,
-    parse_size,
+    complete,
+    complete_backbone,
+    complete_pooling,
+    size_option,
 )
 from .output import print_table, size_text
 from .progress import LogFile, RunProgress, show_failures
@@ -41,53 +49,107 @@ MOVIES = typer.Argument(
 )
 PoolingsOption = Annotated[
     list[str],
-    typer.Option(help="How a region's vector is made; 'none' keeps grids. May be repeated."),
+    typer.Option(
+        help="How a region's vector is made; 'none' keeps grids. May be repeated.",
+        autocompletion=complete_pooling,
+        rich_help_panel=FEATURES,
+    ),
 ]
 ManyDetectionsOption = Annotated[
-    list[str], typer.Option(help="Where the masks are. May be repeated.")
+    list[str],
+    typer.Option(help="Where the masks are. May be repeated.", rich_help_panel=FEATURES),
+]
+GridsBackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        help="See: feature-cache backbones.",
+        autocompletion=complete_backbone,
+        rich_help_panel=FEATURES,
+    ),
+]
+DenseOption = Annotated[
+    str,
+    typer.Option(
+        help="Keep grids too, in float32: none, original or all (copies).",
+        autocompletion=complete(lambda: ("none", "original", "all")),
+        rich_help_panel=FEATURES,
+    ),
+]
+FromGridsOption = Annotated[
+    bool,
+    typer.Option(
+        "--from-grids", help="Pool from stored grids; load no model.", rich_help_panel=FEATURES
+    ),
+]
+CopiesOption = Annotated[
+    int, typer.Option(help="How many, beside the movie itself.", rich_help_panel=COPIES)
+]
+CopyOption = Annotated[
+    int, typer.Option(help="Explain this augmented copy.", rich_help_panel=COPIES)
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Such as cuda:0 or cuda:0,cuda:1; default: the best.")
+    str | None,
+    typer.Option(
+        help="Such as cuda:0 or cuda:0,cuda:1; default: the best.", rich_help_panel=COMPUTING
+    ),
+]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="Frames embedded at once.", rich_help_panel=COMPUTING)
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a running Dask cluster, such as tcp://node:8786.", rich_help_panel=COMPUTING
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes to start here, one for each GPU.", rich_help_panel=COMPUTING
+    ),
 ]
 MaxSizeOption = Annotated[
-    str | None, typer.Option(help="Stop before the cache takes more, such as 500G.")
+    int | None,
+    size_option("Stop before the cache takes more, such as 500G.", rich_help_panel=OUTPUT),
 ]
-ReportOption = Annotated[Path | None, typer.Option(help="Write the outcome there, as JSON.")]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Send what is committed there: s3://…, file://…",
+        rich_help_panel=OUTPUT,
+    ),
+]
+LogOption = Annotated[
+    Path | None, typer.Option(help="Append what happens to this file.", rich_help_panel=OUTPUT)
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(help="Write the outcome there, as JSON.", rich_help_panel=OUTPUT)
+]
 
 
 def warm(
     movies: Annotated[list[str], MOVIES],
     cache: CacheOption,
-    backbone: Annotated[str | None, typer.Option(help="See: feature-cache backbones.")] = None,
+    backbone: GridsBackboneOption = None,
     weights: WeightsOption = None,
     pooling: PoolingsOption = ["mean_patches_exact"],
     detections: ManyDetectionsOption = ["TRA"],
     device: DeviceOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Frames embedded at once.")] = 8,
+    batch_size: BatchOption = 8,
     dtype: DtypeOption = "float16",
-    codec: Annotated[str, typer.Option(help="Storage: raw, zstd or blosc.")] = "raw",
-    copies: Annotated[int, typer.Option(help="Augmented copies, beside the movie itself.")] = 0,
+    codec: CodecOption = "raw",
+    copies: CopiesOption = 0,
     seed: SeedOption = 0,
     policy: PolicyOption = "default",
-    dense: Annotated[
-        str, typer.Option(help="Keep grids too, in float32: none, original or all (copies).")
-    ] = "none",
-    from_grids: Annotated[
-        bool, typer.Option("--from-grids", help="Pool from stored grids; load no model.")
-    ] = False,
+    dense: DenseOption = "none",
+    from_grids: FromGridsOption = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what is missing.")] = False,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Of a running Dask cluster, such as tcp://node:8786.")
-    ] = None,
-    local_workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes to start here, one for each GPU.")
-    ] = None,
+    scheduler: SchedulerOption = None,
+    local_workers: WorkersOption = None,
     max_size: MaxSizeOption = None,
-    push: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Send what is committed there: s3://…, file://…"),
-    ] = None,
-    log: Annotated[Path | None, typer.Option(help="Append what happens to this file.")] = None,
+    push: PushOption = None,
+    log: LogOption = None,
     report: ReportOption = None,
     layer: LayersOption = [],
     no_memo: NoMemoOption = False,
@@ -102,12 +164,12 @@ def warm(
 
     where = _Where(backbone, weights, device, scheduler, local_workers)
     where.check(from_grids, dense)
-    max_bytes = None if max_size is None else parse_size(max_size)
     augmentations = Augmentations(policy, copies, seed)
     poolings = [None if name == "none" else name for name in pooling]
     with LogFile(log):
         store, model = _open(cache, codec, layer, where, from_grids)
         _check_names(model, poolings, dtype, codec, dense)
+        _check_remote(push)
         masked = any(name is not None for name in poolings)
         sources, failures, frames = _find_movies(movies, detections if masked else [None])
         store = store or _open_cache(cache, codec, layer)
@@ -126,7 +188,7 @@ def warm(
         if plan:
             _show_plan(work, as_json, report)
         else:
-            done = _run(work, where, model, batch_size, max_bytes, push)
+            done = _run(work, where, model, batch_size, max_size, push)
             store.counter.save()
             _show_report(done, as_json, report)
 
@@ -339,6 +401,14 @@ def _check_names(
         SpaceSpec(model.spec, pooling, dtype)
 
 
+def _check_remote(url: str | None) -> None:
+    """Find that a URL is none, or its package is missing, before anything is computed."""
+    from ..store.remote import open_remote
+
+    if url is not None:
+        open_remote(url)
+
+
 def explain(
     movie: Annotated[str, typer.Argument(metavar="MOVIE", help="A folder of frames.")],
     cache: CacheOption,
@@ -347,7 +417,7 @@ def explain(
     pooling: PoolingOption = "mean_patches_exact",
     detections: DetectionsOption = "TRA",
     dtype: DtypeOption = "float16",
-    copy: Annotated[int, typer.Option(help="Explain this augmented copy.")] = 0,
+    copy: CopyOption = 0,
     seed: SeedOption = 0,
     policy: PolicyOption = "default",
     frame: Annotated[int | None, typer.Option(help="Only this frame.")] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import CacheOption, JsonOption, SpacesOption, parse_age, parse_size
+from .options import CacheOption, JsonOption, SpacesOption, age_option, size_option
 from .output import make_bar, print_table, size_text, time_text
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def verify(
 ) -> None:
     """Look at every file of a cache, and compare every record with its checksum.
 
-    Exit status 1 when something is wrong. Example: feature-cache verify --cache features --repair
+    Exit status 1 when something is wrong.
+
+    Example: feature-cache verify --cache features --repair
     """
     from ..store import maintenance
 
@@ -71,10 +73,10 @@ def _print_findings(findings: list[Finding], repaired: bool) -> None:
 def gc(
     cache: CacheOption,
     max_size: Annotated[
-        str | None, typer.Option(help="Keep this much, such as 100G: the most recently used.")
+        int | None, size_option("Keep this much, such as 100G: the most recently used.")
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option(help="Let go of what was not used for so long, such as 30d.")
+        float | None, age_option("Let go of what was not used for so long, such as 30d.")
     ] = None,
     space: SpacesOption = [],
     yes: YesOption = False,
@@ -92,10 +94,8 @@ def gc(
 
     if yes and dry_run:
         raise typer.BadParameter("--yes and --dry-run contradict each other")
-    max_bytes = None if max_size is None else parse_size(max_size)
-    max_age = None if older_than is None else parse_age(older_than)
     store = Store(cache, "a" if yes else "r")
-    plan = plan_gc(store, max_bytes=max_bytes, max_age_seconds=max_age, spaces=space)
+    plan = plan_gc(store, max_bytes=max_size, max_age_seconds=older_than, spaces=space)
     if not as_json:
         _print_plan(plan)
     report = run_gc(store, plan) if yes else None

@@ -79,9 +79,13 @@ def doctor(
     cache: OptionalCacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show versions, devices, settings and where each comes from, and how the cache's folder is.
+    """Show what is here: versions, devices, settings, the cache's folder, and what can run.
 
-    Exit status 1 when something should be mended. Example: feature-cache doctor --cache features
+    For each job and each backbone it says whether all is installed, by which command if not, and
+    where the weights are. No model is loaded, no network asked. Exit status 1 when something is
+    wrong, which an extra that is missing is not.
+
+    Example: feature-cache doctor --cache features
     """
     from ..doctor import examine
 
@@ -91,16 +95,22 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([fact.to_json() for fact in facts]))
     else:
+        width = max(len(fact.name) for fact in facts)
         for fact in facts:
             mark = "" if fact.is_well else "  <-"
             source_text = f"  ({fact.source})" if fact.source else ""
-            typer.echo(f"{fact.section:<9} {fact.name:<14} {fact.value}{source_text}{mark}")
+            install = f"; {fact.install}" if fact.install else ""
+            told = f"{fact.value}{install}{source_text}{mark}"
+            typer.echo(f"{fact.section:<9} {fact.name:<{width}} {told}")
     if not all(fact.is_well for fact in facts):
         raise typer.Exit(1)
 
 
 def backbones(as_json: JsonOption = False) -> None:
-    """List the backbones, and how to install those that are not."""
+    """List the backbones, and how to install those that are not.
+
+    Example: feature-cache backbones
+    """
     from ..backbones import list_backbones
 
     rows = [

@@ -1,12 +1,94 @@
-"""Options that several commands have, and the units that people write."""
+"""Options that several commands have, what completes them, and the units that people write."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+FEATURES = "Which features"
+COPIES = "Augmented copies"
+COMPUTING = "Computing"
+OUTPUT = "Output"
+"""Headings in the help of commands with many options."""
+
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as ``100G`` or ``1.5TB`` (powers of 1000), or ``64MiB`` (of 1024)."""
+    found = re.fullmatch(r"([\d.]+)\s*([kmgtp]?)(i?)b?", text.strip(), re.IGNORECASE)
+    if not found or found[1].count(".") > 1 or not found[1].strip("."):
+        raise typer.BadParameter(f"{text!r} is no size: expected such as 500M, 100G or 1.5T")
+    power = _BYTES[found[2].lower()]
+    if found[3]:
+        power = 1024 ** round(len(str(power)) / 3)
+    return int(float(found[1]) * power)
+
+
+def parse_age(text: str) -> float:
+    """Read an age such as ``30d`` or ``12h``, in seconds."""
+    found = re.fullmatch(r"([\d.]+)\s*([smhdwy])", text.strip())
+    if not found or found[1].count(".") > 1 or not found[1].strip("."):
+        raise typer.BadParameter(f"{text!r} is no age: expected such as 12h, 30d or 8w")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def size_option(text: str, **more: Any) -> Any:
+    """Make an option that takes a size."""
+    return typer.Option(parser=parse_size, metavar="SIZE", help=text, **more)
+
+
+def age_option(text: str, **more: Any) -> Any:
+    """Make an option that takes an age."""
+    return typer.Option(parser=parse_age, metavar="AGE", help=text, **more)
+
+
+def complete(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Make a completion of names, which are looked up when someone completes."""
+
+    def find(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return find
+
+
+def _backbone_names() -> list[str]:
+    from ..backbones import list_backbones
+
+    return [info.name.partition("<")[0] for info in list_backbones()]
+
+
+def _pooling_names() -> list[str]:
+    from ..pooling import POOLINGS
+
+    return ["none", *POOLINGS]
+
+
+def _storage_dtypes() -> Iterable[str]:
+    from ..spec import STORAGE_DTYPES
+
+    return STORAGE_DTYPES
+
+
+def _codecs() -> Iterable[str]:
+    from ..store import CODECS
+
+    return CODECS
+
+
+def _policies() -> Iterable[str]:
+    from ..augment.policy import PRESETS
+
+    return PRESETS
+
+
+complete_backbone = complete(_backbone_names)
+complete_pooling = complete(_pooling_names)
 
 CacheOption = Annotated[
     Path, typer.Option("--cache", envvar="FEATURE_CACHE_DIR", help="The cache's folder.")
@@ -16,19 +98,56 @@ OptionalCacheOption = Annotated[
     typer.Option("--cache", envvar="FEATURE_CACHE_DIR", help="The cache's folder."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-BackboneOption = Annotated[str, typer.Option(help="See: feature-cache backbones.")]
+BackboneOption = Annotated[
+    str,
+    typer.Option(
+        help="See: feature-cache backbones.",
+        autocompletion=complete_backbone,
+        rich_help_panel=FEATURES,
+    ),
+]
 WeightsOption = Annotated[
     str | None,
-    typer.Option(help="A checkpoint file, or random:<seed>; default: the model's own."),
+    typer.Option(
+        help="A checkpoint file, or random:<seed>; default: the model's own.",
+        rich_help_panel=FEATURES,
+    ),
 ]
 PoolingOption = Annotated[
-    str, typer.Option(help="How a region's vector is made; 'none' keeps grids.")
+    str,
+    typer.Option(
+        help="How a region's vector is made; 'none' keeps grids.",
+        autocompletion=complete_pooling,
+        rich_help_panel=FEATURES,
+    ),
 ]
-DetectionsOption = Annotated[str, typer.Option(help="Where the masks are.")]
-DtypeOption = Annotated[str, typer.Option(help="Storage: float16 or float32.")]
-SeedOption = Annotated[int, typer.Option(help="Of the augmented copies.")]
+DetectionsOption = Annotated[
+    str, typer.Option(help="Where the masks are.", rich_help_panel=FEATURES)
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Storage: float16 or float32.",
+        autocompletion=complete(_storage_dtypes),
+        rich_help_panel=FEATURES,
+    ),
+]
+CodecOption = Annotated[
+    str,
+    typer.Option(
+        help="Of the files: raw, zstd or blosc.",
+        autocompletion=complete(_codecs),
+        rich_help_panel=OUTPUT,
+    ),
+]
+SeedOption = Annotated[int, typer.Option(help="Of the copies.", rich_help_panel=COPIES)]
 PolicyOption = Annotated[
-    str, typer.Option(help="Of the copies: none, flips, geometric, intensity or default.")
+    str,
+    typer.Option(
+        help="Of the copies: none, flips, geometric, intensity or default.",
+        autocompletion=complete(_policies),
+        rich_help_panel=COPIES,
+    ),
 ]
 
 
@@ -59,25 +178,3 @@ LayersOption = Annotated[
 SpacesOption = Annotated[
     list[str], typer.Option("--space", help="Only this space: the beginning of its name.")
 ]
-
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as ``100G`` or ``1.5TB`` (powers of 1000), or ``64MiB`` (of 1024)."""
-    found = re.fullmatch(r"([\d.]+)\s*([kmgtp]?)(i?)b?", text.strip(), re.IGNORECASE)
-    if not found or found[1].count(".") > 1 or not found[1].strip("."):
-        raise typer.BadParameter(f"{text!r} is no size: expected such as 500M, 100G or 1.5T")
-    power = _BYTES[found[2].lower()]
-    if found[3]:
-        power = 1024 ** round(len(str(power)) / 3)
-    return int(float(found[1]) * power)
-
-
-def parse_age(text: str) -> float:
-    """Read an age such as ``30d`` or ``12h``, in seconds."""
-    found = re.fullmatch(r"([\d.]+)\s*([smhdwy])", text.strip())
-    if not found or found[1].count(".") > 1 or not found[1].strip("."):
-        raise typer.BadParameter(f"{text!r} is no age: expected such as 12h, 30d or 8w")
-    return float(found[1]) * _SECONDS[found[2]]

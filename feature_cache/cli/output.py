@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import typer
+
+from ..units import size_text as size_text
+from ..units import time_text as time_text
 
 _TIMES = ("last_use", "started", "ended")
 """Columns that hold seconds since 1970."""
@@ -53,16 +55,3 @@ def _cell(name: str, value: object) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def size_text(count: float) -> str:
-    """Write a number of bytes for people."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def time_text(seconds: float) -> str:
-    """Write a time of day for people, in local time; ``-`` for none."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "-"

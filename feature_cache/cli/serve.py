@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import BackboneOption, CacheOption, WeightsOption, parse_age, parse_size
+from .options import (
+    COMPUTING,
+    BackboneOption,
+    CacheOption,
+    CodecOption,
+    WeightsOption,
+    age_option,
+    complete,
+    size_option,
+)
 
 if TYPE_CHECKING:
     from ..service import Host
@@ -19,37 +28,46 @@ def serve(
     cache: CacheOption,
     backbone: BackboneOption,
     weights: WeightsOption = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: the best.")] = None,
-    compute_dtype: Annotated[
-        str, typer.Option(help="Of the computation: float32, bfloat16 or float16.")
-    ] = "float32",
-    codec: Annotated[str, typer.Option(help="Storage: raw, zstd or blosc.")] = "raw",
-    idle: Annotated[
-        str | None, typer.Option(help="End when nobody was connected for so long, such as 10m.")
+    device: Annotated[
+        str | None,
+        typer.Option(help="Such as cuda:0; default: the best.", rich_help_panel=COMPUTING),
     ] = None,
-    memory: Annotated[str, typer.Option(help="Pixels that may wait to be computed.")] = "2GiB",
+    compute_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the computation: float32, bfloat16 or float16.",
+            autocompletion=complete(lambda: ("float32", "bfloat16", "float16")),
+            rich_help_panel=COMPUTING,
+        ),
+    ] = "float32",
+    codec: CodecOption = "raw",
+    idle: Annotated[
+        float | None, age_option("End when nobody was connected for so long, such as 10m.")
+    ] = None,
+    memory: Annotated[
+        int | None, size_option("Pixels that may wait to be computed; default: 2GiB.")
+    ] = None,
 ) -> None:
     """Compute features for the trainings on this host that miss them, until stopped.
 
     Trainings find it by themselves. SIGTERM and Ctrl-C commit what is computed.
 
-    Example: feature-cache serve --cache features --backbone facebook/dinov2-small --device cuda:1
+    Example: feature-cache serve --cache features --backbone efficientnet-lite0 --idle 10m
     """
     from ..backbones import load_backbone
     from ..cache import FeatureCache
-    from ..service import open_host
+    from ..service import MEMORY_BYTES, open_host
 
-    seconds = None if idle is None else parse_age(idle)
     model = load_backbone(backbone, weights, device, compute_dtype)
     opened = FeatureCache(cache, codec=codec)
     user = _User()
     host = open_host(
         opened, [model], user,
-        standalone=True, memory_bytes=parse_size(memory), progress=True,
+        standalone=True, memory_bytes=memory or MEMORY_BYTES, progress=True,
     )  # fmt: skip
     typer.echo(f"serving {model.spec.name} for {opened.store.root}; Ctrl-C ends it", err=True)
     try:
-        _wait(host, seconds)
+        _wait(host, idle)
     except KeyboardInterrupt:
         pass
     finally:

@@ -48,7 +48,7 @@ class StoredGrids:
         if not found:
             others = sorted({describe(space.spec) for space in cache.spaces()})
             raise MissingRecordError(
-                f"{cache!r} holds no grids in {GRID_DTYPE} (it holds: "
+                f"{cache.store.root} holds no grids in {GRID_DTYPE} (it holds: "
                 f"{', '.join(others) or 'nothing'}): warm with --dense original or all first"
             )
         wanted = {

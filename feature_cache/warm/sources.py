@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import MovieError, MovieNotFoundError, NoMasksError
+from ..errors import MovieError, MovieNotFoundError, NoMasksError, UnknownNameError
 from ..movies import Movie
 from .report import Failure
 
 _log = logging.getLogger(__name__)
 _LISTS = (".txt", ".yaml", ".yml")
+_KEYS = ("path", "detections", "slice_pct", "downscale_temporal", "downscale_spatial")
 _MASK_FOLDERS = ("_GT", "_ST", "_ERR_SEG", "_RES")
 
 
@@ -180,7 +181,8 @@ def _read_list(file: Path, defaults: _Defaults) -> Iterator[Source]:
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise MovieNotFoundError(f"can't read the list of movies {file}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise MovieNotFoundError(f"can't read the list of movies {file}: {reason}") from error
     if file.suffix.lower() == ".txt":
         words = (line.partition("#")[0].strip() for line in text.splitlines())
         for word in filter(None, words):
@@ -195,8 +197,9 @@ def _parse_yaml(file: Path, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        first = str(error).splitlines()[0]
-        raise MovieError(f"{file} is no YAML: {first}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise MovieError(f"{file} is no YAML: {where}{problem or error}") from error
 
 
 def _read_yaml(file: Path, plain: Any, defaults: _Defaults) -> Iterator[Source]:
@@ -214,11 +217,19 @@ def _read_yaml(file: Path, plain: Any, defaults: _Defaults) -> Iterator[Source]:
         if isinstance(entry, str):
             yield from _expand(entry, defaults)
         elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
+            _check_keys(file, entry)
             yield from _expand(entry["path"], _change(file, entry, defaults, "detections"))
         else:
             raise MovieError(
                 f"{file} has the entry {entry!r}: expected a path, or a mapping with one"
             )
+
+
+def _check_keys(file: Path, entry: dict[str, Any]) -> None:
+    for key in entry:
+        if key not in _KEYS:
+            unknown = UnknownNameError("key", key, _KEYS)
+            raise MovieError(f"{file}, the entry of {entry['path']}: {unknown}")
 
 
 def _change(file: Path, plain: dict[str, Any], defaults: _Defaults, folders: str) -> _Defaults:

@@ -26,11 +26,31 @@ def calls(monkeypatch):
 
 
 def test_looks_in_the_local_cache_then_asks_the_hub(calls):
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     with pytest.raises(BackboneError) as caught:
         hub_file("facebook/x", "x.pt")
     assert calls == [True, False]
     assert str(caught.value) == (
-        "can't get x.pt of the hub's repository facebook/x: LocalEntryNotFoundError, no such file; "
+        "no weights: x.pt of facebook/x is not in the hub's cache on this machine "
+        f"({HF_HUB_CACHE}), and the hub can't be reached; where there is a network: "
+        "hf download facebook/x x.pt; or pass weights=<path of a checkpoint> (--weights)"
+    )
+
+
+def test_what_the_hub_says_is_told(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(repo, filename, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        raise PermissionError("the disk says no.\nand more lines")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with pytest.raises(BackboneError) as caught:
+        hub_file("facebook/x", "x.pt")
+    assert str(caught.value) == (
+        "can't get x.pt of facebook/x on the hub: PermissionError, the disk says no; "
         "pass weights=<path of a checkpoint> or weights='random:<seed>'"
     )
 
@@ -48,3 +68,14 @@ def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):
         hub_file("facebook/x", "x.pt")
+
+
+def test_a_missing_package_of_a_backbone_names_its_extra(monkeypatch):
+    for package in ("huggingface_hub", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError) as caught:
+        hub_file("facebook/dinov2-base", "model.safetensors")
+    assert str(caught.value) == (
+        "the backbone 'facebook/dinov2-base' needs the package 'transformers'; install it with: "
+        'pip install "feature-cache[transformers]"'
+    )

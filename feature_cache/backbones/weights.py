@@ -1,0 +1,91 @@
+"""Where the weights of backbones are on disk, found without loading a model or asking a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+if TYPE_CHECKING:
+    from .catalogue import BackboneInfo
+
+COTRACKER_CHECKPOINT = "scaled_offline.pth"
+COTRACKER_COPY = "facebookresearch_co-tracker_main"
+"""The folder in which torch.hub keeps CoTracker's code."""
+SAM2_SIZES = MappingProxyType({"tiny": "t", "small": "s", "base-plus": "b+", "large": "l"})
+
+
+def published_files(model: str) -> tuple[str, str]:
+    """Name the configuration in SAM 2's package and the checkpoint on the hub.
+
+    Examples
+    --------
+    >>> published_files("facebook/sam2.1-hiera-base-plus")
+    ('configs/sam2.1/sam2.1_hiera_b+.yaml', 'sam2.1_hiera_base_plus.pt')
+    """
+    version, _, size = model.removeprefix("facebook/").partition("-hiera-")
+    config = f"configs/{version}/{version}_hiera_{SAM2_SIZES[size]}.yaml"
+    return config, f"{version}_hiera_{size.replace('-', '_')}.pt"
+
+
+def cellpose_file(checkpoint: str) -> Path:
+    """Name the file that cellpose keeps a checkpoint in."""
+    chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")
+    return (Path(chosen) if chosen else Path.home() / ".cellpose" / "models") / checkpoint
+
+
+def micro_sam_file(model: str) -> Path:
+    """Name the file that micro_sam keeps a model in."""
+    folder = os.environ.get("MICROSAM_CACHEDIR") or platformdirs.user_cache_dir("micro_sam")
+    return Path(folder) / "models" / model
+
+
+def torch_hub_folder() -> Path:
+    """Name torch.hub's folder, without loading torch."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub"
+
+
+def describe_weights(info: BackboneInfo) -> str:
+    """Say where a backbone's own weights are, or where they would come from.
+
+    Looks where the model's own programs and the Hugging Face hub keep files here; asks no network.
+    """
+    found = _find_file(info)
+    if found is not None:
+        return f"at {found}"
+    if info.hub is None:
+        return info.weights
+    repo, file = info.hub
+    return f"to be downloaded: {file} of {repo} on the hub"
+
+
+def _find_file(info: BackboneInfo) -> Path | None:
+    local = _own_place(info.name)
+    if local is not None and local.is_file():
+        return local
+    return None if info.hub is None else _find_in_hub_cache(*info.hub)
+
+
+def _own_place(name: str) -> Path | None:
+    """Name the file that the model's own program keeps."""
+    family, _, model = name.partition("/")
+    if family == "microsam":
+        return micro_sam_file(model)
+    if name == "mouseland/cellpose-sam":
+        return cellpose_file("cpsam")
+    if name == "facebookresearch/co-tracker":
+        return torch_hub_folder() / "checkpoints" / COTRACKER_CHECKPOINT
+    return None
+
+
+def _find_in_hub_cache(repo: str, file: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(repo, file)
+    return Path(found) if isinstance(found, str) else None

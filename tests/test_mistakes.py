@@ -1,0 +1,445 @@
+"""What people get wrong, and the exact words they get."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from feature_cache import Augmentations, FeatureCache, Movie, load_backbone
+from feature_cache.movies import write_movie
+from feature_cache.service import close_all
+from serving import make_dataset
+from synthetic import make_movie
+from test_cli import run
+
+__all__ = ["run"]
+
+WARM = "warm movie/01 --cache cache --backbone debug/random"
+FRESH = "warm movie/01 --cache new --backbone debug/random"
+ALL = "efficientnet-lite0, facebook/dinov2-small, facebook/dinov2-base, … ("
+Arrange = Callable[[Path, pytest.MonkeyPatch], object]
+
+
+class Mistake(NamedTuple):
+    """What someone typed, and what came back.
+
+    `says` is all that stands on stderr, but for progress; ``…`` in it stands for anything, and
+    ``{here}`` for the current folder.
+    """
+
+    name: str
+    command: str
+    says: str
+    arrange: Arrange = lambda folder, patch: None
+    status: int = 2
+
+
+def write(name: str, text: str) -> Arrange:
+    return lambda folder, _: (folder / name).write_text(text)
+
+
+def draw(name: str, image: Any) -> Arrange:
+    return lambda folder, _: tifffile.imwrite(folder / "movie" / name, image)
+
+
+def uninstall(package: str) -> Arrange:
+    return lambda _, patch: patch.setitem(sys.modules, package, None)
+
+
+def remove_masks(folder: Path, _: object) -> None:
+    shutil.rmtree(folder / "movie" / "01_GT")
+
+
+def remove_frame(folder: Path, _: object) -> None:
+    (folder / "movie" / "01" / "t005.tif").unlink()
+
+
+def cut_frame(folder: Path, _: object) -> None:
+    frame = folder / "movie" / "01" / "t002.tif"
+    frame.write_bytes(frame.read_bytes()[:6])
+
+
+def lose_the_network(_: Path, patch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("nothing here\nand no network")
+
+    patch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def take_another_model(folder: Path, _: object) -> None:
+    pytest.importorskip("timm")
+    torch.save({"blocks.0.weight": torch.zeros(3)}, folder / "other.pth")
+
+
+def fill_the_disk(_: Path, patch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def take_a_newer_cache(folder: Path, _: object) -> None:
+    file = folder / "cache" / "zarr.json"
+    meta = json.loads(file.read_text())
+    meta["attributes"]["feature_cache"]["format_version"] = 99
+    file.write_text(json.dumps(meta))
+
+
+def share_for_reading(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    write_movie(folder / "movie" / "02", *make_movie(seed=2))
+    patch.setattr(os, "access", lambda _, mode, **__: mode != os.W_OK)
+
+
+def make_thesis(folder: Path, _: object) -> None:
+    (folder / "papers").mkdir()
+    (folder / "papers" / "thesis.tex").touch()
+
+
+HALF = np.full((48, 64), 0.5, np.float32)
+SMALL = np.ones((9, 9), np.uint16)
+
+MISTAKES = [
+    Mistake(
+        "no such folder",
+        WARM.replace("movie/01", "movei/01"),
+        "error: no movie at movei/01: no such folder",
+    ),
+    Mistake(
+        "the folder above the movie",
+        WARM.replace("movie/01", "movie"),
+        "error: movie has no frames: expected files named *.tif, found the folders 01, 01_GT: "
+        "name one, such as movie/01",
+    ),
+    Mistake(
+        "an empty folder",
+        WARM.replace("movie/01", "empty"),
+        "error: empty has no frames: expected files named *.tif",
+        lambda folder, _: (folder / "empty").mkdir(),
+    ),
+    Mistake(
+        "no masks",
+        WARM,
+        "error: movie/01 has no masks 'TRA': looked for movie/01/TRA, movie/01_TRA, "
+        "movie/01_GT/TRA; name the detection folder (--detections)",
+        remove_masks,
+    ),
+    Mistake(
+        "fewer frames than masks",
+        WARM,
+        "error: movie/01 has 5 frames and movie/01_GT/TRA has 6 masks: expected as many masks as "
+        "frames; add what is missing or remove what is too many",
+        remove_frame,
+    ),
+    Mistake(
+        "a mask of another shape",
+        FRESH,
+        "failed: frame 2 of movie/01 TRA (t002.tif) has shape (48, 64) and its mask (9, 9): "
+        "expected the same",
+        draw("01_GT/TRA/man_track002.tif", SMALL),
+        status=1,
+    ),
+    Mistake(
+        "labels that are floats",
+        FRESH,
+        "failed: movie/01_GT/TRA/man_track002.tif holds float32 values that are no labels, such "
+        "as 0.5: expected whole numbers from 0 to 2147483647; relabel the mask",
+        draw("01_GT/TRA/man_track002.tif", HALF),
+        status=1,
+    ),
+    Mistake(
+        "labels below zero",
+        FRESH,
+        "failed: mask 2 of movie/01 TRA (man_track002.tif) has labels from -1 to -1: expected 0 "
+        "to 2147483647",
+        draw("01_GT/TRA/man_track002.tif", np.full((48, 64), -1, np.int16)),
+        status=1,
+    ),
+    Mistake(
+        "a corrupt image",
+        FRESH,
+        "failed: can't read movie/01/t002.tif: damaged, or no TIFF (…); restore the file or leave "
+        "it out",
+        cut_frame,
+        status=1,
+    ),
+    Mistake(
+        "a backbone misspelled",
+        WARM.replace("debug/random", "debug/randm"),
+        "error: unknown backbone 'debug/randm': did you mean 'debug/random'? Known: "
+        f"{ALL}… in all: see feature-cache backbones)",
+    ),
+    Mistake(
+        "half of a backbone's name",
+        WARM.replace("debug/random", "SAM2.1"),
+        "error: unknown backbone 'SAM2.1': did you mean 'facebook/sam2.1-hiera-tiny'? Known: "
+        f"{ALL}… in all: see feature-cache backbones)",
+    ),
+    Mistake(
+        "a pooling misspelled",
+        f"{WARM} --pooling mean_patch_exact",
+        "error: unknown pooling 'mean_patch_exact': did you mean 'mean_patches_exact'? Known: "
+        "nearest_patch, mean_patches_exact, max_patches_exact, median_patches_exact, "
+        "mean_patches_bbox, max_patches_bbox, median_patches_bbox",
+    ),
+    Mistake(
+        "a policy misspelled",
+        f"{WARM} --copies 2 --policy flip",
+        "error: unknown policy 'flip': did you mean 'flips'? Known: none, flips, geometric, "
+        "intensity, default",
+    ),
+    Mistake(
+        "a dtype misspelled",
+        f"{WARM} --dtype float61",
+        "error: unknown storage dtype 'float61': did you mean 'float16'? Known: float16, float32",
+    ),
+    Mistake(
+        "a codec misspelled",
+        f"{WARM} --codec ztsd",
+        "error: unknown codec 'ztsd': did you mean 'zstd'? Known: raw, zstd, blosc",
+    ),
+    Mistake(
+        "a command misspelled",
+        "wram movie/01",
+        "No such command 'wram'. Did you mean 'warm'?",
+    ),
+    Mistake(
+        "an extra that is not installed",
+        "warm movie/01 --cache cache --backbone timm/convnext_atto --weights random:0",
+        "error: the backbone 'timm/convnext_atto' needs the package 'timm'; install it with: "
+        'pip install "feature-cache[timm]"',
+        uninstall("timm"),
+    ),
+    Mistake(
+        "no weights and no network",
+        "warm movie/01 --cache cache --backbone facebook/sam2.1-hiera-tiny",
+        "error: no weights: sam2.1_hiera_tiny.pt of facebook/sam2.1-hiera-tiny is not in the hub's "
+        "cache on this machine (…), and the hub can't be reached; where there is a network: "
+        "hf download facebook/sam2.1-hiera-tiny sam2.1_hiera_tiny.pt; or pass weights=<path of a "
+        "checkpoint> (--weights)",
+        lose_the_network,
+    ),
+    Mistake(
+        "weights of another architecture",
+        "warm movie/01 --cache cache --backbone timm/vit_tiny_patch16_224 --weights other.pth",
+        "error: other.pth does not fit timm/vit_tiny_patch16_224: Error(s) in loading state_dict "
+        "for VisionTransformer: Missing key(s) in state_dict: …; name a checkpoint of this model",
+        take_another_model,
+    ),
+    Mistake(
+        "a device that is not there",
+        f"{WARM} --device cuda:99",
+        "error: no device 'cuda:99' here (…); leave it out for the best there is, or use cpu",
+    ),
+    Mistake(
+        "a full disk",
+        FRESH,
+        "error: can't write in {here}/new: No space left on device; free some space or name "
+        "another folder. What was committed before is untouched",
+        fill_the_disk,
+    ),
+    Mistake(
+        "a cache of a newer version",
+        "ls --cache cache",
+        "error: {here}/cache has format version 99, this feature_cache reads up to 2: upgrade "
+        "feature-cache, or name another folder",
+        take_a_newer_cache,
+    ),
+    Mistake(
+        "a folder that is no cache",
+        "ls --cache papers",
+        "error: {here}/papers is not a feature cache (it holds 'thesis.tex'); name another folder",
+        make_thesis,
+    ),
+    Mistake(
+        "a shared cache that can only be read",
+        WARM.replace("movie/01", "movie/02"),
+        "error: 6 records, first of movie/02 TRA, are not in FeatureCache('{here}/cache', "
+        "mode='r'), which can only be read: warm it where you may write",
+        share_for_reading,
+    ),
+    Mistake(
+        "a size that is none",
+        f"{WARM} --max-size 5gigs",
+        "Invalid value for '--max-size': '5gigs' is no size: expected such as 500M, 100G or 1.5T",
+    ),
+    Mistake(
+        "an age that is none",
+        "gc --cache cache --older-than 30",
+        "Invalid value for '--older-than': '30' is no age: expected such as 12h, 30d or 8w",
+    ),
+    Mistake(
+        "a frame beyond the movie",
+        f"{WARM.replace('warm', 'explain')} --frame 99",
+        "error: movie/01 has no frame 99: expected 0 to 5",
+    ),
+    Mistake(
+        "an unknown key in a list",
+        WARM.replace("movie/01", "list.yaml"),
+        "error: list.yaml, the entry of movie/01: unknown key 'downscale': did you mean "
+        "'downscale_spatial'? Known: path, detections, slice_pct, downscale_temporal, "
+        "downscale_spatial",
+        write("list.yaml", "- path: movie/01\n  downscale: 2\n"),
+    ),
+    Mistake(
+        "a list that is no YAML",
+        WARM.replace("movie/01", "list.yaml"),
+        "error: list.yaml is no YAML: line 3: expected ',' or ']', but got '<stream end>'",
+        write("list.yaml", "- path: [movie/01\n- movie/02\n"),
+    ),
+    Mistake(
+        "a list that is not there",
+        WARM.replace("movie/01", "list.yaml"),
+        "error: can't read the list of movies list.yaml: No such file or directory",
+    ),
+    Mistake(
+        "a part of a movie that is none",
+        WARM.replace("movie/01", "list.yaml"),
+        "error: movie/01: slice_pct is (0.5, 0.2), expected 0 <= from < to <= 1",
+        write("list.yaml", "- path: movie/01\n  slice_pct: [0.5, 0.2]\n"),
+    ),
+    Mistake(
+        "a URL without a scheme",
+        f"{FRESH} --push bucket/features",
+        "error: unknown kind of remote 'bucket/features': Known: s3://, gs://, az://, file://",
+    ),
+    Mistake(
+        "a remote without its extra",
+        "pull s3://bucket/features --cache cache",
+        "error: the remote s3://bucket/features needs the package 'obstore'; install it with: "
+        "pip install 'feature-cache[remote]'",
+        uninstall("obstore"),
+    ),
+    Mistake(
+        "a remote that is not there",
+        "pull file:///nowhere/at/all --cache cache",
+        "error: there is no feature cache at file:///nowhere/at/all; check the address",
+    ),
+    Mistake(
+        "stored grids where there are none",
+        "warm movie/01 --cache cache --from-grids",
+        "error: {here}/cache holds no grids in float32 (it holds: debug/random "
+        "mean_patches_exact float16): warm with --dense original or all first",
+    ),
+    Mistake(
+        "no backbone",
+        "warm movie/01 --cache cache",
+        "Invalid value: name a --backbone, or pool --from-grids",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory):
+    """A folder with a movie and a cache that has its features."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_movie(folder / "movie" / "01", *make_movie())
+    movie = Movie.open(folder / "movie" / "01")
+    backbone = load_backbone("debug/random")
+    FeatureCache(folder / "cache").get_or_compute(
+        movie.frames, movie.masks, backbone, pooling="mean_patches_exact"
+    )
+    return folder
+
+
+@pytest.fixture
+def here(warmed, tmp_path, monkeypatch):
+    """A copy of it, which is the current folder."""
+    shutil.copytree(warmed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "500")
+    return tmp_path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
+    mistake.arrange(here, monkeypatch)
+    status, _, err = run(*mistake.command.split())
+    assert_says(without_progress(err), mistake.says, here)
+    assert status == mistake.status
+
+
+def without_progress(err: str) -> str:
+    """Leave out progress, usage and the frame around what typer says."""
+    lines = [line.strip("│ ") for line in err.splitlines()]
+    other = r"(hashing|computing): |Usage: |Try '|[╭╰]|$"
+    return "\n".join(line for line in lines if not re.match(other, line))
+
+
+def assert_says(found: str, expected: str, here: Path) -> None:
+    pattern = re.escape(expected.replace("{here}", str(here))).replace("…", ".+")
+    assert re.fullmatch(pattern, found), f"\nfound:    {found}\nexpected: {expected}"
+
+
+# In Python
+
+
+def ask_for_what_is_missing() -> None:
+    frames, masks, _ = make_movie(seed=5)
+    backbone = load_backbone("debug/random")
+    FeatureCache("cache", "r").get_or_compute(frames, masks, backbone, pooling="mean_patches_exact")
+
+
+def give_masks_of(dtype: type, value: float) -> None:
+    frames, masks, _ = make_movie()
+    wrong = np.full(masks.shape, value, dtype)
+    backbone = load_backbone("debug/random")
+    FeatureCache("cache").get_or_compute(frames, wrong, backbone, pooling="mean_patches_exact")
+
+
+def ask_a_server_that_is_gone() -> None:
+    dataset = pickle.loads(pickle.dumps(make_dataset("cache")))
+    close_all()
+    dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (
+            ask_for_what_is_missing,
+            "MissingRecordError: 6 records, first frame 0, are not in "
+            "FeatureCache('{here}/cache', mode='r'), which can only be read: warm it where you "
+            "may write",
+        ),
+        (
+            lambda: give_masks_of(np.float32, 0.5),
+            "FrameTypeError: mask 0 has dtype float32: expected integer labels",
+        ),
+        (
+            lambda: give_masks_of(np.int16, -1),
+            "FrameError: mask 0 has labels from -1 to -1: expected 0 to 2147483647",
+        ),
+        (
+            lambda: Augmentations("flips", copies=3).draw(9),
+            "DrawError: copy is 9: expected an integer from 0 to 3",
+        ),
+        (
+            ask_a_server_that_is_gone,
+            "MissingRecordError: 4 records, first frame 0 of movie, are not in "
+            "FeatureCache('{here}/cache', mode='a'), and no process on this host serves fake for "
+            "it (this is a process without it): warm the cache first (feature-cache warm, or "
+            "warm() of the dataset), start feature-cache serve, or make the dataset in the "
+            "process that runs the DataLoader",
+        ),
+    ],
+)
+def test_python_says_what_to_do(here, mistake, says):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - its name is compared
+        mistake()
+    assert_says(f"{caught.type.__name__}: {caught.value}", says, here)
