@@ -1,0 +1,197 @@
+"""Commands that draw: report, show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import FeatureCacheError
+from .options import (
+    COPIES,
+    FEATURES,
+    CacheOption,
+    DetectionsOption,
+    DtypeOption,
+    LayersOption,
+    NoMemoOption,
+    PolicyOption,
+    PoolingOption,
+    SeedOption,
+    WeightsOption,
+    complete_backbone,
+)
+from .output import make_bar
+
+if TYPE_CHECKING:
+    from ..cache import FeatureCache
+    from ..report import Choice, Strip
+    from ..store.maintenance import Finding
+
+_MOST_FRAMES = 24
+AnyBackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Whose features; default: the only one that is stored.",
+        autocompletion=complete_backbone,
+        rich_help_panel=FEATURES,
+    ),
+]
+CopyOption = Annotated[
+    int, typer.Option(min=0, help="Show this augmented copy.", rich_help_panel=COPIES)
+]
+
+
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
+    cache: CacheOption,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare all records with their checksums, too.")
+    ] = False,
+    movie: Annotated[
+        list[str], typer.Option(help="Draw frames of this movie. May be repeated.")
+    ] = [],
+    frames: Annotated[
+        int, typer.Option(min=1, max=_MOST_FRAMES, help="How many, from its middle.")
+    ] = 6,
+    backbone: AnyBackboneOption = None,
+    weights: WeightsOption = None,
+    pooling: PoolingOption = "mean_patches_exact",
+    detections: DetectionsOption = "TRA",
+    dtype: DtypeOption = "float16",
+    copy: CopyOption = 0,
+    seed: SeedOption = 0,
+    policy: PolicyOption = "default",
+    layer: LayersOption = [],
+    no_memo: NoMemoOption = False,
+) -> None:
+    """Write one page of HTML: what a cache holds, its use and health. Computes nothing.
+
+    Example: feature-cache report cache.html --cache features
+    """
+    from ..cache import FeatureCache
+    from ..report import Choice, render_page, survey_cache
+
+    opened = FeatureCache(cache, "r", layers=layer)
+    findings = _verify(cache) if verify else None
+    strips: list[Strip] = []
+    failed: dict[str, str] = {}
+    if movie:
+        name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
+        choice = Choice(name, weights, pooled, detections, dtype, policy, seed, copy)
+        strips, failed = _look_at_all(opened, movie, choice, frames)
+    page = render_page(survey_cache(opened.store, findings), strips)
+    _write(out, page.encode())
+    typer.echo(f"{out}, {len(page) / 1e6:.1f} MB")
+    for path, reason in failed.items():
+        typer.echo(f"left out: {path}: {reason}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _verify(cache: Path) -> list[Finding]:
+    from ..store import maintenance
+
+    with make_bar("verifying", maintenance.count_packs(cache), "pack") as bar:
+        return maintenance.verify(cache, progress=bar.update)
+
+
+def _only_backbone(cache: FeatureCache) -> str:
+    names = sorted({str(space.spec["backbone"]["name"]) for space in cache.spaces()})
+    if len(names) != 1:
+        raise typer.BadParameter(f"name a --backbone; stored: {', '.join(names) or 'none'}")
+    return names[0]
+
+
+def _pooling_of(name: str) -> str | None:
+    return None if name == "none" else name
+
+
+def _look_at_all(
+    cache: FeatureCache, movies: Sequence[str], choice: Choice, frames: int
+) -> tuple[list[Strip], dict[str, str]]:
+    """Look at each movie; say why for those that can't be read."""
+    from ..errors import FrameError, MovieError
+    from ..report import look_at
+
+    strips, failed = [], {}
+    for path in movies:
+        try:
+            strips.append(look_at(cache, path, choice, frames))
+        except (MovieError, FrameError) as error:
+            failed[path] = str(error)
+    return strips, failed
+
+
+def show(
+    movie: Annotated[str, typer.Argument(metavar="MOVIE", help="A folder of frames.")],
+    cache: CacheOption,
+    frame: Annotated[int, typer.Option(help="Which frame.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The picture's file, a PNG.")
+    ] = None,
+    backbone: AnyBackboneOption = None,
+    weights: WeightsOption = None,
+    pooling: PoolingOption = "mean_patches_exact",
+    detections: DetectionsOption = "TRA",
+    dtype: DtypeOption = "float16",
+    copy: CopyOption = 0,
+    seed: SeedOption = 0,
+    policy: PolicyOption = "default",
+    layer: LayersOption = [],
+    no_memo: NoMemoOption = False,
+) -> None:
+    """Draw one frame beside its embedding, as a picture. Computes nothing.
+
+    Exit status 1 where its record is not in the cache.
+    Example: feature-cache show data/01 --cache features --frame 3
+    """
+    from ..cache import FeatureCache
+    from ..report import Choice, compose_picture, draw_in_terminal, fit_palette, look_at
+    from ..report.images import encode_png
+
+    opened = FeatureCache(cache, "r", layers=layer)
+    name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
+    choice = Choice(name, weights, pooled, detections, dtype, policy, seed, copy)
+    strip = look_at(opened, movie, choice, [frame])
+    if strip.missing:
+        typer.echo(
+            f"error: frame {frame} of {strip.movie} is not in the cache: {strip.space} "
+            f"has no record of it; to warm it: {strip.command}",
+            err=True,
+        )
+        raise typer.Exit(1)
+    picture = compose_picture(strip.frames[0], fit_palette(strip))
+    file = output or Path(_default_name(movie, frame, copy))
+    _write(file, encode_png(picture))
+    if _has_colours():
+        columns, _ = shutil.get_terminal_size()
+        typer.echo(draw_in_terminal(picture, columns), nl=False)
+    typer.echo(str(file))
+
+
+def _default_name(movie: str, frame: int, copy: int) -> str:
+    stem = f"{Path(movie).absolute().name}-frame-{frame}"
+    return f"{stem}-copy-{copy}.png" if copy else f"{stem}.png"
+
+
+def _has_colours() -> bool:
+    """Tell whether someone looks, at a terminal with 24-bit colours."""
+    said = os.environ.get("COLORTERM", "")
+    return sys.stdout.isatty() and said in ("truecolor", "24bit") and "NO_COLOR" not in os.environ
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise _NotWrittenError(f"can't write {file}: {error.strerror or error}") from error
+
+
+class _NotWrittenError(FeatureCacheError):
+    """The page or picture can't be written."""

@@ -1,0 +1,265 @@
+"""Which movies a cache knows, and which of their copies it holds: from provenance alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..hashing import JSON, canonical_json
+from ..store import Space, record_sources
+from .commands import WarmOptions
+
+_ORIGIN = re.compile(r"copy (\d+) of seed (\d+) \((.+)\)")
+_IDENTITY = "[]"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownMovie:
+    """A movie as provenance names it: what it is made of, not where it lies now.
+
+    Attributes
+    ----------
+    names : tuple of str
+        All names under which these very frames and masks were computed, sorted.
+    slots : int
+        Files, or frame numbers where frames came from no file.
+    versions : int
+        Slots whose pixels or mask the cache has seen in more than one version; each version
+        counts by itself in `Coverage`.
+    in_files : bool
+        Whether the frames came from files, so that a command can warm them.
+    frames : frozenset of int
+        Numbers that stand for the pixels of a frame.
+    pairs : frozenset of (int, int)
+        The same with that of the mask.
+    """
+
+    names: tuple[str, ...]
+    slots: int
+    versions: int
+    in_files: bool
+    frames: frozenset[int]
+    pairs: frozenset[tuple[int, int]]
+
+    @property
+    def source(self) -> tuple[str, str | None]:
+        """Path and detections, as the command ``warm`` wants them."""
+        path, _, detections = self.names[0].rpartition(" ")
+        named = self.pairs and path and "/" not in detections
+        return (path, detections) if named else (self.names[0], None)
+
+    def expected(self, masked: bool) -> int:
+        """Count the records that a copy has in a space when it is complete."""
+        if not masked:
+            return len(self.frames)
+        return len(self.pairs) + len(self.frames - {frame for frame, _ in self.pairs})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Group:
+    """Copies that one command makes.
+
+    Attributes
+    ----------
+    rank : int
+        The movies themselves come first, then numbered copies, then any other draws.
+    policy : str
+        Empty for the movies themselves and for draws that are no numbered copies.
+    seed : int
+    """
+
+    rank: int
+    policy: str = ""
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """Name it for people."""
+        return ("original", f"seed {self.seed} ({self.policy})", "other draws")[self.rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A copy.
+
+    Attributes
+    ----------
+    group : Group
+    number : int
+        Of the copy, in its group.
+    draw : str
+        Canonical JSON of its operations.
+    """
+
+    group: Group
+    number: int
+    draw: str
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Movies x copies of one space.
+
+    Attributes
+    ----------
+    space : str
+    spec : mapping
+    columns : tuple of Column
+        Sorted by group and number.
+    counts : tuple of tuple of int
+        For each movie, how many of its records each copy has.
+    expected : tuple of int or None
+        For each movie, how many there would be; None where the space wants masks, and the movie
+        was never seen with any.
+    """
+
+    space: str
+    spec: Mapping[str, Any]
+    columns: tuple[Column, ...]
+    counts: tuple[tuple[int, ...], ...]
+    expected: tuple[int | None, ...]
+
+    def command(self, group: Group, cache: str) -> str | None:
+        """Give the command that warms all copies of a group, with ``{movie}`` in it."""
+        if group.rank == 2 or group.policy == "a policy of its own":
+            return None
+        copies = max((c.number for c in self.columns if c.group == group), default=0)
+        return WarmOptions.of_spec(self.spec, cache, copies, group.seed, group.policy).text
+
+
+@dataclass
+class _Seen:
+    """What provenance says of one name."""
+
+    frames: set[int] = field(default_factory=set)
+    pairs: set[tuple[int, int]] = field(default_factory=set)
+    slots: dict[tuple[str, str], set[tuple[int, int | None]]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+
+    def add(self, slot: tuple[str, str], frame: int, mask: int | None) -> None:
+        self.frames.add(frame)
+        self.slots[slot].add((frame, mask))
+        if mask is not None:
+            self.pairs.add((frame, mask))
+
+    @property
+    def versions(self) -> int:
+        return sum(
+            len({frame for frame, _ in seen}) > 1 or len({m for _, m in seen} - {None}) > 1
+            for seen in self.slots.values()
+        )
+
+
+@dataclass
+class _Held:
+    """What one space holds, by draw: numbers of frames, or of frames and masks."""
+
+    spec: Mapping[str, Any]
+    cells: dict[str, set[Any]] = field(default_factory=lambda: defaultdict(set))
+    origins: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+
+def find_coverage(spaces: Iterable[Space]) -> tuple[list[KnownMovie], list[Coverage]]:
+    """Find which movies a cache knows, and which of their copies it holds.
+
+    A record counts by the content of its frame and mask, whatever movie it was computed for, as
+    it does when it is looked up. No movie needs to be there.
+
+    Parameters
+    ----------
+    spaces : iterable of Space
+        Of `feature_cache.store.Store.spaces`.
+
+    Returns
+    -------
+    movies : list of KnownMovie
+        Sorted by name.
+    coverage : list of Coverage
+        One for each space; rows as in `movies`.
+    """
+    survey = _Survey()
+    held = {space.name: survey.read(space) for space in spaces}
+    movies = survey.movies()
+    return movies, [_cover(name, space, movies) for name, space in held.items()]
+
+
+class _Survey:
+    """Reads provenance; digests and draws become numbers and texts that are kept once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._draws: dict[str, str] = {}
+        self._seen: dict[str, _Seen] = defaultdict(_Seen)
+
+    def read(self, space: Space) -> _Held:
+        held = _Held(space.spec)
+        masked = space.spec["pooling"] is not None
+        for _, source in record_sources(space):
+            if not isinstance(source.get("frame_digest"), str):
+                continue
+            frame, mask = self._number(source["frame_digest"]), None
+            if isinstance(source.get("mask_digest"), str):
+                mask = self._number(source["mask_digest"])
+            file = source.get("file")
+            slot = ("file", str(file)) if file else ("number", str(source.get("frame")))
+            self._seen[str(source.get("movie") or "")].add(slot, frame, mask)
+            draw = self._draw(source.get("draw", []))
+            held.cells[draw].add((frame, mask) if masked else frame)
+            held.origins[draw].add(str(source.get("origin") or ""))
+        return held
+
+    def _number(self, digest: str) -> int:
+        return self._numbers.setdefault(digest, len(self._numbers))
+
+    def _draw(self, operations: JSON) -> str:
+        text = repr(operations)
+        if text not in self._draws:
+            self._draws[text] = canonical_json(operations)
+        return self._draws[text]
+
+    def movies(self) -> list[KnownMovie]:
+        same: dict[tuple[frozenset[Any], ...], list[str]] = defaultdict(list)
+        for name, seen in self._seen.items():
+            same[frozenset(seen.frames), frozenset(seen.pairs)].append(name)
+        found = [self._movie(sorted(names), *made_of) for made_of, names in same.items()]
+        return sorted(found, key=lambda movie: movie.names)
+
+    def _movie(
+        self, names: Sequence[str], frames: frozenset[int], pairs: frozenset[tuple[int, int]]
+    ) -> KnownMovie:
+        first = self._seen[names[0]]
+        in_files = all(kind == "file" for kind, _ in first.slots)
+        return KnownMovie(tuple(names), len(first.slots), first.versions, in_files, frames, pairs)
+
+
+def _cover(name: str, held: _Held, movies: Sequence[KnownMovie]) -> Coverage:
+    masked = held.spec["pooling"] is not None
+    columns = _find_columns(held.origins)
+    cells = [held.cells[column.draw] for column in columns]
+    counts = []
+    for movie in movies:
+        wanted: frozenset[Any] = movie.pairs if masked else movie.frames
+        counts.append(tuple(len(wanted & cell) for cell in cells))
+    expected = [m.expected(masked) if m.pairs or not masked else None for m in movies]
+    return Coverage(name, held.spec, columns, tuple(counts), tuple(expected))
+
+
+def _find_columns(origins: Mapping[str, Iterable[str]]) -> tuple[Column, ...]:
+    """Sort draws into groups; those that are no numbered copies are numbered here."""
+    columns, others = [], []
+    for draw, names in origins.items():
+        copies = [found for name in names if (found := _ORIGIN.fullmatch(name))]
+        if draw == _IDENTITY:
+            columns.append(Column(Group(0), 0, draw))
+        elif copies:
+            named = min(copies, key=lambda found: (found[3], int(found[2]), int(found[1])))
+            group = Group(1, named[3], int(named[2]))
+            columns.append(Column(group, int(named[1]), draw))
+        else:
+            others.append(draw)
+    columns += [Column(Group(2), i, draw) for i, draw in enumerate(sorted(others), start=1)]
+    return tuple(sorted(columns, key=lambda column: (column.group, column.number)))

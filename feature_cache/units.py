@@ -1,0 +1,22 @@
+"""Sizes and times, as people read them."""
+
+from __future__ import annotations
+
+import time
+
+
+def size_text(count: float) -> str:
+    """Write a number of bytes for people.
+
+    >>> size_text(1234567)
+    '1.23 MB'
+    """
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def time_text(seconds: float) -> str:
+    """Write a time of day for people, in local time; ``-`` for none."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "-"
