@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -22,7 +22,10 @@ Digest: TypeAlias = bytes
 """16 bytes, xxh3-128, big-endian as xxhash gives them."""
 
 DIGEST_BYTES = 16
-_INT32 = np.iinfo(np.int32)
+_FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+_LARGEST = np.iinfo(_INT32).max
+_BLOCK = 1 << 16
+"""Pixels converted at once: they stay in the processor's cache until they are hashed."""
 
 
 def canonical_json(value: object) -> str:
@@ -93,9 +96,17 @@ def digest_array(array: NDArray[np.generic]) -> Digest:
 
     Memory layout and byte order don't matter; the dtype does.
     """
-    contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    header = canonical_json([array.dtype.name, list(array.shape)]).encode()
-    return digest_bytes(header, contiguous.reshape(-1).view(np.uint8).data)
+    return _digest_as(array, array.dtype)
+
+
+def _digest_as(array: NDArray[np.generic], dtype: np.dtype[Any]) -> Digest:
+    """Digest `array` as if it had another dtype, converted block by block: no copy is made."""
+    hasher = xxhash.xxh3_128(canonical_json([dtype.name, list(array.shape)]).encode())
+    flat, stored = np.ascontiguousarray(array).reshape(-1), dtype.newbyteorder("<")
+    blocks = [flat] if flat.dtype == stored else np.split(flat, range(_BLOCK, flat.size, _BLOCK))
+    for block in blocks:
+        hasher.update(block.astype(stored, copy=False).view(np.uint8).data)
+    return hasher.digest()
 
 
 def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest:
@@ -118,11 +129,29 @@ def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest
     FrameError
         If a pixel is NaN or infinite, or the shape is not that of a frame.
     """
-    return digest_array(frame_pixels(frame, where))
+    checked = _check_frame(frame, where)
+    if checked.dtype.kind == "f":
+        checked = frame_pixels(checked, where)
+    return _digest_as(checked, _FLOAT32)
 
 
 def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArray[np.float32]:
     """Give a frame's pixels as a new or shared float32 array, checked as in `frame_digest`."""
+    frame = _check_frame(frame, where)
+    pixels = np.ascontiguousarray(frame, dtype=np.float32)
+    if frame.dtype.kind == "f":
+        bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
+        if bad:
+            raise FrameError(
+                f"{where} has {bad} NaN or infinite pixels of {pixels.size} (as float32): "
+                "replace them, or leave the frame out"
+            )
+        pixels = pixels + np.float32(0)  # -0.0 is 0.0
+    return pixels
+
+
+def _check_frame(frame: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+    """Raise what can be told of a frame by its kind and shape."""
     if isinstance(frame, np.ma.MaskedArray) and np.ma.is_masked(frame):
         raise FrameError(f"{where} is a masked array with masked pixels: fill them first")
     frame = np.asarray(frame)
@@ -134,16 +163,7 @@ def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArra
         raise FrameError(
             f"{where} has shape {frame.shape}: expected (H, W) or (Z, H, W), none of them 0"
         )
-    pixels = np.ascontiguousarray(frame, dtype=np.float32)
-    if frame.dtype.kind == "f":
-        bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
-        if bad:
-            raise FrameError(
-                f"{where} has {bad} NaN or infinite pixels of {pixels.size} (as float32): "
-                "replace them, or leave the frame out"
-            )
-        pixels = pixels + np.float32(0)  # -0.0 is 0.0
-    return pixels
+    return frame
 
 
 def mask_digest(mask: NDArray[np.generic], where: str = "the mask") -> Digest:
@@ -163,11 +183,15 @@ def mask_digest(mask: NDArray[np.generic], where: str = "the mask") -> Digest:
     FrameError
         If a label is negative or above 2**31 - 1, or the shape is not that of a mask.
     """
-    return digest_array(mask_labels(mask, where))
+    return _digest_as(_check_mask(mask, where), _INT32)
 
 
 def mask_labels(mask: NDArray[np.generic], where: str = "the mask") -> NDArray[np.int32]:
     """Give a mask's labels as a new or shared int32 array, checked as in `mask_digest`."""
+    return np.ascontiguousarray(_check_mask(mask, where), dtype=_INT32)
+
+
+def _check_mask(mask: NDArray[np.generic], where: str) -> NDArray[np.generic]:
     mask = np.asarray(mask)
     if mask.dtype.kind not in "bui":
         raise FrameTypeError(f"{where} has dtype {mask.dtype}: expected integer labels")
@@ -176,11 +200,11 @@ def mask_labels(mask: NDArray[np.generic], where: str = "the mask") -> NDArray[n
             f"{where} has shape {mask.shape}: expected (H, W) or (Z, H, W), none of them 0"
         )
     always_fits = mask.dtype.kind in "bu" and mask.dtype.itemsize < 4
-    if not always_fits and (mask.min() < 0 or mask.max() > _INT32.max):
+    if not always_fits and (mask.min() < 0 or mask.max() > _LARGEST):
         raise FrameError(
-            f"{where} has labels from {mask.min()} to {mask.max()}: expected 0 to {_INT32.max}"
+            f"{where} has labels from {mask.min()} to {mask.max()}: expected 0 to {_LARGEST}"
         )
-    return np.ascontiguousarray(mask, dtype=np.int32)
+    return mask
 
 
 def state_digest(tensors: Iterable[tuple[str, NDArray[np.generic]]]) -> Digest:

@@ -105,6 +105,19 @@ def test_a_frame_is_its_pixels(frame):
     assert frame_digest(padded[..., ::2]) == digest
 
 
+@pytest.mark.parametrize("shape", [(1, 1 << 16), (1, (1 << 16) + 1), (3, 300, 257)])
+def test_large_frames_and_masks_of_other_dtypes_agree(shape):
+    pixels = np.random.default_rng(0).integers(0, 1 << 16, shape).astype(np.uint16)
+    views = (pixels.astype(np.float32), pixels.astype(">u2"), np.asfortranarray(pixels))
+    assert {frame_digest(view) for view in views} == {frame_digest(pixels)}
+    assert {mask_digest(view) for view in (pixels.astype(np.int64), *views[1:])} == {
+        mask_digest(pixels)
+    }
+    changed = pixels.copy()
+    changed.flat[-1] ^= 1
+    assert frame_digest(changed) != frame_digest(pixels)
+
+
 @given(FRAMES, st.data())
 def test_one_pixel_or_another_shape_is_another_frame(frame, data):
     place = tuple(data.draw(st.integers(0, n - 1)) for n in frame.shape)
