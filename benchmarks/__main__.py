@@ -58,8 +58,8 @@ def main() -> None:
                 continue
             print(f"\n== {name} ({time.perf_counter() - began:.0f} s)")
             print(*map(format_case, results[name]), sep="\n", flush=True)
-    if chosen.json:
-        save_results(chosen.json, results, chosen.quick)
+            if chosen.json:  # after each, so that what follows may be broken off
+                save_results(chosen.json, results, chosen.quick)
     if chosen.compare:
         new = {name: {case.name: case for case in cases} for name, cases in results.items()}
         worse = find_worse(load_results(chosen.compare), new)
