@@ -17,8 +17,9 @@ import numpy as np
 from feature_cache.key import Keys
 from feature_cache.spec import SpaceSpec
 from feature_cache.store import Space, Store
+from feature_cache.store.array import write_array
 from feature_cache.store.pack import pack_name
-from feature_cache.store.writer import _write_group
+from feature_cache.store.writer import _write_metadata
 from feature_cache.testing import FakeBackbone
 
 from .harness import OURS, Case, Options, interleave, seconds_each, seconds_of
@@ -55,9 +56,11 @@ def write_packs(space: Space, keys: Keys) -> list[str]:
             "labels": np.ones(len(part), np.int32),
             "features": np.ones((len(part), 1), np.float16),
         }
-        name = pack_name(arrays, 0)
-        _write_group(space.packs_folder / name, arrays, {"records": []}, "raw", 0)
-        names.append(name)
+        names.append(pack_name(arrays, 0))
+        folder = space.packs_folder / names[-1]
+        for name, array in arrays.items():
+            write_array(folder / name, array.shape, array.shape, array.dtype, [[array]])
+        _write_metadata(folder, {"records": []}, "regions", 0)
     return names
 
 

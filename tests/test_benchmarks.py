@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import NAMES
 from benchmarks.compare import find_worse
 from benchmarks.harness import (
     OURS,
@@ -41,6 +43,11 @@ def test_a_ratio_is_that_of_two_sides_in_the_same_round():
     assert both.ratios(OURS) == [2.0, 3.0]
     assert both.ratios("other", OURS) == [0.5, pytest.approx(1 / 3)]
     assert "2.5 x" in format_case(both)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_is_there(name):
+    assert callable(import_module(f"benchmarks.{name}").run)
 
 
 def test_each_round_runs_every_side_and_begins_with_another():
