@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,16 @@ class TestHitsAndMisses:
         records = cache.get(*small, backbone)
         assert [record is None for record in records] == [False] + [True] * 5
         assert computed(log) == 1
+
+    def test_frames_may_be_asked_for_in_any_form_and_order(self, cache, small):
+        movie = cache.movie(*small, FakeBackbone())
+        every = movie.get_or_compute()
+        for again in range(2):  # read, then looked at where they lie
+            for wanted in ([1, 2, 3], [3, 1, 1], np.array([2, 3]), torch.tensor([0, 1]), (-1, 0)):
+                right = [every[int(t)] for t in wanted]
+                assert equal(movie.get(wanted), right), (again, wanted)
+            assert equal(movie.get(t for t in (4, 5)), every[4:])
+            assert movie.get([]) == []
 
     def test_equal_frames_are_computed_once(self, cache, small, log):
         frames, masks = (np.stack([a[0], a[1], a[0]]) for a in small)

@@ -208,10 +208,11 @@ class MovieFeatures:
 
     def get(self, indices: Sequence[int] | None = None) -> list[Record | None]:
         """Read records of some frames, by default all; None where there is none."""
-        if (span := self.span(range(len(self)) if indices is None else indices)) is not None:
+        wanted = range(len(self)) if indices is None else [int(t) for t in indices]
+        if (span := self.span(wanted)) is not None:
             self.cache.counter.add(Usage(hits=len(span), bytes_read=span.features.nbytes))
             return list(span.records())
-        records = self.space.read(self.keys(indices))
+        records = self.space.read(self.keys(wanted))
         hits = [record for record in records if record is not None]
         size = sum(record.features.nbytes for record in hits)
         usage = Usage(hits=len(hits), misses=len(records) - len(hits), bytes_read=size)

@@ -10,7 +10,6 @@ import weakref
 from pathlib import Path
 
 _MAPS_LIMIT = 1 << 14
-_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux
 _maps: weakref.WeakKeyDictionary[mmap.mmap, str] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -26,13 +25,14 @@ def map_file(descriptor: int, length: int, pack: str, *, whole: bool) -> mmap.mm
     pack : str
         The pack's folder, for `mapped_names`.
     whole : bool
-        Whether all of it is going to be read: it is then brought in at once, not page by page.
+        Whether all of it is going to be read: from disk at once then, not page by page.
     """
-    flags = mmap.MAP_SHARED | (_POPULATE if whole else 0)
+    if whole and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, length, os.POSIX_FADV_WILLNEED)
     with _lock:
         if len(_maps) >= _maps_allowed():
             return None
-        data = mmap.mmap(descriptor, length, flags, mmap.PROT_READ)
+        data = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
         _maps[data] = pack
         return data
 

@@ -218,6 +218,8 @@ class Pack:
     path : Path
     name : str, optional
         The name it should have, by default its folder's.
+    keeps_maps : bool
+        Whether grids stay mapped, for those who read them again.
 
     Attributes
     ----------
@@ -232,8 +234,9 @@ class Pack:
         If the pack is gone.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, *, keeps_maps: bool = False) -> None:
         self.path, self.name, self.used = path, name or path.name, False
+        self._keeps_maps = keeps_maps
         with missing_is_corrupt(path):
             self.keys = _read_keys(path)
             self.checksums: NDArray[np.uint64] = ArrayFile.read(path / "checksums").read_whole()
@@ -251,11 +254,10 @@ class Pack:
         """Count the records."""
         return len(self.keys)
 
-    @property
-    def is_mapped(self) -> bool:
-        """Whether what it gives is mapped: regions once they were read, grids always."""
+    def has_mapped(self, start: int, stop: int) -> bool:
+        """Tell whether these records are one span, and mapped: regions once any were read."""
         if self._offsets is None:
-            return self.features.raw
+            return self.features.raw and stop - start == 1
         return self._rows_mapped is not None and self._rows_mapped[1] is not None
 
     def _read_rows(self) -> tuple[NDArray[np.int64] | None, NDArray[np.int32] | None]:
@@ -354,7 +356,7 @@ class Pack:
             with missing_is_corrupt(self.path):
                 self._rows_mapped = self._map_rows()
         rows, mapped = self._rows_mapped
-        if mapped is not None and _WILLNEED is not None:
+        if mapped is not None and _WILLNEED is not None and start < stop:
             # From disk at once, instead of page by page; a microsecond where it is in memory.
             first = start * rows.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(_WILLNEED, first, stop * rows.strides[0] - first)
@@ -374,7 +376,7 @@ class Pack:
         with missing_is_corrupt(self.path):
             index = (row, *(0 for _ in self.features.shape[1:]))
             chunk, mapped = self.features.map_chunk(str(self.path), *index, whole=True)
-        if mapped is not None and may_keep_map():
+        if mapped is not None and self._keeps_maps and may_keep_map():
             self._grids[row] = chunk[0], mapped
         return chunk[0]
 

@@ -171,8 +171,9 @@ class Presence:
                 retired = retired_names(self.root)
                 if retired - self._process.released:
                     self._refresh_members()
-                if retired != self._process.released or not self.announced:
-                    self._release(retired - mapped_names(self.root))
+                released = retired - mapped_names(self.root)
+                if released != self._process.released or not self.announced:
+                    self._release(released)
                 os.utime(self.file)
             except OSError as error:
                 self.announced = False

@@ -234,10 +234,9 @@ class Space:
         self._join()
         with self._lock, suppress(CorruptRecordError, OSError):
             opened = self._packs.get(index.packs[pack]) if self._index is index else None
-            if opened is not None and opened.is_mapped:
+            if opened is not None and opened.has_mapped(start, stop):
                 opened.check_mapped()
-                spans = opened.spans(start, stop)
-                return spans[0] if len(spans) == 1 else None
+                return opened.spans(start, stop)[0]
         return None
 
     def _gather(self, keys: Keys) -> Iterator[tuple[int, Span]]:
@@ -274,7 +273,7 @@ class Space:
 
     def _spans_of(self, name: str, start: int, stop: int, check_size: bool) -> list[Span]:
         if (pack := self._packs.get(name)) is not None:
-            with suppress(FileNotFoundError, CorruptRecordError):
+            with suppress(OSError):  # CorruptRecordError too
                 if check_size:
                     pack.check_mapped()
                 return pack.spans(start, stop)
@@ -283,7 +282,7 @@ class Space:
 
     def _open(self, name: str) -> Pack:
         self._packs.pop(name, None)
-        pack = Pack(self.packs_folder / name)
+        pack = Pack(self.packs_folder / name, keeps_maps=True)
         if pack.features.dtype != self.spec.get("dtype", pack.features.dtype):
             raise CorruptRecordError(f"{pack.path} holds {pack.features.dtype}: not its space's")
         while len(self._packs) >= _OPEN_PACKS:

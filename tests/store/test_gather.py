@@ -10,13 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from feature_cache.store import CODECS, Index, Space, Store
+from feature_cache.key import Record
+from feature_cache.store import CODECS, Entry, Index, Space, Store
+from feature_cache.store.maintenance import verify
 from samples import (
     KINDS,
     content,
     contents,
     expected,
     make_entries,
+    make_key,
     make_keys,
     make_record,
     make_spec,
@@ -139,3 +142,22 @@ def test_a_file_cut_short_is_in_no_view(tmp_path: Path) -> None:
     places = places_of(space, range(2, 9))
     os.truncate(chunk_of(space, 2), 10)
     assert space.view(*places) is None
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+def test_a_last_record_without_regions_may_begin_where_the_file_ends(
+    tmp_path: Path, width: int
+) -> None:
+    rows = [np.ones((n, width), np.float16) for n in (4, 4, 0)]
+    entries = [
+        Entry(make_key(i), Record(features, np.arange(len(features), dtype=np.int32)), {})
+        for i, features in enumerate(rows)
+    ]
+    space = Store(tmp_path / "cache", "a").space(make_spec())
+    space.write(entries, {})
+    found = [space.read(make_keys([i]))[0] for i in (0, 2, 1)]
+    assert [len(record.features) for record in found if record is not None] == [4, 0, 4]
+    view = space.view(*places_of(space, range(2, 3)))
+    assert view is not None
+    assert view.features.shape == (0, width)
+    assert verify(tmp_path / "cache") == []

@@ -305,6 +305,20 @@ def test_a_pack_is_released_when_no_array_of_it_is_referenced(root: Path, kind: 
     assert released(root) == frozenset()
 
 
+def test_a_pack_mapped_again_under_its_name_is_no_longer_released(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presence = join(filled, create=True)
+    monkeypatch.setattr(process, "retired_names", lambda root: frozenset({"pack"}))
+    mapped = set[str]()
+    monkeypatch.setattr(process, "mapped_names", lambda root: frozenset(mapped))
+    for now in (set(), {"pack"}, set()):
+        mapped.clear()
+        mapped.update(now)
+        presence.beat()
+        assert Process.read(presence.file).released == {"pack"} - now
+
+
 def test_what_was_retired_before_is_never_mapped(filled: Path) -> None:
     [pack] = Store(filled).space(make_spec()).pack_names()
     marks = filled / "retired" / Store(filled).space(make_spec()).name
