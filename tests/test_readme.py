@@ -36,8 +36,8 @@ SHORTER = {
     "python -m benchmarks --quick ": "true ",
     "python -m benchmarks --only windows batches": "true",
     "python -m benchmarks --json new.json": "cd $ROOT && python -m benchmarks --quick --only "
-    "hashing --json $OLDPWD/new.json",
-    "--compare old.json": "--compare $OLDPWD/new.json",
+    "hashing --json $HERE/new.json",
+    "--compare old.json": "--compare $HERE/new.json",
     "python -m benchmarks.report new.json": "true",
 }
 """What stands for what would take too long, or for what is not here."""
@@ -86,6 +86,7 @@ def run(command: list[str] | str, folder: Path) -> str:
 def test_every_block_does_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     monkeypatch.setenv("ROOT", str(ROOT))
+    monkeypatch.setenv("HERE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     printed = iter(PRINTED)
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
