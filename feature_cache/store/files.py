@@ -119,8 +119,13 @@ def sync_tree(root: Path) -> None:
     """Make all files and folders of a tree durable."""
     for folder, _, files in os.walk(root, topdown=False):
         for file in files:
-            _sync(Path(folder, file), os.O_RDONLY)
+            sync_file(Path(folder, file))
         sync_folder(Path(folder))
+
+
+def sync_file(file: Path) -> None:
+    """Make a file's bytes durable."""
+    _sync(file, os.O_RDONLY)
 
 
 def sync_folder(folder: Path) -> None:

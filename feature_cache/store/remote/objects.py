@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import StoreError
-from ..files import share_tree, share_with_group, sync_folder, sync_tree, writing
+from ..files import share_with_group, sync_file, sync_folder, writing
 from .connection import connect, enter_process, talking, url_folder
 from .pieces import PIECE_BYTES, Progress, read_pieces, tell
 
@@ -90,7 +90,7 @@ class Objects:
 
         with talking("write", f"{self.url}/{name}"):
             obstore.put(self._open(), name, data, mode=mode)
-        self.settle(name)
+        self.settle([name])
 
     def put_new(self, name: str, data: bytes) -> None:
         """Put an object where there is none; one that is there has the same meaning, and stays."""
@@ -115,20 +115,23 @@ class Objects:
         if isinstance(data, bytes):
             tell(progress, len(data))
 
-    def settle(self, name: str) -> None:
-        """Make what was put durable, and open to its group, where the remote is a folder."""
+    def settle(self, names: Iterable[str]) -> None:
+        """Make what was put durable, and open to its group, where the remote is a folder.
+
+        Only these objects are touched: beside them, another process may be putting its own.
+        """
         if self.folder is None:
             return
-        path = self.folder / name
-        with writing(path):
-            share_with_group(path)
-            if path.is_dir():
-                share_tree(path)
-                sync_tree(path)
-            else:
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            sync_folder(path.parent)
+        files = [PurePosixPath(name) for name in names]
+        root, *folders = sorted({folder for file in files for folder in file.parents})
+        with writing(self.folder):
+            for path in (*folders, *files):
+                with suppress(PermissionError):  # another user put it just now, and shares it
+                    share_with_group(self.folder / path)
+            for file in files:
+                sync_file(self.folder / file)
+            for folder in (*reversed(folders), root):
+                sync_folder(self.folder / folder)
 
     def _open(self) -> ObjectStore:
         enter_process(self.url)

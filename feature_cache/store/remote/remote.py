@@ -360,7 +360,7 @@ class Remote:
                     f"{self.url}/{prefix}/{name} has {there.get(name, 'no')} bytes, {size} were "
                     "sent: another process sends the same pack with another codec; push again"
                 )
-        self._objects.settle(prefix)
+        self._objects.settle(f"{prefix}/{name}" for name in sizes)
 
     def _send(self, prefix: str, progress: Progress | None, item: tuple[str, Path]) -> None:
         name, file = item
