@@ -70,7 +70,7 @@ class Regions:
             pixels with other labels are left out.
         """
         stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
-        places = np.flatnonzero(stack)
+        places = np.flatnonzero(stack != 0)  # faster than of the integers
         values = stack.reshape(-1)[places]
         wanted = _distinct(values) if labels is None else labels
         index = _rows_of(values, wanted)
@@ -82,7 +82,8 @@ class Regions:
     @property
     def pixels(self) -> Ints:
         """(3, P) int64, (z, y, x) of each foreground pixel."""
-        return np.stack(np.unravel_index(self.places, self.shape)).astype(np.int64)
+        rows, columns = np.divmod(self.places, self.shape[2])
+        return np.stack([*np.divmod(rows, self.shape[1]), columns])
 
     @property
     def sizes(self) -> Ints:
