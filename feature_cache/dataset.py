@@ -327,6 +327,10 @@ def _need(unfinished: Unfinished, lookups: dict[Digest, Lookup]) -> list[Lookup]
     return row
 
 
+def _are_movies(given: object) -> bool:
+    return isinstance(given, Sequence) and all(isinstance(one, MovieFeatures) for one in given)
+
+
 class CachedFeatureDataset(Dataset[Sample]):
     """A dataset whose samples get the cached features of their tokens.
 
@@ -344,6 +348,28 @@ class CachedFeatureDataset(Dataset[Sample]):
         From a sample's index to its timepoints, for `prefetch`; without, samples are loaded for it.
     on_miss, batch_size, progress
         As `TokenFeatures`.
+
+    Raises
+    ------
+    TypeError
+        `movies` holds anything else.
+    ValueError
+        Several movies without `movie_of`.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> import numpy as np
+    >>> from feature_cache import CachedFeatureDataset, FeatureCache
+    >>> from feature_cache.testing import FakeBackbone
+    >>> frames = np.random.default_rng(0).random((3, 32, 32), np.float32)
+    >>> masks = np.zeros((3, 32, 32), np.int32)
+    >>> masks[:, 4:12, 4:12], masks[:, 20:28, 20:28] = 1, 2
+    >>> cells = {"timepoints": torch.tensor([0, 0, 2]), "labels": torch.tensor([1, 2, 1])}
+    >>> cache = FeatureCache(tempfile.mkdtemp())
+    >>> data = CachedFeatureDataset([cells], [cache.movie(frames, masks, FakeBackbone())])
+    >>> data[0]["pretrained_feats"].shape[0]
+    3
     """
 
     def __init__(
@@ -358,6 +384,11 @@ class CachedFeatureDataset(Dataset[Sample]):
         batch_size: int = 8,
         progress: bool = True,
     ) -> None:
+        if not _are_movies(movies):
+            raise TypeError(
+                f"movies is a {type(movies).__name__}: expected a list of what FeatureCache.movie "
+                "gives, such as [cache.movie(frames, masks, backbone)]"
+            )
         if movie_of is None and len(movies) != 1:
             raise ValueError(f"{len(movies)} movies: pass movie_of, from a sample to its movie")
         self.dataset, self.movie_of, self.frames_of = dataset, movie_of, frames_of

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +119,15 @@ def read_tiff(file: Path) -> NDArray[Any]:
     Raises
     ------
     MovieError
-        If it is missing or damaged.
+        If it is missing or damaged, or in colour.
     """
+    with _open_tiff(file) as series:
+        return np.asarray(series.asarray())
+
+
+@contextmanager
+def _open_tiff(file: Path) -> Iterator[tifffile.TiffPageSeries]:
+    """Give the images of a file; whatever is wrong with it, or with reading it, is a MovieError."""
     try:
         with tifffile.TiffFile(file) as opened:
             series = opened.series[0]
@@ -126,7 +135,7 @@ def read_tiff(file: Path) -> NDArray[Any]:
                 raise MovieError(
                     f"{file} is a colour image of shape {series.shape}: convert it to one channel"
                 )
-            return np.asarray(series.asarray())
+            yield series
     except MovieError:
         raise
     except PermissionError as error:
@@ -176,7 +185,7 @@ class Movie:
         downscale_temporal: int = 1,
         downscale_spatial: int = 1,
     ) -> Movie:
-        """Find a movie's files; reads none of them.
+        """Find a movie's files; reads none of them, but for the shape of an only one.
 
         Parameters
         ----------
@@ -194,12 +203,14 @@ class Movie:
         MovieNotFoundError
             No such folder.
         MovieError
-            No frames or masks in it, or not as many.
+            No frames or masks in it, not as many, or other numbers in their names; a stack in
+            place of a movie.
         """
         _check_part(path, slice_pct, downscale_temporal, downscale_spatial)
         try:
             root, default = _find_root(path)
             image_files = _list_tiffs(image_folder(root), "frames")
+            _check_no_stack(image_files)
             if detections is None:
                 part = _part_of(len(image_files), slice_pct, downscale_temporal)
                 return cls(root, TiffSeries(image_files[part], downscale_spatial))
@@ -207,12 +218,8 @@ class Movie:
             mask_files = _list_tiffs(folder, f"masks ({detections})")
         except PermissionError as error:
             raise MovieError(f"no permission to look into {error.filename}") from error
-        if len(image_files) != len(mask_files):
-            raise MovieError(
-                f"{root} has {len(image_files)} frames and {folder} has {len(mask_files)} masks: "
-                "expected as many masks as frames; add what is missing or remove what is too many"
-            )
-        overlays = _find_overlays(folder, len(mask_files))
+        _check_pairs(image_files, mask_files, (root, "frames"), (folder, "masks"))
+        overlays = _find_overlays(folder, mask_files)
         part = _part_of(len(mask_files), slice_pct, downscale_temporal)
         return cls(
             root=root,
@@ -286,16 +293,61 @@ def _find_detections(root: Path, name: str) -> Path:
     )
 
 
-def _find_overlays(folder: Path, count: int) -> tuple[Path, ...]:
+def _find_overlays(folder: Path, masks: Sequence[Path]) -> tuple[Path, ...]:
     """List the silver truth that belongs to ground truth ``<n>_GT/TRA``."""
     truth = folder.parent
     silver = truth.with_name(truth.name.removesuffix("_GT") + "_ST") / "SEG"
     if folder.name != "TRA" or not truth.name.endswith("_GT") or not silver.is_dir():
         return ()
     files = _list_tiffs(silver, "silver truth masks")
-    if len(files) != count:
-        raise MovieError(f"{silver} has {len(files)} masks, expected {count} as in {folder}")
+    _check_pairs(masks, files, (folder, "masks"), (silver, "silver masks"))
     return files
+
+
+def _check_pairs(
+    files: Sequence[Path],
+    partners: Sequence[Path],
+    theirs: tuple[Path, str],
+    others: tuple[Path, str],
+) -> None:
+    """Raise where files that go together by their order are not as many, or of other times."""
+    (folder, kind), (other, other_kind) = theirs, others
+    if len(files) != len(partners):
+        raise MovieError(
+            f"{folder} has {len(files)} {kind} and {other} has {len(partners)} {other_kind}: "
+            f"expected as many {other_kind} as {kind}; add what is missing or remove what is too "
+            "many"
+        )
+    times = _times(files), _times(partners)
+    if not all(times):
+        return
+    for file, partner, one, two in zip(files, partners, *times, strict=True):
+        if one != two:
+            raise MovieError(
+                f"{file.name} in {folder} would go with {partner.name} in {other}: expected the "
+                "same number; remove what has no partner, or rename the files"
+            )
+
+
+def _times(files: Sequence[Path]) -> list[int]:
+    """Give the times that names end in; none where they don't, or don't ascend."""
+    found = [re.findall(r"\d+", file.stem) for file in files]
+    numbers = [int(digits[-1]) for digits in found if digits]
+    ascend = all(after > before for before, after in pairwise(numbers))
+    return numbers if ascend and len(numbers) == len(files) else []
+
+
+def _check_no_stack(files: Sequence[Path]) -> None:
+    """Raise where a movie's only file holds many images: a time is a file of its own."""
+    if len(files) > 1:
+        return
+    with _open_tiff(files[0]) as series:
+        shape = series.shape
+    if len(shape) > 2:
+        raise MovieError(
+            f"{files[0]} is the only frame, and holds {shape[0]} images (shape {shape}): expected "
+            "a file for each timepoint; write them as t000.tif, t001.tif, … and the masks alike"
+        )
 
 
 def image_folder(root: Path) -> Path:

@@ -48,6 +48,9 @@ class TestVerify:
         assert code == 1
         assert "checksum" in out or "CRC" in out
         assert "warm again:" in out
+        assert out.endswith(
+            "1 found: run feature-cache verify --repair, then warm again what is named above\n"
+        )
         assert "frame 5" in out
         assert len(packs()) == 2
         code, out, _ = run("verify", "--cache", "cache", "--repair")
@@ -134,6 +137,7 @@ def test_compact_merges_and_leaves_one(run, warmed):
     assert FeatureCache("cache", "r").stats()["records"] == before["records"]
     assert "0 computed" in warm(run, *warmed)[1]
     assert json.loads(run("compact", "--cache", "cache", "--json")[1])[0]["merged"] == 0
+    assert run("compact", "--cache", "cache")[1].endswith(": nothing to merge\n")
 
 
 def test_push_and_pull_move_what_is_missing(run, warmed, tmp_path):

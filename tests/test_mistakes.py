@@ -18,7 +18,13 @@ import pytest
 import tifffile
 import torch
 
-from feature_cache import Augmentations, FeatureCache, Movie, load_backbone
+from feature_cache import (
+    Augmentations,
+    CachedFeatureDataset,
+    FeatureCache,
+    Movie,
+    load_backbone,
+)
 from feature_cache.movies import write_movie
 from feature_cache.service import close_all
 from serving import make_dataset
@@ -424,6 +430,16 @@ def ask_a_server_that_is_gone() -> None:
         (
             lambda: give_masks_of(np.int16, -1),
             "FrameError: mask 0 has labels from -1 to -1: expected 0 to 2147483647",
+        ),
+        (
+            lambda: FeatureCache("cache").movie(*make_movie()[:2], "efficientnet-lite0"),
+            "TypeError: backbone is the name 'efficientnet-lite0': expected a backbone; load it "
+            "once, by load_backbone('efficientnet-lite0')",
+        ),
+        (
+            lambda: CachedFeatureDataset([], FeatureCache("cache")),
+            "TypeError: movies is a FeatureCache: expected a list of what FeatureCache.movie "
+            "gives, such as [cache.movie(frames, masks, backbone)]",
         ),
         (
             lambda: Augmentations("flips", copies=3).draw(9),

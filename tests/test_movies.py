@@ -159,7 +159,46 @@ def test_silver_truth_of_another_length(small_folder):
     root = small_folder()
     add_silver_truth(root)
     (Path(f"{root}_ST") / "SEG" / "man_seg003.tif").unlink()
-    with pytest.raises(MovieError, match="SEG has 5 masks, expected 6"):
+    with pytest.raises(MovieError, match="SEG has 5 silver masks: expected as many silver"):
+        Movie.open(root)
+
+
+def test_frames_and_masks_of_other_times_are_no_pairs(small_folder):
+    root = small_folder()
+    (root / "t000.tif").unlink()
+    (truth_of(root) / "man_track005.tif").unlink()
+    with pytest.raises(MovieError, match=r"t001\.tif in .* would go with man_track000\.tif"):
+        Movie.open(root)
+    (truth_of(root) / "man_track000.tif").rename(truth_of(root) / "man_track005.tif")
+    assert len(Movie.open(root)) == 5
+
+
+def test_silver_truth_of_other_times(small_folder):
+    root = small_folder()
+    add_silver_truth(root)
+    silver = Path(f"{root}_ST") / "SEG"
+    (silver / "man_seg005.tif").rename(silver / "man_seg006.tif")
+    with pytest.raises(MovieError, match=r"man_track005\.tif in .* would go with man_seg006"):
+        Movie.open(root)
+
+
+@pytest.mark.parametrize("name", ["frame", "t{:03}_z0", "{:03}_of_2_3"])
+def test_names_that_tell_no_times_are_paired_by_their_order(small_folder, name):
+    root = small_folder()
+    for t, file in enumerate(sorted(root.glob("*.tif"))):
+        file.rename(root / f"{name.format(t)}{'abcdef'[t] if '{' not in name else ''}.tif")
+    assert len(Movie.open(root)) == 6
+
+
+def test_a_stack_is_no_movie(small_folder):
+    root = small_folder()
+    for folder in (root, truth_of(root)):
+        files = sorted(folder.glob("*.tif"))
+        stack = np.stack([tifffile.imread(file) for file in files])
+        for file in files:
+            file.unlink()
+        tifffile.imwrite(folder / "t000.tif", stack)
+    with pytest.raises(MovieError, match=r"t000\.tif is the only frame, and holds 6 images"):
         Movie.open(root)
 
 

@@ -131,6 +131,11 @@ class FeatureCache:
             raise DrawError(
                 f"draw is a {type(draw).__name__}: expected a Draw, such as Augmentations().draw(1)"
             )
+        if isinstance(backbone, str):
+            raise TypeError(
+                f"backbone is the name {backbone!r}: expected a backbone; load it once, by "
+                f"load_backbone({backbone!r})"
+            )
         return MovieFeatures(
             self, frames, masks, backbone, SpaceSpec(backbone.spec, pooling, dtype),
             draw or IDENTITY, name,

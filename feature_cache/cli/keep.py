@@ -12,7 +12,7 @@ from .options import CacheOption, JsonOption, SpacesOption, age_option, size_opt
 from .output import make_bar, print_table, size_text, time_text
 
 if TYPE_CHECKING:
-    from ..store.maintenance import Finding, GarbagePlan, GarbageReport
+    from ..store.maintenance import CompactReport, Finding, GarbagePlan, GarbageReport
     from ..store.remote import TransferReport
 
 UrlArgument = Annotated[
@@ -64,10 +64,13 @@ def _print_findings(findings: list[Finding], repaired: bool) -> None:
         typer.echo(f"warm again: {record}")
     if len(lost) > 20:
         typer.echo(f"warm again: and {len(lost) - 20:,} more (all with --json)")
-    if findings:
-        typer.echo(f"{len(findings)} found{', and repaired' if repaired else ''}")
-    else:
+    if not findings:
         typer.echo("all is well")
+    elif repaired:
+        typer.echo(f"{len(findings)} found, and repaired")
+    else:
+        then = ", then warm again what is named above" if lost else ""
+        typer.echo(f"{len(findings)} found: run feature-cache verify --repair{then}")
 
 
 def gc(
@@ -152,10 +155,18 @@ def compact(cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = 
         typer.echo(json.dumps([report.to_json() for report in reports]))
         return
     for one in reports:
-        done = f"{one.merged:,} packs merged into {one.written:,}, {one.duplicates:,} duplicates"
-        typer.echo(f"{one.space}: {'another process is at it' if one.busy else done}")
+        typer.echo(f"{one.space}: {_describe(one)}")
     for reason in sorted({pack.waits_for for pack in waiting}):
         typer.echo(f"the merged packs go later: they wait for {reason}")
+
+
+def _describe(report: CompactReport) -> str:
+    if report.busy:
+        return "another process is at it"
+    if not report.merged:
+        return "nothing to merge"
+    packs = f"{report.merged:,} packs merged into {report.written:,}"
+    return f"{packs}, {report.duplicates:,} duplicates"
 
 
 def pin(cache: CacheOption, what: WhatArgument = None, as_json: JsonOption = False) -> None:
