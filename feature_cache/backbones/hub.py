@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import BackboneError, MissingDependencyError
 from .catalogue import BACKBONES
+
+_log = logging.getLogger(__name__)
 
 
 def hub_file(repo: str, filename: str) -> Path:
@@ -55,8 +60,10 @@ def _download(repo: str, filename: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    _log.warning("%s of %s is not on this machine: asking the hub", filename, repo)
     try:
-        return Path(hf_hub_download(repo, filename))
+        with _without_retries():
+            return Path(hf_hub_download(repo, filename))
     except LocalEntryNotFoundError as error:
         raise BackboneError(
             f"no weights: {filename} of {repo} is not in the hub's cache on this machine "
@@ -69,3 +76,15 @@ def _download(repo: str, filename: str) -> Path:
             f"can't get {filename} of {repo} on the hub: {type(error).__name__}, {first}; "
             "pass weights=<path of a checkpoint> or weights='random:<seed>'"
         ) from error
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Keep the hub's lines about each of its attempts away: what comes of them is said once."""
+    theirs = logging.getLogger("huggingface_hub")
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)

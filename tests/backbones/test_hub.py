@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
@@ -19,18 +20,21 @@ def calls(monkeypatch):
 
     def download(repo, filename, local_files_only=False):
         asked.append(local_files_only)
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 8s")
         raise LocalEntryNotFoundError("no such file\nand more lines")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     return asked
 
 
-def test_looks_in_the_local_cache_then_asks_the_hub(calls):
+def test_looks_in_the_local_cache_then_asks_the_hub(calls, monkeypatch, caplog):
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     with pytest.raises(BackboneError) as caught:
         hub_file("facebook/x", "x.pt")
     assert calls == [True, False]
+    assert caplog.messages[1:] == ["x.pt of facebook/x is not on this machine: asking the hub"]
     assert str(caught.value) == (
         "no weights: x.pt of facebook/x is not in the hub's cache on this machine "
         f"({HF_HUB_CACHE}), and the hub can't be reached; where there is a network: "
