@@ -34,9 +34,9 @@ from feature_cache.warm import WarmReport, plan_warm, run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 4
-NOTE = """After {steps} steps of a small model these links show that the way from movies to tracks
-works, not how well such models track. In the two movies of the demo they are compared with links
-by overlap, which are no ground truth."""
+NOTE = """Done: computed once, read from the cache in training and tracking. After {steps} steps of a
+small model the links show that the way from movies to tracks works, not how well such models track.
+In the two movies of the demo they are compared with links by overlap, which are no ground truth."""
 TRAINING, TRACKING = (0.0, 0.7), (0.65, 1.0)  # parts of a movie
 
 
@@ -199,11 +199,12 @@ def main() -> None:
                 "{found} found, {missed} missed of {links}; {wrong} wrong".format(**counts),
             )
         )
-    print()
+    print(f"\n{NOTE.format(steps=options.steps)}\n")
     for name, value in rows:
         print(f"  {name:<22} {value}")
-    print(f"\n{NOTE.format(steps=options.steps)}")
-    print(f"\nlook around: .venv/bin/feature-cache ls --cache {options.cache}")
+    command, cache_option = ".venv/bin/feature-cache", f"--cache {options.cache}"
+    print(f"\nlook around: {command} ls {cache_option}")
+    print(f"             {command} show {roots[0]} {cache_option} --frame 9")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PRINTED = [
     "112 3",
     "0 computed",
     "20",
+    "torch.Size([3, 112])",
     "13 [{'name': 'd4', 'element': 'rotate_180'}]",
     "['AOGM', 'TRA', 'division_f1', 'divisions', 'found', 'links', 'links_f1', 'missed', 'wrong']",
     "(2, 2)",
@@ -107,3 +108,13 @@ def test_every_block_does_what_it_shows(tmp_path, monkeypatch):
 def test_scripts_that_the_readme_names_exist():
     for script in re.findall(r"\./scripts/\w+", README.read_text()):
         assert (ROOT / script).stat().st_mode & 0o111
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    options = ["--cache", str(tmp_path), "--steps", "6", "--workers", "1"]
+    shown = run([sys.executable, "scripts/demo.py", *options], ROOT)
+    assert "warmed once: 40 computed; once more: 0 computed" in shown
+    assert re.search(r"links of hela +\d+ found, \d+ missed of 1105", shown)
+    (look,) = re.findall(r"look around: \.venv/bin/(.*)", shown)
+    assert "40" in run(f"{Path(sys.executable).parent}/{look}", ROOT)
