@@ -21,6 +21,7 @@ from ..cache import FeatureCache, Grids, MovieFeatures
 from ..compute import Embedder, Grid, Job, Pixels, make_record, prepare_frame
 from ..key import Record
 from .commits import Budget, RunCommits
+from .memory import trim
 from .pipe import Pipe
 from .plan import Unit
 from .push import Pushing
@@ -135,6 +136,7 @@ class Pipeline:
     def _feed(self, units: Iterable[Unit], left: list[Unit]) -> None:
         try:
             for unit in units:
+                trim()
                 rest: list[tuple[int, tuple[int, ...]]] = []
                 for frame in self._claim_unit(unit, rest):
                     if not self._ready.put(self._threads.submit(_here(self._read), frame)):
