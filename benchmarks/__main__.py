@@ -33,10 +33,25 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="default: 9, or 3 with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="say what is worse than in this JSON; exits 0"
+        "--compare",
+        type=read_results,
+        metavar="FILE",
+        help="say what is worse than in this JSON; exits 0",
     )
     parser.add_argument("--folder", type=Path, help="where files go, such as another disk")
     return parser.parse_args()
+
+
+def read_results(file: str) -> dict[str, dict[str, Case]]:
+    """Read the results to compare with, before anything is measured."""
+    try:
+        return load_results(Path(file))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't read {file}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{file} holds no results: expected what --json FILE writes"
+        ) from error
 
 
 def main() -> None:
@@ -62,7 +77,7 @@ def main() -> None:
                 save_results(chosen.json, results, chosen.quick)
     if chosen.compare:
         new = {name: {case.name: case for case in cases} for name, cases in results.items()}
-        worse = find_worse(load_results(chosen.compare), new)
+        worse = find_worse(chosen.compare, new)
         print(
             "\nWorse by more than the noise:" if worse else "\nNothing is worse.", *worse, sep="\n"
         )

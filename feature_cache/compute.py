@@ -344,9 +344,10 @@ def _check_grids(grids: Grid, count: int, backbone: Backbone, batch: Sequence[Jo
     if not np.isfinite(grids).all():
         bad = np.flatnonzero(~np.isfinite(grids).all(axis=(1, 2, 3)))[0]
         job = batch[int(bad) * len(batch) // count]
+        advice = "look at the frame" if spec.dtype == "float32" else "try dtype float32"
         raise BackboneError(
             f"{spec.name} gave NaN or infinity for {job.where} (compute dtype {spec.dtype}): "
-            "nothing of this batch is stored; try dtype float32"
+            f"nothing of it is stored; {advice}"
         )
 
 

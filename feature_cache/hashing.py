@@ -156,12 +156,15 @@ def _check_frame(frame: NDArray[np.generic], where: str) -> NDArray[np.generic]:
         raise FrameError(f"{where} is a masked array with masked pixels: fill them first")
     frame = np.asarray(frame)
     if frame.dtype.kind not in "buif":
+        hint = "; open files with Movie.open, or pass arrays" if frame.dtype.kind in "UO" else ""
         raise FrameTypeError(
-            f"{where} has dtype {frame.dtype}: expected bool, integer or float pixels"
+            f"{where} has dtype {frame.dtype}: expected bool, integer or float pixels{hint}"
         )
     if frame.ndim not in (2, 3) or frame.size == 0:
+        hint = "; frames is a movie (T, H, W): pass frame[None] for one frame"
         raise FrameError(
             f"{where} has shape {frame.shape}: expected (H, W) or (Z, H, W), none of them 0"
+            f"{hint if frame.ndim == 1 else ''}"
         )
     return frame
 

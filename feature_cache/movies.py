@@ -283,7 +283,7 @@ def _split_path(path: Path) -> tuple[Path, str | None]:
 
 
 def _find_detections(root: Path, name: str) -> Path:
-    guesses = (root / name, Path(f"{root}_{name}"), Path(f"{root}_GT") / name)
+    guesses = detection_places(root, name)
     for folder in guesses:
         if folder.is_dir():
             return folder
@@ -291,6 +291,11 @@ def _find_detections(root: Path, name: str) -> Path:
         f"{root} has no masks {name!r}: looked for {', '.join(map(str, guesses))}; "
         "name the detection folder (--detections)"
     )
+
+
+def detection_places(root: Path, name: str) -> tuple[Path, ...]:
+    """Give the folders that a movie's detections may be in; the first that there is counts."""
+    return root / name, Path(f"{root}_{name}"), Path(f"{root}_GT") / name
 
 
 def _find_overlays(folder: Path, masks: Sequence[Path]) -> tuple[Path, ...]:

@@ -1,8 +1,17 @@
-"""Sizes and times, as people read them."""
+"""Counts, sizes and times, as people read them."""
 
 from __future__ import annotations
 
 import time
+
+
+def count_text(count: int, what: str) -> str:
+    """Write a number of things for people.
+
+    >>> count_text(1, "pack"), count_text(2000, "pack")
+    ('1 pack', '2,000 packs')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def size_text(count: float) -> str:

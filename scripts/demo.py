@@ -34,9 +34,10 @@ from feature_cache.warm import WarmReport, plan_warm, run_warm
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 4
-NOTE = """Done: computed once, read from the cache in training and tracking. After {steps} steps of a
-small model the links show that the way from movies to tracks works, not how well such models track.
-In the two movies of the demo they are compared with links by overlap, which are no ground truth."""
+NOTE = """Done: computed once, read from the cache in training and tracking. After {steps} steps of
+a small model the links show that the way from movies to tracks works, not how well such models
+track. In the two movies of the demo they are compared with links by overlap, which are no ground
+truth."""
 TRAINING, TRACKING = (0.0, 0.7), (0.65, 1.0)  # parts of a movie
 
 

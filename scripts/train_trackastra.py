@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import configargparse
+import tifffile
 import torch
 import yaml
-from lightning import LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from trackastra.data import collate_sequence_padding
@@ -39,8 +40,11 @@ from trackastra.model import TrackingTransformer
 from trackastra.model.pretrained import download_pretrained
 from trackastra.utils import none_or_str, seed, str2bool
 
-from feature_cache import Augmentations, load_backbone
+from feature_cache import Augmentations, FeatureCache, load_backbone
+from feature_cache.augment.policy import PRESETS
 from feature_cache.errors import FeatureCacheError
+from feature_cache.movies import read_tiff
+from feature_cache.pooling import POOLINGS
 from feature_cache.trackastra import (
     BestModel,
     CachedDataModule,
@@ -48,6 +52,9 @@ from feature_cache.trackastra import (
     collate,
     make_model,
 )
+from feature_cache.trackastra.held import count_masks, folders_of
+from feature_cache.trackastra.patching import replaced
+from feature_cache.trackastra.shallow import SHALLOW_FEATURES
 
 logger = logging.getLogger("train_trackastra")
 
@@ -123,10 +130,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     features.add_argument("--cache", type=Path, help="folder of the feature cache")
     features.add_argument("--pretrained_feats_model", type=none_or_str, help="the backbone")
     features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")
-    features.add_argument("--pretrained_feats_mode", default="mean_patches_exact", help="pooling")
-    features.add_argument("--pretrained_feats_additional_props", type=none_or_str)
+    features.add_argument(
+        "--pretrained_feats_mode", choices=POOLINGS, default="mean_patches_exact", help="pooling"
+    )
+    features.add_argument(
+        "--pretrained_feats_additional_props", type=none_or_str, choices=(None, *SHALLOW_FEATURES)
+    )
     features.add_argument("--pretrained_n_augs", type=int, default=3, help="augmented copies")
-    features.add_argument("--policy", default="default", help="of the copies")
+    features.add_argument("--policy", choices=PRESETS, default="default", help="of the copies")
     features.add_argument("--rotate_features", type=str2bool, default=True)
     features.add_argument(
         "--warm", action="store_true", help="compute all that is missing before training"
@@ -251,7 +262,7 @@ def make_data(options: argparse.Namespace, backbone: Any, window: int) -> Lightn
     copies = options.pretrained_n_augs if options.features == "pretrained_feats_aug" else 0
     return CachedDataModule(
         **common,
-        cache=options.cache,
+        cache=FeatureCache(options.cache),
         backbone=backbone,
         pooling=options.pretrained_feats_mode,
         augmentations=Augmentations(options.policy, copies=copies, seed=options.seed)
@@ -263,6 +274,24 @@ def make_data(options: argparse.Namespace, backbone: Any, window: int) -> Lightn
     )
 
 
+class CheckMovies(Callback):
+    """Ends where a movie gives no windows: upstream's samplers would not say which."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for split in ("train", "val"):
+            for data in trainer.datamodule.datasets[split].datasets:
+                check_movie(data)
+
+
+def check_movie(data: Any) -> None:
+    folders_of(data)
+    if not data.windows:
+        raise ValueError(
+            f"{data.root} has {count_masks(data.gt_masks)} frames: expected at least the "
+            f"{data.window_size} of a window; pass a smaller --window, or leave the movie out"
+        )
+
+
 def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str, Any]) -> Trainer:
     loggers = {
         "tensorboard": lambda: TensorBoardLogger(folder, name="tb"),
@@ -271,6 +300,7 @@ def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str
     }
     patience = options.epochs // 6 if options.patience is None else options.patience
     callbacks = [
+        CheckMovies(),
         BestModel(folder, train_args),
         ModelCheckpoint(folder / "checkpoints", monitor="val_loss", save_last=True),
     ]
@@ -327,11 +357,12 @@ def train(options: argparse.Namespace) -> Path:
         division_weight=options.div_upweight,
     )
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    trainer = make_trainer(options, folder, {**plain, **model.config})
     data = make_data(options, backbone, model.config["window"])
+    trainer = make_trainer(options, folder, {**plain, **model.config})
     if checkpoint is not None:
         print(f"going on from {checkpoint}")
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    with replaced(tifffile, "imread", read_tiff):  # upstream's names no file that is damaged
+        trainer.fit(module, data, ckpt_path=checkpoint)
     return folder
 
 
@@ -340,7 +371,10 @@ def main() -> None:
     try:
         folder = train(options)
     except (FeatureCacheError, ValueError, FileNotFoundError, yaml.YAMLError) as error:
-        sys.exit(f"error: {error}")
+        text = str(error)
+        if text.startswith("Caught "):  # in a DataLoader worker, and its traceback
+            text = text.strip().splitlines()[-1]
+        sys.exit(f"error: {text}")
     print(f"model: {folder}")
 
 

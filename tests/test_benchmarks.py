@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import NAMES
+from benchmarks.__main__ import NAMES, parse_options
 from benchmarks.compare import find_worse
 from benchmarks.harness import (
     OURS,
@@ -131,6 +131,24 @@ def test_the_model_goes_on_from_the_two_largest_numbers():
     assert row.startswith("| 10,000,000 | 3,907 | 100 s | 0.1 GB |")
     with pytest.raises(ValueError, match="expected two"):
         model({}, trainers=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "can't read old.json: No such file or directory"),
+        ("{}", "old.json holds no results: expected what --json FILE writes"),
+        ("[", "old.json holds no results: expected what --json FILE writes"),
+    ],
+)
+def test_what_can_not_be_compared_with_is_said_first(tmp_path, monkeypatch, capsys, text, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--compare", "old.json"])
+    if text is not None:
+        Path("old.json").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_options()
+    assert capsys.readouterr().err.endswith(f"error: argument --compare: {says}\n")
 
 
 @pytest.mark.slow

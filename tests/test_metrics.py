@@ -116,8 +116,26 @@ def test_folders_that_are_too_short_or_empty_are_errors(truth, tmp_path):
     result = write_tracks(graph_of(masks), masks, tmp_path / "result")
     with pytest.raises(MovieError, match="4 masks from frame 2 on"):
         score_tracks(truth, result, first=2)
-    with pytest.raises(MovieError, match="0 masks"):
+    with pytest.raises(MovieError, match=r"0 masks .* and one$"):
         score_tracks(truth, tmp_path)
+    with pytest.raises(MovieError, match=r"0 masks .* did you mean .*/01_GT/TRA\?"):
+        score_tracks(truth.parent, result)
+
+
+def test_a_result_is_written_over_but_not_where_files_would_stay(truth, tmp_path):
+    _, masks, _ = make_movie()
+    for stop in (4, 6, 6):
+        write_tracks(graph_of(masks[:stop]), masks[:stop], tmp_path / "result")
+    assert score_tracks(truth, tmp_path / "result")["missed"] == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "result").iterdir()}
+    for folder, says in {
+        tmp_path / "result": "result has 1 files that are not of these 5 frames, such as "
+        r"man_track0005\.tif: expected an empty folder",
+        truth: "TRA has 6 files",
+    }.items():
+        with pytest.raises(MovieError, match=says):
+            write_tracks(graph_of(masks[:5]), masks[:5], folder)
+    assert {file: file.read_bytes() for file in (tmp_path / "result").iterdir()} == before
 
 
 @pytest.fixture

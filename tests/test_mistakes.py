@@ -27,6 +27,7 @@ from feature_cache import (
 )
 from feature_cache.movies import write_movie
 from feature_cache.service import close_all
+from feature_cache.testing import FakeBackbone
 from serving import make_dataset
 from synthetic import make_movie
 from test_cli import run
@@ -43,7 +44,7 @@ class Mistake(NamedTuple):
     """What someone typed, and what came back.
 
     `says` is all that stands on stderr, but for progress; ``…`` in it stands for anything, and
-    ``{here}`` for the current folder.
+    ``{here}`` in both for the current folder.
     """
 
     name: str
@@ -115,6 +116,11 @@ def share_for_reading(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def make_thesis(folder: Path, _: object) -> None:
     (folder / "papers").mkdir()
     (folder / "papers" / "thesis.tex").touch()
+
+
+def lose_the_spaces(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder / "cache" / "spaces")
+    patch.delattr("feature_cache.store.maintenance.verify")  # it would take long
 
 
 HALF = np.full((48, 64), 0.5, np.float32)
@@ -347,6 +353,41 @@ MISTAKES = [
         "warm movie/01 --cache cache",
         "Invalid value: name a --backbone, or pool --from-grids",
     ),
+    Mistake(
+        "a cache below a file",
+        FRESH.replace("new", "movie/01/t000.tif/new"),
+        "error: can't write in {here}/movie/01/t000.tif/new: File exists; name another folder. "
+        "What was committed before is untouched",
+    ),
+    Mistake(
+        "a plan for a folder that is no cache",
+        f"{FRESH.replace('new', 'papers')} --plan",
+        "error: {here}/papers is not a feature cache (it holds 'thesis.tex'); name another folder",
+        make_thesis,
+    ),
+    Mistake(
+        "a space that is not there",
+        "verify --cache cache --space zz",
+        "error: no space begins with 'zz'; there are: debug-random-mean_patches_exact-float16-…",
+    ),
+    Mistake(
+        "a space that is not where it is pulled from",
+        "pull file://{here}/cache --cache new --space zz",
+        "error: no space begins with 'zz'; there are: debug-random-mean_patches_exact-float16-…",
+    ),
+    Mistake(
+        "a report of a damaged cache",
+        "report page.html --cache cache --verify",
+        "1 problem found: see the page, or run feature-cache verify",
+        lambda folder, _: (folder / "cache" / "CACHEDIR.TAG").unlink(),
+        status=0,
+    ),
+    Mistake(
+        "a report that does not know whose features to draw",
+        "report page.html --cache cache --movie movie/01 --verify",
+        "Invalid value: name a --backbone; stored: none",
+        lose_the_spaces,
+    ),
 ]
 
 
@@ -375,7 +416,7 @@ def here(warmed, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
     mistake.arrange(here, monkeypatch)
-    status, _, err = run(*mistake.command.split())
+    status, _, err = run(*mistake.command.replace("{here}", str(here)).split())
     assert_says(without_progress(err), mistake.says, here)
     assert status == mistake.status
 
@@ -383,7 +424,7 @@ def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
 def without_progress(err: str) -> str:
     """Leave out progress, usage and the frame around what typer says."""
     lines = [line.strip("│ ") for line in err.splitlines()]
-    other = r"(hashing|computing): |Usage: |Try '|[╭╰]|$"
+    other = r"(hashing|computing|verifying): |Usage: |Try '|[╭╰]|$"
     return "\n".join(line for line in lines if not re.match(other, line))
 
 
@@ -408,10 +449,36 @@ def give_masks_of(dtype: type, value: float) -> None:
     FeatureCache("cache").get_or_compute(frames, wrong, backbone, pooling="mean_patches_exact")
 
 
+def ask_for(frames: Any, masks: Any) -> None:
+    FeatureCache("cache").get_or_compute(frames, masks, load_backbone("debug/random"))
+
+
 def ask_a_server_that_is_gone() -> None:
     dataset = pickle.loads(pickle.dumps(make_dataset("cache")))
     close_all()
     dataset[0]
+
+
+def wrap_detections_that_are_not_there() -> None:
+    trackastra_data = pytest.importorskip("trackastra.data")
+    from feature_cache.trackastra import wrap
+
+    data = trackastra_data.CTCData("movie/01", window_size=3, detection_folders=["SEG"])
+    wrap(data, "cache", FakeBackbone())
+
+
+def make_a_model_of_unknown_properties() -> None:
+    pytest.importorskip("trackastra")
+    from feature_cache.trackastra import make_model
+
+    make_model(additional_props="regionprops9")
+
+
+def score(result: str) -> None:
+    pytest.importorskip("traccuracy")
+    from feature_cache.trackastra import score_tracks
+
+    score_tracks("movie/01_GT/TRA", result)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +504,25 @@ def ask_a_server_that_is_gone() -> None:
             "once, by load_backbone('efficientnet-lite0')",
         ),
         (
+            lambda: FeatureCache(None),
+            "TypeError: root is a NoneType: expected a folder, such as 'features'",
+        ),
+        (
+            lambda: ask_for(np.zeros((40, 50)), np.zeros((40, 50), int)),
+            "FrameError: frame 0 has shape (50,): expected (H, W) or (Z, H, W), none of them 0; "
+            "frames is a movie (T, H, W): pass frame[None] for one frame",
+        ),
+        (
+            lambda: ask_for(np.zeros((2, 40, 50, 3)), np.zeros((2, 40, 50), int)),
+            "MovieError: frame 0 has shape (40, 50, 3) and its mask (40, 50): expected the same; "
+            "a frame has one channel: pass one, such as frames[..., 0]",
+        ),
+        (
+            lambda: ask_for(["t000.tif"], np.zeros((1, 40, 50), int)),
+            "FrameTypeError: frame 0 has dtype <U8: expected bool, integer or float pixels; open "
+            "files with Movie.open, or pass arrays",
+        ),
+        (
             lambda: CachedFeatureDataset([], FeatureCache("cache")),
             "TypeError: movies is a FeatureCache: expected a list of what FeatureCache.movie "
             "gives, such as [cache.movie(frames, masks, backbone)]",
@@ -452,6 +538,25 @@ def ask_a_server_that_is_gone() -> None:
             "it (this is a process without it): warm the cache first (feature-cache warm, or "
             "warm() of the dataset), start feature-cache serve, or make the dataset in the "
             "process that runs the DataLoader",
+        ),
+        (
+            wrap_detections_that_are_not_there,
+            "NoMasksError: movie/01 has no masks 'SEG': looked for movie/01/SEG, movie/01_SEG, "
+            "movie/01_GT/SEG; name the detection folder (detection_folders)",
+        ),
+        (
+            make_a_model_of_unknown_properties,
+            "UnknownNameError: unknown additional_props 'regionprops9': did you mean "
+            "'regionprops'? Known: regionprops_small, regionprops, regionprops2",
+        ),
+        (
+            lambda: score("result"),
+            "MovieNotFoundError: no tracks at result: no such folder",
+        ),
+        (
+            lambda: score("movie/01_GT"),
+            "MovieError: movie/01_GT has 0 masks from frame 0 on and 0 files named *_track.txt: "
+            "expected some, and one; did you mean movie/01_GT/TRA?",
         ),
     ],
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from lab import members
@@ -68,3 +69,40 @@ def test_an_epoch_is_interrupted_and_another_one_works(
     assert set(embeddings(log).values()) == {1}
     assert len(embeddings(log)) == FRAMES
     assert not damage(tmp_path / "cache")
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from serving import make_dataset
+dataset = make_dataset({cache!r})
+print("rows", len(dataset[0]["labels"]))
+"""
+
+
+@pytest.mark.slow
+def test_ipython_in_a_terminal_is_left_at_once(tmp_path: Path) -> None:
+    names = {"tests": str(Path(__file__).parent), "cache": str(tmp_path / "cache")}
+    (tmp_path / "script.py").write_text(SCRIPT.format(**names))
+    command = ["-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor", "-i"]
+    with nothing_left():
+        shell = pexpect.spawn(
+            sys.executable, [*command, str(tmp_path / "script.py")], encoding="utf8", timeout=60,
+            env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipython")},
+        )  # fmt: skip
+        shell.expect(r"rows \d+[^$]*In \[1\]: ")
+        shown = leave(shell)  # the line of progress was shown; the terminal goes before threads do
+        assert "Traceback" not in shown
+        assert shell.exitstatus == 0
+        assert not sockets()
+    assert not damage(tmp_path / "cache")
+
+
+def leave(shell: pexpect.spawn) -> str:
+    """Say exit until it is heard, which a prompt just shown may not do."""
+    for _ in range(10):
+        shell.sendline("exit")
+        if shell.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=5) == 0:
+            break
+    shell.close()
+    return shell.before

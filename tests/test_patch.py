@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from trackastra.data import CTCData, collate_sequence_padding, distributed
 from trackastra.data.distributed import BalancedDataModule
 
 import standin
-from feature_cache import Augmentations, FeatureCache
+from feature_cache import Augmentations, BackboneError, FeatureCache
 from feature_cache.dataset import choose_copy
 from feature_cache.movies import write_movie
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import CachedCTCData, patch, patching
+from feature_cache.trackastra import run as command
 from serving import embeddings, nothing_left
 from synthetic import make_movie
 
@@ -241,7 +243,40 @@ def test_no_augmentation_means_no_copies_and_a_warning(movies, cache):
 
 
 def test_a_backbone_must_be_named(movies, cache):
-    with patch(cache), pytest.raises(ValueError, match="no pretrained_feats_model"):
+    with patch(cache), pytest.raises(BackboneError, match="no pretrained_feats_model"):
         load(movies / "one/01", features="pretrained_feats")
     with pytest.raises(LookupError, match="no_such"), patch(cache, backbone="no_such"):
         pass
+
+
+@pytest.mark.parametrize("option", ["geometry", "on_miss"])
+def test_a_word_that_is_unknown_is_an_error_on_entering(cache, option):
+    with pytest.raises(LookupError, match=f"unknown {option} 'nope': Known: "):
+        patch(cache, **{option: "nope"}).__enter__()
+
+
+def test_errors_of_ours_are_one_line_and_the_scripts_own_stay(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("raise KeyError('of the script')")
+    arguments = ["run", "--cache", str(tmp_path / "cache"), str(script)]
+    monkeypatch.setattr(sys, "argv", [*arguments[:1], "--geometry", "nope", *arguments[1:]])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: unknown geometry 'nope': Known: map, keep\n"
+    monkeypatch.setattr(command, "__spec__", SimpleNamespace(name=command.__name__))
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(KeyError, match="of the script"):
+        command.main()
+
+
+def test_without_trackastra_the_command_says_so_in_one_line(tmp_path):
+    (tmp_path / "trackastra.py").write_text("raise ImportError")
+    done = subprocess.run(
+        [sys.executable, "-m", "feature_cache.trackastra.run", "--help"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert 'install it with: pip install "feature-cache[trackastra]")\n' in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -9,8 +10,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from feature_cache import (
     ServiceError,
 )
 from feature_cache.cache import grid_spec
+from feature_cache.cli import serve
 from feature_cache.service import Misses, StandIn, close_all, engine, list_servers, open_host
 from feature_cache.service.client import hurry
 from feature_cache.service.misses import plan_block
@@ -519,6 +523,27 @@ def test_an_idle_server_ends(tmp_path):
     serving.stderr.close()
 
 
+def test_a_server_ends_when_its_last_user_is_gone(monkeypatch):
+    class Server(list):
+        used = 1.0
+
+    server = Server()
+    host = SimpleNamespace(server=server, engine=SimpleNamespace(closing=False))
+    monkeypatch.setattr(serve, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(serve, "_ALONE_SECONDS", 0.05)
+    waiting = threading.Thread(target=serve._wait, args=(host, None), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()  # nobody came yet
+    server.append("user")
+    server.used = time.monotonic()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    server.clear()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
 def test_a_forked_child_that_is_no_worker_serves_itself(tmp_path):
     dataset = make_dataset(tmp_path / "cache")
     _ = dataset[0]
@@ -558,6 +583,23 @@ def test_progress_counts(tmp_path, monkeypatch, capsys):
     shown.close()
     assert "computed 2 of about 9, 0.0 frames/s, 75.0 % hits" in capsys.readouterr().err
     assert not Progress(False).shown
+
+
+def test_a_line_that_can_not_be_written_holds_up_nothing(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path / "cache")
+    host = open_host(dataset.tokens.movies[0].cache, [], dataset)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    host.engine.progress.shown = True
+    _ = dataset[0]
+    host.close()
+    assert host.engine.ended
+
+
+class Gone(io.StringIO):
+    """What IPython leaves of stderr at its end."""
+
+    def write(self, text: str) -> int:
+        raise AttributeError("'NoneType' object has no attribute 'outputs'")
 
 
 def test_read_ahead_that_fails_fails_nobody(tmp_path, caplog):

@@ -227,9 +227,21 @@ def test_errors(small_folder, cache):
         wrap(wrap(data, cache, FakeBackbone()), cache, FakeBackbone())
     with pytest.raises(LookupError, match="unknown backbone 'sam9'"):
         wrap(data, cache, "sam9")
+    with pytest.raises(LookupError, match="unknown on_miss 'wait'"):
+        wrap(data, cache, FakeBackbone(), on_miss="wait")
     (data.root / "t005.tif").unlink()
     with pytest.raises(MovieError, match="5 frames and 6 masks"):
         wrap(data, cache, FakeBackbone())
+
+
+def test_a_window_of_which_no_token_may_stay_is_an_error(small_folder, cache):
+    data = wrap(load(small_folder(), max_tokens=5), cache, FakeBackbone())
+    says = r"max_tokens is 5, and a frame of window 1 has 5 cells: expected more tokens"
+    with pytest.raises(ValueError, match=says):
+        data[1]
+    with pytest.raises(IndexError):
+        data[len(data)]
+    assert len(wrap(load(small_folder(), max_tokens=6), cache, FakeBackbone())[1]["labels"]) == 5
 
 
 @pytest.mark.slow

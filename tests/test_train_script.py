@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import yaml
+from joblib import parallel_config
 from trackastra.model import Trackastra
 
 from feature_cache import Movie
@@ -74,6 +75,12 @@ def test_upstreams_files_are_understood(script, config, capsys):
         ({"input_val": ["nowhere"]}, "no such movie folder: nowhere"),
         ({"features": "pretrained_feats"}, "needs --cache"),
         ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
+        ({"policy": "flp"}, "--policy: invalid choice: 'flp' (choose from 'none', 'flips', "),
+        ({"pretrained_feats_mode": "avg"}, "invalid choice: 'avg' (choose from 'nearest_patch', "),
+        (
+            {"pretrained_feats_additional_props": "regionprops9"},
+            "invalid choice: 'regionprops9' (choose from None, 'regionprops_small', ",
+        ),
     ],
 )
 def test_wrong_options_end_with_what_is_wrong(script, config, capsys, given, message):
@@ -95,6 +102,45 @@ def test_a_model_to_fine_tune_must_be_what_is_asked(script, config, tmp_path):
         script.choose_model(script.parse_options(config(model=str(folder))), 9, "regionprops2")
     with pytest.raises(ValueError, match="it has pretrained features"):
         script.choose_model(script.parse_options(config(model=str(folder))), 0, "regionprops2")
+
+
+def break_a_frame(movie: Path) -> None:
+    frame = movie / "t002.tif"
+    frame.write_bytes(frame.read_bytes()[:-400] + bytes(400))
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning and Trackastra
+@pytest.mark.parametrize("features", ["wrfeat", "pretrained_feats_aug"])
+@pytest.mark.parametrize(
+    ("given", "arrange", "says"),
+    [
+        ({}, break_a_frame, "can't read .*/01/t002.tif: damaged, or no TIFF"),
+        ({"window": 50}, None, "/01 has 6 frames: expected at least the 50 of a window; pass a "),
+        ({"detection_folders": ["SEG"]}, None, "/01 has no masks 'SEG': looked for "),
+    ],
+)
+def test_movies_that_are_no_use_are_named(
+    script, config, tmp_path, small_folder, features, given, arrange, says
+):
+    if arrange is not None:
+        arrange(small_folder())
+    options = {
+        "features": features, "pretrained_feats_model": "debug/random", "device": "cpu",
+        "cache": str(tmp_path / "cache"), "outdir": str(tmp_path), "logger": "none",
+        "d_model": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_workers": 0,
+    }  # fmt: skip
+    with parallel_config(backend="sequential"), pytest.raises(ValueError, match=says):
+        script.train(script.parse_options(config(**{**options, "window": 3, **given})))
+
+
+def test_an_error_is_one_line_from_a_worker_too(script, monkeypatch):
+    def train(_):
+        raise ValueError("Caught ValueError in DataLoader worker 0.\nTraceback\nValueError: why\n")
+
+    monkeypatch.setattr(script, "parse_options", lambda: None)
+    monkeypatch.setattr(script, "train", train)
+    with pytest.raises(SystemExit, match=r"^error: ValueError: why$"):
+        script.main()
 
 
 def test_a_folder_that_exists_is_gone_on_with_or_an_error(script, config, tmp_path):

@@ -180,7 +180,11 @@ class TestPlan:
         code, out, _ = command(*words, "--copies", 2, "--policy", "intensity")
         assert code == 0
         assert "18 records: 0 are there, 18 missing, about 3" in out
-        assert not list(Path("cache").glob("spaces/*"))
+        assert not Path("cache").exists()
+        Path("cache").mkdir()
+        one = small_folder("one", frames=1)
+        assert "\n1 record: 0 are there, 1 missing, " in command("warm", one, *words[2:])[1]
+        assert not list(Path("cache").iterdir())
         code, out, _ = command(*words, "--json")
         plain = json.loads(out)
         assert (code, plain["missing"], plain["rows"][0]["copy"]) == (0, 6, 0)

@@ -145,9 +145,11 @@ def test_ctrl_c_commits_what_is_computed(lab: Lab, options: tuple[object, ...]) 
     logs = lab.logs("logs", 0.02)
     process = lab.warm("cache", [movie], "--batch-size", 4, *options)
     wait_until(lambda: len(lines(logs)) > 50, "the middle of the work")
-    interrupt(process)
+    said = interrupt(process)
     assert process.returncode == 130
     there = len(contents(lab.root / "cache"))
+    assert f"computing: {there} of 400 records" in said
+    assert "INFO" not in said
     lost = len(lines(logs)) - there
     print(f"{there} records, {lost} embedded and lost")
     assert lost <= (0 if options else 4)  # alone, the batch that it is at

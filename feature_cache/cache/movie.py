@@ -410,8 +410,11 @@ class MovieFeatures:
 
     def _check_shapes(self, t: int, frame: tuple[int, ...], mask: tuple[int, ...]) -> None:
         if frame != mask:
+            is_colour = len(frame) == 3 and frame[:-1] == mask
+            hint = "; a frame has one channel: pass one, such as frames[..., 0]"
             raise MovieError(
                 f"{self.where(t)} has shape {frame} and its mask {mask}: expected the same"
+                f"{hint if is_colour else ''}"
             )
 
     def where(self, t: int, kind: str = "frame") -> str:

@@ -6,7 +6,9 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,7 +36,7 @@ from .options import (
     complete_pooling,
     size_option,
 )
-from .output import print_table, size_text
+from .output import count_text, print_table, size_text
 from .progress import LogFile, RunProgress, show_failures
 
 if TYPE_CHECKING:
@@ -129,6 +131,7 @@ ReportOption = Annotated[
 
 
 def warm(
+    context: typer.Context,
     movies: Annotated[list[str], MOVIES],
     cache: CacheOption,
     backbone: GridsBackboneOption = None,
@@ -172,6 +175,8 @@ def warm(
         _check_remote(push)
         masked = any(name is not None for name in poolings)
         sources, failures, frames = _find_movies(movies, detections if masked else [None])
+        if store is None and plan:
+            store = _open_to_plan(context, cache, codec, layer)
         store = store or _open_cache(cache, codec, layer)
         with RunProgress("hashing", frames, "frame") as progress:
             work = plan_warm(
@@ -274,6 +279,7 @@ def _run(
             from ..warm.cluster import open_client, run_on_cluster
             from ..warm.worker import Recipe
 
+            _quiet_dask()
             recipe = None if stored else Recipe(str(where.backbone), where.weights, where.device)
             with open_client(where.scheduler, where.local_workers) as client:
                 return run_on_cluster(
@@ -298,6 +304,12 @@ def _run(
         )
 
 
+def _quiet_dask() -> None:
+    """Leave out how the parts of Dask come and go; its warnings are shown."""
+    import_module("distributed")  # which sets the level itself
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+
+
 def _show_plan(plan: WarmPlan, as_json: bool, report: Path | None) -> None:
     text = json.dumps(plan.to_json())
     _write_report(report, text)
@@ -309,8 +321,8 @@ def _show_plan(plan: WarmPlan, as_json: bool, report: Path | None) -> None:
         size = "an unknown number of bytes" if known is None else f"about {size_text(known)}"
         grids = f" ({plan.from_grids:,} from stored grids)" if plan.from_grids else ""
         typer.echo(
-            f"{plan.planned:,} records: {plan.present:,} are there, {plan.missing:,} missing"
-            f"{grids}, {size} to be written"
+            f"{count_text(plan.planned, 'record')}: {plan.present:,} are there, "
+            f"{plan.missing:,} missing{grids}, {size} to be written"
         )
     if plan.failures:
         show_failures(() if as_json else plan.failures)
@@ -342,8 +354,8 @@ def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
         typer.echo(text)
     else:
         typer.echo(
-            f"{report.planned} records: {report.present} were there, {report.computed} computed, "
-            f"{report.failed} failed, {report.seconds:.1f} s"
+            f"{count_text(report.planned, 'record')}: {report.present:,} were there, "
+            f"{report.computed:,} computed, {report.failed:,} failed, {report.seconds:.1f} s"
         )
     if report.failures:
         raise typer.Exit(1 if report.present + report.computed else 2)
@@ -378,6 +390,23 @@ def _open_cache(root: Path, codec: str, layers: Sequence[str] = ()) -> FeatureCa
             raise
         logging.getLogger(__name__).info("%s", error)
         return FeatureCache(root, "r", codec, layers=layers)
+
+
+def _open_to_plan(
+    context: typer.Context, root: Path, codec: str, layers: Sequence[str]
+) -> FeatureCache:
+    """Open a cache to look at; where there is none yet, an empty one elsewhere stands for it."""
+    from ..cache import FeatureCache
+    from ..errors import NotACacheError
+    from ..store.files import list_folder
+
+    try:
+        return FeatureCache(root, "r", codec, layers=layers)
+    except NotACacheError:
+        if root.is_file() or list_folder(root):
+            raise
+    elsewhere = context.with_resource(TemporaryDirectory())
+    return FeatureCache(elsewhere, codec=codec, layers=layers)
 
 
 def _check_names(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import CacheOption, JsonOption, SpacesOption, age_option, size_option
-from .output import make_bar, print_table, size_text, time_text
+from .output import count_text, make_bar, print_table, size_text, time_text
 
 if TYPE_CHECKING:
     from ..store.maintenance import CompactReport, Finding, GarbagePlan, GarbageReport
@@ -226,9 +226,10 @@ def pull(
     Example: feature-cache pull s3://bucket/features --cache features
     """
     from ..store import remote
+    from ..store.maintenance import choose_names
 
     there = remote.open_remote(url)
-    names = [name for name in there.spaces() if any(map(name.startswith, space))] if space else None
+    names = choose_names(list(there.spaces()), space) if space else None
     plan = remote.plan_pull(cache.absolute(), there, spaces=names)
     with make_bar("fetching", plan.bytes, "B") as bar:
         report = remote.pull(cache.absolute(), there, plan=plan, progress=bar.update)
@@ -255,7 +256,7 @@ def _print_transfer(report: TransferReport, verb: str, as_json: bool) -> None:
         for failure in failures:
             typer.echo(f"failed: {failure['error']}", err=True)
         typer.echo(
-            f"{report.packs:,} pack{'s' * (report.packs != 1)} {verb}, {size_text(report.bytes)}; "
+            f"{count_text(report.packs, 'pack')} {verb}, {size_text(report.bytes)}; "
             f"{report.present:,} were there"
         )
     if failures:

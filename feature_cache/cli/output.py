@@ -1,4 +1,4 @@
-"""Tables, sizes and bars."""
+"""Tables, counts, sizes and bars."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from ..units import count_text as count_text
 from ..units import size_text as size_text
 from ..units import time_text as time_text
 

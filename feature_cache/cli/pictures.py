@@ -26,7 +26,7 @@ from .options import (
     WeightsOption,
     complete_backbone,
 )
-from .output import make_bar
+from .output import count_text, make_bar
 
 if TYPE_CHECKING:
     from ..cache import FeatureCache
@@ -72,22 +72,27 @@ def report(
 ) -> None:
     """Write one page of HTML: what a cache holds, its use and health. Computes nothing.
 
+    Exit status 0 when the page is written, also where --verify finds damage.
+
     Example: feature-cache report cache.html --cache features
     """
     from ..cache import FeatureCache
     from ..report import Choice, render_page, survey_cache
 
     opened = FeatureCache(cache, "r", layers=layer)
-    findings = _verify(cache) if verify else None
     strips: list[Strip] = []
     failed: dict[str, str] = {}
     if movie:
         name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
         choice = Choice(name, weights, pooled, detections, dtype, policy, seed, copy)
         strips, failed = _look_at_all(opened, movie, choice, frames)
+    findings = _verify(cache) if verify else None
     page = render_page(survey_cache(opened.store, findings), strips)
     _write(out, page.encode())
     typer.echo(f"{out}, {len(page) / 1e6:.1f} MB")
+    if findings:
+        found = count_text(len(findings), "problem")
+        typer.echo(f"{found} found: see the page, or run feature-cache verify", err=True)
     for path, reason in failed.items():
         typer.echo(f"left out: {path}: {reason}", err=True)
     if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ..service import Host
 
 _LOOK_SECONDS = 0.2
+_ALONE_SECONDS = 60.0
+"""Workers of a training come and go: between two epochs nobody may be there."""
 
 
 def serve(
@@ -42,15 +45,20 @@ def serve(
     ] = "float32",
     codec: CodecOption = "raw",
     idle: Annotated[
-        float | None, age_option("End when nobody was connected for so long, such as 10m.")
+        float | None,
+        age_option(
+            "End when nobody was connected for so long, such as 10m; default: a minute after the "
+            "last one left."
+        ),
     ] = None,
     memory: Annotated[
         int | None, size_option("Pixels that may wait to be computed; default: 2GiB.")
     ] = None,
 ) -> None:
-    """Compute features for the trainings on this host that miss them, until stopped.
+    """Compute features for the trainings on this host that miss them.
 
-    Trainings find it by themselves. SIGTERM and Ctrl-C commit what is computed.
+    Trainings find it by themselves. It ends a minute after the last of them is gone; SIGTERM and
+    Ctrl-C end it too. What is computed is committed.
 
     Example: feature-cache serve --cache features --backbone efficientnet-lite0 --idle 10m
     """
@@ -81,9 +89,13 @@ class _User:
 
 
 def _wait(host: Host, idle_seconds: float | None) -> None:
-    """Wait until nobody was there for some time."""
+    """Wait until nobody was there for some time; without one, for some after the last user."""
+    began = host.server.used if host.server is not None else 0.0
     while host.server is not None and not host.engine.closing:
         time.sleep(_LOOK_SECONDS)
-        idle = not len(host.server) and time.monotonic() - host.server.used
-        if idle_seconds is not None and idle and idle > idle_seconds:
+        never_used = host.server.used == began
+        allowed = idle_seconds
+        if allowed is None:
+            allowed = math.inf if never_used else _ALONE_SECONDS
+        if not len(host.server) and time.monotonic() - host.server.used > allowed:
             return

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import MissingDependencyError
 from ..hashing import JSON
-from ..units import size_text, time_text
+from ..units import count_text, size_text, time_text
 from .colours import Directions, Palette
 from .commands import quote_movie
 from .condition import AGES
@@ -284,8 +284,7 @@ def _labels_of(view: FrameView) -> NDArray[np.int32]:
 def _describe(view: FrameView) -> str:
     parts = [f"Frame {view.number}", view.file]
     if view.regions is not None:
-        count = len(_labels_of(view))
-        parts.append(f"{count:,} region{'s' * (count != 1)}")
+        parts.append(count_text(len(_labels_of(view)), "region"))
     if view.grid is not None:
         parts.append("grid {}×{}".format(*view.grid.shape))
     return " · ".join(parts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..store import Store, Usage, sum_usage
 from ..store.maintenance import Finding
 from ..store.usage import read_runs
-from ..units import size_text
+from ..units import count_text, size_text
 from .condition import Health, SpaceFacts, examine_health, measure, sum_by_period
 from .coverage import Coverage, KnownMovie, find_coverage
 
@@ -79,7 +79,7 @@ class Report:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}" if number else "none"
+    return count_text(number, what) if number else "none"
 
 
 def survey_cache(store: Store, findings: Sequence[Finding] | None = None) -> Report:

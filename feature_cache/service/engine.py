@@ -432,13 +432,18 @@ class Engine:
         try:
             self._commit(everything=True)
         finally:
-            with self._changed:
-                left = [t for t in self._flight.values() if not t.future.done()]
-            self._fail(left, ServiceError("the process that computes has closed"))
-            for bench in self._benches.values():
-                bench.commits.close()
-            self.progress.close()
-            self._ended.set()
+            try:
+                self._drop_what_is_left()
+                self.progress.close()
+            finally:
+                self._ended.set()
+
+    def _drop_what_is_left(self) -> None:
+        with self._changed:
+            left = [t for t in self._flight.values() if not t.future.done()]
+        self._fail(left, ServiceError("the process that computes has closed"))
+        for bench in self._benches.values():
+            bench.commits.close()
 
 
 def backbone_digest(spec: BackboneSpec) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
+
+_STDERR_IS_GONE = (AttributeError, OSError, ValueError)
+"""What a write raises after IPython, or whoever made stderr, took it down before threads ended."""
 
 
 def progress_text(computed: int, total: int, rate: float, hits: int, misses: int) -> str:
@@ -56,14 +60,16 @@ class Progress:
         return progress_text(self.computed, self.total, rate, self.hits, self.misses)
 
     def _show(self) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
+        with suppress(*_STDERR_IS_GONE):
+            if self._bar is None:
+                from tqdm import tqdm
 
-            self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=True)
-        self._bar.set_description_str(self.text)
+                self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=True)
+            self._bar.set_description_str(self.text)
 
     def close(self) -> None:
         """End the line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with suppress(*_STDERR_IS_GONE):
+                bar.close()

@@ -23,6 +23,7 @@ TEMPORARY_PREFIX = ".tmp-"
 TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
 """How names begin that come and go: ours, and those of NFS for open files that were removed."""
 _GROUP_BITS = stat.S_IRGRP | stat.S_IWGRP
+_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -223,7 +224,8 @@ def writing(place: Path) -> Iterator[None]:
                 f"no permission to write in {place} ({error.strerror}); "
                 "name a folder you can write, or open the cache with mode='r'"
             ) from error
+        what = "free some space or name another" if error.errno in _IS_FULL else "name another"
         raise StoreError(
-            f"can't write in {place}: {error.strerror or error}; free some space or name another "
-            "folder. What was committed before is untouched"
+            f"can't write in {place}: {error.strerror or error}; {what} folder. What was "
+            "committed before is untouched"
         ) from error

@@ -80,6 +80,10 @@ class Store:
     def __init__(self, root: str | os.PathLike[str], mode: Mode = "a") -> None:
         if mode not in ("a", "r"):
             raise ValueError(f"mode {mode!r}: expected 'a' (read and write) or 'r' (read only)")
+        if not isinstance(root, str | os.PathLike):
+            raise TypeError(
+                f"root is a {type(root).__name__}: expected a folder, such as 'features'"
+            )
         self.root, self.mode = Path(root).expanduser().absolute(), mode
         with reading(self.root):
             ready = _check_root(self.root, mode)

@@ -11,8 +11,10 @@ from ..errors import MissingDependencyError
 try:
     import trackastra as _trackastra  # noqa: F401
 except ImportError as _error:
-    raise MissingDependencyError(
+    _missing = MissingDependencyError(
         "trackastra", "feature_cache.trackastra", 'pip install "feature-cache[trackastra]"'
-    ) from _error
+    )
+    _missing.name = __name__  # so that `python -m` says it in one line, without a traceback
+    raise _missing from _error
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

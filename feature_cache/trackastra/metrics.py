@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from trackastra.tracking import graph_to_ctc
 
-from ..errors import MissingDependencyError, MovieError
+from ..errors import MissingDependencyError, MovieError, MovieNotFoundError
 from ..movies import Tracks, read_tiff, read_tracks
 
 try:
@@ -23,6 +23,9 @@ except ImportError as _error:
         "traccuracy", "scoring tracks", 'pip install "feature-cache[trackastra]"'
     ) from _error
 
+_FILES = ("*.tif", "*_track.txt")
+"""What the folder of a result is read from."""
+
 
 def write_tracks(graph: Any, masks: NDArray[Any], folder: str | os.PathLike[str]) -> Path:
     """Write what ``Trackastra.track`` gave as a folder of masks and ``man_track.txt``.
@@ -33,14 +36,30 @@ def write_tracks(graph: Any, masks: NDArray[Any], folder: str | os.PathLike[str]
         The tracks; a cell that they leave out is not in the masks that are written.
     masks : (T, H, W) or (T, Z, H, W) int
     folder : path
+        Made where it is missing. An earlier result of as many frames or fewer is written over.
 
     Returns
     -------
     Path
         `folder`.
+
+    Raises
+    ------
+    MovieError
+        The folder has other masks or tracks, such as those of a longer movie. Nothing is written.
     """
-    graph_to_ctc(graph, masks, outdir=Path(folder))
-    return Path(folder)
+    folder = Path(folder)
+    written = {"man_track.txt", *(f"man_track{t:04d}.tif" for t in range(len(masks)))}
+    present = {file.name for pattern in _FILES for file in folder.glob(pattern)}
+    others = sorted(present - written)
+    if others:
+        raise MovieError(
+            f"{folder} has {len(others)} files that are not of these {len(masks)} frames, such as "
+            f"{others[0]}: expected an empty folder, or an earlier result to write over; remove "
+            "them, or name another folder"
+        )
+    graph_to_ctc(graph, masks, outdir=folder)
+    return folder
 
 
 def cut_tracks(tracks: Tracks, first: int, stop: int) -> Tracks:
@@ -86,6 +105,8 @@ def score_tracks(
 
     Raises
     ------
+    MovieNotFoundError
+        No such folder.
     MovieError
         A folder without tracks or masks, or whose masks and tracks disagree.
     ValueError
@@ -122,12 +143,16 @@ def score_tracks(
 
 def _read_graph(folder: Path, first: int = 0, stop: int | None = None) -> TrackingGraph:
     """Read the frames `first` to `stop` - 1 of a folder in the challenge's format."""
-    files = sorted(folder.glob("*.tif"))[first:stop]
-    found = sorted(folder.glob("*_track.txt"))
+    if not folder.is_dir():
+        why = "not a folder" if folder.exists() else "no such folder"
+        raise MovieNotFoundError(f"no tracks at {folder}: {why}")
+    files, found = (sorted(folder.glob(pattern)) for pattern in _FILES)
+    files = files[first:stop]
     if not files or len(found) != 1 or (stop is not None and len(files) != stop - first):
+        inside = f"; did you mean {folder / 'TRA'}?" if (folder / "TRA").is_dir() else ""
         raise MovieError(
             f"{folder} has {len(files)} masks from frame {first} on and {len(found)} files named "
-            f"*_track.txt: expected {'some' if stop is None else stop - first}, and one"
+            f"*_track.txt: expected {'some' if stop is None else stop - first}, and one{inside}"
         )
     tracks = cut_tracks(read_tracks(found[0]), first, first + len(files))
     masks = np.stack([read_tiff(file) for file in files])

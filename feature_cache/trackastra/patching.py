@@ -20,8 +20,9 @@ from ..augment import Augmentations, Policy
 from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..dataset import OnMiss
+from ..errors import BackboneError
 from .datamodule import EpochBatchSampler, EpochDistributedSampler, LateDataLoader
-from .dataset import CachedCTCData, Geometry, wrap
+from .dataset import CachedCTCData, Geometry, check_words, wrap
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -87,8 +88,8 @@ def patch(
     Raises
     ------
     UnknownNameError, DrawError
-        No such backbone or policy.
-    ValueError
+        No such backbone, policy, geometry or `on_miss`.
+    BackboneError
         Inside: neither `backbone` nor ``pretrained_feats_model`` names a backbone. Inside, all that
         `wrap` raises too.
 
@@ -97,6 +98,7 @@ def patch(
     Classes that inherit from `CTCData` are left alone. The names and defaults are those of
     Trackastra's pull request 61 (``scripts/train.py`` and ``trackastra/data/data.py``).
     """
+    check_words(geometry, on_miss)
     load = memoize(lambda name: load_backbone(name, weights, device))
     provider = _Provider(
         cache=cache if isinstance(cache, FeatureCache) else FeatureCache(cache),
@@ -165,7 +167,7 @@ class _Provider:
             return self.backbone
         name = asked.get("pretrained_feats_model")
         if name is None:
-            raise ValueError(
+            raise BackboneError(
                 f"features={asked['features']!r} and no pretrained_feats_model: name a backbone "
                 "there, or as backbone of patch()"
             )

@@ -17,6 +17,7 @@ from lightning.fabric.strategies.launchers import subprocess_script as _fabric
 from lightning.pytorch.strategies.launchers import subprocess_script as _pytorch
 
 from ..cli.options import CacheOption, DtypeOption, PolicyOption, SeedOption, WeightsOption
+from ..errors import FeatureCacheError
 from .patching import patch, replaced
 
 
@@ -76,5 +77,15 @@ def _launched_alike(command: list[str]) -> Iterator[None]:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(context_settings={"allow_interspersed_args": False})(run)
 
+
+def main() -> None:
+    """Run it; errors of ours become one line and exit status 2, the script's stay as they are."""
+    try:
+        app()
+    except FeatureCacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app()
+    main()

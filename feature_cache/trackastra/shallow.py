@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trackastra.data import wrfeat as _wrfeat
 from trackastra.utils import normalize
 
+from ..errors import UnknownNameError
 from ..movies import TiffSeries
 from .held import DetectionMasks, frames_of, owners_of
 
@@ -35,8 +36,15 @@ SHALLOW_FEATURES: Mapping[str, tuple[str, ...]] = {
 ``"regionprops2"`` is what `CTCData` has by itself."""
 
 
+def check_props(props: str | None, option: str = "additional_props") -> None:
+    """Raise UnknownNameError for a set of shallow features that there is not."""
+    if props is not None and props not in SHALLOW_FEATURES:
+        raise UnknownNameError(option, props, SHALLOW_FEATURES)
+
+
 def columns_of(props: str | None, ndim: int) -> tuple[str, ...]:
     """Name each column of the shallow features."""
+    check_props(props)
     names = SHALLOW_FEATURES[props] if props is not None else ()
     return tuple(
         name for name in names for _ in range(ndim * ndim if name == "inertia_tensor" else 1)

@@ -48,6 +48,11 @@ def make_model(
         The samples' shallow features, as in `wrap`.
     **architecture
         Of ``TrackingTransformer`` and ``TrackingTransformerwPretrainedFeats``, such as ``d_model``.
+
+    Raises
+    ------
+    UnknownNameError
+        No such set of shallow features.
     """
     sizes = {"coord_dim": ndim, "feat_dim": len(columns_of(additional_props, ndim))}
     if not pretrained_feat_dim:

@@ -254,7 +254,7 @@ class _Run:
                 self.tally.fail(Failure(unit.where, reason, left))
 
     def _leave(self) -> None:
-        """Take back what has not begun; what has begun ends soon, and commits what is computed."""
+        """Take back what has not begun; what has begun ends soon, commits, and is counted."""
         with suppress(OSError, CancelledError, RuntimeError):
             begun = {key for keys in self.client.processing().values() for key in keys}
             self.client.cancel([future for future in self.running if future.key not in begun])
@@ -263,6 +263,8 @@ class _Run:
             until = time.monotonic() + _LEAVE_SECONDS
             while not all(future.done() for future in waiting) and time.monotonic() < until:
                 time.sleep(0.05)
+            for future in [one for one in self.running if one.status == "finished"]:
+                self._take(future)
 
 
 def _gone(client: Client) -> str:

@@ -1,6 +1,6 @@
 """Keeping a shared cache well: verify, collect garbage, compact, pin."""
 
-from .collect import GarbagePlan, GarbageReport, choose_spaces, plan_gc, run_gc
+from .collect import GarbagePlan, GarbageReport, choose_names, choose_spaces, plan_gc, run_gc
 from .compact import CompactReport, compact_space
 from .pins import Pin, add_pin, read_pins, remove_pin
 from .retire import Leaving, remove_retired
@@ -14,6 +14,7 @@ __all__ = [
     "Leaving",
     "Pin",
     "add_pin",
+    "choose_names",
     "choose_spaces",
     "compact_space",
     "count_packs",

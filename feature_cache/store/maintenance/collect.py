@@ -195,11 +195,17 @@ def choose_spaces(spaces: list[Space], names: Collection[str]) -> list[Space]:
     MissingRecordError
         None begins so.
     """
-    for name in names:
-        if not any(space.name.startswith(name) for space in spaces):
-            known = ", ".join(space.name for space in spaces) or "none"
-            raise MissingRecordError(f"no space begins with {name!r}; there are: {known}")
-    return [s for s in spaces if not names or any(s.name.startswith(name) for name in names)]
+    chosen = choose_names([space.name for space in spaces], names)
+    return [space for space in spaces if space.name in chosen]
+
+
+def choose_names(names: Sequence[str], starts: Collection[str]) -> list[str]:
+    """Give the names that begin so, by default all; errors as `choose_spaces`."""
+    for start in starts:
+        if not any(name.startswith(start) for name in names):
+            known = ", ".join(names) or "none"
+            raise MissingRecordError(f"no space begins with {start!r}; there are: {known}")
+    return [name for name in names if not starts or name.startswith(tuple(starts))]
 
 
 def _list_packs(space: Space) -> Iterator[tuple[Eviction, bool]]:

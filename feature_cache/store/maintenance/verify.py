@@ -31,7 +31,7 @@ from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
 from ..store import OWN_NAMES, ROOT_TEXT, TAG, read_spec, read_version
 from ..usage import find_damaged_runs
-from .collect import find_leftovers
+from .collect import choose_names, find_leftovers
 from .pins import find_damaged_pins
 from .retire import remove_tree
 
@@ -96,16 +96,14 @@ def verify(
     ------
     StoreError
         It is no cache, a newer one, or can't be read.
+    MissingRecordError
+        No space of such a name.
     """
     root = root.absolute()
     with reading(root):
         findings = list(_check_root(root))
-        for name in list_folder(root / "spaces"):
+        for name in choose_names(_space_names(root), spaces):
             folder = root / "spaces" / name
-            if spaces and not any(name.startswith(start) for start in spaces):
-                continue
-            if name == "zarr.json" or name.startswith(TRANSIENT):
-                continue
             if not folder.is_dir():
                 findings.append(_unknown(folder))
                 continue
@@ -122,6 +120,11 @@ def count_packs(root: Path, spaces: Sequence[str] = ()) -> int:
     names = list_folder(root / "spaces")
     wanted = [n for n in names if not spaces or any(n.startswith(start) for start in spaces)]
     return sum(len(Space(root / "spaces" / n, {}, "r").pack_names()) for n in wanted)
+
+
+def _space_names(root: Path) -> list[str]:
+    names = list_folder(root / "spaces")
+    return [name for name in names if name != "zarr.json" and not name.startswith(TRANSIENT)]
 
 
 def _unknown(path: Path) -> Finding:
