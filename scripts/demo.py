@@ -88,7 +88,7 @@ def train(
         pretrained_feat_dim=width,
         reduced_pretrained_feat_dim=32,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     sampler = BalancedBatchSampler(dataset, batch_size=4, num_samples=4 * steps)
     loader = DataLoader(
         dataset,
