@@ -39,7 +39,7 @@ class Target:
     def asked(self) -> str:
         """The bound, for people."""
         unit = "x" if self.against else "s"
-        bound = f"at least {self.least:g}" if self.least else f"at most {self.most:g}"
+        bound = f"at least {self.least:.4g}" if self.least else f"at most {self.most:.4g}"
         return f"{bound} {unit}"
 
     def measure(
