@@ -35,10 +35,11 @@ SHORTER = {
     " train.py ": " $ROOT/tests/standin.py --input_val movies/bacteria/01 --outdir out --dim 112 "
     "--feat_dim 0 ",
     "python -m benchmarks --quick ": "true ",
-    "python -m benchmarks --only windows batches": "true",
+    "python -m benchmarks --only windows batches": "(cd $ROOT && python -m benchmarks --quick "
+    "--only hashing --json $HERE/old.json)",
     "python -m benchmarks --json new.json": "cd $ROOT && python -m benchmarks --quick --only "
     "hashing --json $HERE/new.json",
-    "--compare old.json": "--compare $HERE/new.json",
+    "--compare old.json": "--compare $HERE/old.json",
     "python -m benchmarks.report new.json": "true",
 }
 """What stands for what would take too long, or for what is not here."""

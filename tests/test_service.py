@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset
+from tqdm import tqdm
 
 from feature_cache import (
     Augmentations,
@@ -593,6 +594,8 @@ def test_a_line_that_can_not_be_written_holds_up_nothing(tmp_path, monkeypatch):
     _ = dataset[0]
     host.close()
     assert host.engine.ended
+    tqdm.get_lock().acquire(timeout=10)
+    tqdm.get_lock().release()  # raises where the lock was never let go: no bar could be shown
 
 
 class Gone(io.StringIO):

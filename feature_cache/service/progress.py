@@ -8,9 +8,6 @@ import time
 from contextlib import suppress
 from typing import Any
 
-_STDERR_IS_GONE = (AttributeError, OSError, ValueError)
-"""What a write raises after IPython, or whoever made stderr, took it down before threads ended."""
-
 
 def progress_text(computed: int, total: int, rate: float, hits: int, misses: int) -> str:
     """Write the line.
@@ -60,16 +57,30 @@ class Progress:
         return progress_text(self.computed, self.total, rate, self.hits, self.misses)
 
     def _show(self) -> None:
-        with suppress(*_STDERR_IS_GONE):
-            if self._bar is None:
-                from tqdm import tqdm
+        if self._bar is None:
+            from tqdm import tqdm
 
-                self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=True)
-            self._bar.set_description_str(self.text)
+            self._bar = tqdm(bar_format="{desc}", file=_Stderr(), leave=True)
+        self._bar.set_description_str(self.text)
 
     def close(self) -> None:
         """End the line."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            with suppress(*_STDERR_IS_GONE):
-                bar.close()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class _Stderr:
+    """Stderr as it is at each moment; what can't be written is left out.
+
+    IPython exchanges it for each cell, and takes it down before threads end. An error inside tqdm
+    would leave its lock held, for all bars of the process.
+    """
+
+    def write(self, text: str) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            sys.stderr.flush()
