@@ -93,9 +93,7 @@ def _wait(host: Host, idle_seconds: float | None) -> None:
     began = host.server.used if host.server is not None else 0.0
     while host.server is not None and not host.engine.closing:
         time.sleep(_LOOK_SECONDS)
-        never_used = host.server.used == began
-        allowed = idle_seconds
-        if allowed is None:
-            allowed = math.inf if never_used else _ALONE_SECONDS
+        after_last = math.inf if host.server.used == began else _ALONE_SECONDS
+        allowed = after_last if idle_seconds is None else idle_seconds
         if not len(host.server) and time.monotonic() - host.server.used > allowed:
             return
