@@ -1,17 +1,21 @@
 """Digests of files, remembered, so that a warm start need not read them again.
 
-A file is known by path, size, modification time (ns) and inode, as git's index and ccache know
-theirs, and not remembered before it is two seconds old: a younger one might still change within
-the resolution of its time stamp. What is made from several files is recalled if all of them are
-unchanged. The memo is each user's own (`memo_folder`), as paths and inodes mean nothing on another
-machine. Losing it costs time, never numbers.
+A file is known by path, size, times of modification and of change (ns), inode and device, as git's
+index and ccache know theirs, and not remembered before the later time is two seconds past: a
+younger one might still change within the resolution of its time stamps. Who copies, unpacks or
+moves another file there may keep the modification time, and the inode may come again; the time of
+change can't be set. What is made from several files is recalled if all of them are unchanged. The
+memo is each user's own (`memo_folder`), as paths and inodes mean nothing on another machine. Losing
+it costs time, never numbers.
 
 There is one file for each folder and purpose: the checksum of the rest in hexadecimal, a line end,
 and JSON. It is read once and written as a whole, under a temporary name that is then renamed.
 Processes that write the same one at once may lose what another has just added.
 
-A file that changes under the same size, time and inode is not noticed. `no_memo`, or
-``FEATURE_CACHE_MEMO=off``, reads everything.
+Not noticed is what leaves all of these as they are: writing through a memory map on a file system
+that keeps the times, and, where there is no time of change (on Windows it is that of creation, some
+network and FUSE file systems give 0), writing and setting the modification time back. `no_memo`
+reads everything and replaces what is held; with ``FEATURE_CACHE_MEMO=off`` there is no memo.
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ import platformdirs
 from .hashing import Digest, digest_bytes, digest_json
 
 _log = logging.getLogger(__name__)
-_MEMO_VERSION = 1
+_MEMO_VERSION = 2
 _MINIMUM_AGE_NS = 2_000_000_000
 _WRITE_SECONDS = 60.0
 _switched_off: ContextVar[bool] = ContextVar("_switched_off", default=False)
 
 _Identity: TypeAlias = list[int]
-"""Size, modification time in ns, inode; a list, as JSON gives it back."""
+"""Size, times of modification and change in ns, inode, device; a list, as JSON gives it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,17 @@ def memo_folder() -> Path:
 
 
 def memo_is_off() -> bool:
-    """Tell whether digests are neither recalled nor remembered here and now."""
-    return _switched_off.get() or os.environ.get("FEATURE_CACHE_MEMO") == "off"
+    """Tell whether digests are not recalled here and now."""
+    return _switched_off.get() or _there_is_none()
+
+
+def _there_is_none() -> bool:
+    return os.environ.get("FEATURE_CACHE_MEMO") == "off"
 
 
 @contextmanager
 def no_memo() -> Iterator[None]:
-    """Neither recall nor remember digests in this block: whatever is hashed in it is read.
+    """Recall no digest in this block: whatever is hashed in it is read, and replaces what is held.
 
     For this thread (or asyncio task) alone; ``FEATURE_CACHE_MEMO=off`` is for a whole process and
     those that it starts.
@@ -110,7 +118,12 @@ class Memo:
         return type(self), ()
 
     def fingerprint(
-        self, files: Sequence[Path], purpose: str, compute: Callable[[], Fingerprint]
+        self,
+        files: Sequence[Path],
+        purpose: str,
+        compute: Callable[[], Fingerprint],
+        *,
+        part: str = "",
     ) -> Fingerprint:
         """Give what `compute` makes of some files, from memory where all are unchanged.
 
@@ -124,24 +137,30 @@ class Memo:
             What else decides the result; the same files may have several.
         compute : callable
             Reads the files; its errors are passed on.
+        part : str
+            Which of several images in the files, such as ``"frame 17"`` of a stack.
         """
-        before = None if memo_is_off() else _identify(files)
+        before = None if _there_is_none() else _identify(files)
         if before is None:
             return compute()
-        page, name = self._page(files, purpose), _name_entry(files)
+        page, name = self._page(files, purpose), _name_entry(files, part)
         known = page.recall(name, before)
-        if known is not None:
+        if known is not None and not memo_is_off():
             return known
         started = time.time_ns()
         fresh = compute()
+        if fresh == known:
+            return fresh
         if _old_enough(before, started) and _identify(files) == before:
             page.remember(name, before, fresh)
+        elif known is not None:
+            page.forget(name)
         return fresh
 
-    def forget(self, files: Sequence[Path], purpose: str) -> None:
-        """Have these files read again when they are next asked for."""
-        if not memo_is_off():
-            self._page(files, purpose).forget(_name_entry(files))
+    def forget(self, files: Sequence[Path], purpose: str, *, part: str = "") -> None:
+        """Have these files (or that part of them) read again when they are next asked for."""
+        if not _there_is_none():
+            self._page(files, purpose).forget(_name_entry(files, part))
 
     def close(self) -> None:
         """Write what is new, and let go of what was loaded; it is loaded again when needed."""
@@ -215,15 +234,17 @@ def _identify(files: Sequence[Path]) -> list[_Identity] | None:
         found = [file.stat() for file in files]
     except OSError:
         return None
-    return [[status.st_size, status.st_mtime_ns, status.st_ino] for status in found]
+    return [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for s in found]
 
 
 def _old_enough(identities: list[_Identity], now_ns: int) -> bool:
-    return all(now_ns - mtime_ns >= _MINIMUM_AGE_NS for _, mtime_ns, _ in identities)
+    latest = max((t for _, *times, _, _ in identities for t in times), default=0)
+    return now_ns - latest >= _MINIMUM_AGE_NS
 
 
-def _name_entry(files: Sequence[Path]) -> str:
-    return "/".join(file.name for file in files)
+def _name_entry(files: Sequence[Path], part: str) -> str:
+    names = "/".join(file.name for file in files)
+    return f"{names}//{part}" if part else names
 
 
 def _load_entries(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import typer
 
+from aging import age, hurry
 from feature_cache import Augmentations, FeatureCache, load_backbone, movies
 from feature_cache.cli import app, main
 from feature_cache.movies import write_movie
@@ -322,11 +323,9 @@ class TestMemo:
         self, run, small_folder, tmp_path, monkeypatch, reads
     ):
         monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
+        hurry(monkeypatch)
         root = small_folder()
-        for file in root.parent.rglob("*.tif"):
-            os.utime(file, (1e9, 1e9))
-        warm(run, root, options=["--no-memo"])
-        assert not (tmp_path / "memo").exists()
+        age(root.parent)
         warm(run, root)
         reads.clear()
         explain = ["explain", root, "--cache", "cache", *MODEL[:4]]

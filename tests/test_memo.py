@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from aging import age, hurry
 from feature_cache import FeatureCache, FrameError, Movie, MovieError
 from feature_cache import memo as memo_module
 from feature_cache import movies as movies_module
@@ -24,11 +27,12 @@ from feature_cache.movies import TiffSeries
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import plan_warm, run_warm
 
-OLD_NS = time.time_ns() - 10**12
+OLD_NS = (time.time_ns() // 10**9 - 1000) * 10**9
 
 
 @pytest.fixture(autouse=True)
 def fresh_memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    hurry(monkeypatch)
     monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
     return tmp_path / "memo"
 
@@ -47,8 +51,8 @@ class Reader:
 def old_file(tmp_path: Path, text: str = "weights") -> Path:
     file = tmp_path / "file"
     file.write_text(text)
-    past = time.time_ns() - 10**10
-    os.utime(file, ns=(past, past))
+    os.utime(file, ns=(OLD_NS, OLD_NS))
+    age(file)
     return file
 
 
@@ -59,35 +63,84 @@ def test_an_unchanged_file_is_read_once(tmp_path):
     assert reader.times == 1
 
 
-@pytest.mark.parametrize("change", ["size", "time", "inode", "purpose"])
-def test_a_changed_file_is_read_again(tmp_path, change):
+def replace_text(file: Path, how: str) -> None:
+    """Change what a file holds, and no more of its identity than `how` says."""
+    status = file.stat()
+    other, text = file.with_name("other"), file.read_text().upper()
+    if how == "renamed over":
+        other.write_text(text)
+        os.utime(other, ns=(OLD_NS, OLD_NS))
+        other.replace(file)
+    elif how == "copied with its times":
+        other.write_text(text)
+        os.utime(other, ns=(OLD_NS, OLD_NS))
+        shutil.copy2(other, file)
+    elif how == "unpacked":
+        with tarfile.open(file.with_name("archive.tar"), "w") as archive:
+            member = tarfile.TarInfo(file.name)
+            member.size, member.mtime = len(text), OLD_NS // 10**9
+            archive.addfile(member, io.BytesIO(text.encode()))
+        with tarfile.open(file.with_name("archive.tar")) as archive:
+            archive.extractall(file.parent, filter="data")
+    else:
+        file.write_text(text + "!" * (how == "size"))
+        mtime_ns = OLD_NS + (how == "time")
+        os.utime(file, ns=(mtime_ns, mtime_ns))
+    changed = file.stat()
+    assert (changed.st_mtime_ns == status.st_mtime_ns) == (how != "time")
+    assert (changed.st_size == status.st_size) == (how != "size")
+    assert (changed.st_ino == status.st_ino) == (how != "renamed over")
+
+
+@pytest.mark.parametrize(
+    "how", ["size", "time", "in place", "renamed over", "copied with its times", "unpacked"]
+)
+def test_a_changed_file_is_read_again(tmp_path, how):
     file = old_file(tmp_path)
     reader = Reader(file)
     remembered_digest(file, "test", reader)
-    status = file.stat()
-    if change == "size":
-        file.write_text("other weights")
-        os.utime(file, ns=(status.st_mtime_ns, status.st_mtime_ns))
-    elif change == "time":
-        file.write_text("WEIGHTS")
-        os.utime(file, ns=(status.st_mtime_ns + 1, status.st_mtime_ns + 1))
-    elif change == "inode":
-        other = tmp_path / "other"
-        other.write_text("WEIGHTS")
-        os.utime(other, ns=(status.st_mtime_ns, status.st_mtime_ns))
-        other.replace(file)
-    digest = remembered_digest(file, "else" if change == "purpose" else "test", reader)
+    replace_text(file, how)
+    assert remembered_digest(file, "test", reader).startswith(b"WEIGHTS")
     assert reader.times == 2
-    assert digest == reader()
 
 
-def test_a_young_file_is_not_remembered(tmp_path):
+def test_another_device_is_another_file(tmp_path, fresh_memo):
+    reader = Reader(old_file(tmp_path))
+    remembered_digest(reader.file, "test", reader)
+    files = [[*identity(reader.file)[:-1], reader.file.stat().st_dev + 1]]
+    forge("file", files=files)
+    remembered_digest(reader.file, "test", reader)
+    assert reader.times == 2
+
+
+def test_another_purpose_is_read_again(tmp_path):
+    reader = Reader(old_file(tmp_path))
+    for purpose in "one", "two", "one":
+        remembered_digest(reader.file, purpose, reader)
+    assert reader.times == 2
+
+
+@pytest.mark.parametrize("old", ["mtime", "neither"])
+def test_a_young_file_is_not_remembered(tmp_path, monkeypatch, old):
+    monkeypatch.undo()
+    monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
     file = tmp_path / "young"
     file.write_text("x")
+    if old == "mtime":
+        os.utime(file, ns=(OLD_NS, OLD_NS))
     reader = Reader(file)
     for _ in range(2):
         remembered_digest(file, "test", reader)
     assert reader.times == 2
+
+
+def test_two_seconds_are_old_enough(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
+    reader = Reader(old_file(tmp_path))
+    for _ in range(2):
+        remembered_digest(reader.file, "test", reader)
+    assert reader.times == 1
 
 
 def test_a_file_that_changes_meanwhile_is_not_remembered(tmp_path):
@@ -95,8 +148,8 @@ def test_a_file_that_changes_meanwhile_is_not_remembered(tmp_path):
 
     def read_and_change() -> bytes:
         file.write_text("changed meanwhile")
-        past = time.time_ns() - 5 * 10**9
-        os.utime(file, ns=(past, past))
+        os.utime(file, ns=(OLD_NS, OLD_NS))
+        age(file)
         return b"before".ljust(16)
 
     remembered_digest(file, "test", read_and_change)
@@ -107,11 +160,9 @@ def test_a_file_that_changes_meanwhile_is_not_remembered(tmp_path):
 def test_a_file_that_was_young_when_it_was_read_is_not_remembered(tmp_path):
     file = tmp_path / "young"
     file.write_text("x")
-    past = time.time_ns() - 19 * 10**8
-    os.utime(file, ns=(past, past))
 
     def read_slowly() -> bytes:
-        time.sleep(0.2)
+        age(file)
         return b"first".ljust(16)
 
     remembered_digest(file, "test", read_slowly)
@@ -167,30 +218,35 @@ def test_no_place_to_remember_is_no_error(tmp_path, monkeypatch):
 
 def test_it_can_be_ignored(tmp_path, fresh_memo, monkeypatch):
     reader = Reader(old_file(tmp_path))
-    with no_memo():
-        remembered_digest(reader.file, "test", reader)
-    assert not fresh_memo.exists()
     remembered_digest(reader.file, "test", reader)
     with no_memo():
         remembered_digest(reader.file, "test", reader)
+    assert reader.times == 2
     monkeypatch.setenv("FEATURE_CACHE_MEMO", "off")
     remembered_digest(reader.file, "test", reader)
-    assert reader.times == 4
+    assert reader.times == 3
     monkeypatch.setenv("FEATURE_CACHE_MEMO", str(fresh_memo))
     remembered_digest(reader.file, "test", reader)
-    assert reader.times == 4
+    assert reader.times == 3
+    assert len(list(fresh_memo.iterdir())) == 1
+
+
+@pytest.mark.parametrize("age_ns", [0, 10**12], ids=["replaced", "forgotten, as it is young"])
+def test_what_is_read_without_the_memo_replaces_what_it_holds(tmp_path, monkeypatch, age_ns):
+    """As after a change that left no trace."""
+    reader = Reader(old_file(tmp_path))
+    remembered_digest(reader.file, "test", lambda: b"stale".ljust(16))
+    monkeypatch.setattr(memo_module, "_MINIMUM_AGE_NS", age_ns)
+    assert remembered_digest(reader.file, "test", reader) == b"stale".ljust(16)
+    with no_memo():
+        assert remembered_digest(reader.file, "test", reader) == b"weights".ljust(16)
+    assert remembered_digest(reader.file, "test", reader) == b"weights".ljust(16)
 
 
 def test_the_folder_is_the_users_by_default(monkeypatch):
     monkeypatch.delenv("FEATURE_CACHE_MEMO")
     assert memo_folder().name == "memo"
     assert memo_folder().parent.name == "feature_cache"
-
-
-def age(*folders: Path) -> None:
-    for folder in folders:
-        for file in folder.rglob("*.tif"):
-            os.utime(file, ns=(OLD_NS, OLD_NS))
 
 
 def mark(number: int) -> Fingerprint:
@@ -230,8 +286,22 @@ class TestMemo:
             assert memo.fingerprint((two, one), "test", lambda: mark(3)) == mark(3)
             for file in one, two:
                 os.utime(file, ns=(OLD_NS, OLD_NS - 1))
+                age(file)
                 assert memo.fingerprint((one, two), "test", lambda: mark(4)) == mark(4)
                 assert memo.fingerprint((one, two), "test", unexpected) == mark(4)
+
+    def test_parts_of_a_file_are_told_apart(self, files):
+        with Memo() as memo:
+            for t in range(3):
+                memo.fingerprint((files[0],), "test", lambda t=t: mark(t), part=f"frame {t}")
+            memo.fingerprint((files[0],), "test", lambda: mark(9))
+            memo.forget((files[0],), "test", part="frame 1")
+        with Memo() as memo:
+            parts = {"": 9, "frame 0": 0, "frame 2": 2}
+            for part, number in parts.items():
+                again = memo.fingerprint((files[0],), "test", unexpected, part=part)
+                assert again == mark(number)
+            assert memo.fingerprint((files[0],), "test", lambda: mark(5), part="frame 1") == mark(5)
 
     def test_errors_pass_and_are_not_remembered(self, files):
         def fail() -> Fingerprint:
@@ -282,7 +352,7 @@ class TestMemo:
     def test_names_that_are_no_text(self, tmp_path):
         file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xff.tif"))
         file.write_text("x")
-        os.utime(file, ns=(OLD_NS, OLD_NS))
+        age(file)
         with Memo() as memo:
             memo.fingerprint((file,), "test", lambda: mark(1))
         with Memo() as memo:
@@ -302,6 +372,7 @@ while time.time() < until:
         made = Fingerprint(number.to_bytes(16, "big"), (number,))
         assert memo.fingerprint((files[number],), "test", lambda: made) == made
 """
+        time.sleep(2)  # these processes take files that are two seconds old
         command = [sys.executable, "-c", code, str(files[0].parent)]
         running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(3)]
         for child in running:
@@ -388,10 +459,9 @@ class TestMovies:
     def test_files_need_not_be_readable(self, cache, old_movie):
         keys = hash_movie(cache, old_movie)
         for file in old_movie.iterdir():
-            status = file.stat()
             with file.open("r+b") as opened:
-                opened.write(bytes(status.st_size))
-            os.utime(file, ns=(OLD_NS, OLD_NS))
+                opened.write(bytes(file.stat().st_size))
+            forge(file.name, files=[identity(file)])
         assert hash_movie(cache, old_movie) == keys
         with no_memo(), pytest.raises(MovieError, match="can't read"):
             hash_movie(cache, old_movie)
@@ -410,9 +480,9 @@ class TestMovies:
         tifffile.imwrite(place, image, compression="zlib" if compressed else None)
         if not compressed:
             assert place.stat().st_size == size
-        mtime = OLD_NS if how == "replaced" else OLD_NS + 1
-        os.utime(place, ns=(mtime, mtime))
+        os.utime(place, ns=(OLD_NS, OLD_NS))
         place.replace(file)
+        age(file)
         taken(reads)
         changed = hash_movie(cache, silver_movie)
         expected = ["t002.tif"] if which == "t002.tif" else ["man_seg002.tif", "man_track002.tif"]
@@ -499,16 +569,16 @@ class TestMovies:
             assert (report.computed, report.failed) == expected
             assert "has shape (9, 9)" in report.failures[0].reason
 
-    def test_a_change_without_a_trace_is_found_when_it_is_computed(self, cache, old_movie):
+    def test_a_change_without_a_trace_is_found_when_it_is_computed(
+        self, cache, old_movie, fresh_memo, monkeypatch
+    ):
         hash_movie(cache, old_movie)
         frame = old_movie / "t003.tif"
         tifffile.imwrite(frame, np.ones((48, 64), np.uint16))
-        with no_memo():
-            keys = hash_movie(cache, old_movie)
-        os.utime(frame, ns=(OLD_NS, OLD_NS))
-        status = frame.stat()
-        identity = [status.st_size, status.st_mtime_ns, status.st_ino]
-        forge("t003.tif", files=[identity])
+        monkeypatch.setenv("FEATURE_CACHE_MEMO", "off")
+        keys = hash_movie(cache, old_movie)
+        monkeypatch.setenv("FEATURE_CACHE_MEMO", str(fresh_memo))
+        forge("t003.tif", files=[identity(frame)])
         movie = Movie.open(old_movie)
         with pytest.raises(FrameError, match="changed since it was hashed: open the movie anew"):
             cache.get_or_compute(movie.frames, movie.masks, FakeBackbone())
@@ -537,6 +607,12 @@ class TestMovies:
             assert not any(name.startswith("man_track") for name in names)
             wrapped.warm()
             taken(reads)
+
+
+def identity(file: Path) -> list[int]:
+    status = file.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return [status.st_size, *times, status.st_ino, status.st_dev]
 
 
 def forge(name: str, **changes: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import tifffile
 import torch
 import yaml
 
+from aging import age, hurry
 from crowd import content
 from feature_cache import Augmentations, FeatureCache, Movie, movies
 from feature_cache import backbones as registry
@@ -149,9 +149,9 @@ class TestPlan:
         assert 0.5 < plan.bytes / written < 2
 
     def test_reads_no_pixel_that_is_remembered(self, cache, small_folder, monkeypatch):
+        hurry(monkeypatch)
         root = small_folder()
-        for file in root.parent.rglob("*.tif"):
-            os.utime(file, (1e9, 1e9))
+        age(root.parent)
         plan_warm(cache, [Source(str(root))], FakeBackbone())
         monkeypatch.setattr(movies, "read_tiff", lambda file: pytest.fail(f"{file} was read"))
         assert plan_warm(cache, [Source(str(root))], FakeBackbone()).missing == 6

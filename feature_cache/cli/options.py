@@ -163,7 +163,7 @@ NoMemoOption = Annotated[
     typer.Option(
         "--no-memo",
         callback=_switch_memo_off,
-        help="Read every file; neither recall nor remember digests.",
+        help="Read every file, and replace what is remembered of it.",
     ),
 ]
 

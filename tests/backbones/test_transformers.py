@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import os
 import pickle
 import sys
-import time
 
 import pytest
 import torch
 
+from aging import age, hurry
 from comparison import relative_error
 from feature_cache import (
     BackboneError,
@@ -207,10 +206,10 @@ class TestEach:
         assert load_backbone(name, device="cpu").spec == random(name).spec
         assert set(asked) == {(name, "model.safetensors")}
 
-    def test_a_warm_start_loads_no_weights(self, random, tmp_path, name):
+    def test_a_warm_start_loads_no_weights(self, random, tmp_path, name, monkeypatch):
+        hurry(monkeypatch)
         random(name).module.save_pretrained(tmp_path)
-        then = time.time() - 10
-        os.utime(tmp_path / "model.safetensors", (then, then))
+        age(tmp_path)
         first, second = (load_backbone(name, tmp_path, "cpu") for _ in range(2))
         assert first.spec == second.spec
         assert "module" in vars(first)
