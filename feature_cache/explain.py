@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .hashing import JSON, canonical_json
-from .spec import describe
+from .spec import describe, differences, short_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +96,15 @@ def _nearest_record(
         return _other_draw(source, same, copies)
     same = _matching(sources, source, "frame_digest")
     if same:
-        found = _short(same[-1]["mask_digest"])
+        found = short_text(same[-1]["mask_digest"])
         return f"labels differ from the mask stored with this frame: {found} stored, " + (
-            f"{_short(source['mask_digest'])} asked"
+            f"{short_text(source['mask_digest'])} asked"
         )
     same = _matching(sources, source, "movie", "frame") if source["movie"] else []
     if same:
-        found = _short(same[-1]["frame_digest"])
+        found = short_text(same[-1]["frame_digest"])
         return f"pixels differ from the record stored for this frame before: {found} stored, " + (
-            f"{_short(source['frame_digest'])} asked"
+            f"{short_text(source['frame_digest'])} asked"
         )
     return ""
 
@@ -123,25 +123,6 @@ def _matching(
     sources: Sequence[Mapping[str, Any]], source: Mapping[str, Any], *fields: str
 ) -> list[Mapping[str, Any]]:
     return [row for row in sources if all(row.get(f) == source[f] for f in fields)]
-
-
-def differences(stored: JSON, asked: JSON, where: str = "") -> Iterator[str]:
-    """Compare two JSON values field by field; one line for each that differs."""
-    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
-        for name in sorted({*stored, *asked}):
-            inner = f"{where}.{name}" if where else name
-            yield from differences(stored.get(name), asked.get(name), inner)
-    elif canonical_json(stored) != canonical_json(asked):
-        label = where.removeprefix("backbone.")
-        verb = "differ" if label in ("weights", "channels") else "differs"
-        yield f"{label} {verb}: {_short(stored)} stored, {_short(asked)} asked"
-
-
-def _short(value: JSON) -> str:
-    """Write a value, and of a digest only its beginning."""
-    if isinstance(value, str) and len(value) == 32:
-        return f"xxh3 {value[:8]}…"
-    return value if isinstance(value, str) else canonical_json(value)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

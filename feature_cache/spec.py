@@ -6,12 +6,12 @@ Everything here is frozen, becomes canonical JSON, and comes back from it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import UnknownNameError
-from .hashing import JSON, Digest, digest_json
+from .hashing import JSON, Digest, canonical_json, digest_json
 from .pooling import pooling_revision
 
 KEY_VERSION = 1
@@ -189,3 +189,34 @@ def describe(spec: Mapping[str, Any]) -> str:
     """Name a space, given as JSON, in one line for people."""
     backbone, pooling = spec["backbone"], spec["pooling"]
     return f"{backbone['name']} {pooling['name'] if pooling else 'grid'} {spec['dtype']}"
+
+
+def differences(
+    stored: JSON, asked: JSON, words: tuple[str, str] = ("stored", "asked"), where: str = ""
+) -> Iterator[str]:
+    """Compare two specs, or any JSON, field by field; one line for each that differs.
+
+    Parameters
+    ----------
+    stored, asked : JSON
+    words : (str, str)
+        What the first and the second are called.
+    where : str
+        The field that these are.
+    """
+    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
+        for name in sorted({*stored, *asked}):
+            inner = f"{where}.{name}" if where else name
+            yield from differences(stored.get(name), asked.get(name), words, inner)
+    elif canonical_json(stored) != canonical_json(asked):
+        label = where.removeprefix("backbone.")
+        verb = "differ" if label in ("weights", "channels") else "differs"
+        found, wanted = short_text(stored), short_text(asked)
+        yield f"{label} {verb}: {found} {words[0]}, {wanted} {words[1]}"
+
+
+def short_text(value: JSON) -> str:
+    """Write a value, and of a digest only its beginning."""
+    if isinstance(value, str) and len(value) == 32:
+        return f"xxh3 {value[:8]}…"
+    return value if isinstance(value, str) else canonical_json(value)

@@ -42,9 +42,10 @@ from trackastra.utils import none_or_str, seed, str2bool
 
 from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.augment.policy import PRESETS
-from feature_cache.errors import FeatureCacheError
+from feature_cache.errors import BackboneError, FeatureCacheError
 from feature_cache.movies import read_tiff
 from feature_cache.pooling import POOLINGS
+from feature_cache.spec import SpaceSpec
 from feature_cache.trackastra import (
     BestModel,
     CachedDataModule,
@@ -53,6 +54,7 @@ from feature_cache.trackastra import (
     make_model,
 )
 from feature_cache.trackastra.held import count_masks, folders_of
+from feature_cache.trackastra.model_features import ModelFeatures, check_resumed
 from feature_cache.trackastra.patching import replaced
 from feature_cache.trackastra.shallow import SHALLOW_FEATURES
 
@@ -222,6 +224,29 @@ def choose_model(options: argparse.Namespace, width: int, props: str | None) -> 
     return model
 
 
+def name_features(options: argparse.Namespace, backbone: Any) -> ModelFeatures | None:
+    """Name the features of this training in full."""
+    if backbone is None:
+        return None
+    return ModelFeatures.of(
+        SpaceSpec(backbone.spec, options.pretrained_feats_mode),
+        backbone,
+        options.pretrained_feats_additional_props,
+        options.rotate_features,
+    )
+
+
+def compare_start(options: argparse.Namespace, features: ModelFeatures | None) -> None:
+    """Say where fine-tuning goes on from a model of other features."""
+    try:
+        before = None if options.model is None else ModelFeatures.of_folder(Path(options.model))
+        unlike = before.unlike(features) if before is not None and features is not None else []
+    except BackboneError as error:
+        unlike = [str(error)]
+    for line in unlike:
+        print(f"{options.model} was trained on other features: {line}", file=sys.stderr)
+
+
 def make_data(options: argparse.Namespace, backbone: Any, window: int) -> LightningDataModule:
     common: dict[str, Any] = {
         "input_train": options.input_train,
@@ -346,7 +371,10 @@ def train(options: argparse.Namespace) -> Path:
         device = None if on_gpu(options) else "cpu"
         backbone = load_backbone(options.pretrained_feats_model, options.weights, device)
         props = options.pretrained_feats_additional_props
+    features = name_features(options, backbone)
+    check_resumed(folder, features)
     model = choose_model(options, backbone.spec.width if backbone else 0, props)
+    compare_start(options, features)
     module = TrackingModule(
         model,
         epochs=options.epochs,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning
 import torch
+import yaml
 from trackastra.data import collate_sequence_padding
 from trackastra.data.distributed import BalancedDataModule
 from trackastra_pretrained_feats import TrackingTransformerwPretrainedFeats
@@ -36,6 +37,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, help="of the pretrained features")
     parser.add_argument("--feat_dim", type=int, default=0, help="of the shallow ones")
     return parser.parse_args(arguments)
+
+
+class SaveModel(lightning.Callback):
+    """Writes the model's folder, as the script of pull request 61 does."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+
+    def on_fit_start(self, trainer, module):
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            args = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+            (self.folder / "train_config.yaml").write_text(yaml.safe_dump(args))
+
+    def on_validation_end(self, trainer, module):
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            module.model.save(self.folder)
 
 
 class Training(lightning.LightningModule):
@@ -108,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
         strategy="ddp" if args.devices > 1 else "auto",
         max_epochs=args.epochs,
         default_root_dir=args.outdir,
+        callbacks=[SaveModel(args.outdir / "model", args)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

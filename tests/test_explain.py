@@ -7,7 +7,7 @@ import pytest
 
 from feature_cache import Augmentations, Draw, MissingRecordError, Normalization
 from feature_cache.augment import Brightness
-from feature_cache.explain import differences
+from feature_cache.spec import differences
 from feature_cache.store import Store, inspect
 from feature_cache.testing import FakeBackbone
 

@@ -33,9 +33,15 @@ from feature_cache import (
 from feature_cache.compute import normalize
 from feature_cache.geometry import rotate_features
 from feature_cache.pooling import pool
-from feature_cache.spec import Normalization
+from feature_cache.spec import KEY_VERSION, Normalization, SpaceSpec
 from feature_cache.testing import FakeBackbone
-from feature_cache.trackastra import CachedFeatureExtractor, cached_inference, inference, wrap
+from feature_cache.trackastra import (
+    CachedFeatureExtractor,
+    ModelFeatures,
+    cached_inference,
+    inference,
+    wrap,
+)
 from feature_cache.trackastra.shallow import columns_of
 from synthetic import make_movie
 
@@ -43,6 +49,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`RegionProperties.mean_intensity`:FutureWarning"),
     pytest.mark.filterwarnings("ignore::scipy.sparse.SparseEfficiencyWarning"),
+    # Most models here are as older trainings left them; TestFolders has the others.
+    pytest.mark.filterwarnings("ignore:the model's folder does not name its features:UserWarning"),
 ]
 
 WIDTH = 6
@@ -59,7 +67,7 @@ def make_model(tmp_path, monkeypatch):
     """Write the folder of a small model with random weights, and load it as users do."""
     monkeypatch.chdir(tmp_path)  # where upstream's extractor makes a folder
 
-    def make(*, coord_dim=2, width=WIDTH, **train_args) -> Trackastra:
+    def make(*, coord_dim=2, width=WIDTH, named=None, **train_args) -> Trackastra:
         args = {**TRAIN_ARGS, **train_args}
         columns = columns_of(args["pretrained_feats_additional_props"], coord_dim)
         sizes = {
@@ -81,6 +89,8 @@ def make_model(tmp_path, monkeypatch):
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # open files
             model.save(folder)
             (folder / "train_config.yaml").write_text(yaml.safe_dump(args))
+            if named is not None:
+                named.write(folder)
             return Trackastra.from_folder(folder, device="cpu")
 
     return make
@@ -530,6 +540,151 @@ class TestContext:
             graph = link(model, *small)
         assert nx.utils.graphs_equal(graph, expected)
         assert cache.stats()["records"] == 0
+
+
+def trained_on(
+    backbone, pooling="mean_patches_exact", dtype="float16", props="regionprops2", rotated=False
+):
+    """Name the features of a training, as it does itself."""
+    return ModelFeatures.of(SpaceSpec(backbone.spec, pooling, dtype), backbone, props, rotated)
+
+
+class TestFolders:
+    """Model folders that name their features in full, and those that don't."""
+
+    def test_the_same_features_are_tracked_on_without_a_word(self, make_model, small, cache):
+        backbone = FakeBackbone(dim=WIDTH)
+        model = make_model(named=trained_on(backbone, dtype="float32"))
+        with (
+            warnings.catch_warnings(action="error", category=UserWarning),
+            cached_inference(cache, backbone=backbone),
+        ):
+            assert link(model, *small).number_of_edges() > 3
+        assert all(cache.contains(*small, backbone, dtype="float32"))
+
+    @pytest.mark.parametrize(
+        ("trained", "backbone", "options", "says"),
+        [
+            ({}, {"seed": 1}, {}, "weights differ: xxh3 .*… in training, xxh3 .*… now"),
+            ({}, {"stride": 4}, {}, "stride differs: 8 in training, 4 now; weights differ"),
+            (
+                {},
+                {"normalization": Normalization("percentile", 2)},
+                {},
+                r"normalization.low differs: 1.0 in training, 2.0 now",
+            ),
+            ({}, {"dim": 5}, {}, "width differs: 6 in training, 5 now"),
+            ({}, {}, {"dtype": "float32"}, "dtype differs: float16 in training, float32 now"),
+            ({"dtype": "float32"}, {}, {"dtype": "float16"}, "dtype differs: float32 in training"),
+            ({"pooling": "nearest_patch"}, {}, {}, "pooling.name differs: nearest_patch in tr"),
+            ({"props": None}, {}, {}, "additional_props differs: null in training, regionprops2"),
+            ({"rotated": True}, {}, {}, "rotate_features differs: true in training, false now"),
+        ],
+    )
+    def test_others_are_refused_by_the_fields_that_differ(
+        self, make_model, small, cache, trained, backbone, options, says
+    ):
+        model = make_model(named=trained_on(FakeBackbone(WIDTH), **trained), rotate_features=False)
+        given = FakeBackbone(**{"dim": WIDTH, **backbone})
+        with (
+            cached_inference(cache, backbone=given, **options),
+            pytest.raises(
+                BackboneError, match=f"the model was trained on other features: .*{says}"
+            ),
+        ):
+            link(model, *small)
+        assert cache.stats()["records"] == 0
+
+    def test_words_that_train_config_lacks_are_those_of_training(self, make_model, small, cache):
+        model = make_model(named=trained_on(FakeBackbone(WIDTH), rotated=True))
+        del model.train_args["pretrained_feats_additional_props"]
+        with cached_inference(cache, backbone=FakeBackbone(WIDTH)):
+            turned = predict(model, *small)["weights"]
+        model = make_model(named=trained_on(FakeBackbone(WIDTH)))
+        with cached_inference(cache, backbone=FakeBackbone(WIDTH)):
+            assert predict(model, *small)["weights"] != turned
+
+    def test_their_backbone_is_built_with_its_options_and_weights(self, make_model, small, cache):
+        backbone = load_backbone("efficientnet-lite0", "random:3", layer="stride-8")
+        model = make_model(named=trained_on(backbone), width=backbone.spec.width)
+        with cached_inference(cache):
+            link(model, *small)
+        assert all(cache.contains(*small, backbone))
+        for given in (
+            {"weights": "random:4"},
+            {"backbone": "efficientnet-lite0", "weights": "random:4"},
+        ):
+            with (
+                cached_inference(cache, **given),
+                pytest.raises(BackboneError, match=r"other features: weights differ: [^;]*; pass"),
+            ):
+                link(model, *small)
+        with (
+            cached_inference(cache, backbone="debug/random"),
+            pytest.raises(
+                BackboneError, match="name differs: efficientnet-lite0 in training, debug"
+            ),
+        ):
+            link(model, *small)
+
+    def test_weights_that_were_replaced_or_are_gone(self, make_model, small, cache, tmp_path):
+        file = tmp_path / "last.pt"
+        name, states = (
+            "efficientnet-lite0",
+            [
+                load_backbone("efficientnet-lite0", f"random:{seed}").module.state_dict()
+                for seed in range(2)
+            ],
+        )
+        torch.save(states[0], file)
+        trained = trained_on(load_backbone(name, file))
+        torch.save(states[1], file)
+        model = make_model(named=trained, width=112)
+        with (
+            cached_inference(cache),
+            pytest.raises(BackboneError, match="other features: weights differ"),
+        ):
+            link(model, *small)
+        file.unlink()
+        with (
+            cached_inference(cache),
+            pytest.raises(BackboneError, match=r"no weights at .*last\.pt"),
+        ):
+            link(model, *small)
+        with cached_inference(cache, weights="random:0"):
+            assert link(model, *small).number_of_edges() > 3
+
+    @pytest.mark.parametrize(
+        ("before", "after", "says"),
+        [
+            (f'"key_version": {KEY_VERSION}', '"key_version": 0', "has key version 0, and this"),
+            ('"space"', '"spce"', "names no features"),
+            ('"space": {', "", "names no features"),
+        ],
+    )
+    def test_what_this_version_cannot_read_is_refused(
+        self, make_model, small, cache, before, after, says
+    ):
+        model = make_model(named=trained_on(FakeBackbone(WIDTH)))
+        text = model.train_args["pretrained_feats_spec"].replace('":', '": ')
+        assert before in text
+        model.train_args["pretrained_feats_spec"] = text.replace(before, after, 1)
+        with (
+            cached_inference(cache, backbone=FakeBackbone(WIDTH)),
+            pytest.raises(BackboneError, match=says),
+        ):
+            link(model, *small)
+
+    def test_older_ones_are_taken_at_their_word_with_one_warning(self, make_model, small, cache):
+        model = make_model()
+        with (
+            cached_inference(cache, backbone=FakeBackbone(WIDTH)),
+            warnings.catch_warnings(action="always", record=True) as said,
+        ):
+            link(model, *small)
+            link(model, *small)
+        texts = [str(one.message) for one in said]
+        assert sum("fake has the weights, layer, options" in text for text in texts) == 1
 
 
 class TestErrors:

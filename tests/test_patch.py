@@ -12,17 +12,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from joblib import parallel_config
 from torch.utils.data import ConcatDataset, DataLoader
 from trackastra.data import CTCData, collate_sequence_padding, distributed
 from trackastra.data.distributed import BalancedDataModule
+from trackastra.model import TrackingTransformer
+from trackastra_pretrained_feats import TrackingTransformerwPretrainedFeats
 
 import standin
 from feature_cache import Augmentations, BackboneError, FeatureCache
 from feature_cache.dataset import choose_copy
 from feature_cache.movies import write_movie
+from feature_cache.spec import SpaceSpec
 from feature_cache.testing import FakeBackbone
-from feature_cache.trackastra import CachedCTCData, patch, patching
+from feature_cache.trackastra import CachedCTCData, ModelFeatures, patch, patching
 from feature_cache.trackastra import run as command
 from serving import embeddings, nothing_left
 from synthetic import make_movie
@@ -32,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`RegionProperties.mean_intensity`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning, with newer torch
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # of models saved upstream
 ]
 
 FRAMES, WINDOW, DIM = 8, 3, 4
@@ -43,6 +48,7 @@ REPLACED = [
     (distributed, "BalancedBatchSampler"),
     (distributed, "BalancedDistributedSampler"),
     (distributed, "DataLoader"),
+    (TrackingTransformer, "save"),
 ]
 
 
@@ -96,6 +102,12 @@ def test_a_script_of_pull_request_61_trains_on_augmented_copies(movies, tmp_path
     ):
         standin.main(standin.parse(arguments))
     assert np.isfinite(np.loadtxt(tmp_path / "losses-0")).all()
+    spec = SpaceSpec(backbone.spec, "nearest_patch")
+    named = ModelFeatures.of(spec, backbone, "regionprops_small", False)
+    assert ModelFeatures.of_folder(tmp_path / "model") == named
+    told = yaml.safe_load((tmp_path / "model" / "train_config.yaml").read_text())
+    assert told["features"] == "pretrained_feats_aug"
+    assert ModelFeatures.of_model(told) == named
     assert not (tmp_path / "pickles").exists()
     assert set(embeddings(tmp_path / "embedded").values()) == {1}
     training = [entry for entry in seen if entry[0] != "three"]
@@ -240,6 +252,44 @@ def test_no_augmentation_means_no_copies_and_a_warning(movies, cache):
         assert "copy" not in data[0]
         load(movies / "one/01", features="pretrained_feats_aug", augment=1)
         load(movies / "two/01", features="pretrained_feats_aug")  # for validation: no warning
+
+
+def save_model(folder: Path, dim: int = DIM) -> None:
+    sizes = {"d_model": 16, "nhead": 2, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    model = TrackingTransformerwPretrainedFeats(
+        coord_dim=2, feat_dim=0, pos_embed_per_dim=4, window=WINDOW, pretrained_feat_dim=dim,
+        reduced_pretrained_feat_dim=8, feat_embed_per_dim=2, **sizes,
+    )  # fmt: skip
+    model.save(folder)
+
+
+class TestModels:
+    """What is written beside a model that upstream's script saves."""
+
+    def load(self, movies, name="one", **options):
+        load(movies / name / "01", features="pretrained_feats", **options)
+
+    def test_one_of_other_features_is_not_overwritten(self, movies, cache, tmp_path):
+        with patch(cache, backbone=FakeBackbone(DIM)):
+            self.load(movies)
+            save_model(tmp_path / "model")
+        written = (tmp_path / "model" / "model.pt").read_bytes()
+        with patch(cache, backbone=FakeBackbone(DIM, seed=1)):
+            self.load(movies)
+            with pytest.raises(BackboneError, match="trained on other features: weights differ"):
+                save_model(tmp_path / "model")
+        assert (tmp_path / "model" / "model.pt").read_bytes() == written
+
+    def test_none_are_named_that_can_not_be_told(self, movies, cache, tmp_path, caplog):
+        with patch(cache, backbone=FakeBackbone(DIM)):
+            self.load(movies)
+            save_model(tmp_path / "wide", dim=DIM + 1)
+            self.load(movies, "two", rotate_features=True)
+            save_model(tmp_path / "model")
+        assert "2 kinds of features were given to datasets of width 4" in caplog.text
+        for name in ("wide", "model"):
+            assert (tmp_path / name / "model.pt").exists()
+            assert ModelFeatures.of_folder(tmp_path / name) is None
 
 
 def test_a_backbone_must_be_named(movies, cache):

@@ -15,9 +15,16 @@ import yaml
 from joblib import parallel_config
 from trackastra.model import Trackastra
 
-from feature_cache import Movie
+from feature_cache import BackboneError, Movie, load_backbone
 from feature_cache.movies import link_by_overlap, write_movie
-from feature_cache.trackastra import cached_inference, make_model, score_tracks, write_tracks
+from feature_cache.spec import SpaceSpec
+from feature_cache.trackastra import (
+    ModelFeatures,
+    cached_inference,
+    make_model,
+    score_tracks,
+    write_tracks,
+)
 from feature_cache.trackastra.training import save_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_trackastra.py"
@@ -104,6 +111,40 @@ def test_a_model_to_fine_tune_must_be_what_is_asked(script, config, tmp_path):
         script.choose_model(script.parse_options(config(model=str(folder))), 0, "regionprops2")
 
 
+def fake_features(backbone: str = "efficientnet-lite0") -> ModelFeatures:
+    model = load_backbone(backbone, "random:0", "cpu")
+    return ModelFeatures.of(SpaceSpec(model.spec), model, None, True)
+
+
+def test_a_training_goes_on_only_with_the_same_features(script, config, tmp_path):
+    """It ends before a movie is read."""
+    (tmp_path / "run").mkdir()
+    fake_features().write(tmp_path / "run")
+    given = {
+        "features": "pretrained_feats", "cache": str(tmp_path / "cache"), "device": "cpu",
+        "outdir": str(tmp_path), "timestamp": False, "pretrained_feats_model": "efficientnet-lite0",
+    }  # fmt: skip
+    for options, says in (
+        ({"weights": "random:1"}, "weights differ: xxh3"),
+        ({"weights": "random:0", "rotate_features": False}, "rotate_features differs: true in tr"),
+        ({"features": "wrfeat"}, "and now there are none"),
+    ):
+        with pytest.raises(BackboneError, match=f"run holds a model that .*{says}"):
+            script.train(script.parse_options(config(**{**given, **options})))
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["features.json"]
+
+
+def test_fine_tuning_on_other_features_says_which(script, config, tmp_path, capsys):
+    fake_features().write(tmp_path)
+    options = script.parse_options(config(model=str(tmp_path)))
+    script.compare_start(options, fake_features())
+    assert capsys.readouterr().err == ""
+    script.compare_start(options, fake_features("debug/random"))
+    assert "was trained on other features: name differs: efficient" in capsys.readouterr().err
+    script.compare_start(script.parse_options(config()), fake_features())
+    assert capsys.readouterr().err == ""
+
+
 def break_a_frame(movie: Path) -> None:
     frame = movie / "t002.tif"
     frame.write_bytes(frame.read_bytes()[:-400] + bytes(400))
@@ -187,7 +228,11 @@ def test_from_movies_to_tracks(hela, tmp_path):
         assert len(losses) == options["epochs"]
         assert losses[-1] < 0.7 * losses[0], losses
 
+    backbone = load_backbone("efficientnet-lite0", device="cpu")
+    named = ModelFeatures.of(SpaceSpec(backbone.spec), backbone, "regionprops2", True)
+    assert ModelFeatures.of_folder(tmp_path / "hela") == named
     model = Trackastra.from_folder(tmp_path / "hela", device="cpu")
+    assert ModelFeatures.of_model(model.train_args) == named
     movie = Movie.open(roots["val"])
     frames, masks = np.stack(list(movie.frames)), np.stack(list(movie.masks))
     with cached_inference(tmp_path / "cache") as cache:

@@ -9,15 +9,17 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from lightning import Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm
 
+from feature_cache import BackboneError
 from feature_cache.testing import FakeBackbone
-from feature_cache.trackastra import wrap
+from feature_cache.trackastra import ModelFeatures, wrap
 from feature_cache.trackastra.training import (
     BestModel,
     TrackingModule,
@@ -226,7 +228,10 @@ def test_training_writes_the_model_of_the_best_validation_loss(small_folder, cac
     best = BestModel(folder, {"features": "pretrained_feats"})
     module = TrackingModule(model, epochs=3, warmup_epochs=1, learning_rate=1e-2)
     trainer(best).fit(module, loader(data), loader(data))
-    assert (folder / "train_config.yaml").read_text() == "features: pretrained_feats\n"
+    written = yaml.safe_load((folder / "train_config.yaml").read_text())
+    assert written.pop("features") == "pretrained_feats"
+    assert ModelFeatures.of_model(written) == ModelFeatures.of_folder(folder)
+    assert ModelFeatures.of_folder(folder) == ModelFeatures.of_data(data)
     again = TrackingTransformer.from_folder(folder)
     assert again.config == model.config
     found = trainer().validate(TrackingModule(again, epochs=1), loader(data), verbose=False)
@@ -252,6 +257,41 @@ def test_a_resumed_training_keeps_a_better_model_of_before(small_folder, cache, 
     written = (folder / "model.pt").read_bytes()
     assert run(2, ckpt_path=str(checkpoint)) == 1e-9
     assert (folder / "model.pt").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("backbone", "says"),
+    [
+        (FakeBackbone(dim=8, seed=1), "on other features: weights differ: .* in training, .* now"),
+        (None, "pretrained features of fake mean_patches_exact float16, and now there are none"),
+    ],
+)
+def test_a_folder_of_other_features_is_refused_and_kept(
+    small_folder, cache, tmp_path, backbone, says
+):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    ModelFeatures.of_data(samples(small_folder, cache)).write(folder)
+    before = (folder / "features.json").read_bytes()
+    data = CTCData(str(small_folder()), window_size=3)
+    if backbone is not None:
+        data = wrap(data, cache, backbone)
+    model = make_model(pretrained_feat_dim=0 if backbone is None else 8, **SMALL)
+    with pytest.raises(BackboneError, match=says):
+        trainer(BestModel(folder, {}), epochs=1).fit(
+            TrackingModule(model, epochs=1), loader(data), loader(data)
+        )
+    assert [file.name for file in folder.iterdir()] == ["features.json"]
+    assert (folder / "features.json").read_bytes() == before
+
+
+def test_sets_of_different_features_are_refused(small_folder, cache):
+    sets = [
+        wrap(CTCData(str(small_folder()), window_size=3), cache, FakeBackbone(dim=8), dtype=dtype)
+        for dtype in ("float16", "float32")
+    ]
+    with pytest.raises(BackboneError, match="dtype differs: float16 in one, float32 in another"):
+        ModelFeatures.of_data(ConcatDataset(sets))
 
 
 def test_a_loss_that_is_no_number_ends_the_training(small_folder, cache):

@@ -71,20 +71,21 @@ def load_backbone(
     BackboneError
         Another package's entry point can't be loaded, or gives no backbone.
     """
+    factory = find_factory(name)
+    _check_options(name, factory, options)
+    backbone = factory(name, weights, device, dtype, **options)
+    if not callable(getattr(backbone, "embed", None)):
+        raise BackboneError(f"{factory} gave no backbone for {name!r}: it has no embed()")
+    return cast("Backbone", backbone)
+
+
+def find_factory(name: str) -> Callable[..., object]:
+    """Give what makes a backbone of this name; errors as `load_backbone`."""
     known = list_backbones()
     info = next((info for info in known if info.fits(name)), None)
     if info is None:
         names = [info.name for info in known]
         raise UnknownNameError("backbone", name, names, "feature-cache backbones")
-    factory = _load_factory(info)
-    _check_options(name, factory, options)
-    backbone = factory(name, weights, device, dtype, **options)
-    if not callable(getattr(backbone, "embed", None)):
-        raise BackboneError(f"{info.factory} gave no backbone for {name!r}: it has no embed()")
-    return cast("Backbone", backbone)
-
-
-def _load_factory(info: BackboneInfo) -> Callable[..., object]:
     try:
         factory = EntryPoint(info.name, info.factory, ENTRY_POINTS).load()
     except (ImportError, AttributeError) as error:

@@ -64,6 +64,15 @@ class Timm(TorchBackbone):
         self.input_size = None if input_size is None else check_input_size(input_size, 1, name)
         self.layer = layer
 
+    @classmethod
+    def options_of(cls, spec: BackboneSpec) -> dict[str, Any]:
+        """Give the options of a spec, which names the layer as the model does."""
+        with torch.device("meta"):
+            network = cls(spec.name)._create()
+        layers = [level["module"] for level in getattr(network, "feature_info", [])]
+        layer = {"layer": layers.index(spec.layer)} if spec.layer in layers else {}
+        return {"input_size": spec.input_size, **layer}
+
     @cached_property
     def _plan(self) -> _Plan:
         """What the architecture says, from a model without weights."""

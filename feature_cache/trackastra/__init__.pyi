@@ -9,6 +9,7 @@ from .inference import CachedFeatureExtractor as CachedFeatureExtractor
 from .inference import cached_inference as cached_inference
 from .metrics import score_tracks as score_tracks
 from .metrics import write_tracks as write_tracks
+from .model_features import ModelFeatures as ModelFeatures
 from .patching import patch as patch
 from .shallow import SHALLOW_FEATURES as SHALLOW_FEATURES
 from .training import BestModel as BestModel

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,11 +23,14 @@ from trackastra.data import wrfeat as _wrfeat
 from trackastra.model import model_api as _api
 
 from ..backbones import load_backbone
+from ..backbones.alike import load_alike
 from ..cache import FeatureCache, MovieFeatures, check_batch_size
 from ..dataset import TokenFeatures
 from ..errors import BackboneError, MissingDependencyError, MovieError
 from ..geometry import rotate_features as rotate
+from ..hashing import Digest, digest_json
 from ..store import Usage
+from .model_features import ModelFeatures, check_equal
 from .shallow import check_props, measure_regions
 
 if TYPE_CHECKING:
@@ -191,7 +196,7 @@ def cached_inference(
     *,
     backbone: Backbone | str | None = None,
     weights: str | Path | None = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
     keep_grids: bool = False,
     batch_size: int = 8,
     progress: bool = True,
@@ -207,16 +212,22 @@ def cached_inference(
     Frames are hashed as they are handed to Trackastra, before it normalises the movie: hand them
     over as loaded.
 
+    A model's folder names the features of its training in full. Tracking has the same, or is
+    refused: backbone, weights, layer, options, normalisation, pooling, storage dtype, shallow
+    features, rotation. Folders of older trainings, and of trackastra-pretrained-feats, name a model
+    and a pooling: they are taken at their word, with a warning that says what is not known.
+
     Parameters
     ----------
     cache : FeatureCache or path
     backbone : Backbone or str, optional
-        By default the ``pretrained_feats_model`` of the model's training, loaded by
-        `load_backbone` on the model's device when it is first needed, once in this context.
+        By default that of the model's training, loaded by `load_backbone` on the model's device
+        when it is first needed, once in this context.
     weights : str or Path, optional
-        Of a backbone that is loaded by name; as `load_backbone`.
-    dtype : str
-        Storage dtype; that of training, to find its records.
+        Of a backbone that is loaded by name, as `load_backbone`; by default those that training
+        loaded.
+    dtype : str, optional
+        Storage dtype; by default that of training, or float16 where that is not known.
     keep_grids : bool
         Keep the float32 grids of the frames that are embedded, so that other masks of them need no
         embedding.
@@ -236,7 +247,12 @@ def cached_inference(
     ValueError
         `weights` for a backbone that is loaded, or a `batch_size` below 1.
     In ``track``: as `FeatureCache.get_or_compute`, `load_backbone` and `CachedFeatureExtractor`;
-    BackboneError also where the model was trained on features of another width.
+    BackboneError also where the model was trained on other features; says what differs.
+
+    Warns
+    -----
+    UserWarning
+        In ``track``, once for each model: its folder does not name its features in full.
 
     Notes
     -----
@@ -281,36 +297,70 @@ class _Inference:
     cache: FeatureCache
     backbone: Backbone | str | None
     weights: str | Path | None
-    dtype: str
+    dtype: str | None
     keep_grids: bool
     batch_size: int
     progress: bool
-    _loaded: dict[tuple[str, str], Backbone] = field(default_factory=dict)
+    _loaded: dict[Digest, Backbone] = field(default_factory=dict)
+    _warned: WeakSet[Any] = field(default_factory=WeakSet)
 
     def extractor_for(self, model: Any, imgs: Any, masks: Any) -> CachedFeatureExtractor:
         """Make the extractor of a movie for a `Trackastra` model."""
         args = model.train_args
-        backbone = self._backbone_for(args["pretrained_feats_model"], model.device)
-        _check_width(model.transformer, backbone)
+        trained = ModelFeatures.of_model(args)
+        dtype = self.dtype or ("float16" if trained is None else trained.space["dtype"])
+        backbone = self._backbone_for(args, trained, model.device)
         movie = self.cache.movie(
-            imgs, masks, backbone, pooling=args["pretrained_feats_mode"], dtype=self.dtype
+            imgs, masks, backbone, pooling=args["pretrained_feats_mode"], dtype=dtype
         )
+        props = args.get("pretrained_feats_additional_props", trained and trained.additional_props)
+        rotated = bool(args.get("rotate_features", trained and trained.rotate_features))
+        if trained is None:
+            self._warn(model, backbone)
+        else:
+            now = ModelFeatures.of(movie.spec, backbone, props, rotated)
+            check_equal(
+                trained, now, "the model was trained on other features", "pass the backbone and "
+                "weights of its training to cached_inference, or train it again",
+            )  # fmt: skip
+        _check_width(model.transformer, backbone)
         return CachedFeatureExtractor(
             movie,
-            additional_features=args.get("pretrained_feats_additional_props"),
-            rotate_features=bool(args.get("rotate_features")),
+            additional_features=props,
+            rotate_features=rotated,
             batch_size=self.batch_size,
             keep_grids=self.keep_grids,
             progress=self.progress,
         )
 
-    def _backbone_for(self, name: str, device: str) -> Backbone:
+    def _backbone_for(
+        self, args: Mapping[str, Any], trained: ModelFeatures | None, device: str
+    ) -> Backbone:
         if self.backbone is not None and not isinstance(self.backbone, str):
             return self.backbone
-        wanted = self.backbone or name, device
+        spec = None if trained is None else trained.backbone
+        name = self.backbone or (args["pretrained_feats_model"] if spec is None else spec.name)
+        alike = spec if spec is not None and spec.name == name else None
+        wanted = digest_json([name, device, alike and alike.to_json()])
         if wanted not in self._loaded:
-            self._loaded[wanted] = load_backbone(wanted[0], self.weights, device)
+            if alike is None or trained is None:
+                self._loaded[wanted] = load_backbone(name, self.weights, device)
+            else:
+                weights = self.weights or trained.weights
+                self._loaded[wanted] = load_alike(alike, weights, device)
         return self._loaded[wanted]
+
+    def _warn(self, model: Any, backbone: Backbone) -> None:
+        """Say what can't be compared."""
+        if model not in self._warned:
+            self._warned.add(model)
+            warnings.warn(
+                "the model's folder does not name its features in full, as training with "
+                f"feature_cache writes them now: whether {backbone.spec.name} has the weights, "
+                "layer, options, normalisation and storage dtype of its training is not known; "
+                "only the width is compared",
+                stacklevel=2,
+            )
 
 
 def _check_width(transformer: Any, backbone: Backbone) -> None:

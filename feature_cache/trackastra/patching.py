@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackastra.data import distributed as _distributed
 from trackastra.data.data import CTCData
+from trackastra.model import TrackingTransformer
 
 from ..augment import Augmentations, Policy
 from ..backbones import load_backbone
@@ -23,6 +25,7 @@ from ..dataset import OnMiss
 from ..errors import BackboneError
 from .datamodule import EpochBatchSampler, EpochDistributedSampler, LateDataLoader
 from .dataset import CachedCTCData, Geometry, check_words, wrap
+from .model_features import ModelFeatures, check_resumed
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -31,6 +34,7 @@ PRETRAINED = ("pretrained_feats", "pretrained_feats_aug")
 """The ``features`` of a `CTCData` that `patch` provides."""
 
 Arguments = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -65,6 +69,9 @@ def patch(
                                                   and ``augment`` is above 0 (in training)
     ============================================  =================================================
 
+    A model of pretrained features that is saved inside has them named in full beside it, as by
+    `BestModel`.
+
     A `BalancedDataModule` used inside pickles no such datasets (upstream's names for them say
     nothing of their contents), loads them once, and passes the epoch on to the copies.
 
@@ -90,8 +97,8 @@ def patch(
     UnknownNameError, DrawError
         No such backbone, policy, geometry or `on_miss`.
     BackboneError
-        Inside: neither `backbone` nor ``pretrained_feats_model`` names a backbone. Inside, all that
-        `wrap` raises too.
+        Inside: neither `backbone` nor ``pretrained_feats_model`` names a backbone; a model is saved
+        where one of other features is. Inside, all that `wrap` raises too.
 
     Notes
     -----
@@ -120,6 +127,7 @@ def patch(
         (_distributed, "BalancedBatchSampler", EpochBatchSampler),
         (_distributed, "BalancedDistributedSampler", EpochDistributedSampler),
         (_distributed, "DataLoader", LateDataLoader),
+        (TrackingTransformer, "save", _saving(TrackingTransformer.save, provider)),
     ]
     with ExitStack() as stack:
         for owner, name, value in replacements:
@@ -148,6 +156,7 @@ class _Provider:
     augmentations: Augmentations
     options: Mapping[str, Any]
     augmented: bool = field(default=False, init=False)
+    given: list[ModelFeatures] = field(default_factory=list, init=False)
 
     def provide(self, data: Any, asked: Arguments) -> CachedCTCData:
         cached: CachedCTCData = wrap(
@@ -160,7 +169,21 @@ class _Provider:
             rotate_features=asked.get("rotate_features", False),
             **self.options,
         )
+        named = ModelFeatures.of_data(cached)
+        if named is not None and named not in self.given:
+            self.given.append(named)
         return cached
+
+    def features_of(self, model: Any) -> ModelFeatures | None:
+        """Give the features that a model is trained on; None where that can't be told."""
+        width = model.config.get("pretrained_feat_dim", 0)
+        fitting = [one for one in self.given if one.backbone.width == width]
+        if len(fitting) > 1:
+            _log.warning(
+                "%d kinds of features were given to datasets of width %d: a model that is saved "
+                "names none; use a patch() for each training", len(fitting), width,
+            )  # fmt: skip
+        return fitting[0] if len(fitting) == 1 else None
 
     def _backbone_of(self, asked: Arguments) -> Backbone:
         if self.backbone is not None:
@@ -204,6 +227,19 @@ def _loading(original: Callable[..., None], provider: _Provider) -> Callable[...
         self.__class__ = CachedCTCData
 
     return load
+
+
+def _saving(original: Callable[..., None], provider: _Provider) -> Callable[..., None]:
+    @wraps(original)
+    def save(self: Any, folder: str | os.PathLike[str]) -> None:
+        features, target = provider.features_of(self), Path(folder)
+        if features is not None:
+            check_resumed(target, features)
+            target.mkdir(parents=True, exist_ok=True)
+            features.write(target)
+        original(self, folder)
+
+    return save
 
 
 def _preparing(original: Callable[[Any], None]) -> Callable[[Any], None]:

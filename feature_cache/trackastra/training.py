@@ -22,6 +22,7 @@ from trackastra.utils import blockwise_causal_norm, blockwise_sum
 from trackastra_pretrained_feats import TrackingTransformerwPretrainedFeats
 
 from .inference import whole_batches
+from .model_features import ModelFeatures, check_resumed
 from .shallow import columns_of
 
 Batch = Mapping[str, Tensor]
@@ -255,8 +256,9 @@ def save_model(model: Any, folder: Path) -> None:
 class BestModel(Callback):
     """Writes a model folder that ``Trackastra.from_folder`` loads: the best ``val_loss`` so far.
 
-    The best loss is in Lightning's checkpoints, so a training that is resumed keeps a better model
-    of before.
+    Where samples are of `wrap`, it names their features in full (`ModelFeatures`), so that
+    `cached_inference` can tell whether it has the same. The best loss is in Lightning's
+    checkpoints, so a training that is resumed keeps a better model of before.
 
     Parameters
     ----------
@@ -265,16 +267,25 @@ class BestModel(Callback):
         For ``train_config.yaml``: plain values, what inference needs among them (``features``,
         ``pretrained_feats_model``, ``pretrained_feats_mode``,
         ``pretrained_feats_additional_props``, ``rotate_features``).
+
+    Raises
+    ------
+    BackboneError
+        When training starts: the folder's model was trained on other features.
     """
 
     def __init__(self, folder: str | os.PathLike[str], train_args: Mapping[str, Any]) -> None:
         self.folder, self.train_args, self.best = Path(folder), dict(train_args), math.inf
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``train_config.yaml``."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``train_config.yaml``, and ``features.json`` where there are features to name."""
+        features = ModelFeatures.of_data(getattr(trainer.train_dataloader, "dataset", None))
+        check_resumed(self.folder, features)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "train_config.yaml").write_text(yaml.safe_dump(self.train_args))
+            if features is not None:
+                features.write(self.folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model where it is better than before."""
