@@ -19,7 +19,7 @@ LAYERS = [
     {"spec", "movies"},
     {"augment", "backbones"},
     {"key"},
-    {"store", "compute", "explain"},
+    {"store", "compute", "explain", "rounding"},
     {"cache"},
     {"warm", "geometry", "doctor", "service", "batch"},
     {"dataset", "report"},
