@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # or CTCData starts 8 processes a movie
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each worker of pytest
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from hypothesis import settings
 
 from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
+from processes import LAST_SECONDS, abort_children
 from synthetic import make_movie
 
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]  # they have no doctests
@@ -21,6 +27,24 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or Ctrl-C could not be tested
 settings.register_profile("tests", deadline=None)  # no test asserts on a time
 settings.load_profile("tests")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Any:
+    """Have a test whose time is over show where its processes are, before it fails."""
+    made = yield
+    if settings.method == "signal":
+        fail: Any = signal.getsignal(signal.SIGALRM)
+
+        def alarm(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGALRM, fail)
+            if abort_children():
+                signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)
+            else:
+                fail(number, frame)
+
+        signal.signal(signal.SIGALRM, alarm)
+    return made
 
 
 @pytest.fixture(autouse=True, scope="session")

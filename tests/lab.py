@@ -19,6 +19,7 @@ from crowd import content
 from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
 from feature_cache.store.pack import read_keys
+from processes import outcome
 from synthetic import make_movie
 
 BACKBONE = """
@@ -135,7 +136,7 @@ class Cluster:
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
     """Wait for a command; give its report."""
-    out, err = process.communicate(timeout=120)
+    out, err = outcome(process, 120)
     assert process.returncode == code, f"exit {process.returncode}: {err}"
     report: dict[str, Any] = json.loads(out.splitlines()[-1])
     return report
@@ -144,13 +145,13 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
 def end(process: subprocess.Popen[str], number: signal.Signals) -> str:
     """Send a signal, and wait for the end; give what was said."""
     process.send_signal(number)
-    return process.communicate(timeout=120)[1]
+    return outcome(process, 120)[1]
 
 
 def interrupt(process: subprocess.Popen[str]) -> str:
     """Send Ctrl-C as a terminal does, to the whole process group; wait for the end of them all."""
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
+    said = outcome(process, 120)[1]
     wait_until(lambda: not members(process.pid), "the last process to end")
     return said
 

@@ -11,6 +11,7 @@ import pexpect
 import pytest
 
 from lab import members
+from processes import outcome
 from serving import FRAMES, damage, embeddings, nothing_left, sockets, wait_until
 
 SHELLS = {
@@ -60,7 +61,7 @@ def test_an_epoch_is_interrupted_and_another_one_works(
             env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipython")},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        out, err = notebook.communicate(timeout=120)
+        out, err = outcome(notebook, 120)
         assert notebook.returncode == 0, err
         assert (out + err).count("KeyboardInterrupt") >= 1
         assert f"an epoch of {FRAMES - 3}" in out, err

@@ -37,6 +37,7 @@ from feature_cache.service.client import hurry
 from feature_cache.service.misses import plan_block
 from feature_cache.service.progress import Progress
 from feature_cache.testing import FakeBackbone
+from processes import outcome
 from serving import (
     FRAMES,
     WINDOW,
@@ -457,7 +458,7 @@ def start_training(root, *, seconds=0.0, workers=2):
 
 def test_an_end_without_a_word_commits_and_leaves_nothing(tmp_path):
     training = start_training(tmp_path / "cache")
-    out, err = training.communicate(timeout=60)
+    out, err = outcome(training, 60)
     assert out.endswith("done\n"), err
     assert not err
     assert FeatureCache(tmp_path / "cache", "r").stats()["records"] == FRAMES
@@ -468,7 +469,7 @@ def test_an_interrupt_commits_and_leaves_nothing(tmp_path):
     training = start_training(tmp_path / "cache", seconds=0.05)
     assert training.stdout.readline() == "sample\n"
     training.send_signal(signal.SIGINT)
-    _, err = training.communicate(timeout=60)
+    _, err = outcome(training, 60)
     assert "KeyboardInterrupt" in err
     assert training.returncode in (1, -signal.SIGINT, 130)
     assert 0 < FeatureCache(tmp_path / "cache", "r").stats()["records"] < FRAMES
@@ -500,7 +501,7 @@ def test_a_server_of_its_own_serves_first_and_commits_when_it_is_stopped(tmp_pat
     assert dataset.tokens.movies[0].cache.counter.total.computed == 0
     _ = dataset[0]  # the process that has a backbone of its own asks it too
     serving.send_signal(number)
-    _, err = serving.communicate(timeout=30)
+    _, err = outcome(serving, 30)
     assert f"computed {FRAMES}" in err
     assert dataset.tokens.movies[0].contains().all()
     warm = debug_dataset(tmp_path / "warm")
@@ -513,7 +514,7 @@ def test_a_server_that_is_killed_is_replaced_by_the_training(tmp_path):
     loader = iter(make_loader(dataset, 1, "fork", prefetch_factor=1))
     _ = next(loader)
     serving.kill()
-    serving.communicate(timeout=30)
+    outcome(serving, 30)
     assert len(list(loader)) == len(dataset) - 1
     assert dataset.tokens.movies[0].cache.counter.total.computed > 0
 
