@@ -8,8 +8,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dask.distributed import LocalCluster
+
+from feature_cache import Movie
+from feature_cache.movies import link_by_overlap, write_movie
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -83,6 +87,14 @@ def run(command: list[str] | str, folder: Path) -> str:
     return shown
 
 
+def crop(root: Path) -> None:
+    """Leave the middle of a movie, a fifth: all that follows takes as much less time."""
+    movie = Movie.open(root)
+    parts = (np.stack(list(part))[:, 256:512, 256:896] for part in (movie.frames, movie.masks))
+    frames, masks = parts
+    write_movie(root, frames, *link_by_overlap(masks))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_block_does_what_it_shows(tmp_path, monkeypatch):
@@ -94,9 +106,11 @@ def test_every_block_does_what_it_shows(tmp_path, monkeypatch):
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
         for kind, block in blocks():
             if kind == "python":
-                assert run([sys.executable, "-c", block], tmp_path).splitlines()[-1] == next(
-                    printed
-                )
+                shown = run([sys.executable, "-c", block], tmp_path)
+                assert shown.splitlines()[-1] == next(printed)
+                if "write_example" in block:
+                    for root in map(Path, shown.splitlines()):
+                        crop(root)
             elif kind == "bash":
                 commands = shorten(block, cluster.scheduler_address)
                 assert "error" not in run(f"set -e\n{commands}", tmp_path)
