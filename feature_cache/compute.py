@@ -18,7 +18,7 @@ from .errors import BackboneError, FrameError
 from .hashing import Digest, digest_bytes
 from .key import Record
 from .pooling import Regions, pool_regions
-from .spec import Normalization, SpaceSpec
+from .spec import Bounds, Normalization, SpaceSpec
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
@@ -33,7 +33,7 @@ FindGrids: TypeAlias = Callable[[Sequence["Job"], Draw], Sequence[Grid | None]]
 
 
 class ConstantFrameWarning(UserWarning):
-    """A frame without contrast: normalised to zeros."""
+    """A frame of one intensity: normalised to zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Job:
 
 
 def normalize(frame: Pixels, normalization: Normalization, where: str = "the frame") -> Pixels:
-    """Map a frame's pixels to 0..1 in a new array.
+    """Map a frame's pixels to the range of a normalisation, in a new array.
 
     Parameters
     ----------
@@ -70,12 +70,13 @@ def normalize(frame: Pixels, normalization: Normalization, where: str = "the fra
     Returns
     -------
     same shape, float32
-        All zeros, with a `ConstantFrameWarning`, where the two percentiles are equal.
+        Between minimum and maximum where the two percentiles are equal, as in a frame of few
+        small bright cells on black; all zeros, with a `ConstantFrameWarning`, where these are.
 
     Raises
     ------
     FrameError
-        The percentiles are too far apart for float32.
+        The pixels are too far apart for float32.
 
     Notes
     -----
@@ -86,12 +87,10 @@ def normalize(frame: Pixels, normalization: Normalization, where: str = "the fra
         return frame.copy()
     low, high = np.percentile(frame, (normalization.low, normalization.high)).astype(np.float32)
     if not high > low:
-        warnings.warn(
-            f"{where} is constant between its percentiles {normalization.low} and "
-            f"{normalization.high}: it is normalised to zeros",
-            ConstantFrameWarning,
-            stacklevel=2,
-        )
+        low, high = frame.min(), frame.max()
+    if not high > low:
+        message = f"{where} is constant: it is normalised to zeros"
+        warnings.warn(message, ConstantFrameWarning, stacklevel=2)
         return np.zeros_like(frame)
     with np.errstate(over="ignore"):  # an outlier's infinity is clipped to 0 or 1
         span, above = high - low, frame - low
@@ -318,13 +317,31 @@ def embed_frames(
         The embedding has a wrong shape, or NaN.
     """
     batch = torch.from_numpy(np.concatenate(images))
+    bounds = backbone.spec.normalization.range
+    _check_range(batch, bounds, backbone, jobs)
     if not draw.is_identity:
         digests = list(chain.from_iterable(map(slice_digests, jobs)))
-        batch = draw.apply(batch.to(getattr(backbone, "device", "cpu")), digests=digests)
+        on_device = batch.to(getattr(backbone, "device", "cpu"))
+        batch = draw.apply(on_device, digests=digests, bounds=bounds)
+        _check_range(batch, bounds, backbone, jobs)
     grids = torch.as_tensor(backbone.embed(batch)).float().cpu().numpy()
     _check_grids(grids, len(batch), backbone, jobs)
     stacks = grids.reshape(len(jobs), -1, *grids.shape[1:])
     return [s[0] if j.frame.ndim == 2 else s for s, j in zip(stacks, jobs, strict=True)]
+
+
+def _check_range(
+    batch: torch.Tensor, bounds: Bounds | None, backbone: Backbone, jobs: Sequence[Job]
+) -> None:
+    """Check that a backbone sees the range that its normalisation promises."""
+    if bounds is None:
+        return
+    low, high = (float(value) for value in torch.aminmax(batch))
+    if not bounds[0] <= low <= high <= bounds[1]:
+        raise BackboneError(
+            f"{jobs[0].where}, or a frame of its batch, has pixels from {low:.6g} to {high:.6g} "
+            f"for {backbone.spec.name}: its normalisation promises {bounds[0]:g} to {bounds[1]:g}"
+        )
 
 
 def slice_digests(job: Job) -> list[Digest]:

@@ -8,26 +8,33 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from .errors import UnknownNameError
 from .hashing import JSON, Digest, canonical_json, digest_json
 from .pooling import pooling_revision
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Part of every key; goes up when the same request would give other keys or other numbers."""
 
 STORAGE_DTYPES = ("float16", "float32")
 
+Bounds: TypeAlias = tuple[float, float]
+UNIT_RANGE: Bounds = (0.0, 1.0)
+_PERCENTILE_REVISION = 2
+"""2: where the percentiles are equal, minimum and maximum take their place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """How a frame's pixels become float32 in 0..1, before the draw.
+    """How a frame's pixels become those that a backbone sees, float32, before the draw.
 
     Parameters
     ----------
     name : str
-        ``"percentile"``: between two percentiles of the frame, clipped. ``"none"``: as loaded.
+        ``"percentile"``: between two percentiles of the frame, clipped to 0..1. ``"none"``: as
+        loaded, in any range.
     low, high : float
         The percentiles, 0 to 100; the defaults are trackastra-pretrained-feats'.
     """
@@ -44,11 +51,32 @@ class Normalization:
                 f"percentiles {self.low} and {self.high}: expected 0 <= low < high <= 100"
             )
 
+    @property
+    def range(self) -> Bounds | None:
+        """What all pixels are in, before the draw and after it; None for any range."""
+        return None if self.name == "none" else UNIT_RANGE
+
     def to_json(self) -> dict[str, JSON]:
-        """Give the name and, where they matter, the constants."""
+        """Give name, range and, where they matter, the constants."""
         if self.name == "none":
-            return {"name": "none"}
-        return {"name": self.name, "low": float(self.low), "high": float(self.high)}
+            return {"name": "none", "range": None}
+        constants = {"low": float(self.low), "high": float(self.high)}
+        revision = _PERCENTILE_REVISION
+        return {"name": self.name, "revision": revision, **constants, "range": list(UNIT_RANGE)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Normalization:
+        """Build the normalisation that `to_json` wrote.
+
+        Raises
+        ------
+        TypeError
+            If it is one of another version of this package.
+        """
+        made = cls(**{name: plain[name] for name in ("name", "low", "high") if name in plain})
+        if made.to_json() != plain:
+            raise TypeError(f"normalisation {dict(plain)}: expected {made.to_json()}")
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +109,7 @@ class BackboneSpec:
         Of the computation, such as ``"float32"``.
     normalization : Normalization
     extra : mapping of str to JSON
-        Any further terms.
+        Any further terms; a copy is taken, which can't be changed.
     """
 
     name: str
@@ -99,6 +127,14 @@ class BackboneSpec:
     normalization: Normalization = field(default_factory=Normalization)
     extra: Mapping[str, JSON] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        for name in ("input_size", "mean", "std", "extra"):
+            object.__setattr__(self, name, _freeze(getattr(self, name)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as JSON: a mapping that can't be changed has no pickle."""
+        return type(self).from_json, (self.to_json(),)
+
     def to_json(self) -> dict[str, JSON]:
         """Give every field, nested ones as their own JSON."""
         plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -106,7 +142,7 @@ class BackboneSpec:
         plain["mean"] = [float(value) for value in self.mean]
         plain["std"] = [float(value) for value in self.std]
         plain["input_size"] = list(self.input_size) if self.input_size else None
-        plain["extra"] = dict(self.extra)
+        plain["extra"] = _thaw(self.extra)
         return plain
 
     @classmethod
@@ -120,12 +156,24 @@ class BackboneSpec:
         """
         size = plain["input_size"]
         changed = {
-            "normalization": Normalization(**plain["normalization"]),
+            "normalization": Normalization.from_json(plain["normalization"]),
             "mean": tuple(plain["mean"]),
             "std": tuple(plain["std"]),
             "input_size": (size[0], size[1]) if size else None,
         }
         return cls(**{**plain, **changed})
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: _freeze(item) for key, item in value.items()})
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+def _thaw(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _thaw(item) for key, item in value.items()}
+    return list(map(_thaw, value)) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from feature_cache import IDENTITY, BackboneError, FrameError, SpaceSpec
-from feature_cache.compute import ConstantFrameWarning, Job, compute_records, normalize
+from feature_cache import IDENTITY, BackboneError, Draw, DrawError, FrameError, SpaceSpec
+from feature_cache.augment import (
+    Affine,
+    Blur,
+    Brightness,
+    Contrast,
+    Elastic,
+    Noise,
+    Scale,
+    hflip,
+)
+from feature_cache.compute import ConstantFrameWarning, Embedder, Job, compute_records, normalize
 from feature_cache.hashing import frame_digest
 from feature_cache.pooling import pool
 from feature_cache.spec import Normalization
@@ -49,6 +59,15 @@ class TestNormalize:
         frame = np.full((4, 4), value, np.float32)
         with pytest.warns(ConstantFrameWarning, match="frame 3 is constant"):
             assert not normalize(frame, Normalization(), "frame 3").any()
+
+    @pytest.mark.filterwarnings("error")
+    def test_few_bright_cells_on_black_are_seen(self):
+        """Both percentiles are 0: the features were those of a black frame."""
+        frame = np.zeros((100, 100), np.float32)
+        frame[40:43, 50:53] = [[300, 400, 600]] * 3
+        expected = frame / np.float32(600)
+        assert np.array_equal(normalize(frame, Normalization()), expected)
+        assert np.array_equal(normalize(frame - 5, Normalization()), expected)
 
     def test_a_range_beyond_float32_is_an_error(self):
         frame = np.linspace(-3e38, 3e38, 64, dtype=np.float64).astype(np.float32).reshape(8, 8)
@@ -137,6 +156,58 @@ def test_what_float16_cannot_hold_is_an_error(small):
         list(compute_records(jobs, SpaceSpec(backbone.spec, None), backbone, IDENTITY, 6))
     whole = compute_records(jobs, SpaceSpec(backbone.spec, None, "float32"), backbone, IDENTITY, 6)
     assert len(list(whole)) == 6
+
+
+class TestRange:
+    """What a backbone sees is in the range that its normalisation promises."""
+
+    RAW = Normalization("none")
+    SEEN = (
+        *(Scale(1.3), Scale(0.6), Affine(degrees=20), Affine(scale=1.1), Elastic(2.0, 40.0)),
+        *(Blur(5, 1.2), hflip()),
+    )
+    UNIT_ALONE = (Brightness(1.1), Contrast(0.9), Noise(0.01))
+
+    @pytest.mark.parametrize("operation", SEEN, ids=repr)
+    def test_raw_intensities_stay_so_under_a_draw(self, cache, small, operation):
+        """They were clamped to 0..1: all ones."""
+        seen = []
+
+        class Watching(FakeBackbone):
+            def embed(self, frames):
+                seen.append(frames.clone())
+                return super().embed(frames)
+
+        backbone = Watching(normalization=self.RAW)
+        cache.get_or_compute(*small, backbone, draw=Draw.of(operation))
+        pixels = torch.cat(seen)
+        loaded = torch.from_numpy(small[0].astype(np.float32))
+        assert pixels.max() > 0.5 * loaded.max()
+        assert pixels.max() <= loaded.max() * (1 + 1e-6)
+        scaled = Draw.of(operation).apply(loaded / 2**16) * 2**16
+        torch.testing.assert_close(pixels, scaled, rtol=1e-4, atol=0.1)
+
+    @pytest.mark.parametrize("operation", UNIT_ALONE, ids=repr)
+    def test_what_needs_0_to_1_refuses_others_by_name(self, cache, small, operation):
+        backbone = FakeBackbone(normalization=self.RAW)
+        expected = (
+            rf"the draw has {operation.name}, for pixels in 0..1, and those of fake "
+            r"\(normalisation 'none'\) are as loaded: leave these operations out"
+        )
+        with pytest.raises(DrawError, match=expected):
+            cache.movie(*small, backbone, draw=Draw.of(hflip(), operation))
+        with pytest.raises(DrawError, match="those of these frames are as loaded"):
+            Draw.of(operation).apply(torch.ones(1, 4, 4), digests=[bytes(16)], bounds=None)
+        cache.movie(*small, FakeBackbone(), draw=Draw.of(operation))
+
+    def test_another_range_than_promised_is_an_error(self, small):
+        backbone = FakeBackbone()
+        jobs = make_jobs(*small)
+        images = [np.full((1, 48, 64), 0.5, np.float32) for _ in jobs]
+        images[3][0, 7, 7] = 1.5
+        embedder = Embedder(backbone)
+        with pytest.raises(BackboneError, match=r"pixels from 0.5 to 1.5 for fake: its norm"):
+            list(embedder.embed(jobs, IDENTITY, images))
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

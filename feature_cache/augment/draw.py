@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import DrawError, FrameError
 from ..hashing import DIGEST_BYTES, JSON, Digest
+from ..spec import UNIT_RANGE, Bounds
 from .geometry import D4, Affine, Elastic, Scale
 from .intensity import Blur, Brightness, Contrast, Noise
 from .operation import Operation, Shape, field_names
@@ -95,8 +96,38 @@ class Draw:
         """Whether `apply` needs the frames' content digests (there is noise)."""
         return any(operation.needs_digests for operation in self.operations)
 
+    def check_bounds(self, bounds: Bounds | None, what: str = "these frames") -> None:
+        """Check that the draw means something for frames within `bounds`.
+
+        Flips, turns, resampling and blur do for any; brightness, contrast and noise for 0..1.
+
+        Parameters
+        ----------
+        bounds : (float, float) or None
+            None for any.
+        what : str
+            Whose frames they are, for the error.
+
+        Raises
+        ------
+        DrawError
+            Names the operations.
+        """
+        needing = [operation.name for operation in self.operations if operation.needs_unit_range]
+        if needing and bounds != UNIT_RANGE:
+            found = "as loaded" if bounds is None else f"in {bounds[0]:g}..{bounds[1]:g}"
+            raise DrawError(
+                f"the draw has {' and '.join(needing)}, for pixels in 0..1, and those of {what} "
+                f"are {found}: leave these operations out (as the policy 'geometric' does), or "
+                "normalise by percentiles"
+            )
+
     def apply(
-        self, frames: torch.Tensor, *, digests: Sequence[Digest] | None = None
+        self,
+        frames: torch.Tensor,
+        *,
+        digests: Sequence[Digest] | None = None,
+        bounds: Bounds | None = UNIT_RANGE,
     ) -> torch.Tensor:
         """Apply the draw to frames, on their device.
 
@@ -105,14 +136,17 @@ class Draw:
         Parameters
         ----------
         frames : (B, H, W) float32
-            Normalised to 0..1. Never changed; the result may share its memory.
+            Never changed; the result may share its memory.
         digests : sequence of 16 bytes, optional
             The content digest of each frame (`feature_cache.hashing.frame_digest`).
+        bounds : (float, float) or None
+            What the pixels are within, `feature_cache.Normalization.range`; None for any.
 
         Returns
         -------
         torch.Tensor
-            (B, H', W') float32 in 0..1, contiguous where the draw is not the identity.
+            (B, H', W') float32 within the bounds, or 0 where it is outside the frame; contiguous
+            where the draw is not the identity.
 
         Raises
         ------
@@ -121,9 +155,11 @@ class Draw:
         FrameError
             If their shape is not (B, H, W).
         DrawError
-            If the draw has noise and there is not one digest a frame.
+            If the draw has noise and there is not one digest a frame; as `check_bounds`.
         """
         import torch
+
+        self.check_bounds(bounds)
 
         if frames.dtype != torch.float32:
             raise TypeError(f"frames have dtype {frames.dtype}: expected torch.float32")
@@ -131,7 +167,7 @@ class Draw:
             raise FrameError(f"frames have shape {tuple(frames.shape)}: expected (B, H, W)")
         each = _checked_digests(digests, len(frames)) if self.needs_digests else ()
         for operation in self.operations:
-            frames = operation.apply(frames, each)
+            frames = operation.apply(frames, each, bounds)
         return frames
 
     def apply_mask(self, mask: NDArray[_Label]) -> NDArray[_Label]:

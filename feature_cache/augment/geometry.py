@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ..errors import DrawError
 from ..hashing import Digest
+from ..spec import UNIT_RANGE, Bounds
 from .operation import Label, Operation, Points, Shape
 from .parameters import SEED, Allowed, Stream
-from .sampling import BSplineField, Source, sample_bilinear, sample_nearest
+from .sampling import BSplineField, Source, clamp, sample_bilinear, sample_nearest
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,12 @@ class D4(Operation):
         axes = tuple(axis for axis, mirror in enumerate(mirrors) if mirror)
         return np.ascontiguousarray(np.flip(mapped, axes))
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
         swap, *mirrors = _ELEMENTS[self.element]
         mapped = frames.transpose(1, 2) if swap else frames
         return mapped.flip([axis + 1 for axis, mirror in enumerate(mirrors) if mirror]).contiguous()
@@ -167,12 +173,17 @@ class Scale(Operation):
         rows, columns = map(_nearest_exact, shape, self.output_shape(shape))
         return mask[np.ix_(rows, columns)]
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
         import torch.nn.functional as functional
 
         shape = self.output_shape(_shape_of(frames))
         resized = functional.interpolate(frames[:, None], shape, mode="bilinear")
-        return resized[:, 0].clamp_(0.0, 1.0)  # the weights' sum may be an ulp above 1
+        return clamp(resized[:, 0], bounds)
 
 
 def _nearest_exact(size: int, new: int) -> NDArray[np.int64]:
@@ -259,8 +270,13 @@ class Affine(Operation):
     def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
         return sample_nearest(mask, self._source(_shape_of(mask)))
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        return sample_bilinear(frames, self._source(_shape_of(frames)))
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
+        return sample_bilinear(frames, self._source(_shape_of(frames)), bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +342,13 @@ class Elastic(Operation):
     def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
         return sample_nearest(mask, _elastic_source(self, _shape_of(mask)))
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        return sample_bilinear(frames, _elastic_source(self, _shape_of(frames)))
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
+        return sample_bilinear(frames, _elastic_source(self, _shape_of(frames)), bounds)
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ..hashing import Digest, digest_bytes, digest_json
+from ..spec import UNIT_RANGE, Bounds
 from .operation import Operation
 from .parameters import SEED, Allowed, Stream
 from .sampling import blur, change_contrast
@@ -35,11 +36,17 @@ class Brightness(Operation):
     name: ClassVar[str] = "brightness"
     allowed: ClassVar[Mapping[str, Allowed]] = {"factor": Allowed(0.0, 10.0)}
     commutes_with_d4: ClassVar[bool] = True
+    needs_unit_range: ClassVar[bool] = True
 
     def simplify(self) -> Operation | None:
         return None if self.factor == 1.0 else self
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
         return frames.mul(self.factor).clamp_(0, 1)
 
 
@@ -61,11 +68,17 @@ class Contrast(Operation):
     name: ClassVar[str] = "contrast"
     allowed: ClassVar[Mapping[str, Allowed]] = {"factor": Allowed(0.0, 10.0)}
     commutes_with_d4: ClassVar[bool] = True
+    needs_unit_range: ClassVar[bool] = True
 
     def simplify(self) -> Operation | None:
         return None if self.factor == 1.0 else self
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
         return change_contrast(frames, self.factor)
 
 
@@ -106,8 +119,13 @@ class Blur(Operation):
         total = heights[0] + 2.0 * sum(heights[1:])
         return [float(np.float32(height / total)) for height in heights]
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        return blur(frames, self._weights())
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
+        return blur(frames, self._weights(), bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +149,17 @@ class Noise(Operation):
     name: ClassVar[str] = "noise"
     allowed: ClassVar[Mapping[str, Allowed]] = {"sigma": Allowed(0.0, 1.0), "seed": SEED}
     needs_digests: ClassVar[bool] = True
+    needs_unit_range: ClassVar[bool] = True
 
     def simplify(self) -> Operation | None:
         return None if self.sigma == 0.0 else self
 
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
         import torch
 
         own = digest_json(["noise", self.seed])

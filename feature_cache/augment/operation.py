@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..hashing import JSON, Digest
+from ..spec import UNIT_RANGE, Bounds
 from .parameters import Allowed
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Operation(ABC):
     """Whether pixels are the same to the bit before and after any flip or quarter turn."""
     needs_digests: ClassVar[bool] = False
     """Whether `apply` depends on each frame's content digest."""
+    needs_unit_range: ClassVar[bool] = False
+    """Whether `apply` means anything for frames in 0..1 alone."""
 
     def __post_init__(self) -> None:
         for field, allowed in self.allowed.items():
@@ -70,8 +73,13 @@ class Operation(ABC):
         return mask
 
     @abstractmethod
-    def apply(self, frames: torch.Tensor, digests: Sequence[Digest]) -> torch.Tensor:
-        """Map frames (B, H, W) float32 in 0..1; `digests` is used where `needs_digests`."""
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
+        """Map frames (B, H, W) float32 within `bounds`; `digests` is used where `needs_digests`."""
 
 
 def field_names(operation: Operation | type[Operation]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..spec import Bounds
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,15 +27,21 @@ _Label = TypeVar("_Label", bound=np.generic)
 _FIXED_POINT = 2.0**30
 
 
-def sample_bilinear(frames: torch.Tensor, source: Source) -> torch.Tensor:
+def clamp(frames: torch.Tensor, bounds: Bounds | None) -> torch.Tensor:
+    """Clamp means of pixels to what the pixels are in: their weights' sum may be an ulp above 1."""
+    return frames if bounds is None else frames.clamp_(*bounds)
+
+
+def sample_bilinear(frames: torch.Tensor, source: Source, bounds: Bounds | None) -> torch.Tensor:
     """Sample frames between their pixels; beyond a frame is 0.
 
     Parameters
     ----------
     frames : (B, H, W) float32
-        In 0..1, and so is the result.
     source : (H', W') each
         Pixel coordinates; whole numbers are pixel centres.
+    bounds : (float, float) or None
+        Which frames and result are within; None for any.
 
     Returns
     -------
@@ -52,7 +60,7 @@ def sample_bilinear(frames: torch.Tensor, source: Source) -> torch.Tensor:
     for y, weight_y in rows:
         for x, weight_x in columns:
             total.add_(frames[:, y, x].mul_(weight_y * weight_x))
-    return total.clamp_(0.0, 1.0)  # the weights' sum may be an ulp above 1
+    return clamp(total, bounds)
 
 
 def _taps(source: Coordinates, size: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
@@ -107,7 +115,7 @@ def change_contrast(frames: torch.Tensor, factor: float) -> torch.Tensor:
     return frames.mul(factor).add_(offset[:, None, None]).clamp_(0.0, 1.0)
 
 
-def blur(frames: torch.Tensor, weights: list[float]) -> torch.Tensor:
+def blur(frames: torch.Tensor, weights: list[float], bounds: Bounds | None) -> torch.Tensor:
     """Convolve frames with a symmetric separable kernel, mirrored at the border.
 
     Half of the result filters rows first, half columns first, so that it commutes with every flip
@@ -118,10 +126,12 @@ def blur(frames: torch.Tensor, weights: list[float]) -> torch.Tensor:
     frames : (B, H, W) float32
     weights : list of float
         The kernel from its centre outwards.
+    bounds : (float, float) or None
+        Which frames and result are within; None for any.
     """
     rows_first = _blur_axis(_blur_axis(frames, weights, 1), weights, 2)
     columns_first = _blur_axis(_blur_axis(frames, weights, 2), weights, 1)
-    return rows_first.add_(columns_first).mul_(0.5).clamp_(0.0, 1.0)
+    return clamp(rows_first.add_(columns_first).mul_(0.5), bounds)
 
 
 def _blur_axis(frames: torch.Tensor, weights: list[float], axis: int) -> torch.Tensor:

@@ -39,10 +39,14 @@ def scale_by_percentiles(frames: Tensor, low: float, high: float) -> Tensor:
     Returns
     -------
     (B, H, W) float32
-        Zeros for a frame whose two percentiles are equal.
+        A frame whose two percentiles are equal is scaled from its minimum to its maximum; zeros
+        where these are.
     """
     ranked = frames.flatten(1).sort(dim=1).values
     bottom, top = (_percentile(ranked, q)[:, None, None] for q in (low, high))
+    least, most = (ranked[:, place, None, None] for place in (0, -1))
+    is_flat = bottom == top
+    bottom, top = least.where(is_flat, bottom), most.where(is_flat, top)
     spread = top - bottom
     scaled = (frames - bottom) / spread.where(spread > 0, 1.0)
     return scaled.where(spread > 0, 0.0)

@@ -101,6 +101,9 @@ class MovieFeatures:
     def __post_init__(self) -> None:
         """Check what can be checked without reading; files name their movie."""
         self._space_digest = self.spec.digest
+        backbone, normalization = self.spec.backbone.name, self.spec.backbone.normalization
+        what = f"{backbone} (normalisation {normalization.name!r})"
+        self.draw.check_bounds(normalization.range, what)
         if not self.name and isinstance(self.frames, TiffSeries):
             self.name = self.frames.folder
         if self.spec.pooling is None:

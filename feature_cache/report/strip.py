@@ -19,7 +19,7 @@ from ..errors import CorruptRecordError, MovieError
 from ..hashing import DIGEST_BYTES, canonical_json
 from ..key import Keys, Record
 from ..movies import Movie
-from ..spec import STORAGE_DTYPES, BackboneSpec, Normalization, SpaceSpec
+from ..spec import KEY_VERSION, STORAGE_DTYPES, BackboneSpec, Normalization, SpaceSpec
 from ..store import Pack, Space
 from ..warm import StoredGrids
 from .commands import WarmOptions
@@ -141,6 +141,7 @@ def find_backbone(cache: FeatureCache, choice: Choice) -> Backbone | StoredGrids
         canonical_json(space.spec["backbone"]): space.spec["backbone"]
         for space in cache.spaces()
         if space.spec["backbone"]["name"] == choice.backbone
+        and space.spec["key_version"] == KEY_VERSION
     }
     if choice.weights is None and len(found) == 1:
         return StoredGrids(BackboneSpec.from_json(next(iter(found.values()))))
@@ -240,7 +241,9 @@ class _Viewer:
         normalization = self.features.spec.backbone.normalization
         image = prepare_frame(job, normalization)[z : z + 1]
         drawn = self.features.draw.apply(
-            torch.from_numpy(image), digests=slice_digests(job)[z : z + 1]
+            torch.from_numpy(image),
+            digests=slice_digests(job)[z : z + 1],
+            bounds=normalization.range,
         )
         grid = self._grids[t].features if t in self._grids else None
         return FrameView(

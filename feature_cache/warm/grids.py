@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..cache import GRID_DTYPE, FeatureCache
 from ..errors import BackboneError, MissingRecordError, UnknownNameError
-from ..spec import BackboneSpec, describe
+from ..spec import KEY_VERSION, BackboneSpec, describe
 
 
 class StoredGrids:
@@ -43,7 +43,9 @@ class StoredGrids:
         found = {
             space.name: space.spec["backbone"]
             for space in cache.spaces()
-            if space.spec["pooling"] is None and space.spec["dtype"] == GRID_DTYPE
+            if space.spec["pooling"] is None
+            and space.spec["dtype"] == GRID_DTYPE
+            and space.spec["key_version"] == KEY_VERSION
         }
         if not found:
             others = sorted({describe(space.spec) for space in cache.spaces()})

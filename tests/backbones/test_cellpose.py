@@ -16,6 +16,7 @@ from feature_cache import (
 )
 from feature_cache.backbones import cellpose as adapter
 from feature_cache.compute import normalize
+from feature_cache.spec import Normalization
 
 pytest.importorskip("transformers")
 
@@ -81,8 +82,8 @@ class TestSpec:
     def test_says_it_all_and_round_trips(self):
         spec = load_backbone(NAME)._describe("0")
         assert BackboneSpec.from_json(spec.to_json()) == spec
-        assert spec.normalization.to_json() == {"name": "percentile", "low": 0.0, "high": 100.0}
-        assert spec.extra == {"percentiles": [1.0, 99.0], "clipped": False}
+        assert spec.normalization == Normalization("percentile", 0.0, 100.0)
+        assert spec.extra == {"percentiles": (1.0, 99.0), "clipped": False}
         assert (spec.input_size, spec.stride, spec.width) == ((256, 256), 8, 192)
 
     def test_unknown_checkpoint(self):

@@ -15,6 +15,7 @@ from feature_cache import (
     load_backbone,
 )
 from feature_cache.compute import normalize
+from feature_cache.spec import Normalization
 
 NAME = "weigertlab/tarrow"
 yaml = pytest.importorskip("yaml")
@@ -73,8 +74,8 @@ def test_spec_says_it_all(tmp_path):
     spec = load_backbone(NAME, folder)._describe("0")
     assert BackboneSpec.from_json(spec.to_json()) == spec
     assert (spec.width, spec.stride, spec.input_size, spec.channels) == (16, 1, None, "single")
-    assert spec.normalization.to_json() == {"name": "percentile", "low": 0.0, "high": 100.0}
-    assert spec.extra == {"percentiles": [1.0, 99.8], "clipped": False}
+    assert spec.normalization == Normalization("percentile", 0.0, 100.0)
+    assert spec.extra == {"percentiles": (1.0, 99.8), "clipped": False}
 
 
 def test_needs_a_folder(tmp_path):

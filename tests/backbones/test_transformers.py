@@ -299,6 +299,13 @@ class TestPercentiles:
             expected = (frame - low) / (high - low) if high > low else np.zeros_like(frame)
             np.testing.assert_allclose(scaled, expected, rtol=1e-4, atol=1e-5)
 
+    def test_a_frame_of_few_bright_pixels_is_scaled_from_minimum_to_maximum(self):
+        frames = torch.zeros(2, 30, 30)
+        frames[0, 3, 4], frames[1, 5] = 200.0, 1.0
+        scaled = scale_by_percentiles(frames, 1, 99)
+        assert torch.equal(scaled[0], frames[0] / 200)
+        assert torch.equal(scaled[1], frames[1])
+
     def test_a_constant_frame_is_zeros_and_its_input_untouched(self):
         frames = torch.full((1, 5, 5), 7.0)
         assert torch.equal(scale_by_percentiles(frames, 1, 99), torch.zeros(1, 5, 5))
