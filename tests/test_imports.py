@@ -20,6 +20,7 @@ LAYERS = [
     {"augment", "backbones"},
     {"key"},
     {"store", "compute", "explain", "rounding"},
+    {"recompute"},
     {"cache"},
     {"warm", "geometry", "doctor", "service", "batch"},
     {"dataset", "report"},

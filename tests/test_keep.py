@@ -17,6 +17,7 @@ from feature_cache import FeatureCache
 from feature_cache.cli.options import parse_age, parse_size
 from feature_cache.store import Store
 from test_cli import MODEL, run, warm
+from test_recompute import change, spoil
 
 __all__ = ["run"]
 
@@ -60,6 +61,51 @@ class TestVerify:
         assert len(packs()) == 1
         code, out, _ = warm(run, *warmed)
         assert "6 were there, 6 computed" in out
+
+    def test_wrong_numbers_are_found_set_aside_and_warmed_again(self, run, warmed):
+        recompute = ("verify", "--cache", "cache", *MODEL[2:], "--recompute")
+        code, out, err = run(*recompute, "all")
+        assert (code, out) == (0, "12 records computed again: 12 agree, 0 differ\nall is well\n")
+        assert "computing again: 12 of 12 records" in err
+        [space] = Store("cache").spaces()
+        key = change(space, spoil).hex()
+        assert run("verify", "--cache", "cache", "--deep")[0] == 0
+        code, out, _ = run(*recompute, "all", "--json")
+        report = json.loads(out)
+        assert (code, report["agree"], report["wrong"]) == (1, 11, 1)
+        assert report["findings"][0]["record"] == key
+        code, out, _ = run(*recompute, "all", "--repair")
+        assert code == 1
+        assert f"record {key} (" in out
+        assert out.count("warm again: ") == 1
+        assert "1 found, and repaired" in out
+        assert run(*recompute, "all")[0] == 0
+        assert "11 were there, 1 computed" in warm(run, *warmed)[1]
+        assert run(*recompute, "all")[1].startswith("12 records computed again: 12 agree")
+
+    def test_what_can_not_be_compared_is_counted(self, run, warmed):
+        shutil.rmtree(warmed[0])
+        code, out, _ = run("verify", "--cache", "cache", *MODEL[2:], "--recompute", "all")
+        assert code == 0
+        assert out.splitlines() == [
+            f"not compared: 6 records: no movie at {warmed[0]}: no such folder",
+            "12 records computed again: 6 agree, 0 differ, 6 can't be compared, as their movie is "
+            "gone or changed",
+            "nothing wrong was found in what could be compared",
+        ]
+
+    def test_weights_to_try_and_a_part_of_the_records(self, run, small_folder):
+        warm(run, small_folder(), options=("--weights", "random:7"))
+        words = ("verify", "--cache", "cache", "--recompute", "3", "--seed", "2")
+        assert "3 can't be compared, as their weights are gone or changed" in run(*words)[1]
+        given = ("--weights", "random:6", "--weights", "random:7", "--device", "cpu")
+        assert run(*words, *given)[1].startswith("3 records computed again: 3 agree, 0 differ\n")
+
+    @pytest.mark.parametrize("number", ["0", "some", "-1"])
+    def test_a_number_that_is_none(self, run, warmed, number):
+        code, _, err = run("verify", "--cache", "cache", "--recompute", number)
+        assert code == 2
+        assert f"{number!r} is no number of records: expected 1 or more, or all" in err
 
     def test_what_is_no_cache(self, run, tmp_path):
         code, _, err = run("verify", "--cache", tmp_path / "nothing")

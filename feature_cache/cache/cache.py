@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..augment import IDENTITY, Draw
 from ..errors import DrawError, UnknownNameError
 from ..explain import Explanation
 from ..hashing import Digest
 from ..key import Record
+from ..recompute import choose_records
+from ..recompute import recompute as compute_again
 from ..spec import SpaceSpec
 from ..store import CODECS, Counter, Mode, Space, Store, maintenance, read_runs, remote, sum_usage
 from ..store.layers import FolderBelow, layer_space, open_layers
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..store.maintenance import CompactReport, Finding, GarbagePlan
     from ..store.remote import TransferReport
+
+
+_log = logging.getLogger(__name__)
 
 
 class FeatureCache:
@@ -272,7 +278,15 @@ class FeatureCache:
 
     # Keeping it well
 
-    def verify(self, *, repair: bool = False, deep: bool = False) -> list[Finding]:
+    def verify(
+        self,
+        *,
+        repair: bool = False,
+        deep: bool = False,
+        recompute: int | Literal["all"] | None = None,
+        backbones: Sequence[Backbone] = (),
+        seed: int = 0,
+    ) -> list[Finding]:
         """Look at every file, and compare every record with its checksum.
 
         Parameters
@@ -281,16 +295,41 @@ class FeatureCache:
             Move what is damaged or unknown to ``quarantine/``, and remove left-overs.
         deep : bool
             Also compare with what zarr-python reads.
+        recompute : int or "all", optional
+            Compute that many records again, chosen at random in all spaces, and compare the
+            numbers. A warning in the log counts those whose movie or weights are gone or changed;
+            `feature_cache.recompute` says more.
+        backbones : sequence of Backbone
+            For `recompute`, where the names and the models' own weights do not say them all.
+        seed : int
+            Another one chooses other records.
 
         Returns
         -------
         list of Finding
             What is not as it should be, or was not before the repair; empty where all is well.
+
+        Raises
+        ------
+        StoreError
+            The cache can't be read, or can't be repaired.
         """
         findings = maintenance.verify(self.store.root, deep=deep)
         if repair:
             maintenance.repair(self.store.root, findings)
-        return findings
+        if recompute is None:
+            return findings
+        chosen = choose_records(
+            self.store.spaces(), None if recompute == "all" else recompute, seed
+        )
+        again = compute_again(chosen, backbones=backbones)
+        if again.unknown:
+            _log.warning("%s", again)
+        if repair:
+            maintenance.repair(self.store.root, again.wrong)
+            for space in self._spaces.values():
+                space.refresh()
+        return findings + again.wrong
 
     def gc(
         self,

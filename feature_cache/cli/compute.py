@@ -20,6 +20,7 @@ from .options import (
     FEATURES,
     OUTPUT,
     BackboneOption,
+    BatchOption,
     CacheOption,
     CodecOption,
     DetectionsOption,
@@ -94,9 +95,6 @@ DeviceOption = Annotated[
     typer.Option(
         help="Such as cuda:0 or cuda:0,cuda:1; default: the best.", rich_help_panel=COMPUTING
     ),
-]
-BatchOption = Annotated[
-    int, typer.Option(min=1, help="Frames embedded at once.", rich_help_panel=COMPUTING)
 ]
 SchedulerOption = Annotated[
     str | None,

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import CacheOption, JsonOption, SpacesOption, age_option, size_option
+from .options import (
+    COMPUTING,
+    BatchOption,
+    CacheOption,
+    JsonOption,
+    SpacesOption,
+    age_option,
+    size_option,
+)
 from .output import count_text, make_bar, print_table, size_text, time_text
+from .progress import RunProgress
 
 if TYPE_CHECKING:
+    from ..recompute import Recomputed
     from ..store.maintenance import CompactReport, Finding, GarbagePlan, GarbageReport
     from ..store.remote import TransferReport
 
@@ -25,6 +35,15 @@ WhatArgument = Annotated[
 YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, only say what would go.")]
 
 
+def parse_count(text: str) -> int | None:
+    """Read a number of records, or ``all``, which is None."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is no number of records: expected 1 or more, or all")
+    return int(text)
+
+
 def verify(
     cache: CacheOption,
     repair: Annotated[
@@ -33,27 +52,100 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare with what zarr-python reads.")
     ] = False,
+    recompute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all",
+            help="Also compute so many records again, and compare the numbers.",
+            rich_help_panel=COMPUTING,
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str],
+        typer.Option(
+            help="To try for --recompute, before the models' own: a checkpoint, or random:<seed>.",
+            rich_help_panel=COMPUTING,
+        ),
+    ] = [],
+    device: Annotated[
+        str | None,
+        typer.Option(help="Such as cuda:0; default: the best.", rich_help_panel=COMPUTING),
+    ] = None,
+    batch_size: BatchOption = 8,
+    seed: Annotated[
+        int, typer.Option(help="Another one chooses other records.", rich_help_panel=COMPUTING)
+    ] = 0,
     space: SpacesOption = [],
     as_json: JsonOption = False,
 ) -> None:
     """Look at every file of a cache, and compare every record with its checksum.
 
-    Exit status 1 when something is wrong.
+    With --recompute, records chosen at random in all spaces are computed again from their movies:
+    nothing else finds wrong numbers whose checksum is right. Records whose movie or weights are
+    gone or changed are counted. Exit status 1 when something is wrong.
 
-    Example: feature-cache verify --cache features --repair
+    Example: feature-cache verify --cache features --recompute 100
     """
     from ..store import maintenance
 
+    count = None if recompute is None else parse_count(recompute)
     with make_bar("verifying", maintenance.count_packs(cache, space), "pack") as bar:
         findings = maintenance.verify(cache, deep=deep, spaces=space, progress=bar.update)
     if repair:
         maintenance.repair(cache, findings)
-    if as_json:
-        typer.echo(json.dumps([finding.to_json() for finding in findings]))
-    else:
-        _print_findings(findings, repair)
+    again = None
+    if recompute is not None:
+        again = _compute_again(cache, space, count, seed, weights, device, batch_size)
+        findings += again.wrong
+        if repair:
+            maintenance.repair(cache, again.wrong)
+    _show_findings(findings, again, repair, as_json)
     if findings:
         raise typer.Exit(1)
+
+
+def _compute_again(
+    cache: Path,
+    spaces: list[str],
+    count: int | None,
+    seed: int,
+    weights: list[str],
+    device: str | None,
+    batch_size: int,
+) -> Recomputed:
+    from ..recompute import choose_records, recompute
+    from ..store import Store
+    from ..store.maintenance import choose_spaces
+
+    chosen = choose_records(choose_spaces(Store(cache, "r").spaces(), spaces), count, seed)
+    with RunProgress("computing again", sum(len(one.rows) for one in chosen)) as progress:
+        return recompute(
+            chosen,
+            weights=weights,
+            device=device,
+            batch_size=batch_size,
+            progress=progress.update,
+        )
+
+
+def _show_findings(
+    findings: list[Finding], again: Recomputed | None, repaired: bool, as_json: bool
+) -> None:
+    listed = [finding.to_json() for finding in findings]
+    if as_json:
+        counts = {} if again is None else again.to_json()
+        typer.echo(json.dumps(listed if again is None else {"findings": listed, **counts}))
+        return
+    for (_, reason), number in again.unknown.most_common(20) if again is not None else ():
+        typer.echo(f"not compared: {count_text(number, 'record')}: {reason}")
+    if again is not None:
+        typer.echo(str(again))
+    if findings:
+        _print_findings(findings, repaired)
+    elif again is not None and again.unknown:
+        typer.echo("nothing wrong was found in what could be compared")
+    else:
+        typer.echo("all is well")
 
 
 def _print_findings(findings: list[Finding], repaired: bool) -> None:
@@ -64,9 +156,7 @@ def _print_findings(findings: list[Finding], repaired: bool) -> None:
         typer.echo(f"warm again: {record}")
     if len(lost) > 20:
         typer.echo(f"warm again: and {len(lost) - 20:,} more (all with --json)")
-    if not findings:
-        typer.echo("all is well")
-    elif repaired:
+    if repaired:
         typer.echo(f"{len(findings)} found, and repaired")
     else:
         then = ", then warm again what is named above" if lost else ""

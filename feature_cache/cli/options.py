@@ -113,6 +113,9 @@ WeightsOption = Annotated[
         rich_help_panel=FEATURES,
     ),
 ]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="Frames embedded at once.", rich_help_panel=COMPUTING)
+]
 PoolingOption = Annotated[
     str,
     typer.Option(

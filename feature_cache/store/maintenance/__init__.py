@@ -4,7 +4,7 @@ from .collect import GarbagePlan, GarbageReport, choose_names, choose_spaces, pl
 from .compact import CompactReport, compact_space
 from .pins import Pin, add_pin, read_pins, remove_pin
 from .retire import Leaving, remove_retired
-from .verify import Finding, count_packs, repair, verify
+from .verify import Finding, count_packs, name_source, repair, verify
 
 __all__ = [
     "CompactReport",
@@ -18,6 +18,7 @@ __all__ = [
     "choose_spaces",
     "compact_space",
     "count_packs",
+    "name_source",
     "plan_gc",
     "read_pins",
     "remove_pin",

@@ -7,7 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -110,17 +110,24 @@ def compact_space(
     StoreError
         The folder can't be read or written.
     """
+    with alone(space) as granted, reading(space.path):
+        while granted:
+            space.refresh()
+            with suppress(FileNotFoundError):  # gc took a pack away meanwhile: choose again
+                return _compact(space, target_bytes, progress)
+    return CompactReport(space.name, busy=True)
+
+
+@contextmanager
+def alone(space: Space) -> Iterator[bool]:
+    """Be the only process that writes the packs of a space anew; tells whether that is so."""
     claims, claim = Claims(space.root), f"compact-{space.name}"
-    if not claims.take([claim])[0]:
-        return CompactReport(space.name, busy=True)
+    granted = claims.take([claim])[0]
     try:
-        with reading(space.path):
-            while True:
-                space.refresh()
-                with suppress(FileNotFoundError):  # gc took a pack away meanwhile: choose again
-                    return _compact(space, target_bytes, progress)
+        yield granted
     finally:
-        claims.release([claim])
+        if granted:
+            claims.release([claim])
 
 
 def _compact(

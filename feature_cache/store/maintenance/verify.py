@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
 from ..store import OWN_NAMES, ROOT_TEXT, TAG, read_spec, read_version
 from ..usage import find_damaged_runs
+from ..writer import Entry
 from .collect import choose_names, find_leftovers
+from .compact import alone
 from .pins import find_damaged_pins
 from .retire import remove_tree
 
@@ -46,26 +48,35 @@ class Finding:
     Attributes
     ----------
     kind : str
-        ``"damaged"``, ``"missing"``, ``"unknown"``, ``"leftover"``, ``"duplicate"`` or ``"spec"``.
+        ``"damaged"``, ``"missing"``, ``"unknown"``, ``"leftover"``, ``"duplicate"``, ``"spec"``, or
+        ``"wrong"``: a record whose numbers are not those of its key (`feature_cache.recompute`).
     path : Path
     message : str
         What is wrong, and what `repair` does.
     lost : tuple of str
         The records that count as missing then, as far as is known: movie and frame.
+    record : str
+        Hex key of the one record that it is about; empty where it is about all of `path`.
+    details : mapping
+        What else is known of that record.
     """
 
     kind: str
     path: Path
     message: str
     lost: tuple[str, ...] = ()
+    record: str = ""
+    details: Mapping[str, JSON] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
+        of_record = {"record": self.record, **self.details} if self.record else {}
         return {
             "kind": self.kind,
             "path": str(self.path),
             "message": self.message,
             "lost": list(self.lost),
+            **of_record,
         }
 
 
@@ -298,10 +309,13 @@ def _name_records(folder: Path) -> tuple[str, ...]:
         sources = read_provenance(folder)["records"]
     except (FileNotFoundError, CorruptRecordError):
         return ()
-    return tuple(
-        f"{s.get('movie') or 'a movie'} frame {s.get('frame')} {s.get('origin') or ''}".rstrip()
-        for s in sources
-    )
+    return tuple(map(name_source, sources))
+
+
+def name_source(source: Mapping[str, Any]) -> str:
+    """Name a record for people by what its writer said: movie, frame, and copy."""
+    movie, frame = source.get("movie") or "a movie", source.get("frame")
+    return f"{movie} frame {frame} {source.get('origin') or ''}".rstrip()
 
 
 def _find_duplicates(space: Space, packs: Sequence[str]) -> Iterator[Finding]:
@@ -326,16 +340,21 @@ def _find_duplicates(space: Space, packs: Sequence[str]) -> Iterator[Finding]:
 def repair(root: Path, findings: Iterable[Finding]) -> None:
     """Mend what `verify` found: move what is damaged or unknown to quarantine, write texts anew.
 
-    Nothing is deleted but left-overs. Duplicates are left to `compact_space`.
+    Nothing is deleted but left-overs, and the other records of a pack with wrong ones stay.
+    Duplicates are left to `compact_space`.
 
     Raises
     ------
     StoreError
-        The folder can't be written.
+        The folder can't be written, or a space with wrong records is being compacted.
     """
     root = root.absolute()
+    wrong: dict[Path, set[str]] = {}
     with writing(root):
         for finding in findings:
+            if finding.kind == "wrong":
+                wrong.setdefault(finding.path, set()).add(finding.record)
+                continue
             path, text = finding.path, _known_text(root, finding.path)
             if finding.kind == "leftover":
                 remove_tree(path, join(root).name)
@@ -345,6 +364,8 @@ def repair(root: Path, findings: Iterable[Finding]) -> None:
                 _set_pack_aside(path)
             elif finding.kind != "duplicate":
                 _set_aside(root, path)
+        for pack, records in wrong.items():
+            _set_records_aside(pack, records)
 
 
 def _known_text(root: Path, file: Path) -> str | None:
@@ -365,6 +386,26 @@ def _is_pack(root: Path, path: Path) -> bool:
 def _set_pack_aside(path: Path) -> None:
     space = Space(path.parent.parent, {}, "a")
     if _check_pack(space, path.name, deep=True):  # it may be another pack by now
+        _move(path, quarantine_folder(space, path.name))
+
+
+def _set_records_aside(path: Path, records: Collection[str]) -> None:
+    """Commit the other records of a pack anew, and then move it to quarantine."""
+    folder = path.parent.parent
+    space = Space(folder, read_spec(folder), "a")
+    with alone(space) as granted:
+        if not granted:
+            raise StoreError(f"{folder} is being compacted: repair it again when that is done")
+        try:
+            pack, provenance = Pack(path), read_provenance(path)
+        except FileNotFoundError:
+            return
+        sources = provenance.pop("records")
+        keys = [key.tobytes() for key in pack.keys]
+        good = [row for row, key in enumerate(keys) if key.hex() not in records]
+        entries = [Entry(keys[row], pack.record(row), sources[row]) for row in good]
+        if entries:
+            space.write(entries, provenance, pack.features.codec)
         _move(path, quarantine_folder(space, path.name))
 
 
