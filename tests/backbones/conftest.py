@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from feature_cache.backbones import cellpose, sam
+
 Frames = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -20,6 +22,15 @@ def predecessor() -> Any:
         warnings.simplefilter("ignore")  # importing it warns of its own dependencies
         import trackastra_pretrained_feats.pretrained_features as module
     return module
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAM's and cellpose's encoders with two layers, one with windows and one global."""
+    for module, name in ((sam, "base"), (cellpose, "large")):
+        sizes = dict(module.ENCODER_SIZES)
+        sizes[name] = {**sizes[name], "num_hidden_layers": 2, "global_attn_indexes": (1,)}
+        monkeypatch.setattr(module, "ENCODER_SIZES", sizes)
 
 
 @pytest.fixture

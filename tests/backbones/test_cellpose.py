@@ -21,13 +21,7 @@ from feature_cache.spec import Normalization
 pytest.importorskip("transformers")
 
 NAME = "mouseland/cellpose-sam"
-SHALLOW = {**adapter.ENCODER_SIZES["large"], "num_hidden_layers": 2, "global_attn_indexes": (1,)}
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch):
-    """The network with two of its layers."""
-    monkeypatch.setattr(adapter, "ENCODER_SIZES", {"large": SHALLOW})
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ OPTIONS = {
     },
 }
 ALSO = ("facebook/sam2.1-hiera-tiny/highres", "facebook/sam2-hiera-tiny")
-HEAVY = ("facebook/sam-vit-", "mouseland/cellpose-sam")
+DEEP = {"facebook/sam-vit-base": 12, "mouseland/cellpose-sam": 24}
 SAME_NETWORK = ("microsam/vit_b_lm",)  # as facebook/sam-vit-base, with other weights
 NO_WEIGHTS = ("debug/encoded_labels",)
 
@@ -42,9 +42,8 @@ def smallest():
             continue
         seen.add(info.factory)
         for name, options in FAMILIES.get(info.name, [(info.name, OPTIONS.get(info.name, {}))]):
-            marks = [pytest.mark.slow] if name.startswith(HEAVY) else []
-            if not info.installed:
-                marks.append(pytest.mark.skip(reason=f"not installed: {info.install}"))
+            absent = pytest.mark.skip(reason=f"not installed: {info.install}")
+            marks = [] if info.installed else [absent]
             chosen.append(pytest.param(info, name, options, id=name, marks=marks))
     return chosen
 
@@ -55,19 +54,31 @@ def load(name, options, seed=0):
 
 
 @pytest.mark.parametrize(("info", "name", "options"), smallest())
-def test_conforms(info, name, options):
+def test_conforms(info, name, options, request):
+    if name in DEEP:
+        request.getfixturevalue("shallow")
     backbone = load(name, options)
     spec = backbone.spec
     assert spec.name == name
     assert info.width in (None, spec.width)
     assert info.stride in (None, spec.stride)
-    check_backbone(backbone, **(ONE_SHAPE if name.startswith(HEAVY) else {}))
+    check_backbone(backbone, **(ONE_SHAPE if name in DEEP else {}))
     assert load(name, options).spec == spec
     if name not in NO_WEIGHTS:
         assert load(name, options, seed=1).spec.weights != spec.weights
     if isinstance(backbone, TorchBackbone):
         assert not any(module.training for module in backbone.module.modules())
         assert not any(p.requires_grad for p in backbone.module.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEEP)
+def test_the_real_depth(name, blobs):
+    backbone = load(name, {})
+    grid = backbone.embed(blobs(48, 96))
+    assert grid.shape[3] == backbone.spec.width
+    assert len(backbone.module.layers) == DEEP[name]
+    assert torch.isfinite(grid).all()
 
 
 def test_the_fake_conforms():

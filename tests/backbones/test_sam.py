@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 import pytest
 import torch
@@ -21,18 +20,12 @@ transformers = pytest.importorskip("transformers")
 
 BASE = "facebook/sam-vit-base"
 MICRO = "microsam/vit_b_lm"
-SHALLOW = {**sam.ENCODER_SIZES["base"], "num_hidden_layers": 2, "global_attn_indexes": (1,)}
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch):
-    """The base model with two of its layers, one with windows and one global."""
-    monkeypatch.setattr(sam, "ENCODER_SIZES", {**sam.ENCODER_SIZES, "base": SHALLOW})
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 def as_sam_model(backbone):
     """The same weights in upstream's whole model."""
-    config = transformers.SamConfig(vision_config=dict(SHALLOW))
+    config = transformers.SamConfig(vision_config=dict(sam.ENCODER_SIZES["base"]))
     model = transformers.SamModel(config).eval()
     model.vision_encoder.load_state_dict(backbone.module.state_dict())
     return model
@@ -223,16 +216,3 @@ class TestWeights:
     def test_random_weights_have_positions(self):
         state = load_backbone(BASE, "random:0").module.state_dict()
         assert all(float(tensor.std()) > 0.01 for name, tensor in state.items() if "pos" in name)
-
-
-@pytest.mark.slow
-def test_the_real_depth(monkeypatch, blobs):
-    """Every layer of the base model against the original's code where that is installed."""
-    monkeypatch.undo()
-    backbone = load_backbone(BASE, "random:0", "cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        grid = backbone.embed(blobs(48, 96))
-    assert grid.shape == (1, 32, 64, 256)
-    assert len(backbone.module.layers) == 12
-    assert torch.isfinite(grid).all()
