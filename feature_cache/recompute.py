@@ -119,7 +119,14 @@ def choose_records(spaces: Sequence[Space], count: int | None, seed: int = 0) ->
         How many records; None for all.
     seed : int
         Another one chooses others.
+
+    Raises
+    ------
+    ValueError
+        A count below 1.
     """
+    if count is not None and count < 1:
+        raise ValueError(f"{count} records to compute again: expected 1 or more")
     held = [_list_keys(space) for space in spaces]
     sizes = [len({key for keys in packs.values() for key in keys}) for packs in held]
     shares = sizes if count is None else _share(count, sizes)

@@ -337,6 +337,10 @@ class TestChoice:
     def test_is_spread_over_the_spaces(self, spaces, count, shares):
         assert sorted(map(len, self.chosen(spaces, count).values())) == shares
 
+    def test_is_of_one_record_at_least(self, cache):
+        with pytest.raises(ValueError, match="0 records to compute again: expected 1 or more"):
+            cache.verify(recompute=0)
+
     def test_is_a_function_of_the_seed(self, spaces):
         assert self.chosen(spaces, 9) == self.chosen(spaces, 9)
         assert len({str(self.chosen(spaces, 9, seed)) for seed in range(5)}) > 1

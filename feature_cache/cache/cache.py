@@ -313,6 +313,8 @@ class FeatureCache:
         ------
         StoreError
             The cache can't be read, or can't be repaired.
+        ValueError
+            A number of records below 1.
         """
         findings = maintenance.verify(self.store.root, deep=deep)
         if repair:
