@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from .augment import Draw
+from .backbones.witness import Witness, undisturbed
 from .errors import BackboneError, FrameError
 from .hashing import Digest, digest_bytes
 from .key import Record
 from .pooling import Regions, pool_regions
-from .spec import Bounds, Normalization, SpaceSpec
+from .spec import BackboneSpec, Bounds, Normalization, SpaceSpec
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
@@ -124,7 +125,7 @@ def compute_records(
     BackboneError
         The embedding has a wrong shape, or NaN, or does not fit the storage dtype.
     """
-    for job, grid in compute_grids(jobs, Embedder(backbone), draw, batch_size):
+    for job, grid in compute_grids(jobs, Embedder(backbone, spec.backbone), draw, batch_size):
         if isinstance(grid, Exception):
             raise grid
         yield make_record(job, grid, spec, draw)
@@ -189,10 +190,12 @@ class Embedder:
     Parameters
     ----------
     backbone : Backbone
+    spec : BackboneSpec
+        Of which the keys were made; the backbone is compared with it before each batch.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, spec: BackboneSpec) -> None:
+        self.backbone, self._witness = backbone, Witness(backbone, spec)
         self._most_slices: int | None = None
 
     def embed(
@@ -223,7 +226,8 @@ class Embedder:
         Raises
         ------
         BackboneError
-            The embedding has a wrong shape, or NaN; unless it is among `blame`.
+            The backbone is not the one that the keys say (`Witness`), the embedding has a wrong
+            shape, or NaN; unless it is among `blame`.
         """
         parts = [range(len(jobs))] if jobs else []
         while parts:
@@ -253,8 +257,9 @@ class Embedder:
         blame: tuple[type[Exception], ...],
     ) -> list[Grid] | Exception:
         """Embed one batch; where memory ran out, nothing holds on to it."""
-        normalization = self.backbone.spec.normalization
         try:
+            self._witness.check()
+            normalization = self._witness.spec.normalization
             images = images or [prepare_frame(job, normalization) for job in jobs]
             return embed_frames(jobs, images, self.backbone, draw)
         except Exception as error:
@@ -317,14 +322,14 @@ def embed_frames(
         The embedding has a wrong shape, or NaN.
     """
     batch = torch.from_numpy(np.concatenate(images))
-    bounds = backbone.spec.normalization.range
+    bounds, device = backbone.spec.normalization.range, getattr(backbone, "device", "cpu")
     _check_range(batch, bounds, backbone, jobs)
-    if not draw.is_identity:
-        digests = list(chain.from_iterable(map(slice_digests, jobs)))
-        on_device = batch.to(getattr(backbone, "device", "cpu"))
-        batch = draw.apply(on_device, digests=digests, bounds=bounds)
-        _check_range(batch, bounds, backbone, jobs)
-    grids = torch.as_tensor(backbone.embed(batch)).float().cpu().numpy()
+    with undisturbed(device):
+        if not draw.is_identity:
+            digests = list(chain.from_iterable(map(slice_digests, jobs)))
+            batch = draw.apply(batch.to(device), digests=digests, bounds=bounds)
+            _check_range(batch, bounds, backbone, jobs)
+        grids = torch.as_tensor(backbone.embed(batch)).float().cpu().numpy()
     _check_grids(grids, len(batch), backbone, jobs)
     stacks = grids.reshape(len(jobs), -1, *grids.shape[1:])
     return [s[0] if j.frame.ndim == 2 else s for s, j in zip(stacks, jobs, strict=True)]

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from .backbones.base import Frozen
+from .backbones.witness import Witness
 from .hashing import frame_digest, state_digest
 from .movies import Masks, Tracks
 from .spec import BackboneSpec, Normalization
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from .backbones.base import Backbone
 
 
-class FakeBackbone:
+class FakeBackbone(Frozen):
     """A deterministic stand-in: each grid cell is a fixed random projection of its pixels.
 
     Parameters
@@ -68,6 +70,7 @@ class FakeBackbone:
         self.projection = np.random.Generator(np.random.Philox(seed)).standard_normal(
             (stride * stride + 1, dim)
         )
+        self.projection.flags.writeable = False
         self.spec = BackboneSpec(
             name="fake",
             revision=1,
@@ -156,8 +159,7 @@ def _check_spec(backbone: Backbone) -> None:
         spec.width > 0 and spec.stride > 0,
         f"{spec.name}: width {spec.width} and stride {spec.stride} must be positive",
     )
-    module = vars(backbone).get("module") if hasattr(backbone, "__dict__") else None
-    _fail_unless(not getattr(module, "training", False), f"{spec.name} is in training mode")
+    Witness(backbone, spec).check()
 
 
 def _check_embedding(backbone: Backbone, frames: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class TestWeights:
             "b = load_backbone('efficientnet-lite0', device='cpu');"
             "f = np.arange(4096.0).reshape(1, 64, 64); m = np.ones((1, 64, 64), int);"
             "r = FeatureCache(sys.argv[1]).get_or_compute(f, m, b);"
-            "print('module' in vars(b), 'timm' in sys.modules, r[0].features.shape)"
+            "print(b.is_loaded, 'timm' in sys.modules, r[0].features.shape)"
         )
         outputs = [
             subprocess.run(

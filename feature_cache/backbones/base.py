@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import Digest, state_digest
-from ..memo import remembered_digest
+from ..memo import Memo, remembered_digest
 from ..spec import BackboneSpec
+from .witness import NetworkState, exact_float32
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -78,7 +79,31 @@ def _check_device(name: str) -> torch.device:
     return device
 
 
-class TorchBackbone(ABC):
+class Frozen:
+    """What made a key can't be changed: attributes are fixed as soon as the spec is known."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse to change what the spec says, or how it is computed."""
+        kind = type(self)
+        is_known = "spec" in vars(self) and (name in vars(self) or hasattr(kind, name))
+        if is_known or isinstance(getattr(kind, name, None), cached_property):
+            raise AttributeError(
+                f"{name} of a {kind.__name__} can't be changed: its keys say what it was; make "
+                "another backbone"
+            )
+        super().__setattr__(name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A network on its device, the hex digest of its weights, and the state in which it is."""
+
+    network: nn.Module
+    weights: str
+    state: NetworkState
+
+
+class TorchBackbone(Frozen, ABC):
     """A backbone around a torch module that is built when it is first needed.
 
     Parameters
@@ -113,19 +138,57 @@ class TorchBackbone(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the loaded module: another process builds its own if it needs one."""
         state = self.__dict__.copy()
-        state.pop("module", None)
+        state.pop("_loaded", None)
         return state
 
     @cached_property
     def spec(self) -> BackboneSpec:
         """Everything that changes this backbone's numbers; loads no weights that are known."""
-        return self._describe(self._weights_digest().hex())
+        spec = self._describe(self._weights_digest().hex())
+        extra = {**spec.extra, **_name_subclass(type(self))}
+        return replace(spec, extra=extra)
 
-    @cached_property
+    @property
     def module(self) -> nn.Module:
         """The network, loaded, frozen and on its device."""
-        module = self._build().eval().requires_grad_(False)
-        return module.to(self.device)
+        return self._loaded.network
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the network is in memory."""
+        return "_loaded" in vars(self)
+
+    @cached_property
+    def _loaded(self) -> _Loaded:
+        with torch.inference_mode(False):
+            network = self._build().eval().requires_grad_(False)
+            weights = self._digest_network(network).hex()
+            network = network.to(self.device)
+        return _Loaded(network, weights, NetworkState(network))
+
+    def check(self) -> None:
+        """Check that the network is the one that the spec says, as it was when it was loaded.
+
+        Asked before each batch that is computed for a cache; takes less than a millisecond.
+
+        Raises
+        ------
+        BackboneError
+            Other weights were loaded, as from a file that was replaced meanwhile, or the network
+            was changed since.
+        """
+        expected, loaded = self.spec.weights, self._loaded
+        if loaded.weights != expected:
+            file = self._weights_file()
+            if file is not None:
+                with Memo() as memo:
+                    memo.forget((file,), self._weights_purpose())
+            raise BackboneError(
+                f"the weights of {self.name} are not those that its keys were made of: xxh3 "
+                f"{loaded.weights[:8]}… was loaded{f' from {file}' if file else ''}, expected "
+                f"{expected[:8]}…; nothing of it is stored: load the backbone anew"
+            )
+        loaded.state.check(self.name)
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32, on the device.
@@ -137,7 +200,7 @@ class TorchBackbone(ABC):
         """
         images = torch.as_tensor(frames, dtype=torch.float32).to(self.device)
         self._check_frames(images)
-        with torch.inference_mode(), exact_float32(self.device), self._autocast():
+        with torch.inference_mode(), exact_float32(), self._autocast():
             grid = self._forward(self._as_input(images))
         return grid.float()
 
@@ -170,7 +233,7 @@ class TorchBackbone(ABC):
         """Map frames (B, H, W) to the network's input: three channels, standardised."""
         spec = self.spec
         stacked = images[:, None].expand(-1, 3, -1, -1)
-        mean, std = (torch.tensor(v, device=images.device) for v in (spec.mean, spec.std))
+        mean, std = images.new_tensor(spec.mean), images.new_tensor(spec.std)
         return (stacked - mean[:, None, None]) / std[:, None, None]
 
     def _weights_file(self) -> Path | None:
@@ -196,23 +259,35 @@ class TorchBackbone(ABC):
     def _weights_digest(self) -> Digest:
         file = self._weights_file()
         if file is None:
-            return self._module_digest()
+            return self._loaded_digest()
         if not file.is_file():
             raise BackboneError(f"no weights at {file}: name a checkpoint file, or random:<seed>")
-        return remembered_digest(file, self._weights_purpose(), self._module_digest)
+        return remembered_digest(file, self._weights_purpose(), self._loaded_digest)
 
     def _weights_purpose(self) -> str:
         """Say what, besides the file, decides which weights the network gets."""
         return f"weights of {self.name}, revision {self.revision}"
 
-    def _module_digest(self) -> Digest:
-        return state_dict_digest(self.module.state_dict())
+    def _loaded_digest(self) -> Digest:
+        return bytes.fromhex(self._loaded.weights)
+
+    def _digest_network(self, network: nn.Module) -> Digest:
+        return state_dict_digest(network.state_dict())
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
         dtype = COMPUTE_DTYPES[self.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             yield
+
+
+def _name_subclass(kind: type) -> dict[str, str]:
+    """Give a class of another package that changes one of ours, and not its spec, its own keys."""
+    describing = next(one for one in kind.__mro__ if "_describe" in vars(one))
+    ours = __name__.partition(".")[0]
+    if kind is describing or kind.__module__.partition(".")[0] == ours:
+        return {}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}"}
 
 
 def state_dict_digest(state: Mapping[str, Tensor]) -> Digest:
@@ -332,48 +407,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-_exact_lock = threading.Lock()
-_exact_depth = 0
-_exact_before: list[tuple[Any, str, Any]] = []
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Compute float32 in float32 on CUDA: no TensorFloat-32, whatever the process has chosen.
-
-    What was chosen comes back when the last of the threads inside has left. Does nothing on other
-    devices.
-    """
-    global _exact_depth
-    if device.type != "cuda":
-        yield
-        return
-    with _exact_lock:
-        if _exact_depth == 0:
-            _exact_before[:] = [_switch(*switch) for switch in _tf32_switches()]
-        _exact_depth += 1
-    try:
-        yield
-    finally:
-        with _exact_lock:
-            _exact_depth -= 1
-            if _exact_depth == 0:
-                for owner, name, before in _exact_before:
-                    setattr(owner, name, before)
-
-
-def _tf32_switches() -> list[tuple[Any, str, Any]]:
-    """Name torch's switches of TensorFloat-32 and what turns each off, by its version."""
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    if hasattr(torch.backends, "fp32_precision"):
-        return [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv, cudnn.rnn)]
-    return [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
-
-
-def _switch(owner: Any, name: str, value: Any) -> tuple[Any, str, Any]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    return owner, name, before

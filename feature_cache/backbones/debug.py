@@ -14,12 +14,12 @@ from torch import Tensor
 from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import state_digest
 from ..spec import BackboneSpec, Normalization
-from .base import find_device
+from .base import Frozen, find_device
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class _DebugBackbone(ABC):
+class _DebugBackbone(Frozen, ABC):
     """A backbone without a network, computed with NumPy."""
 
     revision: ClassVar[int] = 1
@@ -80,6 +80,7 @@ class RandomNoise(_DebugBackbone):
         if prefix != "random" or not seed.isdecimal():
             raise BackboneError(f"{name} has no checkpoint: weights must be 'random:<seed>'")
         self.seed = np.array([int(seed) % 2**64], dtype=np.uint64)
+        self.seed.flags.writeable = False
         self.spec = BackboneSpec(
             name=name,
             revision=self.revision,
@@ -139,6 +140,7 @@ class EncodedLabels(_DebugBackbone):
         if weights is not None:
             raise BackboneError(f"{name} has no weights, found weights={str(weights)!r}")
         self.wavelengths = 2.0 ** np.linspace(1, 25, self.width // 2)
+        self.wavelengths.flags.writeable = False
         self.spec = BackboneSpec(
             name=name,
             revision=self.revision,

@@ -153,8 +153,8 @@ class _Stretched(HubBackbone):
     def _make(self, transformers: Any) -> nn.Module:
         """Build the network of this name's configuration, with random weights."""
 
-    def _module_digest(self) -> Digest:
-        state = self.module.state_dict()
+    def _digest_network(self, network: nn.Module) -> Digest:
+        state = network.state_dict()
         return state_dict_digest({_hub_name(name): tensor for name, tensor in state.items()})
 
     def _as_input(self, images: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class _Fill:
         keep_grids: bool,
     ) -> None:
         self.movie, self.batch_size, self.progress = movie, batch_size, progress
-        self.embedder = Embedder(movie.backbone)
+        self.embedder = Embedder(movie.backbone, movie.spec.backbone)
         self.grids = Grids(movie.cache, movie.spec.backbone)
         kept = keep_grids and movie.spec != self.grids.spec
         self.dense = movie.in_space(self.grids.spec) if kept else None

@@ -98,7 +98,7 @@ class Engine:
                 space = self.cache.space(spec)
                 grids = Grids(self.cache, spec.backbone)
                 self._benches[digest] = Bench(
-                    spec, space, Embedder(backbone), Commits(self.cache), grids
+                    spec, space, Embedder(backbone, spec.backbone), Commits(self.cache), grids
                 )
             return self._benches[digest]
 

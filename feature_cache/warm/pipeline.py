@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..cache import FeatureCache, Grids, MovieFeatures
 from ..compute import Embedder, Grid, Job, Pixels, make_record, prepare_frame
 from ..key import Record
+from ..spec import BackboneSpec
 from .commits import Budget, RunCommits
 from .memory import trim
 from .pipe import Pipe
@@ -70,6 +71,8 @@ class Pipeline:
     ----------
     cache : FeatureCache
     backbone : Backbone
+    spec : BackboneSpec
+        Of which the keys were made.
     batch_size : int
         Frames embedded at once; fewer where the device's memory does not suffice.
     tally : Tally
@@ -83,6 +86,7 @@ class Pipeline:
         self,
         cache: FeatureCache,
         backbone: Backbone,
+        spec: BackboneSpec,
         *,
         batch_size: int,
         tally: Tally,
@@ -90,9 +94,9 @@ class Pipeline:
         pushing: Pushing | None = None,
         claim: bool = True,
     ) -> None:
-        self.cache, self.backbone, self.batch_size = cache, backbone, batch_size
+        self.cache, self.spec, self.batch_size = cache, spec, batch_size
         self.tally, self.budget, self._claims = tally, budget, claim
-        self._embedder, self._grids = Embedder(backbone), Grids(cache, backbone.spec)
+        self._embedder, self._grids = Embedder(backbone, spec), Grids(cache, spec)
         self._commits = RunCommits(cache, budget, pushing)
         self._ready: Pipe[Future[_Read | Failure]] = Pipe(_BATCHES_AHEAD * batch_size)
         self._done: Pipe[_Pooled] = Pipe(2 * batch_size)
@@ -183,7 +187,7 @@ class Pipeline:
             grid = self._grids.find([job], masked.draw)[0] if frame.stored else None
             image = None
             if grid is None:
-                image = prepare_frame(job, self.backbone.spec.normalization)
+                image = prepare_frame(job, self.spec.normalization)
         except PART_FAILS as error:
             return self._fail(frame, error)
         return _Read(frame, job, image, grid)

@@ -23,6 +23,7 @@ from .report import Failure, FailureListener, Tally, WarmReport
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
+    from ..spec import BackboneSpec
 
 _log = logging.getLogger(__name__)
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.02, 1.0
@@ -141,9 +142,13 @@ def work_off(
                 "no record came from other processes for %.0f s: computing %d here", waited, before
             )
 
-        def pipeline(backbone: Backbone, claim: bool = claim) -> Pipeline:
+        spec = left[0].task.specs[0].backbone
+
+        def pipeline(
+            backbone: Backbone, spec: BackboneSpec = spec, claim: bool = claim
+        ) -> Pipeline:
             return Pipeline(
-                cache, backbone, batch_size=batch_size, tally=tally, budget=budget,
+                cache, backbone, spec, batch_size=batch_size, tally=tally, budget=budget,
                 pushing=pushing, claim=claim,
             )  # fmt: skip
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-import torch
 
 from feature_cache import BackboneError, UnknownNameError, list_backbones, load_backbone
-from feature_cache.backbones.base import _tf32_switches, exact_float32
 from feature_cache.testing import check_backbone
 
 MODULE = """
@@ -88,38 +86,3 @@ class TestEntryPoints:
             load_backbone("acme/one", dims=4)
         with pytest.raises(UnknownNameError, match="Known: none"):
             load_backbone("acme/nothing", dim=4)
-
-
-class TestExactFloat32:
-    """The switches exist without a GPU; only what they do does not."""
-
-    def state(self):
-        return [getattr(owner, name) for owner, name, _ in _tf32_switches()]
-
-    @pytest.fixture(params=["highest", "high"])
-    def chosen(self, request):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(request.param)
-        yield
-        torch.set_float32_matmul_precision(before)
-
-    @pytest.mark.usefixtures("chosen")
-    def test_switches_off_and_puts_back_when_the_last_has_left(self):
-        cuda, before, off = torch.device("cuda"), self.state(), [v for *_, v in _tf32_switches()]
-        with exact_float32(cuda):
-            with exact_float32(cuda):
-                assert self.state() == off
-            assert self.state() == off
-        assert self.state() == before
-        torch.get_float32_matmul_precision()
-
-    def test_puts_back_after_an_error(self):
-        before = self.state()
-        with pytest.raises(ZeroDivisionError), exact_float32(torch.device("cuda")):
-            _ = 1 / 0
-        assert self.state() == before
-
-    def test_does_nothing_elsewhere(self):
-        before = self.state()
-        with exact_float32(torch.device("cpu")):
-            assert self.state() == before
