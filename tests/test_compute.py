@@ -205,7 +205,7 @@ class TestRange:
         jobs = make_jobs(*small)
         images = [np.full((1, 48, 64), 0.5, np.float32) for _ in jobs]
         images[3][0, 7, 7] = 1.5
-        embedder = Embedder(backbone)
+        embedder = Embedder(backbone, backbone.spec)
         with pytest.raises(BackboneError, match=r"pixels from 0.5 to 1.5 for fake: its norm"):
             list(embedder.embed(jobs, IDENTITY, images))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -80,18 +81,30 @@ def _check_device(name: str) -> torch.device:
 
 
 class Frozen:
-    """What made a key can't be changed: attributes are fixed as soon as the spec is known."""
+    """What made a key can't be changed: attributes are fixed as soon as the spec is known.
+
+    Those that begin with an underscore, or came after the spec, are not in it, and free.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse to change what the spec says, or how it is computed."""
-        kind = type(self)
-        is_known = "spec" in vars(self) and (name in vars(self) or hasattr(kind, name))
-        if is_known or isinstance(getattr(kind, name, None), cached_property):
+        if self._is_fixed(name):
             raise AttributeError(
-                f"{name} of a {kind.__name__} can't be changed: its keys say what it was; make "
-                "another backbone"
+                f"{name} of a {type(self).__name__} can't be changed: its keys say what it was; "
+                "make another backbone"
             )
         super().__setattr__(name, value)
+
+    def _is_fixed(self, name: str) -> bool:
+        owner = next((kind for kind in type(self).__mro__ if name in vars(kind)), None)
+        value = vars(owner)[name] if owner is not None else None
+        if isinstance(value, cached_property):
+            return True
+        if "spec" not in vars(self):
+            return False
+        before = takewhile(lambda known: known != "spec", vars(self))
+        in_spec = name == "spec" or (name in before and not name.startswith("_"))
+        return in_spec or callable(value) or (owner is not None and _is_ours(owner))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,10 +297,13 @@ class TorchBackbone(Frozen, ABC):
 def _name_subclass(kind: type) -> dict[str, str]:
     """Give a class of another package that changes one of ours, and not its spec, its own keys."""
     describing = next(one for one in kind.__mro__ if "_describe" in vars(one))
-    ours = __name__.partition(".")[0]
-    if kind is describing or kind.__module__.partition(".")[0] == ours:
+    if kind is describing or _is_ours(kind):
         return {}
     return {"class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def state_dict_digest(state: Mapping[str, Tensor]) -> Digest:
