@@ -18,7 +18,7 @@ from .harness import Case, Options, describe_machine, format_case, load_results,
 
 NAMES = (
     *("windows", "batches", "dense", "writing", "opening", "hashing", "pooling"),
-    *("lazy", "warming", "epochs", "backbones"),
+    *("lazy", "warming", "witness", "epochs", "backbones"),
 )
 
 

@@ -10,6 +10,7 @@ from .harness import OURS, Case, quartiles
 from .lazy import FIRST
 from .pooling import THEIRS
 from .warming import ALONE
+from .witness import WITHOUT
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ TARGETS = (
     ),
     Target(
         "warming, against the backbone alone (50 ms a frame)", "warming", "", OURS, ALONE, 1 / 0.95
+    ),
+    Target(
+        "warming, against warming without the witness", "witness", "warming", OURS, WITHOUT, 1.01
     ),
     Target("a lazy first epoch, against warming first", "lazy", "", OURS, FIRST, 1.05),
     Target(
