@@ -152,9 +152,7 @@ def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArra
 
 def _check_frame(frame: NDArray[np.generic], where: str) -> NDArray[np.generic]:
     """Raise what can be told of a frame by its kind and shape."""
-    if isinstance(frame, np.ma.MaskedArray) and np.ma.is_masked(frame):
-        raise FrameError(f"{where} is a masked array with masked pixels: fill them first")
-    frame = np.asarray(frame)
+    frame = _without_mask(frame, where)
     if frame.dtype.kind not in "buif":
         hint = "; open files with Movie.open, or pass arrays" if frame.dtype.kind in "UO" else ""
         raise FrameTypeError(
@@ -194,8 +192,17 @@ def mask_labels(mask: NDArray[np.generic], where: str = "the mask") -> NDArray[n
     return np.ascontiguousarray(_check_mask(mask, where), dtype=_INT32)
 
 
+def _without_mask(array: NDArray[np.generic], where: str) -> NDArray[np.generic]:
+    """Give a plain array; of a masked one, whose masked pixels are anything, raise FrameError."""
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise FrameError(
+            f"{where} is a masked array with masked pixels: fill them first, as by .filled(0)"
+        )
+    return np.asarray(array)
+
+
 def _check_mask(mask: NDArray[np.generic], where: str) -> NDArray[np.generic]:
-    mask = np.asarray(mask)
+    mask = _without_mask(mask, where)
     if mask.dtype.kind not in "bui":
         raise FrameTypeError(f"{where} has dtype {mask.dtype}: expected integer labels")
     if mask.ndim not in (2, 3) or mask.size == 0:

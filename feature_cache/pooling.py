@@ -37,6 +37,12 @@ _EPSILON = np.float32(1e-8)
 _LOOKUP_LIMIT = 1 << 24
 _DENSE_VOTES_A_PIXEL = 32
 """Up to so many pairs of region and cell a pixel, counting all pairs is faster than sorting."""
+_DENSE_VOTES = 1 << 24
+"""More pairs are never counted at once: 128 MB."""
+_BLOCK = 1 << 22
+"""Pixels counted at once."""
+_ORDINARY = 2.0**-20, 2.0**60
+"""Vectors whose largest number is beyond are scaled before their length is taken in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +220,18 @@ def _cells_of_pixels(shape: tuple[int, int, int], grid: tuple[int, int, int]) ->
 
 def _tally(rows: Ints, cells: Ints, regions: Regions, grid: tuple[int, ...]) -> Votes:
     shape = len(regions.labels), int(np.prod(grid))
-    if shape[0] * shape[1] > _DENSE_VOTES_A_PIXEL * len(rows):
-        votes = sparse.csr_array((np.ones(len(rows), np.float32), (rows, cells)), shape=shape)
-        votes.sum_duplicates()
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(rows), _BLOCK)]
+    if shape[0] * shape[1] > min(_DENSE_VOTES_A_PIXEL * len(rows), _DENSE_VOTES):
+        votes = sparse.csr_array(shape, dtype=np.float32)
+        for block in blocks:
+            ones = np.ones(len(rows[block]), np.float32)
+            part = sparse.csr_array((ones, (rows[block], cells[block])), shape=shape)
+            part.sum_duplicates()
+            votes = votes + part
         return votes
-    counts = np.bincount(rows * shape[1] + cells, minlength=shape[0] * shape[1])
+    counts = np.zeros(shape[0] * shape[1], np.int64)
+    for block in blocks:
+        counts += np.bincount(rows[block] * shape[1] + cells[block], minlength=len(counts))
     filled = np.flatnonzero(counts)
     bounds = np.searchsorted(filled, np.arange(shape[0] + 1) * shape[1])
     return sparse.csr_array(
@@ -279,9 +292,18 @@ def _fill_empty(
 def _unit_vectors(stack: NDArray[np.floating], votes: Votes) -> Floats:
     """(votes.nnz, C) float32: the vector of length 1 for each vote."""
     cells, place = np.unique(votes.indices, return_inverse=True)
-    vectors = stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32)
+    vectors = _scale_extremes(stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32))
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + _EPSILON
     return vectors[place]
+
+
+def _scale_extremes(vectors: Floats) -> Floats:
+    """Scale vectors of huge or tiny numbers by powers of two, which leaves their direction."""
+    largest = np.abs(vectors).max(axis=-1, keepdims=True, initial=0)
+    ordinary = ((largest >= _ORDINARY[0]) & (largest <= _ORDINARY[1])) | (largest == 0)
+    if ordinary.all():
+        return vectors
+    return np.ldexp(vectors, np.where(ordinary, 0, -np.frexp(largest)[1]))
 
 
 def _mean(votes: Votes, vectors: Floats) -> Floats:

@@ -305,6 +305,11 @@ class TestFailure:
             ({"pooling": "mean"}, UnknownNameError, "unknown pooling 'mean'"),
             ({"draw": "hflip"}, DrawError, "draw is a str: expected a Draw"),
             ({"frames": np.ma.masked_less(np.ones((6, 48, 64)), 2)}, FrameError, "masked pixels"),
+            (
+                {"masks": np.ma.masked_less(np.ones((6, 48, 64), int), 2)},
+                FrameError,
+                "mask.*masked",
+            ),
             ({"dtype": "int8"}, UnknownNameError, "unknown storage dtype"),
             ({"batch_size": 0}, ValueError, "batch_size 0"),
         ],

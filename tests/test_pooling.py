@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_cache import POOLINGS, FrameError, UnknownNameError
+from feature_cache import POOLINGS, FrameError, UnknownNameError, pooling
 from feature_cache.pooling import pool, region_labels
 
 AGGREGATE = {"mean": np.mean, "max": np.max, "median": np.median}
@@ -123,6 +125,53 @@ def test_a_stack_pools_over_all_slices(mode):
         cells = [unit[0, :2, :2].reshape(-1, 2), unit[1:, 2:, 3:].reshape(-1, 2)]
         expected = [AGGREGATE[mode.split("_")[0]](c, axis=0) for c in cells]
     np.testing.assert_allclose(pooled, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+@pytest.mark.parametrize("scale", [1e20, 3e37, 1e-30, 1e-43])
+def test_huge_and_tiny_vectors_have_length_1_too(mode, scale):
+    rng = np.random.default_rng(3)
+    directions = rng.integers(1, 9, (6, 6, 5)).astype(np.float32)
+    grid = (directions * np.float32(scale)).astype(np.float32)
+    grid[0, 0] = directions[0, 0]
+    mask = np.repeat(np.arange(1, 10).reshape(3, 3), 8, 0).repeat(8, 1)
+    exact = grid.astype(np.float64)
+    exact /= np.linalg.norm(exact, axis=-1, keepdims=True)
+    expected = pool(exact, mask, mode)
+    np.testing.assert_allclose(pool(grid, mask, mode), expected, rtol=1e-5)
+
+
+def test_a_zero_vector_stays_one():
+    assert not pool(
+        np.zeros((2, 2, 3), np.float32), np.ones((4, 4), int), "mean_patches_exact"
+    ).any()
+
+
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_blocks_and_ways_of_counting_give_the_same_bits(monkeypatch, mode):
+    rng = np.random.default_rng(4)
+    grid = rng.standard_normal((3, 7, 9, 4)).astype(np.float32)
+    mask = rng.integers(0, 6, (3, 40, 50)) * (rng.random((3, 40, 50)) < 0.7)
+    expected = pool(grid, mask, mode)
+    for dense in 1 << 24, 0:
+        for block in 1 << 22, 997:
+            monkeypatch.setattr(pooling, "_DENSE_VOTES", dense)
+            monkeypatch.setattr(pooling, "_BLOCK", block)
+            assert np.array_equal(pool(grid, mask, mode), expected)
+
+
+def test_memory_does_not_grow_with_pairs_of_regions_and_cells():
+    """It was up to 256 bytes a pixel, 16 GB for a stack of 64 x 1024 x 1024."""
+    mask = np.broadcast_to(1 + np.arange(512, dtype=np.int32)[:, None] % 500, (8, 512, 512))
+    grid = np.ones((8, 128, 128, 1), np.float32)
+    tracemalloc.start()
+    try:
+        pooled = pool(grid, mask, "mean_patches_exact")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert pooled.shape == (500, 1)
+    assert peak < 120 * mask.size
 
 
 def test_input_is_not_changed():
