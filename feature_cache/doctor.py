@@ -24,6 +24,7 @@ _JOBS = {
     "warm": (),
     "serve": (),
     "wrap a training": ("trackastra",),
+    "CZI, ND2, LIF": ("bioio",),
     "push, pull, remote layers": ("remote",),
     "report": ("report",),
     "benchmarks": ("bench", "report", "trackastra", "demo"),

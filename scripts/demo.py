@@ -121,7 +121,7 @@ def track(model: nn.Module, root: Path, cache: FeatureCache, backbone, options) 
         "pretrained_feats_additional_props": "regionprops2",
     }
     movie = Movie.open(root, options.detections, slice_pct=TRACKING)
-    truth = Movie.open(root, "TRA")
+    truth = Movie.open(root)
     frames, masks = np.stack(list(movie.frames)), np.stack(list(movie.masks))
     bars = io.StringIO()
     with tempfile.TemporaryDirectory() as result, contextlib.redirect_stderr(bars):
@@ -152,7 +152,7 @@ def main() -> None:
     roots = [Path(m) for m in options.movies] or write_movies(ROOT / "demo-movies")
     backbone = load_backbone(options.backbone, options.weights, options.device)
     cache = FeatureCache(options.cache)
-    movies = [Movie.open(root, options.detections) for root in roots]
+    movies = [Movie.open(root, detections=options.detections) for root in roots]
 
     print(f"warming {sum(map(len, movies))} frames with {options.backbone} on {backbone.device}")
     first = warm(cache, movies, backbone, options.pooling)

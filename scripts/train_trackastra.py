@@ -24,6 +24,7 @@ import argparse
 import logging
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from trackastra.utils import none_or_str, seed, str2bool
 from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.augment.policy import PRESETS
 from feature_cache.errors import BackboneError, FeatureCacheError
-from feature_cache.movies import read_tiff
+from feature_cache.movies import ReadOptions, read_image
 from feature_cache.pooling import POOLINGS
 from feature_cache.spec import SpaceSpec
 from feature_cache.trackastra import (
@@ -389,7 +390,8 @@ def train(options: argparse.Namespace) -> Path:
     trainer = make_trainer(options, folder, {**plain, **model.config})
     if checkpoint is not None:
         print(f"going on from {checkpoint}")
-    with replaced(tifffile, "imread", read_tiff):  # upstream's names no file that is damaged
+    read = partial(read_image, options=ReadOptions(labels=True))
+    with replaced(tifffile, "imread", read):  # upstream's names no file that is damaged
         trainer.fit(module, data, ckpt_path=checkpoint)
     return folder
 

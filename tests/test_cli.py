@@ -15,9 +15,9 @@ import tifffile
 import typer
 
 from aging import age, hurry
-from feature_cache import Augmentations, FeatureCache, load_backbone, movies
+from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.cli import app, main
-from feature_cache.movies import write_movie
+from feature_cache.movies import files, write_movie
 from feature_cache.store import Store
 from synthetic import make_movie
 
@@ -278,7 +278,7 @@ class TestMistakes:
         root = small_folder()
         for file in root.glob("*.tif"):
             file.rename(file.with_suffix(".tiff"))
-        assert "expected files named *.tif, found .tiff" in warm(run, root)[2]
+        assert "6 records: 0 were there, 6 computed" in warm(run, root)[1]
 
     def test_a_damaged_pack_cannot_be_inspected(self, run, small_folder):
         warm(run, small_folder())
@@ -315,9 +315,9 @@ def _in_another_user(function):
 class TestMemo:
     @pytest.fixture
     def reads(self, monkeypatch):
-        names, read_tiff = [], movies.read_tiff
+        names, read_image = [], files.read_image
         monkeypatch.setattr(
-            movies, "read_tiff", lambda file: names.append(file.name) or read_tiff(file)
+            files, "read_image", lambda file, how: names.append(file.name) or read_image(file, how)
         )
         return names
 

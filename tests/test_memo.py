@@ -20,10 +20,11 @@ import tifffile
 from aging import age, hurry
 from feature_cache import FeatureCache, FrameError, Movie, MovieError
 from feature_cache import memo as memo_module
-from feature_cache import movies as movies_module
 from feature_cache.hashing import digest_bytes
 from feature_cache.memo import Fingerprint, Memo, memo_folder, no_memo, remembered_digest
-from feature_cache.movies import TiffSeries
+from feature_cache.movies import ReadOptions, Series
+from feature_cache.movies import files as files_module
+from feature_cache.movies.files import ImageFiles
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import plan_warm, run_warm
 
@@ -390,13 +391,13 @@ class Reads(list[str]):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
-    names, read_tiff = Reads(), movies_module.read_tiff
+    names, read_image = Reads(), files_module.read_image
 
-    def count(file: Path) -> np.ndarray:
+    def count(file: Path, options: ReadOptions) -> np.ndarray:
         names.append(file.name)
-        return read_tiff(file)
+        return read_image(file, options)
 
-    monkeypatch.setattr(movies_module, "read_tiff", count)
+    monkeypatch.setattr(files_module, "read_image", count)
     return names
 
 
@@ -516,9 +517,10 @@ class TestMovies:
         assert not set(keys[0]) & set(keys[1])
 
     def test_frames_and_masks_of_the_same_files_do_not_share(self, cache, old_movie):
-        files = Movie.open(old_movie).masks.files
-        for masks in TiffSeries(files, labels=True), TiffSeries(files):
-            digests = cache.movie(TiffSeries(files), masks, FakeBackbone()).digests(0)
+        files = Movie.open(old_movie).masks.source
+        plain = Series(files, range(6))
+        for masks in Series(files, range(6), labels=True), plain:
+            digests = cache.movie(plain, masks, FakeBackbone()).digests(0)
             assert digests[0] != digests[1]
 
     def test_slices_share(self, cache, old_movie, reads):
@@ -534,13 +536,14 @@ class TestMovies:
         assert not fresh_memo.exists()
 
     def test_files_read_in_another_way_are_not_remembered(self, cache, old_movie, reads):
-        class Denoised(TiffSeries):
+        class Denoised(ImageFiles):
             def __getitem__(self, t: int) -> np.ndarray:
                 return super().__getitem__(t) // 2
 
         movie = Movie.open(old_movie)
         for _ in range(2):
-            cache.movie(Denoised(movie.frames.files), movie.masks, FakeBackbone()).keys()
+            frames = Denoised(movie.frames.source.files)
+            cache.movie(frames, movie.masks, FakeBackbone()).keys()
         assert taken(reads).count("t000.tif") == 2
 
     def test_damage_gives_the_right_keys(self, cache, old_movie, fresh_memo, caplog):

@@ -135,27 +135,28 @@ MISTAKES = [
     Mistake(
         "the folder above the movie",
         WARM.replace("movie/01", "movie"),
-        "error: movie has no frames: expected files named *.tif, found the folders 01, 01_GT: "
-        "name one, such as movie/01",
+        "error: movie has no frames: expected images (.tif, .tiff, .png), found the folders 01, "
+        "01_GT: name one, such as movie/01",
     ),
     Mistake(
         "an empty folder",
         WARM.replace("movie/01", "empty"),
-        "error: empty has no frames: expected files named *.tif",
+        "error: empty has no frames: expected images (.tif, .tiff, .png)",
         lambda folder, _: (folder / "empty").mkdir(),
     ),
     Mistake(
         "no masks",
         WARM,
         "error: movie/01 has no masks 'TRA': looked for movie/01/TRA, movie/01_TRA, "
-        "movie/01_GT/TRA; name the detection folder (--detections)",
+        "movie/01_GT/TRA; name the detection folder (--detections), or the place of the masks "
+        "(--masks)",
         remove_masks,
     ),
     Mistake(
         "fewer frames than masks",
         WARM,
-        "error: movie/01 has 5 frames and movie/01_GT/TRA has 6 masks: expected as many masks as "
-        "frames; add what is missing or remove what is too many",
+        "error: movie/01 has 5 frames and movie/01_GT/TRA has 6 masks (man_track005.tif has no "
+        "frames): expected as many masks as frames; add what is missing or remove what is too many",
         remove_frame,
     ),
     Mistake(
@@ -304,8 +305,8 @@ MISTAKES = [
         "an unknown key in a list",
         WARM.replace("movie/01", "list.yaml"),
         "error: list.yaml, the entry of movie/01: unknown key 'downscale': did you mean "
-        "'downscale_spatial'? Known: path, detections, slice_pct, downscale_temporal, "
-        "downscale_spatial",
+        "'downscale_spatial'? Known: path, detections, masks, channel, axes, slice_pct, "
+        "downscale_temporal, downscale_spatial",
         write("list.yaml", "- path: movie/01\n  downscale: 2\n"),
     ),
     Mistake(
@@ -317,7 +318,7 @@ MISTAKES = [
     Mistake(
         "a list that is not there",
         WARM.replace("movie/01", "list.yaml"),
-        "error: can't read the list of movies list.yaml: No such file or directory",
+        "error: can't read the list of movies list.yaml: no such file",
     ),
     Mistake(
         "a part of a movie that is none",
@@ -509,18 +510,17 @@ def score(result: str) -> None:
         ),
         (
             lambda: ask_for(np.zeros((40, 50)), np.zeros((40, 50), int)),
-            "FrameError: frame 0 has shape (50,): expected (H, W) or (Z, H, W), none of them 0; "
-            "frames is a movie (T, H, W): pass frame[None] for one frame",
+            "FrameError: frames has shape (40, 50), one image: expected (T, H, W) or (T, Z, H, W); "
+            "pass frames[None] for a movie of one",
         ),
         (
             lambda: ask_for(np.zeros((2, 40, 50, 3)), np.zeros((2, 40, 50), int)),
-            "MovieError: frame 0 has shape (40, 50, 3) and its mask (40, 50): expected the same; "
-            "a frame has one channel: pass one, such as frames[..., 0]",
+            "FrameError: frames has images of shape (40, 50, 3), which are in colour: a frame has "
+            "one channel: pass one, such as frames[..., 0]",
         ),
         (
             lambda: ask_for(["t000.tif"], np.zeros((1, 40, 50), int)),
-            "FrameTypeError: frame 0 has dtype <U8: expected bool, integer or float pixels; open "
-            "files with Movie.open, or pass arrays",
+            "MovieError: can't read t000.tif: no such file; restore the file or leave it out",
         ),
         (
             lambda: CachedFeatureDataset([], FeatureCache("cache")),

@@ -27,7 +27,8 @@ from feature_cache import (
 )
 from feature_cache.augment import Entry
 from feature_cache.cli import main
-from feature_cache.movies import Movie, write_movie
+from feature_cache.movies import Movie, Source, write_movie
+from feature_cache.movies.arrays import ListedImages
 from feature_cache.report import (
     Choice,
     compose_picture,
@@ -41,7 +42,7 @@ from feature_cache.report import (
 from feature_cache.report.colours import GREY, Directions, Palette, normalize_rows
 from feature_cache.report.commands import quote_movie
 from feature_cache.report.condition import sum_by_period
-from feature_cache.report.coverage import KnownMovie, find_coverage
+from feature_cache.report.coverage import find_coverage
 from feature_cache.report.images import data_uri, resize_to, shrink_image
 from feature_cache.report.outlines import draw_edges, trace_outlines
 from feature_cache.spec import BackboneSpec
@@ -55,10 +56,8 @@ COPIES = Augmentations("default", copies=2, seed=42)
 
 def warm(cache, path, detections="TRA", copies=None, backbone=None, **options):
     """Warm a movie in files, as the command does."""
-    movie = Movie.open(path, detections)
-    features = cache.movie(
-        movie.frames, movie.masks, backbone or FakeBackbone(), name=movie.name, **options
-    )
+    movie = Movie.open(path, detections=detections)
+    features = cache.movie(movie, None, backbone or FakeBackbone(), **options)
     numbered = copies or Augmentations("none", copies=0)
     for copy, draw in enumerate(numbered.draws()):
         features.with_draw(draw, numbered.name_of(copy)).warm()
@@ -287,7 +286,7 @@ class TestCoverage:
         warm(cache, small_folder(), copies=own, pooling="nearest_patch")
         cache.get_or_compute(small[0][:, ::-1], small[1], FakeBackbone())
         movies, _ = find_coverage(cache.store.spaces())
-        assert [movie.in_files for movie in movies] == [False, True]
+        assert [movie.source is not None for movie in movies] == [False, True]
         _, coverage = cover(cache)
         found = coverage["nearest_patch"]
         groups = sorted({column.group for column in found.columns})
@@ -298,23 +297,38 @@ class TestCoverage:
             f"{start} --copies 2 --pooling nearest_patch --seed 42",
         ]
 
+    def test_a_movie_says_how_it_is_opened(self, cache, small_folder):
+        root = small_folder()
+        movie = Movie.open(root / "*.tif", f"{root}_GT/TRA")
+        cache.movie(movie, None, FakeBackbone()).warm()
+        [known] = find_coverage(cache.spaces())[0]
+        assert known.source == movie.source
+        words = shlex.split(quote_movie(known.source))
+        assert words == [f"{root}/*.tif", "--masks", f"{root}_GT/TRA"]
+
     @pytest.mark.parametrize(
-        ("name", "masked", "source"),
+        ("name", "pooling", "words"),
         [
-            ("data/01 TRA", True, ("data/01", "TRA")),
-            ("my data/01 ERR_SEG", True, ("my data/01", "ERR_SEG")),
-            ("my data/01", True, ("my data/01", None)),
-            ("my data/01", False, ("my data/01", None)),
-            ("movie", True, ("movie", None)),
+            ("data/01 TRA", "mean_patches_exact", ["data/01"]),
+            ("my data/01 ERR_SEG", "mean_patches_exact", ["my data/01", "--detections", "ERR_SEG"]),
+            ("my data/01", "mean_patches_exact", ["my data/01"]),
+            ("my data/01", None, ["my data/01"]),
         ],
     )
-    def test_a_name_says_path_and_detections(self, name, masked, source):
-        pairs = frozenset({(0, 1)} if masked else set())
-        assert KnownMovie((name,), 1, 0, True, frozenset({0}), pairs).source == source
+    def test_what_0_1_wrote_tells_it_by_its_name(self, cache, small, name, pooling, words):
+        class Files(ListedImages):
+            place = "somewhere"
+
+        movie = cache.movie(
+            Files(list(small[0])), small[1], FakeBackbone(), pooling=pooling, name=name
+        )
+        movie.warm()
+        [known] = find_coverage(cache.spaces())[0]
+        assert shlex.split(quote_movie(known.source)) == words
 
     @given(st.text(min_size=1).filter(lambda name: "\0" not in name))
     def test_a_name_stays_one_word_in_a_shell(self, name):
-        words = shlex.split(quote_movie(name, "ERR SEG"))
+        words = shlex.split(quote_movie(Source(name, "ERR SEG")))
         assert words[1:] == ["--detections", "ERR SEG"]
         assert words[0] in (name, f"./{name}")
         assert not words[0].startswith("-")
@@ -392,7 +406,7 @@ class TestStrip:
         root = small_folder()
         warm(cache, root, pooling=None, dtype="float32")
         features = warm(cache, root)
-        strip = look_at(read_only(cache), str(root), FAKE, 4)
+        strip = look_at(read_only(cache), Source(str(root)), FAKE, 4)
         assert [view.number for view in strip.frames] == [1, 2, 3, 4]
         assert strip.missing == ()
         for view, record in zip(strip.frames, features.get([1, 2, 3, 4]), strict=True):
@@ -406,7 +420,7 @@ class TestStrip:
         cache.counter.save()
         before = snapshot(cache.store.root)
         opened = read_only(cache)
-        strip = look_at(opened, str(root), FAKE, 4)
+        strip = look_at(opened, Source(str(root)), FAKE, 4)
         render_page(survey_cache(opened.store), [strip])
         del opened, strip
         assert snapshot(cache.store.root) == before
@@ -415,7 +429,7 @@ class TestStrip:
         root = small_folder()
         warm(cache, root).with_draw(COPIES.draw(2)).compute([2])
         choice = Choice("fake", seed=42, copy=2)
-        strip = look_at(read_only(cache), str(root), choice, 3)
+        strip = look_at(read_only(cache), Source(str(root)), choice, 3)
         assert strip.missing == (1, 3)
         assert strip.copy == "copy 2 of seed 42 (default)"
         end = f"--cache {cache.store.root} --backbone fake --copies 2 --seed 42"
@@ -426,9 +440,9 @@ class TestStrip:
         copy = next(k for k in range(1, 10) if not flip.draw(k).is_identity)
         root = small_folder()
         warm(cache, root)
-        plain = look_at(read_only(cache), str(root), FAKE, [0]).frames[0]
+        plain = look_at(read_only(cache), Source(str(root)), FAKE, [0]).frames[0]
         choice = Choice("fake", policy="flips", copy=copy)
-        drawn = look_at(read_only(cache), str(root), choice, [0]).frames[0]
+        drawn = look_at(read_only(cache), Source(str(root)), choice, [0]).frames[0]
         assert np.array_equal(drawn.mask, flip.draw(copy).apply_mask(plain.mask))
         assert sorted(drawn.image.ravel()) == sorted(plain.image.ravel())
         assert not np.array_equal(drawn.image, plain.image)
@@ -439,7 +453,7 @@ class TestStrip:
         write_movie(tmp_path / "01", np.stack([frames, frames], axis=1), stack, tracks)
         warm(cache, tmp_path / "01")
         warm(cache, tmp_path / "01", pooling=None, dtype="float16")
-        strip = look_at(read_only(cache), str(tmp_path / "01"), FAKE, [0])
+        strip = look_at(read_only(cache), Source(str(tmp_path / "01")), FAKE, [0])
         assert strip.slice == (1, 2)
         assert strip.frames[0].mask.shape == (48, 64)
         assert strip.frames[0].grid.shape == (6, 8, 16)
@@ -449,7 +463,7 @@ class TestStrip:
         root = small_folder()
         raw = FakeBackbone(normalization=Normalization("none"))
         warm(cache, root, None, pooling=None, backbone=raw)
-        strip = look_at(read_only(cache), str(root), Choice("fake", pooling=None), [0, 5])
+        strip = look_at(read_only(cache), Source(str(root)), Choice("fake", pooling=None), [0, 5])
         view = strip.frames[0]
         assert strip.missing == ()
         assert view.mask is None
@@ -461,7 +475,7 @@ class TestStrip:
         [space] = cache.store.spaces()
         chunk = space.packs_folder / space.pack_names()[0] / "features" / "c" / "0" / "0"
         chunk.write_bytes(bytes(len(chunk.read_bytes())))
-        strip = look_at(read_only(cache), str(root), FAKE, [0])
+        strip = look_at(read_only(cache), Source(str(root)), FAKE, [0])
         assert strip.missing == (0,)
         assert "shown as missing" in caplog.text
 
@@ -470,26 +484,26 @@ class TestStrip:
         warm(cache, root)
         FeatureCache(tmp_path / "top")
         top = FeatureCache(tmp_path / "top", "r", layers=[cache.store.root])
-        assert look_at(top, str(root), FAKE, 2).missing == ()
+        assert look_at(top, Source(str(root)), FAKE, 2).missing == ()
 
     def test_a_frame_that_is_not_there(self, cache, small_folder):
         root = small_folder()
         warm(cache, root)
         with pytest.raises(MovieError, match="has no frame 6: expected 0 to 5"):
-            look_at(read_only(cache), str(root), FAKE, [6])
+            look_at(read_only(cache), Source(str(root)), FAKE, [6])
 
 
 class TestPicture:
     def test_has_frame_and_embedding_side_by_side(self, cache, small_folder):
         root = small_folder()
         warm(cache, root)
-        regions = look_at(read_only(cache), str(root), FAKE, [0])
+        regions = look_at(read_only(cache), Source(str(root)), FAKE, [0])
         picture = compose_picture(regions.frames[0], fit_palette(regions))
         assert picture.shape == (384, 512 + 4 + 512, 3)
         colours = {tuple(colour) for colour in picture[:, 516:].reshape(-1, 3).tolist()}
         assert 1 < len(colours) <= 6
         warm(cache, root, pooling=None)
-        grids = look_at(read_only(cache), str(root), FAKE, [0])
+        grids = look_at(read_only(cache), Source(str(root)), FAKE, [0])
         assert not np.array_equal(compose_picture(grids.frames[0], fit_palette(grids)), picture)
 
 
@@ -506,7 +520,7 @@ class TestPage:
         cache.movie(frames, masks, FakeBackbone(), name=f"{name}/01 TRA").warm()
         cache.pin(f"{name}/01")
         warm(cache, root)
-        strip = look_at(read_only(cache), str(root), FAKE, 2)
+        strip = look_at(read_only(cache), Source(str(root)), FAKE, 2)
         html = render_page(survey_cache(read_only(cache).store), [strip])
         assert "<script>alert" not in html
         assert html.count("<script") == 3
@@ -527,7 +541,7 @@ class TestPage:
     def test_too_many_regions_are_drawn_and_not_compared(self, cache, small_folder, monkeypatch):
         root = small_folder()
         warm(cache, root)
-        strip = look_at(read_only(cache), str(root), FAKE, 3)
+        strip = look_at(read_only(cache), Source(str(root)), FAKE, 3)
         monkeypatch.setattr(page, "MOST_REGIONS", 12)
         html = render_page(survey_cache(read_only(cache).store), [strip])
         assert "cosines of 10 regions" in html

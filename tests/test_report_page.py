@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from feature_cache import Augmentations, FeatureCache
-from feature_cache.movies import Movie, write_movie
+from feature_cache.movies import Movie, Source, write_movie
 from feature_cache.report import Choice, look_at, render_page, survey_cache
 from feature_cache.report.coverage import Column, Group, KnownMovie
 from feature_cache.testing import FakeBackbone
@@ -54,7 +54,7 @@ def page_file(tmp_path_factory):
             features.with_draw(copies.draw(copy), copies.name_of(copy)).warm()
     features.with_draw(copies.draw(1), copies.name_of(1)).compute([2])
     cache.counter.save()
-    strips = [look_at(cache, str(root), Choice("fake"), 3) for root in roots[:2]]
+    strips = [look_at(cache, Source(str(root)), Choice("fake"), 3) for root in roots[:2]]
     file = folder / "out.html"
     file.write_text(render_page(survey_cache(cache.store), strips))
     return file
@@ -153,7 +153,7 @@ def test_a_region_is_chosen_by_keyboard(open_page):
 
 def test_the_cosines_are_those_of_the_records(open_page, page_file):
     cache = FeatureCache(page_file.parent / "cache", "r")
-    strip = look_at(cache, str(page_file.parent / "a" / "01"), Choice("fake"), 3)
+    strip = look_at(cache, Source(str(page_file.parent / "a" / "01")), Choice("fake"), 3)
     vectors = [view.regions.features.astype(float) for view in strip.frames]
     own, others = vectors[0][3], vectors[1]
     cosines = others @ own / ((others**2).sum(1) * (own**2).sum()) ** 0.5

@@ -22,7 +22,7 @@ from feature_cache import Augmentations, FeatureCache, Movie, movies
 from feature_cache import backbones as registry
 from feature_cache.cache import commits
 from feature_cache.cli import main, progress
-from feature_cache.errors import MissingRecordError, MovieError, StoreError, UnknownNameError
+from feature_cache.errors import MissingRecordError, StoreError, UnknownNameError
 from feature_cache.store.remote import Remote
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import (
@@ -74,7 +74,7 @@ class TestSources:
         assert self.paths("a/*") == ["a/01"]
 
     def test_lists(self, folders):
-        (folders / "list.txt").write_text("# mine\na/01  # the first\n\n[bc]/01\n")
+        (folders / "list.txt").write_text("# mine\na/01\n\n[bc]/01\n")
         assert self.paths("list.txt") == ["a/01", "b/01", "c/01"]
         entries = ["a/01", {"path": "b/01", "slice_pct": [0, 0.5], "downscale_temporal": 2}]
         (folders / "list.yaml").write_text(yaml.safe_dump(entries))
@@ -107,7 +107,7 @@ class TestSources:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("x: 1", "holds a dict: expected a list of movies"),
+            ("x: 1", "holds a mapping: expected a list of movies"),
             ("[{detections: TRA}]", "has the entry {'detections': 'TRA'}"),
             ("[{path: a/01, slice_pct: all}]", "expected slice_pct as two numbers"),
             ("[a: b: c]", "is no YAML"),
@@ -121,10 +121,15 @@ class TestSources:
         assert find_sources(["nowhere.txt"])[1][0].what == "nowhere.txt"
         assert "no folder fits the pattern" in find_sources(["z*/01"])[1][0].reason
 
-    def test_a_movie_opened_in_part_has_no_source(self, folders):
-        assert Source.of(Movie.open("a/01")) == Source(str(folders / "a/01"))
-        with pytest.raises(MovieError, match="give plan_warm a Source with slice_pct"):
-            Source.of(Movie.open("a/01", slice_pct=(0, 0.5)))
+    @pytest.mark.usefixtures("folders")
+    def test_a_movie_says_how_it_was_opened(self):
+        options = {"slice_pct": (0.2, 0.9), "downscale_spatial": 2, "channel": 0, "axes": "YX"}
+        movie = Movie.open("a/01", "a/01_GT/TRA", **options)
+        plain = json.loads(json.dumps(movie.source.absolute().to_json()))
+        again = Source.from_json(plain).open()
+        assert again.table() == movie.table()
+        assert np.array_equal(again.masks[1], movie.masks[1])
+        assert Movie.of(movie.frames, movie.masks).source is None
 
 
 class TestPlan:
@@ -153,7 +158,8 @@ class TestPlan:
         root = small_folder()
         age(root.parent)
         plan_warm(cache, [Source(str(root))], FakeBackbone())
-        monkeypatch.setattr(movies, "read_tiff", lambda file: pytest.fail(f"{file} was read"))
+        unwanted = lambda file, _: pytest.fail(f"{file} was read")  # noqa: E731
+        monkeypatch.setattr(movies.files, "read_image", unwanted)
         assert plan_warm(cache, [Source(str(root))], FakeBackbone()).missing == 6
         assert not (cache.store.root / "spaces").exists()
 

@@ -2,13 +2,12 @@
 
 from .cache import FeatureCache
 from .grids import GRID_DTYPE, Grids, grid_spec
-from .movie import Images, MovieFeatures, Progress, check_batch_size
+from .movie import MovieFeatures, Progress, check_batch_size
 
 __all__ = [
     "GRID_DTYPE",
     "FeatureCache",
     "Grids",
-    "Images",
     "MovieFeatures",
     "Progress",
     "check_batch_size",

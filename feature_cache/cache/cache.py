@@ -14,12 +14,13 @@ from ..errors import DrawError, UnknownNameError
 from ..explain import Explanation
 from ..hashing import Digest
 from ..key import Record
+from ..movies import Given, Movie
 from ..recompute import choose_records
 from ..recompute import recompute as compute_again
 from ..spec import SpaceSpec
 from ..store import CODECS, Counter, Mode, Space, Store, maintenance, read_runs, remote, sum_usage
 from ..store.layers import FolderBelow, layer_space, open_layers
-from .movie import Images, MovieFeatures, Progress
+from .movie import MovieFeatures, Progress
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -120,9 +121,9 @@ class FeatureCache:
 
     def movie(
         self,
-        frames: Images,
-        masks: Images | None,
-        backbone: Backbone,
+        frames: Given,
+        masks: Given = None,
+        backbone: Backbone | None = None,
         *,
         pooling: str | None = "mean_patches_exact",
         draw: Draw | None = None,
@@ -131,7 +132,8 @@ class FeatureCache:
     ) -> MovieFeatures:
         """Bind a movie to a space of this cache; reads, hashes and computes nothing yet.
 
-        Parameters as `get_or_compute`; `name` is how errors and provenance call the movie.
+        Parameters as `get_or_compute`; `name` is how errors and provenance call the movie, by
+        default as it calls itself.
         """
         if draw is not None and not isinstance(draw, Draw):
             raise DrawError(
@@ -142,16 +144,20 @@ class FeatureCache:
                 f"backbone is the name {backbone!r}: expected a backbone; load it once, by "
                 f"load_backbone({backbone!r})"
             )
+        if backbone is None:
+            raise TypeError("no backbone was given: pass backbone=load_backbone(name)")
+        spec = SpaceSpec(backbone.spec, pooling, dtype)
+        given = Movie.of(frames, masks, detections=None if pooling is None else "TRA")
         return MovieFeatures(
-            self, frames, masks, backbone, SpaceSpec(backbone.spec, pooling, dtype),
-            draw or IDENTITY, name,
+            self, given.frames, given.masks, backbone, spec, draw or IDENTITY, name or given.name,
+            source=given.source,
         )  # fmt: skip
 
     def get_or_compute(
         self,
-        frames: Images,
-        masks: Images | None,
-        backbone: Backbone,
+        frames: Given,
+        masks: Given = None,
+        backbone: Backbone | None = None,
         *,
         pooling: str | None = "mean_patches_exact",
         draw: Draw | None = None,
@@ -165,9 +171,11 @@ class FeatureCache:
 
         Parameters
         ----------
-        frames : (T, H, W) or (T, Z, H, W), or a sequence of such frames
-            Bool, integer or float, as loaded; not changed.
-        masks : as `frames`, integer labels, 0 is background; None where `pooling` is None
+        frames : Movie, path, or images (T, H, W) or (T, Z, H, W)
+            An array of any kind, or a sequence of frames: bool, integer or float, as loaded; not
+            changed. A path is opened by `Movie.open`.
+        masks : as `frames`, integer labels, 0 is background; optional
+            By default those of the movie, or at the path; not used where `pooling` is None.
         backbone : Backbone
         pooling : str or None
             One of `feature_cache.pooling.POOLINGS`; None gives grids.
@@ -200,9 +208,9 @@ class FeatureCache:
 
     def get(
         self,
-        frames: Images,
-        masks: Images | None,
-        backbone: Backbone,
+        frames: Given,
+        masks: Given = None,
+        backbone: Backbone | None = None,
         *,
         pooling: str | None = "mean_patches_exact",
         draw: Draw | None = None,
@@ -216,9 +224,9 @@ class FeatureCache:
 
     def contains(
         self,
-        frames: Images,
-        masks: Images | None,
-        backbone: Backbone,
+        frames: Given,
+        masks: Given = None,
+        backbone: Backbone | None = None,
         *,
         pooling: str | None = "mean_patches_exact",
         draw: Draw | None = None,
@@ -230,9 +238,9 @@ class FeatureCache:
 
     def explain(
         self,
-        frames: Images,
-        masks: Images | None,
-        backbone: Backbone,
+        frames: Given,
+        masks: Given = None,
+        backbone: Backbone | None = None,
         *,
         pooling: str | None = "mean_patches_exact",
         draw: Draw | None = None,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from ..hashing import (
 )
 from ..key import Keys, Record, record_key
 from ..memo import Fingerprint, Memo
-from ..movies import TiffSeries
+from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
 from ..store import Index, Space, Span, Usage, record_sources
 from .fill import fill
@@ -38,13 +37,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 """Called with the number of frames or records just done."""
-
-
-class Images(Protocol):
-    """A movie's frames or masks: an array (T, H, W), a list, or files read lazily."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,11 +64,15 @@ class MovieFeatures:
     """The records of one movie in one space under one draw.
 
     Made by `FeatureCache.movie`. Frames and masks are read once, when the keys are first asked
-    for, and again where something is missing. Digests of files (a `TiffSeries`) are remembered, and
-    files that the memo knows are read only where something is missing.
+    for, and again where something is missing. Digests of files are remembered, and files that the
+    memo knows are read only where something is missing.
 
     Attributes
     ----------
+    frames, masks : Series, Series or None
+        Of the movie; masks only where the space pools.
+    source : Source or None
+        How the movie is opened; None for arrays.
     name, origin : str
         How people call the movie, and where the draw comes from (such as ``"copy 3 of seed 0"``);
         for errors and provenance, in no key.
@@ -85,13 +81,14 @@ class MovieFeatures:
     """
 
     cache: FeatureCache
-    frames: Images
-    masks: Images | None
+    frames: Series
+    masks: Series | None
     backbone: Backbone
     spec: SpaceSpec
     draw: Draw = IDENTITY
     name: str = ""
     origin: str = ""
+    source: Source | None = None
     memo: Memo = field(default_factory=Memo, repr=False)
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
@@ -99,13 +96,11 @@ class MovieFeatures:
     _places: Places | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Check what can be checked without reading; files name their movie."""
+        """Check what can be checked without reading."""
         self._space_digest = self.spec.digest
         backbone, normalization = self.spec.backbone.name, self.spec.backbone.normalization
         what = f"{backbone} (normalisation {normalization.name!r})"
         self.draw.check_bounds(normalization.range, what)
-        if not self.name and isinstance(self.frames, TiffSeries):
-            self.name = self.frames.folder
         if self.spec.pooling is None:
             self.masks = None
         elif self.masks is None:
@@ -171,24 +166,15 @@ class MovieFeatures:
         return self._digests[t]
 
     def _fingerprint(self, t: int, kind: str, compute: Callable[[], Fingerprint]) -> Fingerprint:
-        source = self._source(t, kind)
-        return compute() if source is None else self.memo.fingerprint(*source, compute)
-
-    def _source(self, t: int, kind: str) -> tuple[tuple[Path, ...], str] | None:
-        """Give files and purpose for the memo; None for what it can't remember.
-
-        A subclass of `TiffSeries` may make other pixels of the same files.
-        """
         images = self.frames if kind == "frame" else self.masks
-        if type(images) is not TiffSeries:
-            return None
-        return images.files_of(t), f"{kind}, key version {KEY_VERSION}, {images.recipe}"
+        place = None if images is None else _in_files(images, t, kind)
+        return compute() if place is None else self.memo.fingerprint(compute=compute, **place)
 
     def _hash_frame(self, t: int) -> Fingerprint:
         frame = self.frames[t]
         return Fingerprint(frame_digest(frame, self.where(t)), np.shape(frame))
 
-    def _hash_mask(self, masks: Images, t: int, shape: tuple[int, ...]) -> Fingerprint:
+    def _hash_mask(self, masks: Series, t: int, shape: tuple[int, ...]) -> Fingerprint:
         mask = masks[t]
         self._check_shapes(t, shape, np.shape(mask))
         return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
@@ -395,8 +381,10 @@ class MovieFeatures:
     def _forget(self, t: int) -> None:
         """Let the memo forget frame `t` and its mask: a digest from it may be wrong."""
         with self.memo as memo:
-            for source in filter(None, (self._source(t, "frame"), self._source(t, "mask"))):
-                memo.forget(*source)
+            for images, kind in ((self.frames, "frame"), (self.masks, "mask")):
+                place = None if images is None else _in_files(images, t, kind)
+                if place is not None:
+                    memo.forget(**place)
 
     def provenance(self, t: int) -> dict[str, JSON]:
         """Say where the record of frame `t` comes from."""
@@ -404,7 +392,8 @@ class MovieFeatures:
         return {
             "movie": self.name,
             "frame": t,
-            "file": _file_name(self.frames, t),
+            "file": self.frames.name_of(t) if self.frames.place else "",
+            "source": None if self.source is None else self.source.absolute().to_json(),
             "draw": self.draw.to_json(),
             "origin": self.origin,
             "frame_digest": frame.hex(),
@@ -423,14 +412,17 @@ class MovieFeatures:
     def where(self, t: int, kind: str = "frame") -> str:
         """Name a frame (or its mask) for people."""
         images = self.frames if kind == "frame" else self.masks
-        file = _file_name(images, t)
         place = f"{kind} {t} of {self.name}" if self.name else f"{kind} {t}"
-        return f"{place} ({file})" if file else place
+        return f"{place} ({images.name_of(t)})" if images is not None and images.place else place
 
 
-def _file_name(images: Images | None, t: int) -> str:
-    named = getattr(images, "name_of", None)
-    return str(named(t)) if named is not None else ""
+def _in_files(images: Series, t: int, kind: str) -> dict[str, Any] | None:
+    """Give files, purpose and part for the memo; None for what it can't remember."""
+    files = images.files_of(t)
+    if not files:
+        return None
+    purpose = f"{kind}, key version {KEY_VERSION}, {images.recipe}"
+    return {"files": files, "purpose": purpose, "part": images.part_of(t)}
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,14 +19,18 @@ from .options import (
     COPIES,
     FEATURES,
     OUTPUT,
+    AxesOption,
     BackboneOption,
     BatchOption,
     CacheOption,
+    ChannelOption,
     CodecOption,
     DetectionsOption,
     DtypeOption,
     JsonOption,
     LayersOption,
+    ManyDetectionsOption,
+    MasksOption,
     NoMemoOption,
     PolicyOption,
     PoolingOption,
@@ -57,10 +61,6 @@ PoolingsOption = Annotated[
         autocompletion=complete_pooling,
         rich_help_panel=FEATURES,
     ),
-]
-ManyDetectionsOption = Annotated[
-    list[str],
-    typer.Option(help="Where the masks are. May be repeated.", rich_help_panel=FEATURES),
 ]
 GridsBackboneOption = Annotated[
     str | None,
@@ -136,6 +136,9 @@ def warm(
     weights: WeightsOption = None,
     pooling: PoolingsOption = ["mean_patches_exact"],
     detections: ManyDetectionsOption = ["TRA"],
+    masks: MasksOption = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     device: DeviceOption = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = "float16",
@@ -172,7 +175,8 @@ def warm(
         _check_names(model, poolings, dtype, codec, dense)
         _check_remote(push)
         masked = any(name is not None for name in poolings)
-        sources, failures, frames = _find_movies(movies, detections if masked else [None])
+        options = {"masks": masks if masked else None, "channel": channel, "axes": axes}
+        sources, failures, frames = _find_movies(movies, detections if masked else [None], options)
         if store is None and plan:
             store = _open_to_plan(context, cache, codec, layer)
         store = store or _open_cache(cache, codec, layer)
@@ -245,12 +249,14 @@ def _open(
 
 
 def _find_movies(
-    words: Sequence[str], detections: Sequence[str | None]
+    words: Sequence[str], detections: Sequence[str | None], options: Mapping[str, Any]
 ) -> tuple[list[Source], list[Failure], int]:
     """Find the movies that can be opened, what can't, and the number of frames."""
     from ..warm.sources import find_sources, open_sources
 
-    found, failures = find_sources(words, detections)
+    found, failures = find_sources(words, detections, options)
+    if options["masks"] is not None and len({source.path for source in found}) > 1:
+        raise typer.BadParameter("--masks is for one movie; in a list, give each its masks: …")
     opened, unopened = open_sources(found)
     failures += unopened
     if not opened:
@@ -443,6 +449,9 @@ def explain(
     weights: WeightsOption = None,
     pooling: PoolingOption = "mean_patches_exact",
     detections: DetectionsOption = "TRA",
+    masks: MasksOption = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     dtype: DtypeOption = "float16",
     copy: CopyOption = 0,
     seed: SeedOption = 0,
@@ -465,12 +474,18 @@ def explain(
     augmentations = Augmentations(policy, copies=copy, seed=seed)
     model, pooled = load_backbone(backbone, weights), None if pooling == "none" else pooling
     _check_names(model, [pooled], dtype)
-    opened = Movie.open(movie, detections if pooled else None)
+    opened = Movie.open(
+        movie,
+        masks if pooled else None,
+        channel,
+        axes,
+        detections=detections if pooled else None,
+    )
     frames = range(len(opened)) if frame is None else [frame]
     if frame is not None and frame not in range(len(opened)):
         raise MovieError(f"{movie} has no frame {frame}: expected 0 to {len(opened) - 1}")
     features = FeatureCache(cache, "r", layers=layer).movie(
-        opened.frames, opened.masks, model, pooling=pooled, dtype=dtype, name=opened.name
+        opened, None, model, pooling=pooled, dtype=dtype
     )
     explanations = features.explain(augmentations, copy, frames)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+MOVIE = "How the movie is read"
 FEATURES = "Which features"
 COPIES = "Augmented copies"
 COMPUTING = "Computing"
@@ -125,7 +126,31 @@ PoolingOption = Annotated[
     ),
 ]
 DetectionsOption = Annotated[
-    str, typer.Option(help="Where the masks are.", rich_help_panel=FEATURES)
+    str, typer.Option(help="The folder of masks beside the movie.", rich_help_panel=MOVIE)
+]
+ManyDetectionsOption = Annotated[
+    list[str],
+    typer.Option(
+        help="The folder of masks beside the movie. May be repeated.", rich_help_panel=MOVIE
+    ),
+]
+MasksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The masks of the one movie that is named, where they are not beside it.",
+        rich_help_panel=MOVIE,
+    ),
+]
+ChannelOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Which channel of frames that have several.", rich_help_panel=MOVIE),
+]
+AxesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The axes of frames that don't say theirs, such as TYX.", rich_help_panel=MOVIE
+    ),
 ]
 DtypeOption = Annotated[
     str,

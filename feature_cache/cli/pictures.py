@@ -15,10 +15,13 @@ from ..errors import FeatureCacheError
 from .options import (
     COPIES,
     FEATURES,
+    AxesOption,
     CacheOption,
+    ChannelOption,
     DetectionsOption,
     DtypeOption,
     LayersOption,
+    MasksOption,
     NoMemoOption,
     PolicyOption,
     PoolingOption,
@@ -30,6 +33,7 @@ from .output import count_text, make_bar
 
 if TYPE_CHECKING:
     from ..cache import FeatureCache
+    from ..movies import Source
     from ..report import Choice, Strip
     from ..store.maintenance import Finding
 
@@ -63,6 +67,9 @@ def report(
     weights: WeightsOption = None,
     pooling: PoolingOption = "mean_patches_exact",
     detections: DetectionsOption = "TRA",
+    masks: MasksOption = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     dtype: DtypeOption = "float16",
     copy: CopyOption = 0,
     seed: SeedOption = 0,
@@ -77,6 +84,7 @@ def report(
     Example: feature-cache report cache.html --cache features
     """
     from ..cache import FeatureCache
+    from ..movies import Source
     from ..report import Choice, render_page, survey_cache
 
     opened = FeatureCache(cache, "r", layers=layer)
@@ -84,8 +92,13 @@ def report(
     failed: dict[str, str] = {}
     if movie:
         name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
-        choice = Choice(name, weights, pooled, detections, dtype, policy, seed, copy)
-        strips, failed = _look_at_all(opened, movie, choice, frames)
+        choice = Choice(name, weights, pooled, dtype, policy, seed, copy)
+        if masks is not None and len(movie) > 1:
+            raise typer.BadParameter("--masks is for one --movie")
+        sources = [
+            Source(path, detections, masks=masks, channel=channel, axes=axes) for path in movie
+        ]
+        strips, failed = _look_at_all(opened, sources, choice, frames)
     findings = _verify(cache) if verify else None
     page = render_page(survey_cache(opened.store, findings), strips)
     _write(out, page.encode())
@@ -118,18 +131,18 @@ def _pooling_of(name: str) -> str | None:
 
 
 def _look_at_all(
-    cache: FeatureCache, movies: Sequence[str], choice: Choice, frames: int
+    cache: FeatureCache, movies: Sequence[Source], choice: Choice, frames: int
 ) -> tuple[list[Strip], dict[str, str]]:
     """Look at each movie; say why for those that can't be read."""
     from ..errors import FrameError, MovieError
     from ..report import look_at
 
     strips, failed = [], {}
-    for path in movies:
+    for source in movies:
         try:
-            strips.append(look_at(cache, path, choice, frames))
+            strips.append(look_at(cache, source, choice, frames))
         except (MovieError, FrameError) as error:
-            failed[path] = str(error)
+            failed[source.path] = str(error)
     return strips, failed
 
 
@@ -144,6 +157,9 @@ def show(
     weights: WeightsOption = None,
     pooling: PoolingOption = "mean_patches_exact",
     detections: DetectionsOption = "TRA",
+    masks: MasksOption = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     dtype: DtypeOption = "float16",
     copy: CopyOption = 0,
     seed: SeedOption = 0,
@@ -157,13 +173,15 @@ def show(
     Example: feature-cache show data/01 --cache features --frame 3
     """
     from ..cache import FeatureCache
+    from ..movies import Source
     from ..report import Choice, compose_picture, draw_in_terminal, fit_palette, look_at
     from ..report.images import encode_png
 
     opened = FeatureCache(cache, "r", layers=layer)
     name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
-    choice = Choice(name, weights, pooled, detections, dtype, policy, seed, copy)
-    strip = look_at(opened, movie, choice, [frame])
+    choice = Choice(name, weights, pooled, dtype, policy, seed, copy)
+    source = Source(movie, detections, masks=masks, channel=channel, axes=axes)
+    strip = look_at(opened, source, choice, [frame])
     if strip.missing:
         typer.echo(
             f"error: frame {frame} of {strip.movie} is not in the cache: {strip.space} "

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..movies import Source
+
 _DEFAULTS = {
     "pooling": "mean_patches_exact",
     "dtype": "float16",
@@ -54,9 +56,9 @@ class WarmOptions:
         """The command, with ``{movie}`` where `quote_movie` goes."""
         return f"feature-cache warm {{movie}} {shlex.join(self._words())}"
 
-    def command(self, path: str, detections: str | None) -> str:
+    def command(self, source: Source) -> str:
         """Give the whole command, to be pasted into a shell."""
-        return self.text.replace("{movie}", quote_movie(path, detections), 1)
+        return self.text.replace("{movie}", quote_movie(source), 1)
 
     def _words(self) -> Iterator[str]:
         yield from ("--cache", self.cache, "--backbone", self.backbone)
@@ -71,8 +73,17 @@ class WarmOptions:
                 yield from (f"--{name}", value)
 
 
-def quote_movie(path: str, detections: str | None) -> str:
+def quote_movie(source: Source) -> str:
     """Write a movie as the command ``warm`` takes it, safe in a shell."""
+    path = source.path
     words = [f"./{path}" if path.startswith("-") else path]
-    words += ["--detections", detections] if detections not in (None, "TRA") else []
-    return shlex.join(word for word in words if word is not None)
+    detections = None if source.masks is not None else source.detections
+    options = {
+        "--detections": None if detections == "TRA" else detections,
+        "--masks": source.masks,
+        "--channel": source.channel,
+        "--axes": source.axes,
+    }
+    for option, value in options.items():
+        words += [option, str(value)] if value is not None else []
+    return shlex.join(words)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..hashing import JSON, canonical_json
+from ..movies import Source
 from ..store import Space, record_sources
 from .commands import WarmOptions
 
@@ -29,8 +30,8 @@ class KnownMovie:
     versions : int
         Slots whose pixels or mask the cache has seen in more than one version; each version
         counts by itself in `Coverage`.
-    in_files : bool
-        Whether the frames came from files, so that a command can warm them.
+    source : Source or None
+        How it was opened; None where the frames came from no file, so that no command warms them.
     frames : frozenset of int
         Numbers that stand for the pixels of a frame.
     pairs : frozenset of (int, int)
@@ -40,16 +41,9 @@ class KnownMovie:
     names: tuple[str, ...]
     slots: int
     versions: int
-    in_files: bool
+    source: Source | None
     frames: frozenset[int]
     pairs: frozenset[tuple[int, int]]
-
-    @property
-    def source(self) -> tuple[str, str | None]:
-        """Path and detections, as the command ``warm`` wants them."""
-        path, _, detections = self.names[0].rpartition(" ")
-        named = self.pairs and path and "/" not in detections
-        return (path, detections) if named else (self.names[0], None)
 
     def expected(self, masked: bool) -> int:
         """Count the records that a copy has in a space when it is complete."""
@@ -134,6 +128,7 @@ class Coverage:
 class _Seen:
     """What provenance says of one name."""
 
+    source: Source | None = None
     frames: set[int] = field(default_factory=set)
     pairs: set[tuple[int, int]] = field(default_factory=set)
     slots: dict[tuple[str, str], set[tuple[int, int | None]]] = field(
@@ -206,7 +201,10 @@ class _Survey:
                 mask = self._number(source["mask_digest"])
             file = source.get("file")
             slot = ("file", str(file)) if file else ("number", str(source.get("frame")))
-            self._seen[str(source.get("movie") or "")].add(slot, frame, mask)
+            seen = self._seen[str(source.get("movie") or "")]
+            seen.add(slot, frame, mask)
+            if seen.source is None and isinstance(source.get("source"), dict):
+                seen.source = Source.from_json(source["source"])
             draw = self._draw(source.get("draw", []))
             held.cells[draw].add((frame, mask) if masked else frame)
             held.origins[draw].add(str(source.get("origin") or ""))
@@ -232,8 +230,17 @@ class _Survey:
         self, names: Sequence[str], frames: frozenset[int], pairs: frozenset[tuple[int, int]]
     ) -> KnownMovie:
         first = self._seen[names[0]]
-        in_files = all(kind == "file" for kind, _ in first.slots)
-        return KnownMovie(tuple(names), len(first.slots), first.versions, in_files, frames, pairs)
+        source = first.source
+        if source is None and all(kind == "file" for kind, _ in first.slots):
+            source = _guess_source(names[0], bool(pairs))
+        return KnownMovie(tuple(names), len(first.slots), first.versions, source, frames, pairs)
+
+
+def _guess_source(name: str, masked: bool) -> Source:
+    """Take a movie's name apart: what was written before 0.2 says no more."""
+    path, _, detections = name.rpartition(" ")
+    named = masked and path and "/" not in detections
+    return Source(path, detections) if named else Source(name)
 
 
 def _cover(name: str, held: _Held, movies: Sequence[KnownMovie]) -> Coverage:

@@ -103,7 +103,7 @@ def _coverage_json(report: Report) -> JSON:
                 "names": movie.names,
                 "frames": movie.slots,
                 "versions": movie.versions,
-                "argument": quote_movie(*movie.source) if movie.in_files else None,
+                "argument": None if movie.source is None else quote_movie(movie.source),
             }
             for movie in report.movies
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ..compute import prepare_frame, slice_digests
 from ..errors import CorruptRecordError, MovieError
 from ..hashing import DIGEST_BYTES, canonical_json
 from ..key import Keys, Record
-from ..movies import Movie
+from ..movies import Source
 from ..spec import KEY_VERSION, STORAGE_DTYPES, BackboneSpec, Normalization, SpaceSpec
 from ..store import Pack, Space
 from ..warm import StoredGrids
@@ -101,7 +101,7 @@ class Choice:
 
     Attributes
     ----------
-    backbone, weights, pooling, detections, dtype : as the command line has them
+    backbone, weights, pooling, dtype : as the command line has them
         A pooling of None shows grids alone.
     policy, seed, copy : the copy; 0 is the movie itself
     """
@@ -109,7 +109,6 @@ class Choice:
     backbone: str
     weights: str | None = None
     pooling: str | None = "mean_patches_exact"
-    detections: str = "TRA"
     dtype: str = "float16"
     policy: str = "default"
     seed: int = 0
@@ -160,7 +159,9 @@ def spread_frames(count: int, wanted: int) -> list[int]:
     return list(range(first, min(count, first + wanted)))
 
 
-def look_at(cache: FeatureCache, path: str, choice: Choice, frames: Sequence[int] | int) -> Strip:
+def look_at(
+    cache: FeatureCache, source: Source, choice: Choice, frames: Sequence[int] | int
+) -> Strip:
     """Read frames of a movie, and what is stored for them. Computes nothing, changes nothing.
 
     Reading counts as no use of the cache. Layers that are remote are left out.
@@ -169,8 +170,8 @@ def look_at(cache: FeatureCache, path: str, choice: Choice, frames: Sequence[int
     ----------
     cache : FeatureCache
         In mode ``"r"``.
-    path : str
-        The movie's folder.
+    source : Source
+        How the movie is opened.
     choice : Choice
     frames : sequence of int, or int
         Which, or how many from the middle of the movie.
@@ -185,21 +186,22 @@ def look_at(cache: FeatureCache, path: str, choice: Choice, frames: Sequence[int
     backbone = find_backbone(cache, choice)
     spec = SpaceSpec(backbone.spec, choice.pooling, choice.dtype)
     draw = choice.augmentations.draw(choice.copy)
-    movie = Movie.open(path, choice.detections if choice.pooling else None)
+    wanted = source if choice.pooling else replace(source, detections=None, masks=None)
+    movie = wanted.open()
     numbers = spread_frames(len(movie), frames) if isinstance(frames, int) else list(frames)
     if absent := [t for t in numbers if t not in range(len(movie))]:
-        raise MovieError(f"{path} has no frame {absent[0]}: expected 0 to {len(movie) - 1}")
+        raise MovieError(f"{movie.name} has no frame {absent[0]}: expected 0 to {len(movie) - 1}")
     features = cache.movie(
-        movie.frames, movie.masks, backbone, pooling=choice.pooling, dtype=choice.dtype, draw=draw
+        movie, None, backbone, pooling=choice.pooling, dtype=choice.dtype, draw=draw
     )
-    viewer = _Viewer(cache, features, movie.frames.files, numbers)
+    viewer = _Viewer(cache, features, numbers)
     return Strip(
         movie=movie.name,
         space=spec.folder_name,
         copy=choice.augmentations.name_of(choice.copy) if choice.copy else "",
         slice=viewer.slice,
         masked=choice.pooling is not None,
-        command=choice.warm_options(cache.store.root).command(path, movie.detections),
+        command=choice.warm_options(cache.store.root).command(wanted),
         frames=tuple(viewer.view(t) for t in numbers),
     )
 
@@ -211,10 +213,9 @@ class _Viewer:
         self,
         cache: FeatureCache,
         features: MovieFeatures,
-        files: Sequence[Path],
         numbers: Sequence[int],
     ) -> None:
-        self.features, self.files = features, files
+        self.features = features
         self.slice = self._choose_slice(numbers)
         masked = features.spec.pooling is not None
         self._regions = _read(cache, features, numbers) if masked else {}
@@ -248,7 +249,7 @@ class _Viewer:
         grid = self._grids[t].features if t in self._grids else None
         return FrameView(
             number=t,
-            file=self.files[t].name,
+            file=self.features.frames.name_of(t),
             image=_stretch(drawn[0].numpy(), normalization),
             mask=self._draw_mask(job.mask, z),
             grid=grid[z] if grid is not None and grid.ndim == 4 else grid,

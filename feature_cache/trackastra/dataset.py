@@ -259,7 +259,7 @@ def wrap(
             copies,
             owners_of(data, folders),
             tuple(range(w["t1"], w["t1"] + data.window_size) for w in data.windows),
-            movies[0].frames[0].shape[-2:],
+            (movies[0].frames.shape[-2], movies[0].frames.shape[-1]),
             columns,
             rotate_features,
         )
@@ -305,7 +305,7 @@ def _bind(
     dtype: str,
 ) -> MovieFeatures:
     frames = frames_of(data)
-    masks = DetectionMasks(data.det_masks[folder], planar=frames[0].ndim == 2)
+    masks = DetectionMasks(data.det_masks[folder], planar=len(frames.shape) == 2)
     movie = cache.movie(
         frames, masks, backbone, pooling=pooling, dtype=dtype, name=f"{data.root} {folder}"
     )

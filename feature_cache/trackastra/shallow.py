@@ -11,7 +11,7 @@ from trackastra.data import wrfeat as _wrfeat
 from trackastra.utils import normalize
 
 from ..errors import UnknownNameError
-from ..movies import TiffSeries
+from ..movies import Series
 from .held import DetectionMasks, frames_of, owners_of
 
 Props = Literal["regionprops_small", "regionprops", "regionprops2"]
@@ -62,7 +62,7 @@ def exchange_shallow(data: Any, folders: Sequence[str], props: Props) -> list[di
     return windows
 
 
-def _measure(data: Any, folder: str, frames: TiffSeries, props: Props) -> list[Any]:
+def _measure(data: Any, folder: str, frames: Series, props: Props) -> list[Any]:
     masks = DetectionMasks(data.det_masks[folder], planar=False)
     measured = []
     for t in range(len(frames)):

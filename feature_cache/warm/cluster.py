@@ -15,21 +15,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 from ..cache import Progress, check_batch_size
-from ..errors import SchedulerGoneError
+from ..errors import MovieError, SchedulerGoneError
 from ..hashing import digest_bytes
-from ..movies import Movie
+from ..movies import Source
 from ..store import Usage
 from .commits import Budget
 from .plan import UNIT_FRAMES, Task, Unit, WarmPlan
 from .push import Pushing
 from .report import Failure, FailureListener, Tally, WarmReport
 from .run import check_writable, finish_push, make_report, over_budget
-from .sources import Source
 from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 
 Client: TypeAlias = Any
@@ -93,7 +91,7 @@ def run_on_cluster(
     orders = [
         (unit, _order(plan, unit, source, recipe, batch_size, push))
         for task in plan.tasks
-        for source in [(task.source or _source_of(task)).absolute()]
+        for source in [_source_of(task)]
         for unit in task.units(unit_frames)
     ]
     budget = None if max_bytes is None else Budget.of(plan.cache, max_bytes)
@@ -105,13 +103,12 @@ def run_on_cluster(
 
 
 def _source_of(task: Task) -> Source:
-    movie = task.movie
-    masks: Any = movie.masks
-    folder = masks.files[0].parent if masks is not None else None
-    detections = movie.name.rpartition(" ")[2] if folder is not None else None
-    root = movie.name.removesuffix(f" {detections}") if detections else movie.name
-    frames: Any = movie.frames
-    return Source.of(Movie(Path(root), frames, masks, detections, folder))
+    if task.movie.source is None:
+        raise MovieError(
+            f"{task.movie.name or 'a movie of the plan'} is made of arrays, which a worker can't "
+            "read: save them, and name the folder or file"
+        )
+    return task.movie.source.absolute()
 
 
 def _order(

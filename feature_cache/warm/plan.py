@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import tifffile
 
 from ..augment import Augmentations, Draw
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..errors import MovieError, UnknownNameError
 from ..hashing import JSON, Digest
-from ..movies import Movie, TiffSeries
+from ..movies import Given, Movie, Series, Source
 from ..spec import SpaceSpec
 from .grids import StoredGrids
 from .rates import recall_rate
 from .report import PART_FAILS, Failure
-from .sources import Source, open_sources
+from .sources import open_sources
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -50,15 +50,12 @@ class Task:
         Frames, for each of `specs`.
     grids : frozenset of int
         Frames whose grid is stored, in float32.
-    source : Source or None
-        Where another machine finds the movie; None for what was given as a `Movie`.
     """
 
     movie: MovieFeatures
     specs: tuple[SpaceSpec, ...]
     missing: tuple[tuple[int, ...], ...]
     grids: frozenset[int] = frozenset()
-    source: Source | None = None
 
     @property
     def records(self) -> int:
@@ -208,7 +205,7 @@ class WarmPlan:
 
 def plan_warm(
     cache: FeatureCache,
-    movies: Iterable[Movie | Source],
+    movies: Iterable[Source | Given],
     backbone: Backbone,
     *,
     pooling: str | Sequence[str | None] | None = "mean_patches_exact",
@@ -226,8 +223,8 @@ def plan_warm(
     ----------
     cache, dtype
         As `FeatureCache.get_or_compute`.
-    movies : iterable of Movie or Source
-        A cluster wants sources, or movies opened as a whole.
+    movies : iterable of Movie, Source, path, or pair of arrays (frames, masks)
+        A cluster wants movies in files.
     backbone : Backbone
         Or `StoredGrids`: then what has no stored grid is a failure.
     pooling : str, None or a sequence of these
@@ -252,22 +249,27 @@ def plan_warm(
     specs = tuple(dict.fromkeys(SpaceSpec(backbone.spec, name, dtype) for name in poolings))
     copies = augmentations or Augmentations("none", copies=0)
     planner = _Planner(cache, backbone, specs, copies, dense, list(failures))
-    for movie, source in _open_all(movies, planner.failures):
-        planner.add(movie, source, progress)
+    for movie in _open_all(movies, planner.failures):
+        planner.add(movie, progress)
     return planner.plan()
 
 
-def _open_all(
-    movies: Iterable[Movie | Source], failures: list[Failure]
-) -> Iterator[tuple[Movie, Source | None]]:
-    for movie in movies:
-        if isinstance(movie, Movie):
-            yield movie, None
-            continue
-        opened, failed = open_sources([movie])
-        failures += failed
-        for source, one in opened:
-            yield one, source
+def _open_all(movies: Iterable[Source | Given], failures: list[Failure]) -> Iterator[Movie]:
+    for given in movies:
+        if isinstance(given, Movie):
+            yield given
+        elif isinstance(given, Source | str | os.PathLike):
+            source = given if isinstance(given, Source) else Source(os.fspath(given))
+            opened, failed = open_sources([source])
+            failures += failed
+            yield from (movie for _, movie in opened)
+        elif isinstance(given, tuple) and len(given) == 2:
+            yield Movie.of(*given)
+        else:
+            raise TypeError(
+                f"movies holds a {type(given).__name__}: expected movies, paths, sources, or "
+                "pairs of arrays (frames, masks)"
+            )
 
 
 class _Planner:
@@ -296,7 +298,7 @@ class _Planner:
             recall_rate(self.backbone),
         )  # fmt: skip
 
-    def add(self, movie: Movie, source: Source | None, progress: Progress | None) -> None:
+    def add(self, movie: Movie, progress: Progress | None) -> None:
         specs = [self._specs_of(number) for number in range(self.copies.copies + 1)]
         try:
             features = self._bind(movie)
@@ -309,7 +311,7 @@ class _Planner:
         sizes = _Sizes(movie)
         for number, draw in enumerate(self.copies.draws()):
             copy = features.with_draw(draw, self.copies.name_of(number))
-            self._add_copy(copy, specs[number], number, draw, good, source, sizes)
+            self._add_copy(copy, specs[number], number, draw, good, sizes)
 
     def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
         wanted = self.dense == "all" or (self.dense == "original" and copy == 0)
@@ -318,12 +320,7 @@ class _Planner:
     def _bind(self, movie: Movie) -> MovieFeatures:
         pooled = next((spec for spec in self.specs if spec.pooling is not None), self.specs[0])
         return self.cache.movie(
-            movie.frames,
-            None if pooled.pooling is None else movie.masks,
-            self.backbone,
-            pooling=pooled.pooling,
-            dtype=pooled.dtype,
-            name=movie.name,
+            movie, None, self.backbone, pooling=pooled.pooling, dtype=pooled.dtype
         )
 
     def _add_copy(
@@ -333,7 +330,6 @@ class _Planner:
         number: int,
         draw: Draw,
         good: list[int],
-        source: Source | None,
         sizes: _Sizes,
     ) -> None:
         views = [copy.in_space(spec) for spec in specs]
@@ -355,7 +351,7 @@ class _Planner:
             self.present += int(there.sum())
         if any(missing):
             self.tasks.append(
-                Task(copy.with_draw(draw, copy.origin), specs, tuple(missing), stored, source)
+                Task(copy.with_draw(draw, copy.origin), specs, tuple(missing), stored)
             )
 
     def _unseen(self, view: MovieFeatures, frames: list[int]) -> list[int]:
@@ -479,11 +475,9 @@ def _regions_per_frame(movie: Movie) -> float | None:
     return float(alive) / max(1, int(tracks[:, 2].max(initial=0)) + 1)
 
 
-def _shape_of(frames: TiffSeries) -> tuple[int, ...] | None:
+def _shape_of(frames: Series) -> tuple[int, ...] | None:
     """Read a frame's shape, without its pixels."""
     try:
-        with tifffile.TiffFile(frames.files[0]) as opened:
-            shape = opened.series[0].shape
-    except (OSError, ValueError, IndexError, tifffile.TiffFileError):
+        return frames.shape
+    except MovieError:
         return None
-    return tuple(-(-length // frames.downscale) for length in shape)

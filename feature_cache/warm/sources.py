@@ -5,79 +5,30 @@ from __future__ import annotations
 import glob
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import MovieError, MovieNotFoundError, NoMasksError, UnknownNameError
-from ..movies import Movie
+from ..movies import Movie, Source
+from ..movies.formats import is_pattern
+from ..movies.tracks import read_text
 from .report import Failure
 
 _log = logging.getLogger(__name__)
 _LISTS = (".txt", ".yaml", ".yml")
-_KEYS = ("path", "detections", "slice_pct", "downscale_temporal", "downscale_spatial")
+_KEYS = (
+    *("path", "detections", "masks", "channel", "axes"),
+    *("slice_pct", "downscale_temporal", "downscale_spatial"),
+)
+_NOTHING = ("", "~", "null", "Null", "NULL", "None")
 _MASK_FOLDERS = ("_GT", "_ST", "_ERR_SEG", "_RES")
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """How to open a movie, here or on another machine that sees the same folders.
-
-    Parameters
-    ----------
-    path : str
-    detections : str or None
-        Where the masks are; None for frames alone.
-    slice_pct, downscale_temporal, downscale_spatial
-        As `Movie.open`.
-    optional : bool
-        Whether detections that are not there are left out, as Trackastra does where there are
-        several folders of them.
-    """
-
-    path: str
-    detections: str | None = "TRA"
-    slice_pct: tuple[float, float] = (0.0, 1.0)
-    downscale_temporal: int = 1
-    downscale_spatial: int = 1
-    optional: bool = field(default=False, compare=False)
-
-    @classmethod
-    def of(cls, movie: Movie) -> Source:
-        """Say how a movie is opened that was opened as a whole.
-
-        Raises
-        ------
-        MovieError
-            It is a part of what its folder holds.
-        """
-        source = cls(str(movie.root.absolute()), movie.detections)
-        opened = source.open()
-        files = [file.absolute() for file in movie.frames.files]
-        if list(opened.frames.files) != files or opened.frames.downscale != movie.frames.downscale:
-            raise MovieError(
-                f"{movie.name} is a part of its folder, which a worker can't know: give plan_warm "
-                "a Source with slice_pct and downscales in its place"
-            )
-        return source
-
-    def open(self) -> Movie:
-        """Find the movie's files; errors as `Movie.open`."""
-        return Movie.open(
-            self.path,
-            self.detections,
-            slice_pct=self.slice_pct,
-            downscale_temporal=self.downscale_temporal,
-            downscale_spatial=self.downscale_spatial,
-        )
-
-    def absolute(self) -> Source:
-        """Give the same source with a path that is right in any folder."""
-        return replace(self, path=str(Path(self.path).expanduser().absolute()))
-
-
 def find_sources(
-    words: Iterable[str], detections: Sequence[str | None] = ("TRA",)
+    words: Iterable[str],
+    detections: Sequence[str | None] = ("TRA",),
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Source], list[Failure]]:
     """Find what words stand for; what stands for nothing becomes a failure.
 
@@ -85,12 +36,15 @@ def find_sources(
     ----------
     words : iterable of str
         Each a movie's path; a pattern such as ``data/*/01``; a text file with such a word a line
-        (``#`` begins a comment); a YAML file with a list of words or of mappings (``path``, and
-        any of ``detections``, ``slice_pct``, ``downscale_temporal``, ``downscale_spatial``), or
-        with Trackastra's training configuration, whose ``input_train`` and ``input_val`` count.
-        Paths in files are, as there, relative to the current folder.
+        (lines that begin with ``#`` are comments); a YAML file with a list of words or of mappings
+        (``path``, and any of ``detections``, ``masks``, ``channel``, ``axes``, ``slice_pct``,
+        ``downscale_temporal``, ``downscale_spatial``), or with Trackastra's training
+        configuration, whose ``input_train`` and ``input_val`` count. Paths in files are, as there,
+        relative to the current folder.
     detections : sequence of str or None
         Where the masks are, for what doesn't say so itself.
+    options : mapping, optional
+        Further fields of `Source`, for what doesn't say so itself.
 
     Returns
     -------
@@ -100,9 +54,10 @@ def find_sources(
     """
     sources: dict[Source, None] = {}
     failures: list[Failure] = []
+    defaults = _Defaults(tuple(detections), options or {})
     for word in words:
         try:
-            sources.update(dict.fromkeys(_expand(str(word), _Defaults(tuple(detections)))))
+            sources.update(dict.fromkeys(_expand(str(word), defaults)))
         except MovieError as error:
             failures.append(Failure(str(word), str(error), 1))
     return list(sources), failures
@@ -168,34 +123,52 @@ def _expand(word: str, defaults: _Defaults) -> Iterator[Source]:
 
 
 def _match(pattern: str) -> list[str]:
-    """List the folders of a pattern, without those of masks beside a movie."""
+    """List the movies that fit a pattern: folders, without those of masks beside them, or stacks.
+
+    A pattern of the images of one folder is that movie.
+    """
     expanded = str(Path(pattern).expanduser())
     found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 - it takes any path
     movies = [one for one in found if Path(one).is_dir() and not one.endswith(_MASK_FOLDERS)]
+    if (
+        not movies
+        and found
+        and is_pattern(Path(expanded))
+        and not glob.has_magic(str(Path(expanded).parent))
+    ):
+        return [expanded]
     if not movies:
         raise MovieNotFoundError(f"no movie at {pattern}: no folder fits the pattern")
     return movies
 
 
 def _read_list(file: Path, defaults: _Defaults) -> Iterator[Source]:
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise MovieNotFoundError(f"can't read the list of movies {file}: {reason}") from error
+    if not file.is_file():
+        raise MovieNotFoundError(f"can't read the list of movies {file}: no such file")
+    text = read_text(file)
     if file.suffix.lower() == ".txt":
-        words = (line.partition("#")[0].strip() for line in text.splitlines())
-        for word in filter(None, words):
-            yield from _expand(word, defaults)
+        for word in filter(None, map(str.strip, text.splitlines())):
+            if not word.startswith("#"):
+                yield from _expand_line(file, word, defaults)
         return
     yield from _read_yaml(file, _parse_yaml(file, text), defaults)
 
 
+def _expand_line(file: Path, word: str, defaults: _Defaults) -> Iterator[Source]:
+    if "#" in word and not Path(word).expanduser().exists():
+        raise MovieNotFoundError(
+            f"no movie at {word}, a line of {file}: no such folder; a comment stands on a line of "
+            "its own"
+        )
+    yield from _expand(word, defaults)
+
+
 def _parse_yaml(file: Path, text: str) -> Any:
+    """Parse YAML; every scalar is the text that is written there: ``01`` is no number."""
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark else ""
@@ -210,8 +183,8 @@ def _read_yaml(file: Path, plain: Any, defaults: _Defaults) -> Iterator[Source]:
         inputs = plain
     else:
         raise MovieError(
-            f"{file} holds a {type(plain).__name__}: expected a list of movies, or a training "
-            "configuration of Trackastra with input_train"
+            f"{file} holds {'a mapping' if isinstance(plain, dict) else 'no list'}: expected a "
+            "list of movies, or a training configuration of Trackastra with input_train"
         )
     for entry in inputs:
         if isinstance(entry, str):
@@ -234,24 +207,26 @@ def _check_keys(file: Path, entry: dict[str, Any]) -> None:
 
 def _change(file: Path, plain: dict[str, Any], defaults: _Defaults, folders: str) -> _Defaults:
     detections, options = defaults.detections, dict(defaults.options)
-    if folders in plain and detections != (None,):
-        detections = tuple(map(str, _as_list(plain[folders])))
+    given = {name: value for name, value in plain.items() if value not in _NOTHING}
+    if folders in given and detections != (None,):
+        detections = tuple(_as_list(given[folders]))
+    options |= {name: given[name] for name in ("masks", "axes") if name in given}
     try:
-        if plain.get("slice_pct") is not None:
-            low, high = plain["slice_pct"]
+        if "slice_pct" in given:
+            low, high = given["slice_pct"]
             options["slice_pct"] = (float(low), float(high))
-        for name in ("downscale_temporal", "downscale_spatial"):
-            if plain.get(name) is not None:
-                options[name] = int(plain[name])
+        for name in ("channel", "downscale_temporal", "downscale_spatial"):
+            if name in given:
+                options[name] = int(given[name])
     except (TypeError, ValueError) as error:
         raise MovieError(
             f"{file} has a value that is no use ({error}): expected slice_pct as two numbers from "
-            "0 to 1, downscale_temporal and downscale_spatial as whole numbers"
+            "0 to 1; channel, downscale_temporal and downscale_spatial as whole numbers"
         ) from error
     return _Defaults(detections, options)
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
+    if value is None or value in _NOTHING:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

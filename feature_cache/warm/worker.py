@@ -13,7 +13,7 @@ from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..errors import BackboneError
 from ..hashing import Digest
-from ..movies import Movie
+from ..movies import Movie, Source
 from ..spec import BackboneSpec, SpaceSpec
 from .commits import Budget
 from .grids import StoredGrids
@@ -21,7 +21,6 @@ from .plan import Task, Unit
 from .push import Pushing
 from .report import PART_FAILS, Failure, Tally
 from .run import work_off
-from .sources import Source
 
 if TYPE_CHECKING:
     from ..augment import Draw
@@ -152,14 +151,7 @@ def dask_setup(_: object) -> None:
 def _bind(cache: FeatureCache, backbone: Backbone, order: Order) -> Task:
     movie, spec = _open_movie(order.source), order.specs[0]
     pooled = next((one for one in order.specs if one.pooling is not None), spec)
-    features = cache.movie(
-        movie.frames,
-        None if pooled.pooling is None else movie.masks,
-        backbone,
-        pooling=pooled.pooling,
-        dtype=pooled.dtype,
-        name=movie.name,
-    )
+    features = cache.movie(movie, None, backbone, pooling=pooled.pooling, dtype=pooled.dtype)
     features.know(order.digests)
     return Task(features.with_draw(order.draw, order.origin), order.specs, (), order.grids)
 

@@ -37,7 +37,7 @@ def test_opening_reads_no_image(small_folder):
     for file in root.glob("*.tif"):
         file.write_bytes(b"broken")
     movie = Movie.open(root)
-    with pytest.raises(MovieError, match=r"can't read .*t002\.tif"):
+    with pytest.raises(MovieError, match=r"t002\.tif is cut short, or damaged"):
         movie.frames[2]
 
 
@@ -96,7 +96,7 @@ def test_masks_are_those_of_trackastra(small_folder, form):
         detections = "ERR_SEG"
     with parallel_config(backend="sequential"):
         data = CTCData(str(root), window_size=3, detection_folders=[detections])
-    movie = Movie.open(root, detections)
+    movie = Movie.open(root, detections=detections)
     masks = data.det_masks[detections]
     assert len(masks) == len(movie)
     assert all(np.array_equal(movie.masks[t], masks[t]) for t in range(len(movie)))
@@ -124,9 +124,13 @@ def half_labels(root: Path) -> None:
     [
         (remove("01"), MovieNotFoundError, "no movie at .*01: no such folder"),
         (remove("01_GT"), MovieError, "has no masks 'TRA': looked for .*01_GT/TRA"),
-        (remove("01/*.tif"), MovieError, r"01 has no frames: expected files named \*\.tif"),
+        (remove("01/*.tif"), MovieError, r"01 has no frames: expected images \(\.tif"),
         (remove("01_GT/TRA/*.tif"), MovieError, "has no masks"),
-        (remove("01/t004.tif"), MovieError, "has 5 frames and .* has 6 masks"),
+        (
+            remove("01/t004.tif"),
+            MovieError,
+            r"has 5 frames and .* has 6 masks \(man_track004\.tif has no frames\)",
+        ),
     ],
 )
 def test_what_is_missing_is_named_when_opening(small_folder, change, error, message):
@@ -159,7 +163,10 @@ def test_silver_truth_of_another_length(small_folder):
     root = small_folder()
     add_silver_truth(root)
     (Path(f"{root}_ST") / "SEG" / "man_seg003.tif").unlink()
-    with pytest.raises(MovieError, match="SEG has 5 silver masks: expected as many silver"):
+    with pytest.raises(
+        MovieError,
+        match=r"SEG has 5 silver masks \(man_track003\.tif has no silver masks\): expected as many",
+    ):
         Movie.open(root)
 
 
@@ -179,26 +186,6 @@ def test_silver_truth_of_other_times(small_folder):
     silver = Path(f"{root}_ST") / "SEG"
     (silver / "man_seg005.tif").rename(silver / "man_seg006.tif")
     with pytest.raises(MovieError, match=r"man_track005\.tif in .* would go with man_seg006"):
-        Movie.open(root)
-
-
-@pytest.mark.parametrize("name", ["frame", "t{:03}_z0", "{:03}_of_2_3"])
-def test_names_that_tell_no_times_are_paired_by_their_order(small_folder, name):
-    root = small_folder()
-    for t, file in enumerate(sorted(root.glob("*.tif"))):
-        file.rename(root / f"{name.format(t)}{'abcdef'[t] if '{' not in name else ''}.tif")
-    assert len(Movie.open(root)) == 6
-
-
-def test_a_stack_is_no_movie(small_folder):
-    root = small_folder()
-    for folder in (root, truth_of(root)):
-        files = sorted(folder.glob("*.tif"))
-        stack = np.stack([tifffile.imread(file) for file in files])
-        for file in files:
-            file.unlink()
-        tifffile.imwrite(folder / "t000.tif", stack)
-    with pytest.raises(MovieError, match=r"t000\.tif is the only frame, and holds 6 images"):
         Movie.open(root)
 
 

@@ -1,0 +1,36 @@
+"""Movies: what a folder, a file or an array of images means, decided here and nowhere else.
+
+::
+
+    images                      what every reader gives
+    files, tiff, png            readers of image files, and the verdict on what one is
+    arrays, zarrs, bioformats   other readers; axes: what their axes mean
+    times                       the time that a file's name stands for
+    formats                     which reader opens a path
+    movie                       frames, and the masks that belong to them
+    check                       is a movie what it should be?
+    tracks                      man_track.txt
+"""
+
+from .check import MovieCheck, Problem
+from .files import read_image
+from .images import Images, ReadOptions, Series
+from .movie import Given, Movie, Source
+from .tracks import Masks, Tracks, link_by_overlap, read_tracks, write_movie
+
+__all__ = [
+    "Given",
+    "Images",
+    "Masks",
+    "Movie",
+    "MovieCheck",
+    "Problem",
+    "ReadOptions",
+    "Series",
+    "Source",
+    "Tracks",
+    "link_by_overlap",
+    "read_image",
+    "read_tracks",
+    "write_movie",
+]

@@ -1,0 +1,179 @@
+"""TIFF files: an image of one timepoint, or a whole movie in one file."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from .faults import FaultError, open_image
+from .ifd import read_pages
+from .images import Images, ReadOptions
+from .verdict import Verdict, judge
+
+TIFF_RECIPE = f"TIFF 1, tifffile {tifffile.__version__}"
+"""What decides pixels besides the file; its number rises when files come to mean others."""
+
+
+def read_tiff(file: Path, options: ReadOptions = ReadOptions()) -> NDArray[Any]:  # noqa: B008
+    """Read a TIFF file that holds one timepoint: (H, W) or (Z, H, W).
+
+    Raises
+    ------
+    MovieError
+        It can't be read, is not whole, or is no single plane or volume of one channel.
+    """
+    with open_image(file) as handle:
+        verdict = judge(read_pages(file.name, handle), options)
+        return _read(handle, verdict, 0)
+
+
+def tiff_shape(file: Path, options: ReadOptions = ReadOptions()) -> tuple[int, ...]:  # noqa: B008
+    """Give the shape of what `read_tiff` gives, reading no pixels; errors as there."""
+    with open_image(file) as handle:
+        return judge(read_pages(file.name, handle), options).shape
+
+
+@dataclass(frozen=True)
+class TiffStack(Images):
+    """The images of a movie that is one TIFF file, each read when it is asked for.
+
+    No file is held open, so that a stack may be shared between threads, pickled, and used after a
+    fork; a file that has changed since is not read.
+
+    Parameters
+    ----------
+    file : Path
+    options : ReadOptions
+    verdict : Verdict
+    stamp : tuple of int
+        What the file looked like when it was opened.
+    """
+
+    file: Path
+    options: ReadOptions
+    verdict: Verdict
+    stamp: tuple[int, ...]
+
+    @classmethod
+    def open(cls, file: Path, options: ReadOptions = ReadOptions()) -> TiffStack:  # noqa: B008
+        """Find the images of a movie in a file; reads no pixels.
+
+        Raises
+        ------
+        MovieError
+            It can't be read, is not whole, has no axis of time, or more than one channel.
+        """
+        with open_image(file) as handle:
+            verdict = judge(read_pages(file.name, handle), options, stack=True)
+            return cls(file, options, verdict, _stamp(handle))
+
+    def __len__(self) -> int:
+        """Count the timepoints."""
+        return len(self.verdict.times)
+
+    def __getitem__(self, t: int) -> NDArray[Any]:
+        """Read image `t`: (H, W) or (Z, H, W)."""
+        with open_image(self.file) as handle:
+            if _stamp(handle) != self.stamp:
+                raise FaultError("has changed since it was opened: open the movie again")
+            return _read(handle, self.verdict, t)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+        return self.verdict.shape
+
+    @property
+    def place(self) -> str:
+        """The file."""
+        return str(self.file)
+
+    @property
+    def recipe(self) -> str:
+        """Say what, besides the file, decides the pixels."""
+        return f"stack, {self.options}, {TIFF_RECIPE}"
+
+    def name_of(self, t: int) -> str:
+        """Name image `t`, such as ``movie.tif[3]``."""
+        return f"{self.file.name}[{t}]"
+
+    def files_of(self, t: int) -> tuple[Path, ...]:
+        """Give the file."""
+        return (self.file,)
+
+
+def _stamp(handle: BufferedReader) -> tuple[int, ...]:
+    found = os.fstat(handle.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _read(handle: BufferedReader, verdict: Verdict, t: int) -> NDArray[Any]:
+    planes = verdict.times[t]
+    places = list(dict.fromkeys((plane.page, plane.run) for plane in planes))
+    read = _read_runs if all(plane.run for plane in planes) else _decode_pages
+    pages = read(handle, verdict, places)
+    found, expected = (pages.shape[1:], pages.dtype), (verdict.page, verdict.native)
+    if found != expected:
+        raise FaultError(f"gives pixels of shape, dtype {found}, expected {expected}: save it anew")
+    if verdict.axis is not None:
+        parts = [
+            pages[places.index((plane.page, plane.run))].take(plane.sample, axis=verdict.axis)
+            for plane in planes
+        ]
+        pages = np.stack(parts)
+    return pages.reshape(verdict.shape)
+
+
+def _read_runs(
+    handle: BufferedReader, verdict: Verdict, places: Sequence[tuple[int, int]]
+) -> NDArray[Any]:
+    """Read pages that are plain bytes: (N, *page)."""
+    pages = np.empty((len(places), *verdict.page), verdict.dtype)
+    for page, (_, start) in zip(pages, places, strict=True):
+        handle.seek(start)
+        if handle.readinto(page.data.cast("B")) < page.nbytes:
+            raise FaultError("was cut short while it was read; restore the file or leave it out")
+    return pages.astype(verdict.native, copy=False)
+
+
+def _decode_pages(
+    handle: BufferedReader, verdict: Verdict, places: Sequence[tuple[int, int]]
+) -> NDArray[Any]:
+    """Decode pages: (N, *page)."""
+    handle.seek(0)
+    with _silence(), tifffile.TiffFile(handle) as opened:
+        first, pages = opened.pages.first, []
+        for number, (offset, _) in enumerate(places):
+            opened.filehandle.seek(offset)
+            same = offset == first.offset
+            pages.append(first if same else tifffile.TiffPage(opened, number))
+        if len(pages) == 1:
+            return pages[0].asarray()[np.newaxis]
+        shape = (len(pages), *pages[0].shape)
+        series = tifffile.TiffPageSeries(pages, shape, pages[0].dtype, f"Q{pages[0].axes}")
+        return opened.asarray(series=series, squeeze=False)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what tifffile logs in here: a file is read right, or an error is raised."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+_silent = contextvars.ContextVar("_silent", default=False)
+logging.getLogger("tifffile").addFilter(lambda _: not _silent.get())

@@ -1,0 +1,124 @@
+"""Tracks of cells: reading, writing, and linking by overlap."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from scipy import sparse
+
+from ..errors import MovieError
+
+Masks: TypeAlias = NDArray[np.int32]
+Tracks: TypeAlias = NDArray[np.int64]
+"""(N, 4) int64: label, first frame, last frame, parent's label or 0, as in man_track.txt."""
+
+
+def read_tracks(file: Path) -> Tracks:
+    """Read a man_track.txt.
+
+    Raises
+    ------
+    MovieError
+        If there is no such file, or a line is not four whole numbers.
+    """
+    if not file.is_file():
+        raise MovieError(f"no tracks at {file}: expected man_track.txt beside the masks")
+    rows = [line for line in read_text(file).splitlines() if line.strip()]
+    bad = [line for line in rows if not re.fullmatch(r"\s*\d+(\s+\d+){3}\s*", line)]
+    if bad:
+        raise MovieError(f"{file} has the line {bad[0]!r}: expected label, first, last, parent")
+    return np.array([line.split() for line in rows], np.int64).reshape(-1, 4)
+
+
+def read_text(file: Path) -> str:
+    """Read a text file as editors write it: UTF-8 or UTF-16, with a byte order mark or without.
+
+    Raises
+    ------
+    MovieError
+        It can't be read, or is no text.
+    """
+    try:
+        content = file.read_bytes()
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise MovieError(f"can't read {file}: {reason}; save it as UTF-8 text") from error
+
+
+def write_movie(
+    root: Path, frames: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]], tracks: Tracks
+) -> None:
+    """Write a movie as ``<root>`` and ``<root>_GT/TRA``.
+
+    Parameters
+    ----------
+    root : Path
+        Such as ``data/01``.
+    frames, masks : sequences of (H, W) or (Z, H, W)
+        A label is the same cell over time.
+    tracks : (N, 4) int64
+    """
+    truth = Path(f"{root}_GT") / "TRA"
+    for folder in (root, truth):
+        folder.mkdir(parents=True, exist_ok=True)
+    for t, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
+        tifffile.imwrite(root / f"t{t:03d}.tif", frame, compression="zlib")
+        labels = np.asarray(mask, np.uint16 if np.max(mask) < 1 << 16 else np.int32)
+        tifffile.imwrite(truth / f"man_track{t:03d}.tif", labels, compression="zlib")
+    np.savetxt(truth / "man_track.txt", tracks, fmt="%d")
+
+
+def link_by_overlap(masks: Sequence[NDArray[Any]]) -> tuple[list[Masks], Tracks]:
+    """Give each cell one label over time, linking regions that overlap most in consecutive frames.
+
+    A region is the continuation of the region of the frame before that it shares most pixels with,
+    if no other is; two or more of the same one are its daughters, with labels of their own.
+
+    Parameters
+    ----------
+    masks : sequence of (H, W) or (Z, H, W), integer
+        Labels need not mean the same cell from frame to frame.
+
+    Returns
+    -------
+    masks : list of int32 arrays, relabelled
+    tracks : (N, 4) int64
+    """
+    linked: list[Masks] = []
+    tracks: dict[int, list[int]] = {}
+    for t, mask in enumerate(masks):
+        parents = _most_overlapped(linked[-1], mask) if linked else {}
+        found = np.unique(mask[mask > 0]).tolist()
+        heirs = [parents.get(label, 0) for label in found]
+        lookup = np.zeros(int(mask.max()) + 1, np.int32)
+        for label, parent in zip(found, heirs, strict=True):
+            if parent and heirs.count(parent) == 1:
+                lookup[label], tracks[parent][1] = parent, t
+            else:
+                lookup[label] = len(tracks) + 1
+                tracks[len(tracks) + 1] = [t, t, parent]
+        linked.append(lookup[mask])
+    return linked, np.array([[n, *row] for n, row in tracks.items()], np.int64).reshape(-1, 4)
+
+
+def _most_overlapped(before: NDArray[Any], after: NDArray[Any]) -> dict[int, int]:
+    """Map each label of `after` to the label of `before` that it shares most pixels with."""
+    both = (before > 0) & (after > 0)
+    ones = np.ones(int(both.sum()), np.int64)
+    shape = int(after.max()) + 1, int(before.max()) + 1
+    counts = sparse.csr_array((ones, (after[both], before[both])), shape=shape)
+    counts.sum_duplicates()
+    rows = np.flatnonzero(np.diff(counts.indptr))
+    spans = ((r, slice(counts.indptr[r], counts.indptr[r + 1])) for r in rows)
+    return {
+        int(row): int(counts.indices[span][np.argmax(counts.data[span])]) for row, span in spans
+    }
