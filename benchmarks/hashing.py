@@ -12,7 +12,8 @@ import numpy as np
 
 from feature_cache import FeatureCache, Movie
 from feature_cache.hashing import frame_digest, mask_digest
-from feature_cache.movies import read_tiff, write_movie
+from feature_cache.movies import write_movie
+from feature_cache.movies.tiff import read_tiff
 from feature_cache.testing import FakeBackbone
 
 from .data import load_real
