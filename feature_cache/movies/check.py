@@ -140,7 +140,7 @@ def check_movie(
     progress : callable, optional
         Called with the number of frames just read.
     """
-    wanted = range(len(frames))
+    wanted: Sequence[int] = range(len(frames))
     if quick:
         wanted = sorted({0, len(frames) // 2, len(frames) - 1})
     looks, problems = [], _Problems()

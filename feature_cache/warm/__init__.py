@@ -1,10 +1,11 @@
 """Warming: a plan of what is missing, and a run of it, on this machine or on a Dask cluster."""
 
+from ..movies import Source
 from .grids import StoredGrids
 from .plan import DENSE, PlanRow, Task, Unit, WarmPlan, plan_warm
 from .report import Failure, WarmReport
 from .run import run_warm
-from .sources import Source, find_sources, open_movies
+from .sources import find_sources, open_movies
 
 __all__ = [
     "DENSE",
