@@ -307,6 +307,23 @@ class TestWhatIsComputed:
         assert graph.number_of_edges() > 3
         assert backbone.frames == 6
 
+    def test_folders_are_paired_by_time_not_by_text(self, make_model, small_folder, cache):
+        root = small_folder(frames=12)
+        truth = Path(f"{root}_GT/TRA")
+        expected = Counting()
+        with cached_inference(cache, backbone=expected):
+            make_model().track_from_disk(root, truth, mode="greedy")
+        for t in range(12):
+            (root / f"t{t:03}.tif").rename(root / f"t{t}.tif")
+        again = Counting()
+        with cached_inference(cache, backbone=again):
+            make_model().track_from_disk(root, truth, mode="greedy")
+            (root / "t3.tif").unlink()
+            (truth / "man_track011.tif").unlink()
+            with pytest.raises(MovieError, match=r"t4\.tif in .* would go with man_track003\.tif"):
+                make_model().track_from_disk(root, truth, mode="greedy")
+        assert (expected.frames, again.frames) == (12, 0)
+
     @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
     def test_nothing_for_the_same_labels_and_pixels_in_other_arrays(
         self, make_model, small, cache, dtype

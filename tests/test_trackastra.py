@@ -19,6 +19,7 @@ from feature_cache import Augmentations, MissingRecordError, Movie, MovieError, 
 from feature_cache.compute import normalize
 from feature_cache.dataset import choose_copy
 from feature_cache.geometry import rotate_features
+from feature_cache.movies import write_movie
 from feature_cache.pooling import pool
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
@@ -230,8 +231,46 @@ def test_errors(small_folder, cache):
     with pytest.raises(LookupError, match="unknown on_miss 'wait'"):
         wrap(data, cache, FakeBackbone(), on_miss="wait")
     (data.root / "t005.tif").unlink()
-    with pytest.raises(MovieError, match="5 frames and 6 masks"):
+    with pytest.raises(MovieError, match=r"5 frames and .* has 6 masks"):
         wrap(data, cache, FakeBackbone())
+
+
+def test_what_ctcdata_paired_by_text_is_refused(small_folder, cache):
+    """It sorts names as text, and asks for no numbers."""
+    data = load(small_folder(frames=12))
+    frames, masks = data.root, Path(f"{data.root}_GT/TRA")
+    wrap(data, cache, FakeBackbone())
+    for t in range(12):
+        (frames / f"t{t:03}.tif").rename(frames / f"t{t}.tif")
+    says = r"CTCData read t10\.tif of .*01 as frames 2, expected t2\.tif: .* rename them"
+    with pytest.raises(MovieError, match=says):
+        wrap(data, cache, FakeBackbone())
+    for t in range(12):
+        (frames / f"t{t}.tif").rename(frames / f"t{t:03}.tif")
+    (frames / "t012.tif").write_bytes((frames / "t000.tif").read_bytes())
+    (frames / "t000.tif").unlink()
+    with pytest.raises(MovieError, match=r"t001\.tif in .* would go with man_track000\.tif"):
+        wrap(data, cache, FakeBackbone())
+    (masks / "man_track012.tiff").write_bytes((masks / "man_track000.tif").read_bytes())
+    (masks / "man_track000.tif").unlink()
+    with pytest.raises(MovieError, match=r"CTCData read nothing of .*TRA as masks \(TRA\) 11"):
+        wrap(data, cache, FakeBackbone())
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 6])
+def test_stacks_of_any_depth(tmp_path, cache, depth):
+    """TIFF libraries take three or four planes for a colour."""
+    frames, masks, tracks = make_movie(frames=3)
+    stacks = [np.stack([image] * depth) for image in (*frames, *masks)]
+    write_movie(tmp_path / "01", stacks[:3], stacks[3:], tracks)
+    movie = Movie.open(tmp_path / "01")
+    assert movie.frames.shape == (depth, 48, 64)
+    assert all(np.array_equal(movie.frames[t], stacks[t]) for t in range(3))
+    run_warm(plan_warm(cache, [movie], FakeBackbone()))
+    data = wrap(
+        load(tmp_path / "01", ndim=3, window_size=2), cache, FakeBackbone(), on_miss="error"
+    )
+    assert data[0]["pretrained_feats"].shape == (len(data[0]["labels"]), 8)
 
 
 def test_a_window_of_which_no_token_may_stay_is_an_error(small_folder, cache):

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -29,6 +29,7 @@ from ..dataset import TokenFeatures
 from ..errors import BackboneError, MissingDependencyError, MovieError
 from ..geometry import rotate_features as rotate
 from ..hashing import Digest, digest_json
+from ..movies import Movie, Series
 from ..store import Usage
 from .model_features import ModelFeatures, check_equal
 from .shallow import check_props, measure_regions
@@ -210,7 +211,8 @@ def cached_inference(
     Models without pretrained features track as ever.
 
     Frames are hashed as they are handed to Trackastra, before it normalises the movie: hand them
-    over as loaded.
+    over as loaded. ``track_from_disk`` reads what `Movie.open` does, and refuses frames and masks
+    whose names are not of the same times.
 
     A model's folder names the features of its training in full. Tracking has the same, or is
     refused: backbone, weights, layer, options, normalisation, pooling, storage dtype, shallow
@@ -410,6 +412,24 @@ def _bind_movie(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return predict
 
 
+def _read_movie(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``Trackastra.track_from_disk`` read what `Movie.open` reads, paired by time."""
+
+    @functools.wraps(theirs)
+    def track_from_disk(
+        model: Any, imgs_path: Path, masks_path: Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _active.get() is None:
+            return theirs(model, imgs_path, masks_path, *args, **kwargs)
+        movie = Movie.open(imgs_path, masks_path)
+        model.imgs_path, model.masks_path = imgs_path, masks_path
+        stored = (movie.frames.source, cast(Series, movie.masks).source)
+        frames, masks = (np.stack([images[t] for t in range(len(movie))]) for images in stored)
+        return model.track(frames, masks, *args, **kwargs)
+
+    return track_from_disk
+
+
 def _describe_regions(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """Have ``get_features``, as ``Trackastra._predict`` calls it, describe regions as we do."""
 
@@ -461,6 +481,7 @@ class _Replaced:
                 self._replace(_api, "FeatureExtractor", _choose_extractor)
                 self._replace(_api, "get_features", _describe_regions)
                 self._replace(_api.Trackastra, "_predict", _bind_movie)
+                self._replace(_api.Trackastra, "track_from_disk", _read_movie)
             self._users += 1
 
     def __exit__(self, *error: object) -> None:
