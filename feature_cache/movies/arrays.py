@@ -231,6 +231,8 @@ def _compute(image: Any) -> Any:
 class ArrayImages(Images):
     """Images that are in one array, given in Python.
 
+    A pickle holds the array as its library pickles it: all of a `numpy.memmap`, and none of h5py's.
+
     Parameters
     ----------
     source

@@ -83,6 +83,8 @@ class _Found:
 class ZarrImages(Images):
     """Images that are in a Zarr array on disk.
 
+    What else is in the chunks of an image is decoded too, and not kept.
+
     A chunk that is not there holds the array's fill value: Zarr's writers leave out such chunks, so
     a copy that lost one can't be told from a movie that is empty there. It is an error only where
     the array has no fill value.
@@ -173,8 +175,15 @@ class ZarrImages(Images):
 
 
 def is_zarr(path: str | Path) -> bool:
-    """Tell whether a folder is an array or a group of Zarr, by its metadata."""
-    return any((Path(path).expanduser() / name).is_file() for name in METADATA)
+    """Tell whether a folder is an array or a group of Zarr, by its metadata.
+
+    Raises
+    ------
+    MovieError
+        It may not be looked into.
+    """
+    with reading(str(path)):
+        return any((Path(path).expanduser() / name).is_file() for name in METADATA)
 
 
 def open_zarr(path: str | Path, options: ReadOptions = ReadOptions()) -> Images:  # noqa: B008

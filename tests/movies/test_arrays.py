@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 import tifffile
 import torch
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from feature_cache import FrameError, MovieError
 from feature_cache.errors import FrameTypeError
@@ -143,6 +146,24 @@ def test_axes_of_length_1_need_no_letter():
     check_same(images_of(named), VOLUMES)
 
 
+@settings(max_examples=30)
+@given(st.data())
+def test_any_order_of_any_axes(data):
+    """Against what NumPy says of the same axes."""
+    others = data.draw(st.sets(st.sampled_from("CZ")))
+    axes = "".join(data.draw(st.permutations(["T", "Y", "X", *sorted(others)])))
+    shape = data.draw(st.tuples(*(st.integers(1, 4) for _ in axes)))
+    array = np.arange(math.prod(shape)).reshape(shape)
+    lengths = dict(zip(axes, shape, strict=True))
+    channel = data.draw(st.integers(0, lengths.get("C", 1) - 1))
+    expected = np.einsum(f"{axes}->{''.join(c for c in 'TCZYX' if c in axes)}", array)
+    expected = expected[:, channel] if "C" in axes else expected
+    expected = expected[:, 0] if lengths.get("Z") == 1 else expected
+    check_same(images_of(array, ReadOptions(channel, axes)), expected)
+    names = as_named_zarr(array, list(axes))
+    check_same(images_of(names, ReadOptions(channel)), expected)
+
+
 def test_what_is_told_of_frames_goes_for_masks():
     told = ReadOptions(channel=2, axes="TCZYX", labels=True)
     check_same(images_of(VOLUMES, told), VOLUMES)
@@ -196,7 +217,7 @@ def test_a_list_of_paths_is_one_of_image_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("wrong", "message"),
     [
         ("pos/01", r"frames is the path 'pos/01': open it, by Movie\.open\(path\)"),
         (Path("pos/01"), r"open it, by Movie\.open"),
@@ -221,15 +242,15 @@ def test_a_list_of_paths_is_one_of_image_files(tmp_path):
         ([PLANES[0], "t0.tif"], r"expected all paths or all images"),
     ],
 )
-def test_what_is_no_movie(given, message):
+def test_what_is_no_movie(wrong, message):
     with pytest.raises((FrameError, MovieError), match=message):
-        images_of(given)
+        images_of(wrong)
 
 
 def test_kinds_that_are_wrong_are_type_errors():
-    for given in ("pos/01", None, {}, iter([])):
+    for wrong in ("pos/01", None, {}, iter([])):
         with pytest.raises(FrameTypeError):
-            images_of(given)
+            images_of(wrong)
 
 
 def test_a_group_of_arrays(tmp_path):
@@ -239,19 +260,19 @@ def test_a_group_of_arrays(tmp_path):
 
 
 def test_a_named_array_without_time():
-    given = as_named_zarr(PLANES, ["z", "y", "x"])
+    named = as_named_zarr(PLANES, ["z", "y", "x"])
     with pytest.raises(MovieError, match=r"frames has axes ZYX .* and no time: .*axes='TYX'"):
-        images_of(given)
+        images_of(named)
 
 
 def test_channels_are_chosen():
-    given = as_named_zarr(VOLUMES, ["t", "c", "y", "x"])
+    named = as_named_zarr(VOLUMES, ["t", "c", "y", "x"])
     with pytest.raises(
         MovieError, match=r"frames has 3 channels .*: choose one, such as channel=0"
     ):
-        images_of(given)
+        images_of(named)
     with pytest.raises(MovieError, match="3 channels, and channel 3 was asked for: expected 0 to"):
-        images_of(given, ReadOptions(channel=3))
+        images_of(named, ReadOptions(channel=3))
     with pytest.raises(MovieError, match="1 channel, and channel 1 was asked for"):
         images_of(PLANES, ReadOptions(channel=1))
 
