@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .faults import FaultError, open_image
 from .ifd import read_pages
 from .images import Images, ReadOptions
-from .verdict import Verdict, judge
+from .verdict import Plane, Verdict, judge
 
 TIFF_RECIPE = f"TIFF 1, tifffile {tifffile.__version__}"
 """What decides pixels besides the file; its number rises when files come to mean others."""
@@ -35,7 +35,7 @@ def read_tiff(file: Path, options: ReadOptions = ReadOptions()) -> NDArray[Any]:
     """
     with open_image(file) as handle:
         verdict = judge(read_pages(file.name, handle), options)
-        return _read(handle, verdict, 0)
+        return _read(handle, verdict, verdict.times[0])
 
 
 def tiff_shape(file: Path, options: ReadOptions = ReadOptions()) -> tuple[int, ...]:  # noqa: B008
@@ -84,10 +84,11 @@ class TiffStack(Images):
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`: (H, W) or (Z, H, W)."""
+        planes = self.verdict.times[t]
         with open_image(self.file) as handle:
             if _stamp(handle) != self.stamp:
                 raise FaultError("has changed since it was opened: open the movie again")
-            return _read(handle, self.verdict, t)
+            return _read(handle, self.verdict, planes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,8 +119,8 @@ def _stamp(handle: BufferedReader) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _read(handle: BufferedReader, verdict: Verdict, t: int) -> NDArray[Any]:
-    planes = verdict.times[t]
+def _read(handle: BufferedReader, verdict: Verdict, planes: Sequence[Plane]) -> NDArray[Any]:
+    """Read the planes of a timepoint: (H, W) or (Z, H, W)."""
     places = list(dict.fromkeys((plane.page, plane.run) for plane in planes))
     read = _read_runs if all(plane.run for plane in planes) else _decode_pages
     pages = read(handle, verdict, places)

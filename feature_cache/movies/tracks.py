@@ -71,10 +71,15 @@ def write_movie(
     for folder in (root, truth):
         folder.mkdir(parents=True, exist_ok=True)
     for t, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
-        tifffile.imwrite(root / f"t{t:03d}.tif", frame, compression="zlib")
+        _write_tiff(root / f"t{t:03d}.tif", frame)
         labels = np.asarray(mask, np.uint16 if np.max(mask) < 1 << 16 else np.int32)
-        tifffile.imwrite(truth / f"man_track{t:03d}.tif", labels, compression="zlib")
+        _write_tiff(truth / f"man_track{t:03d}.tif", labels)
     np.savetxt(truth / "man_track.txt", tracks, fmt="%d")
+
+
+def _write_tiff(file: Path, image: NDArray[Any]) -> None:
+    """Write an image so that its slices, 3 or 4 of them as well, are not taken for colours."""
+    tifffile.imwrite(file, image, compression="zlib", photometric="minisblack")
 
 
 def link_by_overlap(masks: Sequence[NDArray[Any]]) -> tuple[list[Masks], Tracks]:

@@ -426,7 +426,7 @@ def _locate(tiff: Tiff, page: Page, order: list[int], count: int) -> list[Plane]
     """Find where each plane is: on a page, or in the run of bytes that starts at the only one."""
     pages = [(tiff.pages[n].offset, tiff.pages[n].run) for n in order]
     if count > len(order) * page.samples:
-        starts = range(count // page.samples)
-        pages = [(page.offset, page.run + n * page.nbytes) for n in starts]
+        nbytes, ((offset, run),) = page.nbytes, pages
+        pages = [(offset, run + n * nbytes) for n in range(count // page.samples)]
     samples = range(page.samples) if page.samples > 1 else (None,)
     return [Plane(offset, sample, run) for offset, run in pages for sample in samples]
