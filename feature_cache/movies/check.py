@@ -1,10 +1,15 @@
-"""Is a movie what it should be? Its frames, masks and tracks, with the cure for each fault."""
+"""Is a movie what it should be? Its frames, masks and tracks, with the cure for each fault.
+
+What is measured is told apart by a wide margin, so that a good movie passes whatever it shows: a
+region of a label mask has one value in one place; an image's values change from pixel to pixel.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +19,31 @@ from scipy import ndimage
 
 from ..errors import FrameError, MovieError
 from ..hashing import JSON, frame_pixels, mask_labels
-from .images import Series
-from .tracks import read_tracks
+from .images import Images
+from .tracks import Tracks, read_tracks
 
 QUICK_FRAMES = 3
 """Frames that a quick look reads: the first, the middle and the last."""
 
-_NEIGHBOURS_OF_LABELS = 0.5
-"""Neighbouring pixels of a label image are mostly equal; those of a photograph are not."""
-_PIECES_OF_A_CLASS = 4
-"""So many separate parts a label, and a mask names classes, not cells."""
+_MORE_FRAMES = 16
+"""Frames that a quick look reads where the first few have no cell: it may be elsewhere."""
+_PERCENTILES = (1.0, 99.8)
+"""Those between which a frame is normalised by default."""
 _ALMOST_ALL = 0.98
-"""Between the percentiles 1 and 99.8 lie at least so many pixels."""
+"""Of a frame whose two percentiles are equal, at least this share of the pixels is."""
+_FLAT, _UNEVEN = 0.8, 0.5
+"""Neighbours within regions of a label mask are mostly equal; those of an image are not."""
+_FEW = 20
+"""Pairs of neighbours that prove nothing."""
+_MOST_PIXELS = 1 << 23
+"""Of one image in which regions are told apart; of a larger one, its middle."""
+_LARGE_PART = 0.1
+"""A part of a region counts where it has this share of the largest: specks don't."""
+_PARTS_OF_A_CLASS = 4
+"""So many separate parts a label, and a mask names classes, not cells."""
+_READERS = 4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +55,26 @@ class Problem:
     what : str
         In a few words, such as ``"no cells"``.
     text : str
-        What was found, where, and what to do.
+        What was found, where it is first, and what to do.
+    count : int
+        In how many places.
+    is_error : bool
+        Whether it keeps a frame from being computed: who computes it is told so anyway.
     """
 
     what: str
     text: str
+    count: int = 1
+    is_error: bool = False
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        more = f" (and {self.count - 1:,} more)" if self.count > 1 else ""
+        return f"{self.what}: {self.text}{more}"
 
     def to_json(self) -> dict[str, JSON]:
         """Give the fields by name."""
-        return {"what": self.what, "text": self.text}
+        return {"what": self.what, "text": self.text, "count": self.count}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,61 +107,97 @@ class MovieCheck:
 
     def to_json(self) -> dict[str, JSON]:
         """Give the fields by name."""
-        plain: dict[str, JSON] = {
-            name: getattr(self, name) for name in ("movie", "frames", "looked", "shape", "dtype")
-        }
-        plain["regions"] = self.regions
+        plain: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["problems"] = [problem.to_json() for problem in self.problems]
         return plain
+
+    def log_problems(self) -> None:
+        """Log each problem as a warning, those left out that are errors wherever one computes."""
+        for problem in self.problems:
+            if not problem.is_error:
+                _log.warning("%s: %s", self.movie, problem)
 
 
 @dataclass(frozen=True, slots=True)
 class FrameLook:
-    """What one frame and its mask are like.
+    """What a frame is like.
 
     Attributes
     ----------
     t : int
+    where : str
+        The frame, for people.
     shape : tuple of int
     dtype : str
     is_constant, is_sparse : bool
         All pixels are equal; so many are that both percentiles of the normalisation are.
+    is_flat : bool
+        It has whole numbers, 0 among them, and within what is above 0 neighbours are equal.
     looks_labelled : bool
-        The frame is made of pieces with a whole number each, as a label mask is.
-    labels : (N,) int, or None
-        Of the mask.
-    parts : int
-        Connected parts of the mask's foreground.
-    mask_neighbours : float
-        Share of the mask's pixels that equal the next in their row.
+        And each number is in one place, as in a label mask.
     """
 
     t: int
+    where: str
     shape: tuple[int, ...]
     dtype: str
     is_constant: bool
     is_sparse: bool
+    is_flat: bool
     looks_labelled: bool
-    labels: NDArray[np.int32] | None
-    parts: int
-    mask_neighbours: float
+
+
+@dataclass(frozen=True, slots=True)
+class MaskLook:
+    """What a mask is like.
+
+    Attributes
+    ----------
+    t : int
+    where : str
+        The mask, for people.
+    shape : tuple of int
+    labels : (N,) int32
+        Sorted.
+    parts : (M,) int
+        In how many separate parts labels are, small ones left out.
+    looks_like_image : bool
+        Neighbours within what is above 0 differ, and a value is in many places.
+    """
+
+    t: int
+    where: str
+    shape: tuple[int, ...]
+    labels: NDArray[np.int32]
+    parts: NDArray[np.int64]
+    looks_like_image: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What could be read at one time, and what could not."""
+
+    frame: FrameLook | None
+    mask: MaskLook | None
+    problems: tuple[Problem, ...]
 
 
 def check_movie(
     name: str,
-    frames: Series,
-    masks: Series | None,
+    frames: Images,
+    masks: Images | None,
     tracks: Path | None = None,
     *,
     quick: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> MovieCheck:
-    """Look at a movie's frames, masks and tracks.
+    """Look at a movie's frames, masks and tracks. Holds a few of the images at a time.
 
     Parameters
     ----------
     name : str
-    frames, masks : Series, Series or None
+    frames, masks : Images, Images or None
+        As many masks as frames.
     tracks : Path, optional
         The man_track.txt of the whole movie, where there is one.
     quick : bool
@@ -140,182 +205,286 @@ def check_movie(
     progress : callable, optional
         Called with the number of frames just read.
     """
-    wanted: Sequence[int] = range(len(frames))
-    if quick:
-        wanted = sorted({0, len(frames) // 2, len(frames) - 1})
-    looks, problems = [], _Problems()
-    for t in wanted:
-        try:
-            looks.append(look_at_frame(frames, masks, t))
-        except (MovieError, FrameError) as error:
-            problems.add("unreadable", str(error))
-        if progress is not None:
-            progress(1)
-    judge_looks(looks, problems)
+    count = len(frames)
+    wanted = _spread(count, QUICK_FRAMES) if quick else range(count)
+    looks = list(_look(frames, masks, wanted, progress))
+    if quick and masks is not None and not any(len(mask.labels) for mask in _masks(looks)):
+        others = [t for t in _spread(count, _MORE_FRAMES) if t not in wanted]
+        looks += _look(frames, masks, others, None)
+    problems = [*(problem for look in looks for problem in look.problems), *_judge(looks)]
     if tracks is not None and not quick:
-        judge_tracks(tracks, looks, len(frames), problems)
-    counts = [len(look.labels) for look in looks if look.labels is not None]
+        problems += judge_tracks(tracks, _masks(looks), count)
+    seen, counts = _frames(looks), [len(mask.labels) for mask in _masks(looks)]
     return MovieCheck(
         name,
-        len(frames),
-        len(looks),
-        looks[0].shape if looks else (),
-        looks[0].dtype if looks else "",
-        (min(counts), float(np.median(counts)), max(counts)) if counts else None,
-        problems.found(),
+        count,
+        len(seen),
+        seen[0].shape if seen else (),
+        seen[0].dtype if seen else "",
+        summarize(counts),
+        _sum_up(problems),
     )
 
 
-class _Problems:
-    """Collects problems; of many of one kind the first is told, and how many there are."""
+def summarize(counts: Sequence[int]) -> tuple[int, float, int] | None:
+    """Give the least, median and most of some counts; None where there are none."""
+    return (min(counts), float(np.median(counts)), max(counts)) if len(counts) else None
 
-    def __init__(self) -> None:
-        self._first: dict[str, str] = {}
-        self._count: Counter[str] = Counter()
 
-    def add(self, what: str, text: str) -> None:
-        self._first.setdefault(what, text)
-        self._count[what] += 1
+def _spread(count: int, wanted: int) -> list[int]:
+    """Choose frames all over a movie, the first and the last among them."""
+    return sorted({round(t) for t in np.linspace(0, count - 1, wanted).tolist()}) if count else []
 
-    def found(self) -> tuple[Problem, ...]:
-        return tuple(
-            Problem(
-                what,
-                f"{text} (and {self._count[what] - 1} more)" if self._count[what] > 1 else text,
-            )
-            for what, text in self._first.items()
+
+def _frames(looks: Iterable[_Look]) -> list[FrameLook]:
+    return [look.frame for look in looks if look.frame is not None]
+
+
+def _masks(looks: Iterable[_Look]) -> list[MaskLook]:
+    return [look.mask for look in looks if look.mask is not None]
+
+
+def _sum_up(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """Give the first problem of each kind, and how many there are."""
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        before = first.get(problem.what)
+        count = problem.count if before is None else before.count + problem.count
+        first[problem.what] = replace(before or problem, count=count)
+    return tuple(first.values())
+
+
+# Looking
+
+
+def _look(
+    frames: Images,
+    masks: Images | None,
+    wanted: Sequence[int],
+    progress: Callable[[int], Any] | None,
+) -> Iterator[_Look]:
+    """Read some frames and their masks, several at once."""
+    with ThreadPoolExecutor(_READERS, "feature_cache check") as readers:
+        for look in readers.map(lambda t: _look_at(frames, masks, t), wanted):
+            yield look
+            if progress is not None:
+                progress(1)
+
+
+def _look_at(frames: Images, masks: Images | None, t: int) -> _Look:
+    frame = mask = None
+    problems = []
+    try:
+        frame = look_at_frame(frames, t)
+    except (MovieError, FrameError) as error:
+        problems.append(_error(error))
+    try:
+        mask = None if masks is None else look_at_mask(masks, t)
+    except (MovieError, FrameError) as error:
+        problems.append(_error(error))
+    if frame is not None and mask is not None and frame.shape != mask.shape:
+        text = f"{frame.where} has shape {frame.shape} and {mask.where} {mask.shape}"
+        problems.append(
+            Problem("shapes of frame and mask", f"{text}: expected the same", is_error=True)
         )
+    return _Look(frame, mask, tuple(problems))
 
 
-def look_at_frame(frames: Series, masks: Series | None, t: int) -> FrameLook:
-    """Read a frame and its mask, and measure what tells images and label masks apart.
+def _error(error: Exception) -> Problem:
+    what = "no numbers" if isinstance(error, FrameError) else "can't be used"
+    return Problem(what, str(error), is_error=True)
+
+
+def _name(images: Images, t: int, kind: str) -> str:
+    return f"{kind} {t} ({images.name_of(t)})" if images.place else f"{kind} {t}"
+
+
+def look_at_frame(frames: Images, t: int) -> FrameLook:
+    """Read frame `t`.
 
     Raises
     ------
     MovieError, FrameError
-        They can't be read, hold NaN, or have different shapes.
+        It can't be read, or holds NaN.
     """
-    where = f"frame {t} ({frames.name_of(t)})" if frames.place else f"frame {t}"
-    stored = frames[t]
-    frame = frame_pixels(stored, where)
-    labels, parts, neighbours = None, 0, 1.0
-    if masks is not None:
-        mask = mask_labels(masks[t], f"the mask of {where}")
-        if mask.shape != frame.shape:
-            raise MovieError(
-                f"{where} has shape {frame.shape} and its mask {mask.shape}: expected the same"
-            )
-        labels, parts = np.unique(mask[mask > 0]), int(ndimage.label(mask > 0)[1])
-        neighbours = _equal_neighbours(mask)
-    flat = frame.reshape(-1)
-    some = np.sort(flat[:: max(1, flat.size // 10_000)])
-    share = np.count_nonzero(flat == some[len(some) // 2]) / flat.size
-    sparse = share > _ALMOST_ALL and not np.ptp(np.percentile(frame, (1.0, 99.8)))
+    where = _name(frames, t, "frame")
+    stored = np.asarray(frames[t])
+    pixels = frame_pixels(stored, where)
+    share = _commonest_share(pixels)
+    is_sparse = share > _ALMOST_ALL and np.ptp(np.percentile(pixels, _PERCENTILES)) == 0
+    is_flat = _is_flat(part := _middle(stored))
     return FrameLook(
         t,
-        frame.shape,
+        where,
+        pixels.shape,
         str(stored.dtype),
-        is_constant=bool(share == 1.0),
-        is_sparse=bool(sparse),
-        looks_labelled=_looks_labelled(stored),
-        labels=labels,
-        parts=parts,
-        mask_neighbours=neighbours,
+        is_constant=share == 1,
+        is_sparse=bool(is_sparse),
+        is_flat=is_flat,
+        looks_labelled=is_flat and _has_several_values(part) and not _is_scattered(part),
     )
 
 
-def _equal_neighbours(image: NDArray[Any]) -> float:
-    return float((image[..., 1:] == image[..., :-1]).mean()) if image.shape[-1] > 1 else 1.0
+def look_at_mask(masks: Images, t: int) -> MaskLook:
+    """Read mask `t`.
+
+    Raises
+    ------
+    MovieError, FrameError
+        It can't be read, or holds no labels.
+    """
+    where = _name(masks, t, "mask")
+    mask = mask_labels(masks[t], where)
+    part = _middle(mask)
+    is_image = _evenness(part) < _UNEVEN and _is_scattered(part)
+    parts = np.zeros(0, np.int64) if is_image else _count_parts(part)
+    return MaskLook(t, where, mask.shape, np.unique(mask[mask > 0]), parts, is_image)
 
 
-def _looks_labelled(image: NDArray[Any]) -> bool:
-    """Tell whether an image is made of pieces with a whole number each, as a label mask is."""
-    if image.dtype.kind not in "bui" or image.min() != 0 or _equal_neighbours(image) < 0.8:
+def _middle(image: NDArray[Any]) -> NDArray[Any]:
+    """Give the rows, or slices, in the middle of an image that is very large."""
+    kept = max(1, len(image) * _MOST_PIXELS // image.size)
+    start = max(0, (len(image) - kept) // 2)
+    return image[start : start + kept]
+
+
+def _commonest_share(pixels: NDArray[np.float32]) -> float:
+    """Give the share of the commonest pixel, where it is more than a half."""
+    flat = pixels.reshape(-1)
+    some = flat[np.random.default_rng(0).integers(0, flat.size, 999)]
+    return float(np.count_nonzero(flat == np.sort(some)[len(some) // 2]) / flat.size)
+
+
+def _evenness(image: NDArray[Any]) -> float:
+    """Give the share of equal pairs, of neighbours in a row that both are above 0."""
+    one, other = image[..., 1:], image[..., :-1]
+    both = (one > 0) & (other > 0)
+    count = np.count_nonzero(both)
+    return 1.0 if count < _FEW else float(np.count_nonzero(both & (one == other)) / count)
+
+
+def _is_flat(image: NDArray[Any]) -> bool:
+    if image.min() != 0 or not image.any() or _evenness(image) < _FLAT:
         return False
-    values = np.unique(image[image > 0])
-    return len(values) > 2 and int(ndimage.label(image > 0)[1]) <= 2 * len(values) <= image.size
+    return image.dtype.kind in "bui" or bool((image == np.floor(image)).all())
 
 
-def judge_looks(looks: Sequence[FrameLook], problems: _Problems) -> None:
+def _has_several_values(image: NDArray[Any]) -> bool:
+    above = image[image > 0]
+    return bool((above != above[0]).any())
+
+
+def _is_scattered(image: NDArray[Any]) -> bool:
+    """Tell whether values above 0 are in several places each, or in one pixel each."""
+    above = image[image > 0]
+    values = np.unique(above)
+    if len(above) < 2 * len(values):
+        return True
+    some = values[:: max(1, len(values) // 16)][:16]
+    return bool(np.median([ndimage.label(image == value)[1] for value in some]) > 1)
+
+
+def _count_parts(mask: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Count the separate parts of each label, those left out that are small beside the largest."""
+    inner = mask > 0
+    for axis in range(mask.ndim):  # what touches another label is left out: the two come apart
+        here, following = _pairs(mask, axis)
+        _pairs(inner, axis)[0][(here != following) & (following > 0)] = False
+    pieces, count = ndimage.label(inner, np.ones((3,) * mask.ndim))
+    label_of = np.zeros(count + 1, np.int32)
+    label_of[pieces] = mask
+    sizes = np.bincount(pieces.reshape(-1), minlength=count + 1)[1:]
+    labels, places = np.unique(label_of[1:], return_inverse=True)
+    largest = np.zeros(len(labels), np.int64)
+    np.maximum.at(largest, places, sizes)
+    return np.bincount(places[sizes >= _LARGE_PART * largest[places]], minlength=len(labels))
+
+
+def _pairs(image: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Give views of the pixels, and of their next along an axis."""
+    turned = np.moveaxis(image, axis, 0)
+    return turned[:-1], turned[1:]
+
+
+# Judging
+
+
+def _judge(looks: Sequence[_Look]) -> Iterator[Problem]:
     """Say what is wrong with frames and masks that were read."""
-    if not looks:
-        return
-    _judge_shapes(looks, problems)
-    _judge_pixels(looks, problems)
-    masked = [look for look in looks if look.labels is not None]
-    if masked:
-        _judge_masks(masked, problems)
+    frames, masks = _frames(looks), _masks(looks)
+    yield from _judge_frames(frames)
+    are_images = _most(mask.looks_like_image for mask in masks)
+    unusable = not masks and any(look.problems for look in looks)
+    if (are_images or unusable) and _most(frame.is_flat for frame in frames):
+        yield Problem(
+            "frames and masks exchanged",
+            f"{frames[0].where} looks like a label mask, and "
+            f"{masks[0].where if masks else 'its mask'} like an image: exchange the two",
+        )
+    elif are_images:
+        yield Problem(
+            "masks look like images",
+            f"{masks[0].where} has other values from pixel to pixel, as an image has: expected one "
+            "whole number a cell; name the folder or file of the label masks",
+        )
+    elif _most(frame.looks_labelled for frame in frames):
+        yield Problem(
+            "frames look like masks",
+            f"{frames[0].where} has a whole number in each of its parts, as a label mask has: "
+            "expected an image; name the folder or file of the images",
+        )
+    if masks and not are_images:
+        yield from _judge_labels(masks)
 
 
-def _judge_shapes(looks: Sequence[FrameLook], problems: _Problems) -> None:
-    first = looks[0]
-    for look in looks:
-        if look.shape != first.shape:
-            problems.add(
+def _judge_frames(frames: Sequence[FrameLook]) -> Iterator[Problem]:
+    for frame in frames:
+        if frame.shape != frames[0].shape:
+            yield Problem(
                 "shapes",
-                f"frame {look.t} has shape {look.shape} and frame {first.t} {first.shape}: "
+                f"{frame.where} has shape {frame.shape} and {frames[0].where} {frames[0].shape}: "
                 "expected one shape; are these frames of one movie?",
             )
-
-
-def _judge_pixels(looks: Sequence[FrameLook], problems: _Problems) -> None:
-    for look in looks:
-        if look.is_constant:
-            problems.add(
+        if frame.is_constant:
+            yield Problem(
                 "constant",
-                f"frame {look.t} has one value in all pixels: its features tell nothing; leave "
-                "it out, or restore it",
+                f"{frame.where} has one value in all pixels, its features tell nothing: restore "
+                "the frame, or leave it out",
             )
-        elif look.is_sparse:
-            problems.add(
+        elif frame.is_sparse:
+            yield Problem(
                 "few pixels above black",
-                f"frame {look.t} has so few pixels that differ from its background that the "
-                "percentiles 1 and 99.8 are equal: it is normalised by its least and largest "
-                "value instead; crop it to where cells are if that is too dark",
+                f"in {frame.where} so few pixels differ from the others that the percentiles "
+                f"{_PERCENTILES[0]} and {_PERCENTILES[1]} are equal, so it is normalised by its "
+                "least and largest value: crop the movie to where its cells are if these come out "
+                "dark",
             )
 
 
-def _judge_masks(looks: Sequence[FrameLook], problems: _Problems) -> None:
-    if _most(look.mask_neighbours < _NEIGHBOURS_OF_LABELS for look in looks):
-        swapped = _most(look.looks_labelled for look in looks)
-        problems.add(
-            "frames and masks exchanged" if swapped else "masks look like images",
-            f"the mask of frame {looks[0].t} has other values from pixel to pixel, as an image "
-            f"has{', and the frame looks like a label mask' if swapped else ''}: expected one "
-            f"whole number a cell; {'exchange the two' if swapped else 'name the label masks'}",
-        )
-        return
-    if not any(len(_labels(look)) for look in looks):
-        problems.add(
+def _judge_labels(masks: Sequence[MaskLook]) -> Iterator[Problem]:
+    filled = [mask for mask in masks if len(mask.labels)]
+    if not filled:
+        yield Problem(
             "no cells",
-            f"no cell in any of the {len(looks)} masks that were read: expected a whole number a "
-            "cell, 0 is background; are these the masks?",
+            f"none of the {len(masks)} masks that were read has a cell, the first is "
+            f"{masks[0].where}: expected a whole number a cell, and 0 for the background; name "
+            "the folder or file of the masks",
         )
         return
-    _judge_labels(looks, problems)
-
-
-def _judge_labels(looks: Sequence[FrameLook], problems: _Problems) -> None:
-    filled = [look for look in looks if len(_labels(look))]
-    different = {int(label) for look in filled for label in _labels(look)}
-    many = _most(look.parts > 1 for look in filled)
-    if len(different) == 1 and many:
-        problems.add(
+    first, cure = filled[0], "label each cell, such as by skimage.measure.label"
+    labels = np.unique(np.concatenate([mask.labels for mask in filled]))
+    if len(labels) == 1 and _most(mask.parts.sum() > 1 for mask in filled):
+        yield Problem(
             "one label everywhere",
-            f"every cell has label {different.pop()}, in {filled[0].parts} separate parts of frame "
-            f"{filled[0].t}: a binary mask; label each cell, such as by skimage.measure.label",
+            f"every cell of every mask has the label {labels[0]}, such as {first.parts.sum()} "
+            f"parts of {first.where}, a binary mask: {cure}",
         )
-    elif _most(look.parts >= _PIECES_OF_A_CLASS * len(_labels(look)) for look in filled):
-        problems.add(
+    elif _most(len(m.parts) > 0 and np.median(m.parts) >= _PARTS_OF_A_CLASS for m in filled):
+        yield Problem(
             "labels are classes",
-            f"the mask of frame {filled[0].t} has {filled[0].parts} separate parts and "
-            f"{len(_labels(filled[0]))} labels: expected a label a cell; label each cell, such as "
-            "by skimage.measure.label",
+            f"{first.where} has {first.parts.sum()} separate parts with only {len(first.labels)} "
+            f"labels, which name classes of pixels: {cure}",
         )
-
-
-def _labels(look: FrameLook) -> NDArray[np.int32]:
-    return look.labels if look.labels is not None else np.zeros(0, np.int32)
 
 
 def _most(facts: Iterable[bool]) -> bool:
@@ -323,45 +492,68 @@ def _most(facts: Iterable[bool]) -> bool:
     return 2 * sum(known) > len(known)
 
 
-def judge_tracks(file: Path, looks: Sequence[FrameLook], frames: int, problems: _Problems) -> None:
-    """Say where man_track.txt and the masks of a whole movie disagree."""
+def judge_tracks(file: Path, masks: Sequence[MaskLook], frames: int) -> Iterator[Problem]:
+    """Say where man_track.txt and the masks of a whole movie disagree.
+
+    Parameters
+    ----------
+    file : Path
+    masks : sequence of MaskLook
+        Those that could be read.
+    frames : int
+        In the movie.
+    """
     try:
         tracks = read_tracks(file)
     except MovieError as error:
-        problems.add("tracks", str(error))
+        yield Problem("tracks", str(error))
         return
-    spans = {label: (first, last) for label, first, last, _ in tracks.tolist()}
-    for label, first, last, parent in tracks.tolist():
-        if not first <= last < frames:
-            problems.add(
-                "tracks",
-                f"{file} has cell {label} in frames {first} to {last}: expected frames within 0 "
-                f"to {frames - 1}, the first one first",
+    yield from _judge_spans(file, tracks, frames)
+    yield from _judge_divisions(file, tracks)
+    labels, first, last = tracks[:, 0], tracks[:, 1], tracks[:, 2]
+    for mask in masks:
+        alive = (first <= mask.t) & (last >= mask.t)
+        ends = alive & ((first == mask.t) | (last == mask.t))
+        for label in np.setdiff1d(labels[ends], mask.labels).tolist():
+            yield Problem(
+                "tracks without labels",
+                f"{file} has cell {label} begin or end in frame {mask.t}, and {mask.where} has no "
+                "such label: correct its line, or add the cell to the mask",
             )
-        if parent and parent not in spans:
-            problems.add(
-                "divisions",
+        for label in np.setdiff1d(mask.labels, labels[alive]).tolist():
+            yield Problem(
+                "labels without tracks",
+                f"{mask.where} has the label {label}, which {file} does not have in frame "
+                f"{mask.t}: add or correct its line, or take the cell out of the mask",
+            )
+
+
+def _judge_spans(file: Path, tracks: Tracks, frames: int) -> Iterator[Problem]:
+    labels, counts = np.unique(tracks[:, 0], return_counts=True)
+    for label in labels[counts > 1].tolist():
+        yield Problem("tracks", f"{file} has several lines for cell {label}: keep one")
+    for label, first, last, _ in tracks.tolist():
+        if not first <= last < frames:
+            yield Problem(
+                "tracks out of range",
+                f"{file} has cell {label} in frames {first} to {last}: expected the first before "
+                f"the last, and both within 0 to {frames - 1}; the first file is frame 0, whatever "
+                "its number",
+            )
+
+
+def _judge_divisions(file: Path, tracks: Tracks) -> Iterator[Problem]:
+    last_of = dict(tracks[:, [0, 2]].tolist())
+    for label, first, _, parent in tracks.tolist():
+        if parent and parent not in last_of:
+            yield Problem(
+                "divisions without a parent",
                 f"{file} has cell {label} with the parent {parent}, which is not there: add its "
                 "line, or write 0",
             )
-        elif parent and spans[parent][1] >= first:
-            problems.add(
-                "divisions",
+        elif parent and last_of[parent] >= first:
+            yield Problem(
+                "parents that live on",
                 f"{file} has cell {label} from frame {first} on, and its parent {parent} until "
-                f"frame {spans[parent][1]}: expected the parent to end before",
-            )
-    for look in looks:
-        drawn = set(_labels(look).tolist())
-        ends = {n for n, span in spans.items() if look.t in span}
-        within = {n for n, (first, last) in spans.items() if first <= look.t <= last}
-        for label in sorted(ends - drawn):
-            problems.add(
-                "tracks",
-                f"{file} has cell {label} in frame {look.t}, and its mask has no such label",
-            )
-        for label in sorted(drawn - within):
-            problems.add(
-                "tracks",
-                f"the mask of frame {look.t} has the label {label}, which {file} does not have in "
-                "this frame",
+                f"frame {last_of[parent]}: end the parent before, or write 0 for it",
             )

@@ -273,8 +273,8 @@ class Movie:
         progress : callable, optional
             Called with the number of frames just read.
         """
-        tracks = None
-        whole = self.source is not None and self.source.is_whole
+        tracks, source = None, self.source
+        whole = source is not None and source.is_whole and source.downscale_spatial == 1
         if self.detection_folder is not None and whole:
             file = self.detection_folder / "man_track.txt"
             tracks = file if file.is_file() else None
