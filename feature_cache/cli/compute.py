@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import FeatureCacheError
+from .movies import MOVIES, find_movies
 from .options import (
     COMPUTING,
     COPIES,
@@ -47,13 +48,8 @@ from .progress import LogFile, RunProgress, show_failures
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
-    from ..warm import Failure, Source, WarmPlan, WarmReport
+    from ..warm import WarmPlan, WarmReport
 
-MOVIES = typer.Argument(
-    metavar="[MOVIE…]",
-    help="Folders of frames such as data/01, patterns, lists (.txt, .yaml), or a training "
-    "configuration of Trackastra.",
-)
 PoolingsOption = Annotated[
     list[str],
     typer.Option(
@@ -176,14 +172,17 @@ def warm(
         _check_remote(push)
         masked = any(name is not None for name in poolings)
         options = {"masks": masks if masked else None, "channel": channel, "axes": axes}
-        sources, failures, frames = _find_movies(movies, detections if masked else [None], options)
+        opened, failures = find_movies(movies, detections if masked else [None], options)
+        if not opened:
+            raise _NoMovieError("; ".join(failure.reason for failure in failures))
+        frames = sum(len(movie) for _, movie in opened)
         if store is None and plan:
             store = _open_to_plan(context, cache, codec, layer)
         store = store or _open_cache(cache, codec, layer)
         with RunProgress("hashing", frames, "frame") as progress:
             work = plan_warm(
                 store,
-                sources,
+                [source for source, _ in opened],
                 model,
                 pooling=poolings,
                 dtype=dtype,
@@ -246,23 +245,6 @@ def _open(
     FeatureCache(root, "r")
     cache = _open_cache(root, codec, layers)
     return cache, StoredGrids.find(cache, where.backbone)
-
-
-def _find_movies(
-    words: Sequence[str], detections: Sequence[str | None], options: Mapping[str, Any]
-) -> tuple[list[Source], list[Failure], int]:
-    """Find the movies that can be opened, what can't, and the number of frames."""
-    from ..warm.sources import find_sources, open_sources
-
-    found, failures = find_sources(words, detections, options)
-    if options["masks"] is not None and len({source.path for source in found}) > 1:
-        raise typer.BadParameter("--masks is for one movie; in a list, give each its masks: …")
-    opened, unopened = open_sources(found)
-    failures += unopened
-    if not opened:
-        reasons = "; ".join(failure.reason for failure in failures)
-        raise _NoMovieError(reasons or "the lists given name no movie")
-    return [source for source, _ in opened], failures, sum(len(movie) for _, movie in opened)
 
 
 def _run(

@@ -40,12 +40,19 @@ def print_table(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     if not rows:
         typer.echo("nothing here yet")
         return
+    for line in align_table(rows):
+        typer.echo(line)
+
+
+def align_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Give the lines of a table, the first its head."""
     texts = [[_cell(name, value) for name, value in row.items()] for row in rows]
     lines = [list(rows[0]), *texts]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 def _cell(name: str, value: object) -> str:
@@ -56,3 +63,8 @@ def _cell(name: str, value: object) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def regions_text(regions: tuple[int, float, int]) -> str:
+    """Say how many regions frames have: least, median and most."""
+    return " / ".join(f"{count:,g}" for count in regions)

@@ -15,7 +15,7 @@
 from .check import MovieCheck, Problem
 from .files import read_image
 from .images import Images, ReadOptions, Series
-from .movie import Given, Movie, Source
+from .movie import Given, Movie, Row, Source
 from .tracks import Masks, Tracks, link_by_overlap, read_tracks, write_movie
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "MovieCheck",
     "Problem",
     "ReadOptions",
+    "Row",
     "Series",
     "Source",
     "Tracks",
