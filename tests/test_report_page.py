@@ -89,7 +89,7 @@ def rows_of(page):
 def test_the_matrix_shows_what_is_there_partly_there_and_missing(open_page):
     page = open_page()
     expect(rows_of(page)).to_have_count(3)
-    assert page.locator("#matrix thead th[scope=col]").count() == 3 + 10
+    assert page.locator("#matrix thead th[scope=col]").count() == 4 + 10
     texts = [row.locator("td.cell").all_inner_texts() for row in rows_of(page).all()]
     assert texts[0] == ["✓"] * 10
     assert texts[1] == ["✓"] + ["0"] * 9
@@ -97,6 +97,11 @@ def test_the_matrix_shows_what_is_there_partly_there_and_missing(open_page):
     expect(page.get_by_role("status").first).to_have_text(
         "3 of 3 movies, 2 with gaps: 71 records missing"
     )
+
+
+def test_regions_of_frames_are_counted(open_page):
+    row = rows_of(open_page()).first
+    assert row.locator("td").nth(1).inner_text() == "5 / 5 / 5"
 
 
 def test_names_are_shown_as_they_are(open_page):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import FeatureCacheError
-from .movies import MOVIES, find_movies
+from .movies import MOVIES, find_movies, pairs_text
 from .options import (
     COMPUTING,
     COPIES,
@@ -42,7 +42,7 @@ from .options import (
     complete_pooling,
     size_option,
 )
-from .output import count_text, print_table, size_text
+from .output import count_text, print_table, regions_text, size_text
 from .progress import LogFile, RunProgress, show_failures
 
 if TYPE_CHECKING:
@@ -302,6 +302,8 @@ def _show_plan(plan: WarmPlan, as_json: bool, report: Path | None) -> None:
     if as_json:
         typer.echo(text)
     else:
+        for movie in plan.movies:
+            typer.echo(f"{movie.movie}: {pairs_text(movie.frames, movie.pairs)}")
         print_table(_sum_copies(plan), False)
         known = plan.bytes
         size = "an unknown number of bytes" if known is None else f"about {size_text(known)}"
@@ -342,9 +344,16 @@ def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
         typer.echo(
             f"{count_text(report.planned, 'record')}: {report.present:,} were there, "
             f"{report.computed:,} computed, {report.failed:,} failed, {report.seconds:.1f} s"
+            f"{_regions_of(report)}"
         )
     if report.failures:
         raise typer.Exit(1 if report.present + report.computed else 2)
+
+
+def _regions_of(report: WarmReport) -> str:
+    if report.regions is None:
+        return ""
+    return f"; regions a frame: {regions_text(report.regions)} (least / median / most)"
 
 
 def _write_report(file: Path | None, text: str) -> None:

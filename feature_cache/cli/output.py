@@ -67,4 +67,4 @@ def _cell(name: str, value: object) -> str:
 
 def regions_text(regions: tuple[int, float, int]) -> str:
     """Say how many regions frames have: least, median and most."""
-    return " / ".join(f"{count:,g}" for count in regions)
+    return " / ".join(f"{count:,.12g}" for count in regions)

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..hashing import JSON, canonical_json
 from ..movies import Source
-from ..store import Space, record_sources
+from ..movies.check import summarize
+from ..store import Space, record_regions, record_sources
 from .commands import WarmOptions
 
 _ORIGIN = re.compile(r"copy (\d+) of seed (\d+) \((.+)\)")
@@ -36,6 +37,8 @@ class KnownMovie:
         Numbers that stand for the pixels of a frame.
     pairs : frozenset of (int, int)
         The same with that of the mask.
+    regions : (int, float, int) or None
+        Least, median and most regions of a frame; None where no record of the movie itself has any.
     """
 
     names: tuple[str, ...]
@@ -44,6 +47,7 @@ class KnownMovie:
     source: Source | None
     frames: frozenset[int]
     pairs: frozenset[tuple[int, int]]
+    regions: tuple[int, float, int] | None = None
 
     def expected(self, masked: bool) -> int:
         """Count the records that a copy has in a space when it is complete."""
@@ -189,11 +193,13 @@ class _Survey:
         self._numbers: dict[str, int] = {}
         self._draws: dict[str, str] = {}
         self._seen: dict[str, _Seen] = defaultdict(_Seen)
+        self._regions: dict[tuple[int, int], int] = {}
 
     def read(self, space: Space) -> _Held:
         held = _Held(space.spec)
         masked = space.spec["pooling"] is not None
-        for _, source in record_sources(space):
+        originals: dict[bytes, tuple[int, int]] = {}
+        for key, source in record_sources(space):
             if not isinstance(source.get("frame_digest"), str):
                 continue
             frame, mask = self._number(source["frame_digest"]), None
@@ -208,6 +214,11 @@ class _Survey:
             draw = self._draw(source.get("draw", []))
             held.cells[draw].add((frame, mask) if masked else frame)
             held.origins[draw].add(str(source.get("origin") or ""))
+            if masked and mask is not None and draw == _IDENTITY:
+                originals[key] = (frame, mask)
+        if originals.values() - self._regions.keys():
+            found = record_regions(space)
+            self._regions |= {originals[key]: count for key, count in found if key in originals}
         return held
 
     def _number(self, digest: str) -> int:
@@ -233,7 +244,10 @@ class _Survey:
         source = first.source
         if source is None and all(kind == "file" for kind, _ in first.slots):
             source = _guess_source(names[0], bool(pairs))
-        return KnownMovie(tuple(names), len(first.slots), first.versions, source, frames, pairs)
+        regions = summarize([self._regions[pair] for pair in pairs if pair in self._regions])
+        return KnownMovie(
+            tuple(names), len(first.slots), first.versions, source, frames, pairs, regions
+        )
 
 
 def _guess_source(name: str, masked: bool) -> Source:

@@ -103,6 +103,7 @@ def _coverage_json(report: Report) -> JSON:
                 "names": movie.names,
                 "frames": movie.slots,
                 "versions": movie.versions,
+                "regions": movie.regions,
                 "argument": None if movie.source is None else quote_movie(movie.source),
             }
             for movie in report.movies

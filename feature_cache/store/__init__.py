@@ -2,7 +2,7 @@
 
 from .claims import Claims
 from .index import Index
-from .inspect import inspect, record_sources
+from .inspect import count_regions, inspect, record_regions, record_sources
 from .pack import Pack, Span, read_provenance
 from .space import Mode, Space
 from .store import FORMAT_VERSION, Store
@@ -23,9 +23,11 @@ __all__ = [
     "Span",
     "Store",
     "Usage",
+    "count_regions",
     "inspect",
     "read_provenance",
     "read_runs",
+    "record_regions",
     "record_sources",
     "sum_usage",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..errors import CorruptRecordError, MissingRecordError
+import numpy as np
+
+from ..errors import CorruptRecordError, MissingRecordError, StoreError
 from ..hashing import JSON
-from .pack import Pack, read_keys, read_provenance
+from ..key import Keys
+from .pack import Pack, read_keys, read_offsets, read_provenance
 from .space import Space
 from .store import Store
 
@@ -30,6 +33,55 @@ def record_sources(space: Space) -> Iterator[tuple[bytes, dict[str, Any]]]:
             continue
         except CorruptRecordError as error:
             _log.warning("%s; its records are left out", error)
+
+
+def record_regions(space: Space, names: Iterable[str] | None = None) -> Iterator[tuple[bytes, int]]:
+    """Give the key of each record of a space of regions, and how many it has.
+
+    Reads no features, and counts no use. Packs that vanish or are damaged are left out, as by
+    `record_sources`.
+
+    Parameters
+    ----------
+    space : Space
+    names : iterable of str, optional
+        Only these packs.
+    """
+    for name in space.pack_names() if names is None else names:
+        try:
+            keys = read_keys(space.packs_folder / name)
+            counts = np.diff(read_offsets(space.packs_folder / name)).tolist()
+            yield from zip((key.tobytes() for key in keys), counts, strict=False)
+        except FileNotFoundError:
+            continue
+        except CorruptRecordError as error:
+            _log.warning("%s; its records are left out", error)
+
+
+def count_regions(space: Space, keys: Keys) -> list[int]:
+    """Count the regions of some records, as far as these are in this folder or in one below.
+
+    Parameters
+    ----------
+    space : Space
+        That pools.
+    keys : (m, 16) uint8
+
+    Returns
+    -------
+    list of int
+        In no order that matters.
+    """
+    wanted, counts = {key.tobytes() for key in keys}, dict[bytes, int]()
+    for folder in space.folders:
+        try:
+            folder.refresh()
+        except StoreError as error:
+            _log.warning("%s; its records are left out", error)
+            continue
+        found = record_regions(folder, folder.packs_of(keys))
+        counts.update((key, count) for key, count in found if key in wanted)
+    return [*counts.values()]
 
 
 def inspect(store: Store, what: str) -> dict[str, JSON]:

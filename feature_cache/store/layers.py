@@ -164,6 +164,12 @@ class LayeredSpace(Space):
         """Leave out what is open."""
         return type(self), (Space(self.path, self.spec, self.mode), self.layers)
 
+    @property
+    def folders(self) -> tuple[Space, ...]:
+        """Give this space, and the same of folders below it."""
+        below = (layer.space for layer in self.layers if isinstance(layer, FolderLayer))
+        return (self, *below)
+
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Tell which keys have a record here or below: (m,) bool."""
         found = super().contains(keys)

@@ -125,6 +125,15 @@ def read_keys(pack: Path) -> Keys:
         return _read_keys(pack)
 
 
+def read_offsets(pack: Path) -> NDArray[np.int64]:
+    """Read where the records of a pack of regions begin and end, (n + 1,) int64; checked by a CRC.
+
+    Errors as `read_keys`.
+    """
+    with missing_is_corrupt(pack):
+        return ArrayFile.read(pack / "offsets").read_whole()
+
+
 def _read_keys(pack: Path) -> Keys:
     array = ArrayFile.read(pack / "keys")
     if array.shape[1:] != (DIGEST_BYTES,) or array.dtype != np.uint8:

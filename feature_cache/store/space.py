@@ -86,6 +86,11 @@ class Space:
         """Where the packs are."""
         return self.path / "packs"
 
+    @property
+    def folders(self) -> tuple[Space, ...]:
+        """Give this space, and the same of folders below it."""
+        return (self,)
+
     def __len__(self) -> int:
         """Count the records known since the last refresh."""
         return len(self._index)

@@ -20,6 +20,7 @@ from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish
 from ..errors import UnknownNameError
 from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
+from ..movies.check import check_movie
 from .held import DetectionMasks, folders_of, frames_of, owners_of
 from .shallow import Props, check_props, columns_of, exchange_shallow
 
@@ -309,6 +310,7 @@ def _bind(
     movie = cache.movie(
         frames, masks, backbone, pooling=pooling, dtype=dtype, name=f"{data.root} {folder}"
     )
-    movie.keys()
+    if not movie.contains().all():
+        check_movie(movie.name, movie.frames, masks, quick=True).log_problems()
     masks.release()
     return movie

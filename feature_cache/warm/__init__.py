@@ -2,7 +2,7 @@
 
 from ..movies import Source
 from .grids import StoredGrids
-from .plan import DENSE, PlanRow, Task, Unit, WarmPlan, plan_warm
+from .plan import DENSE, PlannedMovie, PlanRow, Task, Unit, WarmPlan, plan_warm
 from .report import Failure, WarmReport
 from .run import run_warm
 from .sources import find_sources, open_movies
@@ -11,6 +11,7 @@ __all__ = [
     "DENSE",
     "Failure",
     "PlanRow",
+    "PlannedMovie",
     "Source",
     "StoredGrids",
     "Task",

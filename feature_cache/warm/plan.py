@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,8 @@ from ..augment import Augmentations, Draw
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..errors import MovieError, UnknownNameError
 from ..hashing import JSON, Digest
-from ..movies import Given, Movie, Series, Source
+from ..key import Keys
+from ..movies import Given, Movie, Row, Series, Source
 from ..spec import SpaceSpec
 from .grids import StoredGrids
 from .rates import recall_rate
@@ -141,6 +142,34 @@ class PlanRow:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedMovie:
+    """Which frames and masks of a movie belong together.
+
+    Attributes
+    ----------
+    movie : str
+    frames : int
+    pairs : tuple of Row
+        The first and the last.
+    """
+
+    movie: str
+    frames: int
+    pairs: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, movie: Movie) -> PlannedMovie:
+        """Take the ends of a movie's table."""
+        rows = movie.table()
+        return cls(movie.name, len(rows), tuple(rows if len(rows) < 2 else (rows[0], rows[-1])))
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the fields by name."""
+        pairs = [asdict(row) for row in self.pairs]
+        return {"movie": self.movie, "frames": self.frames, "pairs": pairs}
+
+
+@dataclass(frozen=True, slots=True)
 class WarmPlan:
     """What there is and what is missing, in records; records of equal keys count once."""
 
@@ -151,6 +180,9 @@ class WarmPlan:
     rows: tuple[PlanRow, ...] = field(default=(), repr=False)
     rate: float | None = None
     """Frames a second, of the last run of this backbone on such a device."""
+    movies: tuple[PlannedMovie, ...] = field(default=(), repr=False)
+    originals: tuple[tuple[SpaceSpec, Keys], ...] = field(default=(), repr=False)
+    """Keys of the movies themselves, (m, 16) uint8 each, in a space that pools."""
 
     @property
     def missing(self) -> int:
@@ -198,6 +230,7 @@ class WarmPlan:
             "estimated_bytes": self.bytes,
             "estimated_seconds": None if self.seconds is None else round(self.seconds, 1),
             "failed": sum(failure.records for failure in self.failures),
+            "movies": [movie.to_json() for movie in self.movies],
             "rows": [row.to_json() for row in self.rows],
             "errors": [failure.to_json() for failure in self.failures],
         }
@@ -290,16 +323,19 @@ class _Planner:
         self.tasks: list[Task] = []
         self.rows: list[PlanRow] = []
         self.present = 0
+        self.movies: list[PlannedMovie] = []
+        self.originals: list[tuple[SpaceSpec, Keys]] = []
         self._seen: set[Digest] = set()
 
     def plan(self) -> WarmPlan:
         return WarmPlan(
             self.cache, tuple(self.tasks), self.present, tuple(self.failures), tuple(self.rows),
-            recall_rate(self.backbone),
+            recall_rate(self.backbone), tuple(self.movies), tuple(self.originals),
         )  # fmt: skip
 
     def add(self, movie: Movie, progress: Progress | None) -> None:
         specs = [self._specs_of(number) for number in range(self.copies.copies + 1)]
+        self.movies.append(PlannedMovie.of(movie))
         try:
             features = self._bind(movie)
         except MovieError as error:
@@ -308,10 +344,16 @@ class _Planner:
             return
         good, bad = hash_frames(features, sum(map(len, specs)), progress)
         self.failures += bad
-        sizes = _Sizes(movie)
+        sizes, before = _Sizes(movie), len(self.tasks)
         for number, draw in enumerate(self.copies.draws()):
             copy = features.with_draw(draw, self.copies.name_of(number))
             self._add_copy(copy, specs[number], number, draw, good, sizes)
+        pooled = [spec for spec in self.specs if spec.pooling is not None]
+        if pooled:
+            self.originals.append((pooled[0], features.in_space(pooled[0]).keys(good)))
+        if len(self.tasks) > before:
+            looked_at = movie if pooled else replace(movie, masks=None)
+            looked_at.check(quick=True).log_problems()
 
     def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
         wanted = self.dense == "all" or (self.dense == "original" and copy == 0)

@@ -48,6 +48,9 @@ class WarmReport:
         Those that were there, or that other processes computed meanwhile.
     computed : int
         Those computed by this run, on whatever machine.
+    regions : (int, float, int) or None
+        Least, median and most regions of a frame, of the movies themselves; None where none of
+        their records is in a folder here, or nothing is pooled.
     """
 
     planned: int
@@ -55,6 +58,7 @@ class WarmReport:
     computed: int
     seconds: float
     failures: tuple[Failure, ...] = field(default=())
+    regions: tuple[int, float, int] | None = None
 
     @property
     def failed(self) -> int:
@@ -69,6 +73,7 @@ class WarmReport:
             "computed": self.computed,
             "failed": self.failed,
             "seconds": round(self.seconds, 3),
+            "regions": self.regions,
             "errors": [failure.to_json() for failure in self.failures],
         }
 

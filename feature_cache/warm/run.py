@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..cache import Progress, check_batch_size, fill
 from ..errors import MissingRecordError
-from ..store import Usage
+from ..movies.check import summarize
+from ..store import Usage, count_regions
 from .commits import Budget
 from .pipeline import Pipeline
 from .plan import Unit, WarmPlan
@@ -100,7 +101,14 @@ def make_report(plan: WarmPlan, tally: Tally, started: float) -> WarmReport:
         tally.computed,
         time.monotonic() - started,
         (*plan.failures, *tally.failures),
+        _sum_regions(plan),
     )
+
+
+def _sum_regions(plan: WarmPlan) -> tuple[int, float, int] | None:
+    """Sum up the regions of the frames of a plan's movies, from what is stored."""
+    found = (count_regions(plan.cache.space(spec), keys) for spec, keys in plan.originals)
+    return summarize([count for counts in found for count in counts])
 
 
 def check_writable(plan: WarmPlan) -> None:

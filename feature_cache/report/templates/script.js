@@ -31,6 +31,8 @@ function showCoverage(data) {
     const below = make("tr");
     top.append(make("th", "Movie", { scope: "col", rowspan: 2, class: "name" }));
     top.append(make("th", "Frames", { scope: "col", rowspan: 2, class: "count" }));
+    const three = { scope: "col", rowspan: 2, class: "count", title: "least / median / most" };
+    top.append(make("th", "Regions a frame", three));
     top.append(make("th", "Missing", { scope: "col", rowspan: 2, class: "count" }));
     for (const group of space().groups) {
       const span = { scope: "colgroup", colspan: group.columns.length, class: "group" };
@@ -57,7 +59,8 @@ function showCoverage(data) {
     for (const other of movie.names.slice(1)) name.append(make("br"), make("small", `also ${other}`));
     const frames = make("td", number.format(movie.frames), { class: "count" });
     if (movie.versions) frames.append(make("br"), make("small", `${movie.versions} changed`));
-    tr.append(name, frames);
+    const regions = movie.regions ? movie.regions.map((count) => number.format(count)) : ["-"];
+    tr.append(name, frames, make("td", regions.join(" / "), { class: "count" }));
     if (expected[row] === null) {
       const span = columns().length + 1;
       tr.append(make("td", "never seen with masks", { colspan: span, class: "none" }));
@@ -88,7 +91,7 @@ function showCoverage(data) {
   }
 
   function advice(row) {
-    const td = make("td", "", { colspan: columns().length + 3 });
+    const td = make("td", "", { colspan: columns().length + 4 });
     const commands = commandsFor(row);
     for (const command of commands) td.append(make("code", command, { class: "command" }));
     if (!commands.length) {
