@@ -234,8 +234,8 @@ def many_movies(report, number):
     """Give a report the movies of a much larger cache."""
     nine = frozenset(range(9))
     movies = tuple(
-        KnownMovie((f"data/{i:04d} TRA",), 9, 0, True, nine, frozenset((k, k) for k in nine))
-        for i in range(number)
+        KnownMovie((source.path,), 9, 0, source, nine, frozenset((k, k) for k in nine))
+        for source in (Source(f"data/{i:04d}") for i in range(number))
     )
     columns = tuple(Column(Group(1, "default"), copy, f"[{copy}]") for copy in range(15))
     counts = tuple(tuple((i + copy) % 10 for copy in range(15)) for i in range(number))
