@@ -222,6 +222,20 @@ def test_a_dataset_has_the_axes_of_its_image(tmp_path):
         open_zarr(tmp_path / "volume.zarr" / "0")
 
 
+@pytest.mark.parametrize("linked", ["image", "array"])
+def test_a_dataset_has_the_axes_of_its_image_through_links(tmp_path, linked):
+    folder = write_ome(tmp_path / "movie.zarr", PLANES, "zyx", 2)
+    place = tmp_path / "link"
+    if linked == "array":
+        place.symlink_to(folder / "0")
+    else:
+        (folder / "0").rename(tmp_path / "elsewhere")
+        (folder / "0").symlink_to(tmp_path / "elsewhere")
+        place = folder / "0"
+    with pytest.raises(MovieError, match=r"axes ZYX .* and no time"):
+        open_zarr(place)
+
+
 def test_channels_are_chosen(tmp_path):
     write_ome(tmp_path / "movie.zarr", VOLUMES, "tcyx")
     with pytest.raises(MovieError, match=r"has 4 channels .*: choose one, such as channel=0"):
