@@ -15,7 +15,7 @@ and its masks, each a folder of images, a stack, a Zarr array (see `formats`), o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from .formats import Found, find_images, image_folder, is_pattern
 from .images import Images, ReadOptions, Series
 from .times import check_pairs, check_steps
 from .tracks import Tracks, read_tracks
-from .zarrs import is_zarr, list_labels
+from .zarrs import is_zarr, list_labels, open_labels
 
 Given = Any
 """A `Movie`, a path, or images: an array, a list of arrays, `Images`."""
@@ -199,7 +199,7 @@ class Movie:
             os.fspath(path), detections, slice_pct, downscale_temporal, downscale_spatial,
             None if masks is None else os.fspath(masks), channel, axes,
         )  # fmt: skip
-        _check_part(source)
+        _check_source(source)
         try:
             return _open(source)
         except PermissionError as error:
@@ -319,11 +319,10 @@ def _open(source: Source) -> Movie:
     if source.masks is not None:
         frames = find_images(image_folder(path), options, "frames")
         return _pair(source, path, frames, _find_masks(source, frames))
-    labels = list_labels(path) if is_zarr(path) else ()
-    if not (path.is_file() or is_pattern(path) or labels):
+    if not (path.is_file() or is_pattern(path) or is_zarr(path)):
         return _open_folder(source, path, options)
     frames = find_images(path, options, "frames")
-    masks = None if source.detections is None else _choose_labels(path, labels, options)
+    masks = None if source.detections is None else _choose_labels(path, options)
     return _pair(source, path, frames, masks)
 
 
@@ -346,10 +345,11 @@ def _find_masks(source: Source, frames: Found) -> Found:
         return find_images(path, ReadOptions(None, axes, labels=True), "masks")
 
 
-def _choose_labels(path: Path, labels: Sequence[str], options: ReadOptions) -> Found:
+def _choose_labels(path: Path, options: ReadOptions) -> Found:
     """Open the one label image of an OME-Zarr image."""
+    labels = list_labels(path) if is_zarr(path) else ()
     if len(labels) == 1:
-        return find_images(path / "labels" / labels[0], replace(options, labels=True), "masks")
+        return Found(open_labels(path, labels[0], options))
     if labels:
         raise NoMasksError(
             f"{path} has several label images, {', '.join(labels)}: name one, such as "
@@ -409,7 +409,12 @@ def _part_of(source: Source, count: int) -> range:
     return range(count)[int(count * low) : int(count * high) : source.downscale_temporal]
 
 
-def _check_part(source: Source) -> None:
+def _check_source(source: Source) -> None:
+    for path in (source.path, source.masks or ""):
+        if "://" in path:
+            raise MovieNotFoundError(
+                f"{path} is a URL: movies are read from folders and files; mount or copy it"
+            )
     low, high = source.slice_pct
     if not 0 <= low < high <= 1:
         raise MovieError(

@@ -9,7 +9,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_cache import Movie, MovieError, MovieNotFoundError
+from feature_cache import Movie, MovieError, MovieNotFoundError, NoMasksError
 from feature_cache.movies import link_by_overlap, read_tracks
 from synthetic import make_movie
 
@@ -240,3 +240,45 @@ class TestLinkByOverlap:
             assert len(pairs) == len(np.unique(mask)) == len(np.unique(new))
             alive = {int(n) for n, first, last, _ in tracks if first <= t <= last}
             assert alive == set(np.unique(new).tolist()) - {0}
+
+
+@pytest.mark.parametrize("given", [("s3://lab/01",), ("01", "https://lab/masks.zarr")])
+def test_urls_are_no_folders(small_folder, monkeypatch, given):
+    monkeypatch.chdir(small_folder().parent)
+    with pytest.raises(MovieNotFoundError, match="is a URL: movies are read from folders"):
+        Movie.open(*given)
+
+
+def test_label_images_are_the_masks_of_an_ome_zarr_image(tmp_path):
+    import zarr
+
+    frames, masks, _ = make_movie()
+    image = zarr.create_group(tmp_path / "movie.zarr")
+    put_image(image, frames)
+    with pytest.raises(NoMasksError, match=r"name them \(masks=…, --masks PATH\)"):
+        Movie.open(tmp_path / "movie.zarr")
+    labels = image.create_group("labels", attributes={"ome": {"version": "0.5", "labels": ["a"]}})
+    put_image(labels.create_group("a"), masks)
+    movie = Movie.open(tmp_path / "movie.zarr")
+    assert np.array_equal(movie.frames[2], frames[2])
+    assert np.array_equal(movie.masks[2], masks[2])
+    labels.attrs["ome"] = {"version": "0.5", "labels": ["a", "b"]}
+    with pytest.raises(NoMasksError, match=r"several label images, a, b: name one"):
+        Movie.open(tmp_path / "movie.zarr")
+    named = Movie.open(tmp_path / "movie.zarr", tmp_path / "movie.zarr" / "labels" / "a")
+    assert np.array_equal(named.masks[2], masks[2])
+
+
+def put_image(group, pixels) -> None:
+    axes = [{"name": name} for name in "tyx"]
+    scale = {"axes": axes, "datasets": [{"path": "0"}]}
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [scale]}
+    group.create_array("0", data=pixels)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tracks_in_any_encoding_of_editors(small_folder, encoding):
+    root = small_folder()
+    file = truth_of(root) / "man_track.txt"
+    file.write_text(file.read_text(), encoding)
+    assert np.array_equal(Movie.open(root).tracks, make_movie()[2])
