@@ -64,6 +64,9 @@ class TestWarm:
         assert [report[name] for name in counts] == [10, 0, 10, 0]
         code, out, _ = warm(run, *movies, options=["--json"])
         assert [json.loads(out)[name] for name in counts] == [10, 10, 0, 0]
+        assert json.loads(out)["regions"] == [5, 5.0, 5]
+        out = warm(run, *movies)[1]
+        assert out.endswith("regions a frame: 5 / 5 / 5 (least / median / most)\n")
 
     def test_is_what_the_library_finds(self, run, small_folder, small):
         warm(run, small_folder(), options=["--dtype", "float32", "--batch-size", "4"])
@@ -310,6 +313,89 @@ def _in_another_user(function):
         text = answer.read()
     os.waitpid(child, 0)
     return json.loads(text)
+
+
+class TestCheck:
+    def test_a_movie_as_it_should_be(self, run, small_folder):
+        root = small_folder()
+        code, out, _ = run("check", root)
+        head, row, pairs = out.splitlines()
+        assert code == 0
+        assert head.split()[:5] == ["movie", "frames", "times", "shape", "dtype"]
+        assert re.split("  +", row)[1:] == ["6", "0 to 5", "48x64", "uint16", "5 / 5 / 5", "0"]
+        assert pairs.strip() == (
+            "6 frames, t000.tif … t005.tif with masks man_track000.tif … man_track005.tif"
+        )
+        assert not Path("cache").exists()
+
+    def test_every_fault_has_a_line(self, run, small_folder):
+        root, binary = small_folder("one"), small_folder("two")
+        for file in (Path(f"{binary}_GT") / "TRA").glob("*.tif"):
+            tifffile.imwrite(file, (tifffile.imread(file) > 0).astype(np.uint8))
+        (Path(f"{binary}_GT") / "TRA" / "man_track.txt").unlink()
+        (root / "t001.tif").write_bytes(b"broken")
+        code, out, _ = run("check", root, "nowhere", binary)
+        assert code == 1
+        (damaged, label, absent) = [line for line in out.splitlines() if ": " in line]
+        assert "5 of 6" in out
+        assert damaged.startswith(f"  can't be used: {root / 't001.tif'} is cut short, or damaged")
+        assert label.startswith("  one label everywhere: every cell of every mask has the label 1")
+        assert absent == "  can't be opened: no movie at nowhere: no such folder"
+
+    def test_json(self, run, small_folder):
+        root = small_folder(frames=3)
+        code, out, _ = run("check", root, "nowhere", "--json")
+        good, bad = json.loads(out)
+        assert code == 1
+        assert good["problems"] == []
+        assert (good["frames"], good["looked"], good["times"]) == (3, 3, [0, 1, 2])
+        assert (good["shape"], good["dtype"], good["regions"]) == ([48, 64], "uint16", [5, 5.0, 5])
+        assert good["pairs"][2] == {
+            "index": 2,
+            "time": 2,
+            "frame": "t002.tif",
+            "mask": "man_track002.tif",
+        }
+        assert set(bad) == set(good)
+        assert [problem["what"] for problem in bad["problems"]] == ["can't be opened"]
+
+    def test_quick_and_table(self, run, small_folder):
+        root = small_folder(frames=8)
+        code, out, _ = run("check", root, "--quick", "--table")
+        assert code == 0
+        assert "3 of 8" in out
+        head, *rows = [line.split() for line in out.splitlines()[3:]]
+        assert head == ["index", "time", "frame", "mask"]
+        assert rows == [
+            [f"{t}", f"{t}", f"t{t:03d}.tif", f"man_track{t:03d}.tif"] for t in range(8)
+        ]
+
+    def test_places_and_lists(self, run, small_folder):
+        root = small_folder()
+        Path("list.txt").write_text(f"{root}\n")
+        truth = Path(f"{root}_GT") / "TRA"
+        assert run("check", "list.txt", "--quick")[0] == 0
+        assert run("check", root / "*.tif", "--masks", truth)[0] == 0
+        shutil.move(truth, f"{root}_found")
+        assert run("check", root, "--detections", "found")[0] == 0
+        assert "no masks" in run("check", root, "--frames-only")[1]
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("nowhere", "no movie at nowhere: no such folder"),
+            ("empty.txt", "the lists given name no movie"),
+            ("damaged/01", "can't be used: damaged/01/t000.tif is cut short"),
+        ],
+    )
+    def test_nothing_to_look_at(self, run, small_folder, word, message):
+        Path("empty.txt").write_text("")
+        root = small_folder("damaged", frames=2)
+        for file in [*root.glob("*.tif"), *root.parent.glob("*/TRA/*.tif")]:
+            file.write_bytes(b"broken")
+        code, out, _ = run("check", word)
+        assert code == 2
+        assert message in out
 
 
 class TestMemo:

@@ -297,6 +297,16 @@ class TestCoverage:
             f"{start} --copies 2 --pooling nearest_patch --seed 42",
         ]
 
+    def test_regions_of_frames_are_those_of_the_movie_itself(self, cache, small_folder):
+        root = small_folder()
+        file = Path(f"{root}_GT") / "TRA" / "man_track002.tif"
+        tifffile.imwrite(file, tifffile.imread(file) // 2)
+        warm(cache, root, copies=COPIES)
+        other = small_folder("other", seed=3)
+        warm(cache, other, None, pooling=None)
+        found = {movie.names[0]: movie.regions for movie in find_coverage(cache.spaces())[0]}
+        assert found == {f"{root} TRA": (2, 5.0, 5), str(other): None}
+
     def test_a_movie_says_how_it_is_opened(self, cache, small_folder):
         root = small_folder()
         movie = Movie.open(root / "*.tif", f"{root}_GT/TRA")

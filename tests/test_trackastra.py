@@ -136,6 +136,22 @@ def test_wrapping_changes_nothing_else(small_folder, cache):
     assert {"img", "mask", "pretrained_feats"} <= set(dense)
 
 
+def test_a_movie_to_be_computed_is_looked_at(small_folder, cache, caplog):
+    root = small_folder()
+    for file in root.glob("*.tif"):
+        tifffile.imwrite(file, np.zeros((48, 64), np.uint16))
+    data = load(root)
+    with caplog.at_level("WARNING", "feature_cache"):
+        wrapped = wrap(data, cache, FakeBackbone(normalization=Normalization("none")))
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert message.startswith(f"{root} TRA: constant: frame 0 (t000.tif) has one value")
+    assert message.endswith("(and 2 more)")
+    wrapped.warm()
+    caplog.clear()
+    wrap(data, cache, FakeBackbone(normalization=Normalization("none")))
+    assert not caplog.records
+
+
 def test_what_was_warmed_by_path_is_what_training_reads(small_folder, cache, tmp_path):
     root = small_folder()
     log = tmp_path / "log"

@@ -157,11 +157,46 @@ class TestPlan:
         hurry(monkeypatch)
         root = small_folder()
         age(root.parent)
-        plan_warm(cache, [Source(str(root))], FakeBackbone())
-        unwanted = lambda file, _: pytest.fail(f"{file} was read")  # noqa: E731
-        monkeypatch.setattr(movies.files, "read_image", unwanted)
-        assert plan_warm(cache, [Source(str(root))], FakeBackbone()).missing == 6
+        plan = plan_warm(cache, [Source(str(root))], FakeBackbone())
         assert not (cache.store.root / "spaces").exists()
+        run_warm(plan)
+        read, read_image = [], movies.files.read_image
+        count = lambda file, how: read.append(file) or read_image(file, how)  # noqa: E731
+        monkeypatch.setattr(movies.files, "read_image", count)
+        cached = plan_warm(cache, [Source(str(root))], FakeBackbone())
+        assert run_warm(cached).regions == (5, 5.0, 5)
+        assert (cached.missing, read) == (0, [])
+        assert plan_warm(cache, [Source(str(root))], FakeBackbone(3)).missing == 6
+        assert len(read) == 2 * 3  # a quick check
+
+    def test_says_which_frames_and_masks_belong_together(self, cache, small_folder):
+        roots = [small_folder("one", frames=4), small_folder("two", frames=1)]
+        plan = plan_warm(cache, map(str, roots), FakeBackbone())
+        found = json.loads(json.dumps(plan.to_json()))["movies"]
+        assert [(one["movie"], one["frames"]) for one in found] == [
+            (f"{roots[0]} TRA", 4),
+            (f"{roots[1]} TRA", 1),
+        ]
+        first = {"index": 0, "time": 0, "frame": "t000.tif", "mask": "man_track000.tif"}
+        last = {"index": 3, "time": 3, "frame": "t003.tif", "mask": "man_track003.tif"}
+        assert [one["pairs"] for one in found] == [[first, last], [{**first, "time": None}]]
+
+    def test_a_movie_to_be_computed_is_looked_at(self, cache, small_folder, small, caplog):
+        root, (frames, masks) = small_folder(), small
+        with caplog.at_level(logging.WARNING):
+            run_warm(plan_warm(cache, [str(root)], FakeBackbone()))
+            assert caplog.messages == []
+            for pooling in ("mean_patches_exact", None):
+                run_warm(plan_warm(cache, [(frames, masks > 0)], FakeBackbone(), pooling=pooling))
+        (message,) = caplog.messages
+        assert "one label everywhere: every cell of every mask has the label 1" in message
+
+    def test_what_ends_a_frame_is_told_once(self, cache, small_folder, caplog):
+        root = small_folder()
+        (root / "t000.tif").write_bytes(b"broken")
+        with caplog.at_level(logging.WARNING):
+            plan = plan_warm(cache, [str(root)], FakeBackbone())
+        assert (len(plan.failures), plan.missing, caplog.messages) == (1, 5, [])
 
     def test_time_is_estimated_from_the_last_run(self, small_folder, tmp_path, monkeypatch):
         monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
@@ -186,6 +221,8 @@ class TestPlan:
         code, out, _ = command(*words, "--copies", 2, "--policy", "intensity")
         assert code == 0
         assert "18 records: 0 are there, 18 missing, about 3" in out
+        pairs = "6 frames, t000.tif … t005.tif with masks man_track000.tif … man_track005.tif"
+        assert out.startswith(f"{root} TRA: {pairs}\n")
         assert not Path("cache").exists()
         Path("cache").mkdir()
         one = small_folder("one", frames=1)
@@ -239,6 +276,23 @@ class TestRun:
         poolings = ["mean_patches_exact", "max_patches_exact", None]
         run_warm(plan_warm(cache, [Movie.open(small_folder())], backbone, pooling=poolings))
         assert len((tmp_path / "log").read_text().splitlines()) == 6
+
+    def test_regions_of_frames_are_counted(self, cache, small, tmp_path):
+        """Those of the movies themselves, whoever computed them and in whatever folder."""
+        frames, masks = small
+        masks = masks.copy()
+        masks[1:3][masks[1:3] > 1], masks[3] = 0, 0
+        for copies in (None, COPIES):
+            plan = plan_warm(cache, [(frames, masks)], FakeBackbone(), augmentations=copies)
+            report = run_warm(plan)
+            assert report.regions == (0, 3.0, 5)
+        assert report.to_json()["regions"] == (0, 3.0, 5)
+        assert cache.stats()["hits"] == 6
+        above = FeatureCache(tmp_path / "above", layers=[cache.store.root])
+        plan = plan_warm(above, [(frames, masks), (frames[::-1], masks)], FakeBackbone())
+        assert run_warm(plan).regions == (0, 3.0, 5)
+        grids = plan_warm(cache, [(frames, None)], FakeBackbone(), pooling=None)
+        assert run_warm(grids).regions is None
 
     def test_several_devices_share_the_work(self, cache, small_folder, tmp_path):
         logs = [tmp_path / "log0", tmp_path / "log1"]
