@@ -57,9 +57,10 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 
 def mask_times(text: str) -> list[str]:
-    """Leave out what differs from run to run: times, sizes, the width of columns, and commits."""
+    """Leave out what differs from run to run, or as movies are cropped, and the width of columns."""
     changing = (
         r"\d[\d.]* s\b|\"seconds\": [\d.]+|[\d.]+ [kM]B|\d{4}-\d\d-\d\d \d\d:\d\d|\d+ packs merged"
+        r"|\d+x\d+|\"regions\": \[.*?\]|\d[\d.]* / \d[\d.]* / \d+"
     )
     lines = re.sub(" {2,}", "  ", re.sub(changing, "…", text)).splitlines()
     return [line.rstrip() for line in lines if not re.match(r"\w+: +\d+%", line)]
