@@ -441,7 +441,7 @@ class TestMovies:
         for _ in range(2):
             plan = plan_warm(cache, [Movie.open(old_movie)], FakeBackbone())
             reports.append((run_warm(plan).computed, len(taken(reads))))
-        assert reports == [(6, 24), (0, 0)]
+        assert reports == [(6, 30), (0, 0)]  # hashed, looked at in part, computed
         movie = Movie.open(old_movie)
         records = cache.get_or_compute(movie.frames, movie.masks, FakeBackbone())
         assert len(records) == 6
@@ -464,7 +464,7 @@ class TestMovies:
                 opened.write(bytes(file.stat().st_size))
             forge(file.name, files=[identity(file)])
         assert hash_movie(cache, old_movie) == keys
-        with no_memo(), pytest.raises(MovieError, match="can't read"):
+        with no_memo(), pytest.raises(MovieError, match="is no TIFF"):
             hash_movie(cache, old_movie)
 
     @pytest.mark.parametrize("which", ["t002.tif", "man_track002.tif", "man_seg002.tif"])
@@ -606,7 +606,7 @@ class TestMovies:
         for expected in 6, 0:
             wrapped = wrap(data, cache, FakeBackbone())
             names = taken(reads)
-            assert len(names) - names.count("t000.tif") == max(expected - 1, 0)
+            assert len(set(names)) == expected
             assert not any(name.startswith("man_track") for name in names)
             wrapped.warm()
             taken(reads)

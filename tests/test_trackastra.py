@@ -286,7 +286,7 @@ def test_stacks_of_any_depth(tmp_path, cache, depth):
     data = wrap(
         load(tmp_path / "01", ndim=3, window_size=2), cache, FakeBackbone(), on_miss="error"
     )
-    assert data[0]["pretrained_feats"].shape == (len(data[0]["labels"]), 8)
+    assert data[0]["pretrained_feats"].shape == (len(data[0]["labels"]), 16)
 
 
 def test_a_window_of_which_no_token_may_stay_is_an_error(small_folder, cache):

@@ -310,7 +310,7 @@ def _bind(
     movie = cache.movie(
         frames, masks, backbone, pooling=pooling, dtype=dtype, name=f"{data.root} {folder}"
     )
-    if not movie.contains().all():
+    if not movie.contains().all() and movie.frames_read:
         check_movie(movie.name, movie.frames, masks, quick=True).log_problems()
     masks.release()
     return movie
