@@ -117,6 +117,8 @@ class Tiff:
         Of the file, without its folder.
     size : int
         In bytes.
+    rest : int
+        Bytes at the end that no tag tells of.
     byteorder : str
         ``"<"`` or ``">"``.
     pages : tuple of Page
@@ -124,6 +126,7 @@ class Tiff:
 
     name: str
     size: int
+    rest: int
     byteorder: str
     pages: tuple[Page, ...]
 
@@ -139,17 +142,16 @@ def read_pages(name: str, handle: IO[bytes]) -> Tiff:
     size = handle.seek(0, 2)
     walk = _Walk(handle, size)
     pages = tuple(walk)
-    for page in pages:
-        if not page.reduced:
-            _check_segments(page, size)
-    return Tiff(name, size, walk.order, pages)
+    ends = [_check_segments(page, size) for page in pages if not page.reduced]
+    others = [sum(pair) for page in pages if page.reduced for pair in zip(*page.segments)]  # noqa: B905
+    return Tiff(name, size, size - max([walk.end, *ends, *others]), walk.order, pages)
 
 
 class _Walk:
     """The chain of directories of a TIFF, classic or BigTIFF, of either byte order."""
 
     def __init__(self, handle: IO[bytes], size: int) -> None:
-        self._handle, self._size = handle, size
+        self._handle, self._size, self.end = handle, size, 0
         head = self._read(0, 8, "its header")
         self.order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
         version = struct.unpack(f"{self.order}H", head[2:4])[0] if self.order else 0
@@ -218,6 +220,7 @@ class _Walk:
             raise FaultError(
                 f"is cut short, or damaged: {name} ends at byte {offset + nbytes} of the file"
             )
+        self.end = max(self.end, offset + nbytes)
 
     def _unpack(self, letters: str, found: bytes) -> tuple[Any, ...]:
         return struct.unpack(f"{self.order}{letters}", found)
@@ -227,8 +230,14 @@ def _only(values: tuple[int, ...]) -> int:
     return values[0] if len(set(values)) == 1 else 0
 
 
-def _check_segments(page: Page, size: int) -> None:
-    """Raise where a strip or tile is missing, empty, beyond the end or shorter than its pixels."""
+def _check_segments(page: Page, size: int) -> int:
+    """Give where the last strip or tile ends.
+
+    Raises
+    ------
+    FaultError
+        One is missing, empty, beyond the end of the file or shorter than its pixels.
+    """
     if not all(page.shape) or not page.samples:
         raise FaultError(f"is damaged: it says of itself that it is of shape {page.shape}")
     expected = prod(_lay_out(page)[:3])
@@ -241,6 +250,7 @@ def _check_segments(page: Page, size: int) -> None:
             f"is incomplete: it names {min(len(starts), len(sizes))} strips or tiles of pixels, "
             f"expected {expected}"
         )
+    end = 0
     for start, nbytes, needed in zip(starts, sizes, _count_bytes(page), strict=False):
         least = needed if plain else 1
         if not start or nbytes < least:
@@ -252,6 +262,8 @@ def _check_segments(page: Page, size: int) -> None:
             raise FaultError(
                 f"is cut short, or damaged: its pixels end at byte {start + nbytes} of the file"
             )
+        end = max(end, start + nbytes)
+    return end
 
 
 def _lay_out(page: Page) -> tuple[int, int, int, int]:

@@ -168,10 +168,12 @@ def _decode_pages(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what tifffile logs in here: a file is read right, or an error is raised."""
+    """Drop what tifffile logs in here; its errors, of no built-in kind at times, are faults."""
     token = _silent.set(True)
     try:
         yield
+    except tifffile.TiffFileError as error:
+        raise FaultError(f"is damaged ({error}); restore the file or leave it out") from error
     finally:
         _silent.reset(token)
 

@@ -30,6 +30,8 @@ _FOREIGN = {
 }
 _NAMES, _NAMELESS = "TCZYXS", "QI"
 _STACK_TAG = 33629
+_POINTERS = {330, 34665, 34853, 40965}
+"""Tags that point to directories of other images, or of other things."""
 _SPLIT = "save it with fewer axes, one movie or timepoint a file"
 _GRAY = 'save it in gray (photometric="minisblack")'
 
@@ -135,6 +137,7 @@ def judge(tiff: Tiff, options: ReadOptions, *, stack: bool = False) -> Verdict:
     _check_values(page, options)
     stored, order = _find_axes(tiff, pages)
     chosen = choose_planes(stored, options, stack=stack)
+    _check_rest(tiff, page, stored, len(order))
     planes = _locate(tiff, page, order, prod(stored.lengths) // prod(page.shape))
     times = tuple(tuple(planes[n] for n in volume) for volume in chosen.tolist())
     shape = page.shape if chosen.shape[1] == 1 else (chosen.shape[1], *page.shape)
@@ -298,16 +301,26 @@ def _check_promise(tiff: Tiff, page: Page, promised: int, pages: int) -> None:
         )
 
 
+def _check_rest(tiff: Tiff, page: Page, stored: Axes, pages: int) -> None:
+    """Raise where planes follow that no page tells of, as in stacks of other software."""
+    others = _POINTERS & page.counts.keys()
+    told = prod(stored.lengths) == pages * prod(page.shape) * page.samples
+    if page.run and told and not others and tiff.rest >= page.nbytes:
+        raise FaultError(
+            f"has {tiff.rest} bytes behind its {pages} page(s) of {page.nbytes}: expected none, or "
+            "a page for each plane; save it as ImageJ or OME-TIFF"
+        )
+
+
 def _find_shape(page: Page) -> dict[str, Any]:
     """Find the shape that tifffile wrote with a page that starts a series; else nothing."""
     for text in page.descriptions:
-        if text.startswith('{"shape":'):
-            try:
-                found = json.loads(text)
-            except ValueError:
-                continue
-            if all(isinstance(length, int) for length in found["shape"]):
-                return dict(found)
+        old = re.fullmatch(r"shape=\(([\d, ]+)\)", text)
+        try:
+            found = {"shape": re.findall(r"\d+", old[1])} if old else json.loads(text)
+            return {**found, "shape": tuple(int(length) for length in found["shape"])}
+        except (ValueError, TypeError, KeyError):
+            continue
     return {}
 
 
@@ -319,7 +332,7 @@ def _read_shaped(tiff: Tiff, page: Page, said: list[dict[str, Any]]) -> Axes:
             f"holds several series of images, of shapes {[one.get('shape') for one in starts[:3]]}"
             ": expected one; save the one that counts as a file of its own"
         )
-    shape, letters = tuple(said[0]["shape"]), str(said[0].get("axes", "")).upper()
+    shape, letters = said[0]["shape"], str(said[0].get("axes", "")).upper()
     planes, inside = (page.samples, 1) if page.planar else (1, page.samples)
     places = [
         n for n in range(len(shape) - 1)
@@ -354,6 +367,9 @@ def _rename(axes: Axes, options: ReadOptions) -> Axes:
             "with Y and X"
         )
     fit = axes if len(letters) == len(axes.letters) else squeezed
+    if squeezed.letters == "YX" and "YX" in letters:  # all others are of one element
+        lengths = dict(zip("YX", squeezed.lengths, strict=True))
+        return Axes(letters, tuple(lengths.get(letter, 1) for letter in letters))
     if len(letters) != len(fit.letters):
         raise FaultError(
             f'can\'t be read by axes="{options.axes}": it has {len(fit.letters)} axes, of shape '

@@ -29,6 +29,7 @@ from tiffs import (
     Image,
     W,
     Write,
+    append,
     draw,
     patch,
     rename_tag,
@@ -104,6 +105,14 @@ READ: dict[str, tuple[Write, ReadOptions, Image]] = {
         VOLUME,
     ),
     "tifffile in one run": (write_gray(VOLUME, truncate=True), told(), VOLUME),
+    "old tifffile in one run": (
+        write_run(VOLUME, f'{{"truncated": true, "shape": [5, {H}, {W}]}}'),
+        told(),
+        VOLUME,
+    ),
+    "older tifffile": (write_raw(VOLUME, description=f"shape=(5, {H}, {W})"), told(), VOLUME),
+    "JSON of others": (write_raw(VOLUME, description='{"cells": 5}'), told(), VOLUME),
+    "a few bytes more": (append(write(PLANE), 2 * H * W - 1), told(), PLANE),
     "OME slices": (write(VOLUME, ome=True, metadata={"axes": "ZYX"}), told(), VOLUME),
     "OME of another order": (
         write_raw(
@@ -175,6 +184,7 @@ READ: dict[str, tuple[Write, ReadOptions, Image]] = {
     ),
     "colour that is slices": (write(draw(3), metadata=None), told("ZYX"), draw(3)),
     "the only channel": (write(PLANE), told(channel=0), PLANE),
+    "slices told, of which there is one": (write(PLANE), told("ZYX"), PLANE),
     "the time of one": (write(PLANE[None, None]), told("TZYX"), PLANE),
     "a gray ramp": (write(SMALL, photometric="palette", colormap=GRAY_MAP), told(), SMALL),
     "a ramp of 8 bits": (
@@ -340,6 +350,8 @@ REFUSED: dict[str, tuple[Write, ReadOptions, str]] = {
         told(),
         "cut short",
     ),
+    "planes without a page": (append(write_raw(PLANE), 2 * H * W), told(), "behind its 1 page"),
+    "pages without a link": (append(write_raw(VOLUME), 2 * H * W), told(), "behind its 5 page"),
     "tifffile says more": (write_raw(PLANE, description='{"shape": [5, 9, 9]}'), told(), "anew"),
     "tifffile says far too much": (
         write_raw(PLANE, description=f'{{"shape": [99999999999999, {H}, {W}]}}'),
@@ -485,6 +497,11 @@ STACKS: dict[str, tuple[Write, ReadOptions, Image]] = {
         write_raw(STACK, description=say_ome({"T": 3, "Z": 4}, "<TiffData/>", order="XYTZC")),
         told(),
         STACK.swapaxes(0, 1),
+    ),
+    "axes written by old tifffile": (
+        write_raw(VOLUME, description=f'{{"axes": "TYX", "shape": [5, {H}, {W}]}}'),
+        told(),
+        VOLUME,
     ),
     "axes written": (write(VOLUME, metadata={"axes": "TYX"}), told(), VOLUME),
     "3 times by imwrite": (write(draw(3)), told("TYX"), draw(3)),
@@ -708,7 +725,9 @@ def test_gives_what_was_written_or_a_cure(tmp_path, shape, dtype, options, axes)
             assert re.search(r"axes=|channel=|save it|restore", str(error))  # noqa: PT017
         else:
             assert found.dtype == expected.dtype
-            assert np.array_equal(found.squeeze(), expected.squeeze())
+            nameless = options["metadata"] is None and options["style"] == "plain"
+            together = expected.reshape(-1, *expected.shape[-2:]) if nameless else expected
+            assert np.array_equal(found.squeeze(), together.squeeze())
 
 
 def write_any(file: Path, image: Image, letters: str, options: dict[str, Any]) -> bool:

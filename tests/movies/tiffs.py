@@ -83,6 +83,17 @@ def write_run(image: Image, description: str, **options: Any) -> Write:
     return write_all
 
 
+def append(before: Write, nbytes: int) -> Write:
+    """Add bytes that no tag tells of."""
+
+    def write_all(file: Path) -> None:
+        before(file)
+        with file.open("ab") as handle:
+            handle.write(bytes(nbytes))
+
+    return write_all
+
+
 def patch(before: Write, *tags: tuple[int, Any], page: int = 0) -> Write:
     """Overwrite tags of what is written."""
 
