@@ -21,6 +21,13 @@ class FaultError(Exception):
     """What is wrong with a file: a sentence that lacks the file's name in front."""
 
 
+class DamageError(FaultError):
+    """A file that is not whole, or not what it was."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; restore the file or leave it out"
+
+
 @contextmanager
 def open_image(file: Path) -> Iterator[BufferedReader]:
     """Open a file to read an image from.

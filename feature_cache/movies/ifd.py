@@ -13,7 +13,7 @@ from itertools import pairwise, product
 from math import prod
 from typing import IO, Any
 
-from .faults import FaultError
+from .faults import DamageError
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SIZES |= {16: 8, 17: 8, 18: 8}
@@ -156,7 +156,7 @@ class _Walk:
         self.order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
         version = struct.unpack(f"{self.order}H", head[2:4])[0] if self.order else 0
         if version not in (42, 43):
-            raise FaultError("is no TIFF, though named as one")
+            raise DamageError("is no TIFF, though named as one")
         self._big = version == 43
         if self._big:
             head = self._read(8, 8, "its header")
@@ -165,10 +165,10 @@ class _Walk:
     def __iter__(self) -> Iterator[Page]:
         offset, seen = self._first, set[int]()
         if not offset:
-            raise FaultError("is damaged: it has no page")
+            raise DamageError("is damaged: it has no page")
         while offset:
             if offset in seen:
-                raise FaultError("is damaged: its pages go round in a circle")
+                raise DamageError("is damaged: its pages go round in a circle")
             seen.add(offset)
             page, offset = self._read_page(offset, f"page {len(seen) - 1}")
             yield page
@@ -188,7 +188,7 @@ class _Walk:
                 descriptions.append(value.rstrip(b"\0").decode("utf-8", "replace"))
             elif code in _READ:
                 if kind not in _INTEGERS or not number:
-                    raise FaultError(f"is damaged: tag {code} of {name} holds no whole numbers")
+                    raise DamageError(f"is damaged: tag {code} of {name} holds no whole numbers")
                 letter = f"{number}{_INTEGERS[kind]}"
                 tags.setdefault(code, self._unpack(letter, value or b""))
         following = self._unpack("Q" if self._big else "I", table[count * step :])[0]
@@ -212,13 +212,14 @@ class _Walk:
         self._handle.seek(offset)
         found = self._handle.read(nbytes)
         if len(found) < nbytes:
-            raise FaultError(f"is cut short while it is read, in {name}")
+            raise DamageError(f"is cut short while it is read, in {name}")
         return found
 
     def _check(self, offset: int, nbytes: int, name: str) -> None:
         if offset + nbytes > self._size:
-            raise FaultError(
-                f"is cut short, or damaged: {name} ends at byte {offset + nbytes} of the file"
+            raise DamageError(
+                f"is cut short, or damaged: {name} ends at byte {offset + nbytes}, the file at "
+                f"{self._size}"
             )
         self.end = max(self.end, offset + nbytes)
 
@@ -239,14 +240,14 @@ def _check_segments(page: Page, size: int) -> int:
         One is missing, empty, beyond the end of the file or shorter than its pixels.
     """
     if not all(page.shape) or not page.samples:
-        raise FaultError(f"is damaged: it says of itself that it is of shape {page.shape}")
+        raise DamageError(f"is damaged: it says of itself that it is of shape {page.shape}")
     expected = prod(_lay_out(page)[:3])
     starts, sizes = page.segments
     plain = page.get(COMPRESSION, 1) == 1
     if plain and not sizes and len(starts) == expected == 1:
         sizes = tuple(_count_bytes(page))
     if min(len(starts), len(sizes)) < expected:
-        raise FaultError(
+        raise DamageError(
             f"is incomplete: it names {min(len(starts), len(sizes))} strips or tiles of pixels, "
             f"expected {expected}"
         )
@@ -254,13 +255,14 @@ def _check_segments(page: Page, size: int) -> int:
     for start, nbytes, needed in zip(starts, sizes, _count_bytes(page), strict=False):
         least = needed if plain else 1
         if not start or nbytes < least:
-            raise FaultError(
+            raise DamageError(
                 f"is incomplete: a strip or tile of its pixels has {nbytes} bytes at {start}, "
                 f"expected {least} or more"
             )
         if start + nbytes > size:
-            raise FaultError(
-                f"is cut short, or damaged: its pixels end at byte {start + nbytes} of the file"
+            raise DamageError(
+                f"is cut short, or damaged: its pixels end at byte {start + nbytes}, the file at "
+                f"{size}"
             )
         end = max(end, start + nbytes)
     return end
@@ -274,7 +276,7 @@ def _lay_out(page: Page) -> tuple[int, int, int, int]:
     rows = page.get(TILE_LENGTH, 0) if tiled else min(page.get(ROWS, height), height)
     columns = page.get(TILE_WIDTH, 0) if tiled else width
     if not rows or not columns:
-        raise FaultError("is damaged: its strips or tiles are empty")
+        raise DamageError("is damaged: its strips or tiles are empty")
     return planes, -(-height // rows), -(-width // columns), rows
 
 

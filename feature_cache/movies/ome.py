@@ -62,7 +62,7 @@ def find_planes(xml: str, name: str, count: int, samples: int) -> Planes | None:
             if (found := _place_planes(root, pixels, name, count, samples)).pages
         ]  # fmt: skip
     except (ElementTree.ParseError, KeyError, ValueError) as error:
-        raise FaultError(f"has OME metadata that can't be read ({error})") from error
+        raise FaultError(f"has OME metadata that can't be read ({error}): save it anew") from error
     if not images:
         raise FaultError(
             "is one of several files, and its OME metadata don't say which: give it back its name"
@@ -81,7 +81,9 @@ def _place_planes(
     axes = pixels.attrib["DimensionOrder"][:1:-1]
     lengths = [int(pixels.attrib[f"Size{axis}"]) for axis in axes]
     if lengths[axes.index("C")] % samples:
-        raise FaultError(f"has {samples} samples a pixel, and other channels by its OME metadata")
+        raise FaultError(
+            f"has {samples} samples a pixel, and other channels by its OME metadata: save it anew"
+        )
     lengths[axes.index("C")] //= samples
     table = list(pixels.iterfind("{*}TiffData"))
     mine = _choose_own(root, table, name)
@@ -92,7 +94,9 @@ def _place_planes(
     if max(pages, default=0) >= total:
         raise FaultError("has OME metadata that name more planes than there are: save it anew")
     if mine and len(mine) == len(table) and len(pages) < total:
-        raise FaultError(f"holds {len(pages)} of {total} planes of its OME metadata: incomplete")
+        raise FaultError(
+            f"holds {len(pages)} of {total} planes of its OME metadata: incomplete; save it anew"
+        )
     return _arrange(axes, lengths, pages)
 
 
@@ -138,7 +142,7 @@ def _arrange(axes: str, lengths: list[int], pages: Mapping[int, int]) -> Planes:
     where = np.array(np.unravel_index(sorted(pages), lengths))
     found = [len(np.unique(places)) for places in where]
     if np.prod(found) != len(pages):
-        raise FaultError("lacks planes among those that its OME metadata place in it")
+        raise FaultError("lacks planes among those that its OME metadata place in it: save it anew")
     if len(set(pages.values())) < len(pages):
-        raise FaultError("has OME metadata that name a page twice")
+        raise FaultError("has OME metadata that name a page twice: save it anew")
     return Planes(axes, tuple(found), tuple(pages[plane] for plane in sorted(pages)))

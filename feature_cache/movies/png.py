@@ -13,7 +13,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from .faults import FaultError, open_image
+from .faults import DamageError, FaultError, open_image
 from .images import ReadOptions
 from .verdict import Axes, check_palette, choose_planes
 
@@ -77,10 +77,10 @@ def _judge(content: bytes, options: ReadOptions) -> _Png:
     parts = list(_split(content))
     found = dict(reversed(parts))
     if parts[0][0] != b"IHDR" or len(parts[0][1]) != _HEADER.size:
-        raise FaultError("is damaged: it does not begin with its header; restore the file")
+        raise DamageError("is damaged: it does not begin with its header")
     width, height, bits, colour, rest = _HEADER.unpack(parts[0][1])
     if colour not in _SAMPLES or not width or not height:
-        raise FaultError("is damaged: its header says nothing that is known; restore the file")
+        raise DamageError("is damaged: its header says nothing that is known")
     if b"acTL" in found and found[b"acTL"][:4] != b"\0\0\0\1":
         raise FaultError("is animated: expected one image; save each as a file of its own")
     if colour == _PALETTE and not options.labels:
@@ -98,19 +98,16 @@ def _judge(content: bytes, options: ReadOptions) -> _Png:
 def _split(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Split a file into its parts, each found whole, to the one that ends it."""
     if not content.startswith(_SIGNATURE):
-        raise FaultError("is no PNG, though named as one; restore the file or leave it out")
+        raise DamageError("is no PNG, though named as one")
     start, name = len(_SIGNATURE), b""
     while name != b"IEND":
         length, name = struct.unpack(">I4s", content[start : start + 8].ljust(8, b"\0"))
         body = content[start + 8 : start + 8 + length]
         end = start + 12 + length
         if end > len(content):
-            raise FaultError(
-                f"of {len(content)} bytes is cut short: expected {end} or more; restore the file "
-                "or leave it out"
-            )
+            raise DamageError(f"of {len(content)} bytes is cut short: expected {end} or more")
         if content[start:end] != _join((name, body)):
-            raise FaultError(f"is damaged in its part {name!r}; restore the file or leave it out")
+            raise DamageError(f"is damaged in its part {name!r}")
         yield name, body
         start = end
 

@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from .faults import FaultError, open_image
+from .faults import DamageError, FaultError, open_image
 from .ifd import read_pages
 from .images import Images, ReadOptions
 from .verdict import Plane, Verdict, judge
@@ -144,7 +144,7 @@ def _read_runs(
     for page, (_, start) in zip(pages, places, strict=True):
         handle.seek(start)
         if handle.readinto(page.data.cast("B")) < page.nbytes:
-            raise FaultError("was cut short while it was read; restore the file or leave it out")
+            raise DamageError("was cut short while it was read")
     return pages.astype(verdict.native, copy=False)
 
 
@@ -173,7 +173,7 @@ def _silence() -> Iterator[None]:
     try:
         yield
     except tifffile.TiffFileError as error:
-        raise FaultError(f"is damaged ({error}); restore the file or leave it out") from error
+        raise DamageError(f"is damaged ({error})") from error
     finally:
         _silent.reset(token)
 

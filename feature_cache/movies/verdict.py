@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .faults import FaultError
+from .faults import DamageError, FaultError
 from .ifd import COLORMAP, DEPTH, PHOTOMETRIC, Page, Tiff
 from .images import ReadOptions
 from .ome import find_planes, holds_ome
@@ -109,7 +109,7 @@ class Axes:
         seen = self.squeeze().letters
         ways = []
         for fill in fills:
-            free = iter([one for one in fill if one not in seen])
+            free = iter([one for one in fill if one not in seen or one in instead])
             kept = [one in _NAMES and one not in instead for one in seen]
             ways.append("".join(a if k else next(free, a) for a, k in zip(seen, kept, strict=True)))
         ways = [way for way in ways if set(way) <= set(_NAMES) and way != seen]
@@ -295,9 +295,9 @@ def _check_promise(tiff: Tiff, page: Page, promised: int, pages: int) -> None:
         )
     end = page.run + promised * page.nbytes
     if end > tiff.size:
-        raise FaultError(
+        raise DamageError(
             f"of {tiff.size} bytes is cut short: the pixels of its {promised} planes end at byte "
-            f"{end}; restore the file or leave it out"
+            f"{end}"
         )
 
 
@@ -385,14 +385,18 @@ def _rename(axes: Axes, options: ReadOptions) -> Axes:
 
 def _check_channel(axes: Axes, found: list[int], channel: int | None) -> None:
     """Raise where there is not the one channel that is asked for."""
-    seen = axes.squeeze()
     many = axes.lengths[found[0]] if found else 1
+    if channel is None and not found:
+        return
+    seen = axes.squeeze()
     if len(found) > 1:
         raise FaultError(f"has channels, and each in colour ({seen}): {_GRAY}")
     if found and channel is None:
         colour = axes.letters[found[0]] == "S"
         kind = "is a colour image" if colour else f"has {many} channels"
-        other = _GRAY if colour else axes.cure("Z", "T", instead="C")
+        volumes = "Z" in seen.letters
+        names = axes.cure("TZ", instead="CZ") if volumes else axes.cure("Z", "T", instead="C")
+        other = _GRAY if colour else names
         raise FaultError(
             f"{kind} ({seen}), expected one channel: name one (channel=0, --channel 0), or {other}"
         )
@@ -405,6 +409,8 @@ def _check_channel(axes: Axes, found: list[int], channel: int | None) -> None:
 def _check_names(axes: Axes, options: ReadOptions, stack: bool) -> None:
     """Raise where axes are not a volume's, or not a movie's."""
     seen = axes.squeeze()
+    if seen.letters == "YX":
+        return
     others = [one for one in seen.letters if one not in _NAMES + _NAMELESS]
     twice = any(len(axes.index(letter)) > 1 for letter in "TCZS")
     nameless, slices, times = (axes.index(letters) for letters in (_NAMELESS, "Z", "T"))
