@@ -503,7 +503,10 @@ class TestMovies:
         assert not set(hash_movie(cache, old_movie)) & set(keys)
         assert len(taken(reads)) == 12
 
-    def test_young_files_are_not_remembered(self, cache, small_folder, reads, fresh_memo):
+    def test_young_files_are_not_remembered(
+        self, cache, small_folder, reads, fresh_memo, monkeypatch
+    ):
+        monkeypatch.setattr(memo_module, "_MINIMUM_AGE_NS", 10**15)
         root = small_folder()
         for _ in range(2):
             hash_movie(cache, root)

@@ -186,8 +186,8 @@ MISTAKES = [
     Mistake(
         "a corrupt image",
         FRESH,
-        "failed: can't read movie/01/t002.tif: damaged, or no TIFF (…); restore the file or leave "
-        "it out",
+        "failed: movie/01/t002.tif is cut short, or damaged: its header ends at byte 8, the file at "
+        "6; restore the file or leave it out",
         cut_frame,
         status=1,
     ),
@@ -520,7 +520,8 @@ def score(result: str) -> None:
         ),
         (
             lambda: ask_for(["t000.tif"], np.zeros((1, 40, 50), int)),
-            "MovieError: can't read t000.tif: no such file; restore the file or leave it out",
+            "MovieError: can't read t000.tif: No such file or directory; restore the file or leave "
+            "it out",
         ),
         (
             lambda: CachedFeatureDataset([], FeatureCache("cache")),

@@ -167,7 +167,7 @@ class TestPlan:
         assert run_warm(cached).regions == (5, 5.0, 5)
         assert (cached.missing, read) == (0, [])
         assert plan_warm(cache, [Source(str(root))], FakeBackbone(3)).missing == 6
-        assert len(read) == 2 * 3  # a quick check
+        assert read == []
 
     def test_says_which_frames_and_masks_belong_together(self, cache, small_folder):
         roots = [small_folder("one", frames=4), small_folder("two", frames=1)]
