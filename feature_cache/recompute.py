@@ -36,7 +36,7 @@ from .hashing import (
     mask_labels,
 )
 from .key import Record, record_key
-from .movies import Movie
+from .movies import Movie, Source
 from .rounding import difference, rounding_bound
 from .spec import KEY_VERSION, BackboneSpec, SpaceSpec, describe, differences
 from .store import Pack, Space, read_provenance
@@ -306,19 +306,19 @@ def _open_movie(text: str, masked: bool) -> Movie:
     """
     told = json.loads(text)
     if told["source"] is not None:
-        how = {**told["source"], **({} if masked else {"detections": None})}
+        how = {**told["source"], **({} if masked else {"detections": None, "masks": None})}
         try:
-            return Movie.open(**how)
+            return Source.from_json(how).open()
         except TypeError as error:
             raise MovieError(f"{how} is no way to open a movie here: {error}") from error
     if not told["movie"]:
         raise MovieNotFoundError("what was computed from arrays can't be read again")
     path, _, detections = str(told["movie"]).rpartition(" ")
     try:
-        return Movie.open(path, detections if masked else None)
+        return Movie.open(path, detections=detections if masked else None)
     except MovieError as error:
         with suppress(MovieError):  # a name without detections
-            return Movie.open(str(told["movie"]), "TRA" if masked else None)
+            return Movie.open(str(told["movie"]), detections="TRA" if masked else None)
         raise error
 
 

@@ -186,8 +186,8 @@ MISTAKES = [
     Mistake(
         "a corrupt image",
         FRESH,
-        "failed: movie/01/t002.tif is cut short, or damaged: its header ends at byte 8, the file at "
-        "6; restore the file or leave it out",
+        "failed: movie/01/t002.tif is cut short, or damaged: its header ends at byte 8, the file "
+        "at 6; restore the file or leave it out",
         cut_frame,
         status=1,
     ),
