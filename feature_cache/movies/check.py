@@ -172,6 +172,11 @@ class MaskLook:
     parts: NDArray[np.int64]
     looks_like_image: bool
 
+    @property
+    def are_classes(self) -> bool:
+        """Tell whether a label is in so many parts that it names no cell."""
+        return bool(len(self.parts) and np.median(self.parts) >= _PARTS_OF_A_CLASS)
+
 
 @dataclass(frozen=True, slots=True)
 class _Look:
@@ -473,13 +478,13 @@ def _judge_labels(masks: Sequence[MaskLook]) -> Iterator[Problem]:
         return
     first, cure = filled[0], "label each cell, such as by skimage.measure.label"
     labels = np.unique(np.concatenate([mask.labels for mask in filled]))
-    if len(labels) == 1 and _most(mask.parts.sum() > 1 for mask in filled):
+    if len(labels) == 1 and _most(bool(mask.parts.sum() > 1) for mask in filled):
         yield Problem(
             "one label everywhere",
             f"every cell of every mask has the label {labels[0]}, such as {first.parts.sum()} "
             f"parts of {first.where}, a binary mask: {cure}",
         )
-    elif _most(len(m.parts) > 0 and np.median(m.parts) >= _PARTS_OF_A_CLASS for m in filled):
+    elif _most(mask.are_classes for mask in filled):
         yield Problem(
             "labels are classes",
             f"{first.where} has {first.parts.sum()} separate parts with only {len(first.labels)} "
