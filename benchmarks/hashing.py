@@ -1,4 +1,4 @@
-"""Hashing frames and masks against loading them, and digests that are remembered."""
+"""Hashing frames and masks against loading them, digests that are remembered, and a long folder."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tifffile
 
 from feature_cache import FeatureCache, Movie
 from feature_cache.hashing import frame_digest, mask_digest
-from feature_cache.movies import write_movie
+from feature_cache.movies import Images, write_movie
 from feature_cache.movies.tiff import read_tiff
 from feature_cache.testing import FakeBackbone
+from feature_cache.warm import plan_warm
 
 from .data import load_real
 from .harness import OURS, Case, Options, compare_calls, interleave, seconds_of
@@ -27,7 +31,11 @@ def run(options: Options) -> list[Case]:
     masks = [np.roll(m, 7 * i, 0) for i in range(5) for m in real["masks"]]
     root = options.folder / "hashing" / "01"
     write_movie(root, frames, masks, np.array([[1, 0, len(frames) - 1, 0]]))
-    return [compare_frame(root, options), compare_movie(root, options)]
+    return [
+        compare_frame(root, options),
+        compare_movie(root, options),
+        compare_folder(options),
+    ]
 
 
 def compare_frame(root: Path, options: Options) -> Case:
@@ -77,3 +85,54 @@ def compare_movie(root: Path, options: Options) -> Case:
     values = interleave(sides, options.rounds)
     os.environ["FEATURE_CACHE_MEMO"] = "off"
     return Case("keys of a movie of 20 frames", "read and hashed", values)
+
+
+@dataclass(frozen=True)
+class Guessed(Images):
+    """Files sorted as text, the first series of each: what version 0.1.0 took for a movie."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, t: int) -> np.ndarray[Any, Any]:
+        with tifffile.TiffFile(self.files[t]) as opened:
+            return np.asarray(opened.series[0].asarray())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self[0].shape
+
+    @property
+    def place(self) -> str:
+        return str(self.files[0].parent)
+
+
+def compare_folder(options: Options) -> Case:
+    """Compare opening and planning a folder of many small frames, read as known and as guessed."""
+    count = 500 if options.quick else 10_000
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 4000, (8, 64, 64)).astype(np.uint16)
+    masks = np.kron(
+        rng.permuted([range(64)] * 8, axis=1).reshape(8, 8, 8), np.ones((8, 8), np.uint16)
+    )
+    root = options.folder / "folder" / "01"
+    shown = [t % 8 for t in range(count)]
+    write_movie(root, frames[shown], masks[shown], np.zeros((0, 4), int))
+    cache = FeatureCache(options.folder / "folder" / "cache")
+
+    def guessed() -> None:
+        files, truth = (
+            tuple(sorted(folder.glob("*.tif"))) for folder in (root, Path(f"{root}_GT") / "TRA")
+        )
+        plan_warm(cache, [(Guessed(files), Guessed(truth))], FakeBackbone())
+
+    def known() -> None:
+        plan_warm(cache, [Movie.open(root)], FakeBackbone())
+
+    sides = {"as text, series 0": guessed, OURS: known}
+    values = interleave(
+        {name: lambda c=c: seconds_of(c) for name, c in sides.items()}, options.rounds
+    )
+    return Case(f"opening and planning {count:,} frames", "as text, series 0", values)
