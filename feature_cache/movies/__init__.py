@@ -3,7 +3,8 @@
 ::
 
     images                      what every reader gives
-    files, tiff, png            readers of image files, and the verdict on what one is
+    files, tiff, png            readers of image files
+    verdict, ifd, ome, faults   what a TIFF is, by its own tags and words; what is wrong with one
     arrays, zarrs, bioformats   other readers; axes: what their axes mean
     times                       the time that a file's name stands for
     formats                     which reader opens a path

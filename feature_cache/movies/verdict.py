@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .faults import DamageError, FaultError
-from .ifd import COLORMAP, DEPTH, PHOTOMETRIC, Page, Tiff
+from .ifd import COLORMAP, COMPRESSION, DEPTH, PHOTOMETRIC, Page, Tiff
 from .images import ReadOptions
 from .ome import find_planes, holds_ome
 
 _WHITE, _BLACK, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}
 _COMPLEX = (5, 6)
+_LOSSY = (6, 7)
 _FOREIGN = {
     34412: "a Zeiss LSM file",
     33445: "a file of the MD Gel format, whose values may be square roots",
@@ -134,7 +135,8 @@ def judge(tiff: Tiff, options: ReadOptions, *, stack: bool = False) -> Verdict:
     """
     pages = [n for n, page in enumerate(tiff.pages) if not page.reduced]
     page = _check_alike(tiff, pages)
-    _check_values(page, options)
+    _check_kind(page)
+    _check_meaning(page, options)
     stored, order = _find_axes(tiff, pages)
     chosen = choose_planes(stored, options, stack=stack)
     _check_rest(tiff, page, stored, len(order))
@@ -185,9 +187,8 @@ def _check_alike(tiff: Tiff, pages: list[int]) -> Page:
     return tiff.pages[pages[0]]
 
 
-def _check_values(page: Page, options: ReadOptions) -> None:
-    """Raise where values are no intensities; or no labels, where images are masks."""
-    photometric = page.get(PHOTOMETRIC, _BLACK)
+def _check_kind(page: Page) -> None:
+    """Raise where a page is of a format of its own, or its values are no real numbers."""
     for code, name in _FOREIGN.items():
         if code in page.counts:
             raise FaultError(f"is {name}: expected plain TIFF; save it as ImageJ or OME-TIFF")
@@ -201,9 +202,18 @@ def _check_values(page: Page, options: ReadOptions) -> None:
         raise FaultError(
             "holds values of a kind that is not known: expected integers or floating point"
         )
+
+
+def _check_meaning(page: Page, options: ReadOptions) -> None:
+    """Raise where values are no intensities; or no labels, where images are masks."""
+    photometric = page.get(PHOTOMETRIC, _BLACK)
     if photometric not in (_WHITE, _BLACK, _RGB, _PALETTE, _YCBCR):
         raise FaultError(f"is in a colour space of its own ({photometric}): {_GRAY}")
     if options.labels:
+        if page.get(COMPRESSION, 1) in _LOSSY:
+            raise FaultError(
+                "holds labels that JPEG has changed: save it by a lossless compression"
+            )
         return
     if photometric == _WHITE:
         raise FaultError(

@@ -314,6 +314,7 @@ REFUSED: dict[str, tuple[Write, ReadOptions, str]] = {
         told(),
         "has a palette",
     ),
+    "labels by JPEG": (write(SMALL, compression="jpeg"), MASKS, "JPEG .*save it by a lossless"),
     "min-is-white": (write(PLANE, photometric="miniswhite"), told(), f"min-is-white.*{GRAY}"),
     "bits by tifffile": (write(BITS), told(), f"min-is-white.*{GRAY}"),
     "CMYK": (write(draw(4).transpose(1, 2, 0), photometric="separated"), told(), GRAY),
@@ -615,6 +616,40 @@ def test_ome_series_of_files_that_are_known_by_name(tmp_path):
     renamed = files[1].rename(tmp_path / "x.tif")
     with pytest.raises(MovieError, match="give it back its name"):
         read_image(renamed, told())
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.tuples(*[st.integers(1, 3)] * 3),
+    order=st.permutations("CZT").map(lambda outer: "XY" + "".join(outer)),
+    grouped=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_ome_places_each_plane(tmp_path_factory, sizes, order, grouped, seed):
+    """Pages in any order, named one by one; or in the order of the dimensions, named together."""
+    images = draw(*sizes, dtype="uint8", seed=seed)
+    letters = order[:1:-1]
+    pages = images.transpose(*["TZC".index(letter) for letter in letters], 3, 4).reshape(-1, H, W)
+    where = list(np.ndindex(*[sizes["TZC".index(letter)] for letter in letters]))
+    places = (
+        np.arange(len(pages)) if grouped else np.random.default_rng(seed).permutation(len(pages))
+    )
+    entries = "".join(
+        f'<TiffData IFD="{places[n]}" '
+        + " ".join(f'First{a}="{i}"' for a, i in zip(letters, place, strict=True))
+        + ' PlaneCount="1"/>'
+        for n, place in enumerate(where)
+    )
+    text = say_ome(
+        dict(zip("TZC", sizes, strict=True)), "<TiffData/>" if grouped else entries, order=order
+    )
+    file = tmp_path_factory.mktemp("ome") / "movie.ome.tif"
+    write_raw(pages[np.argsort(places)], description=text)(file)
+    if sizes[0] == 1 < sizes[1]:
+        check(read_image(file, told(channel=sizes[2] - 1)), images[0, :, -1].squeeze())
+    else:
+        found = read_movie(file, told(channel=sizes[2] - 1))
+        check(found, images[:, :, -1] if sizes[1] > 1 else images[:, 0, -1])
 
 
 LAYOUTS: dict[str, Write] = {
