@@ -57,7 +57,7 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 
 def mask_times(text: str) -> list[str]:
-    """Leave out what differs from run to run, or as movies are cropped, and the width of columns."""
+    """Leave out what differs by run or by the size of movies, and the width of columns."""
     changing = (
         r"\d[\d.]* s\b|\"seconds\": [\d.]+|[\d.]+ [kM]B|\d{4}-\d\d-\d\d \d\d:\d\d|\d+ packs merged"
         r"|\d+x\d+|\"regions\": \[.*?\]|\d[\d.]* / \d[\d.]* / \d+"

@@ -459,11 +459,18 @@ def detection_places(root: Path, name: str) -> tuple[Path, ...]:
     return root / name, Path(f"{root}_{name}"), Path(f"{root}_GT") / name
 
 
-def _find_overlay(folder: Path, masks: Found, options: ReadOptions) -> Found | None:
-    """Find the silver truth that belongs to ground truth ``<n>_GT/TRA``."""
-    truth = folder.parent
+def silver_folder(masks: Path) -> Path | None:
+    """Give the folder of the silver truth that belongs to ground truth ``<n>_GT/TRA``."""
+    truth = masks.parent
     silver = truth.with_name(truth.name.removesuffix("_GT") + "_ST") / "SEG"
-    if folder.name != "TRA" or not truth.name.endswith("_GT") or not silver.is_dir():
+    is_truth = masks.name == "TRA" and truth.name.endswith("_GT")
+    return silver if is_truth and silver.is_dir() else None
+
+
+def _find_overlay(folder: Path, masks: Found, options: ReadOptions) -> Found | None:
+    """Find the silver truth that belongs to masks."""
+    silver = silver_folder(folder)
+    if silver is None:
         return None
     found = find_images(silver, options, "silver masks")
     if masks.timed is not None and found.timed is not None:

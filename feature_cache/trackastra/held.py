@@ -14,7 +14,7 @@ from ..errors import MovieError, NoMasksError
 from ..movies import Images, Series
 from ..movies.files import ImageFiles
 from ..movies.formats import image_folder, list_images
-from ..movies.movie import detection_places
+from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
 
 
@@ -30,8 +30,11 @@ def frames_of(data: Any) -> Series:
     frames = _as_read(image_folder(Path(data.root)), "frames")
     for name in folders_of(data):
         places = detection_places(Path(data.root), name)
-        folder = next(place for place in places if place.is_dir())
+        folder = next((place for place in places if place.is_dir()), places[-1])
         check_pairs(frames, _as_read(folder, f"masks ({name})"))
+        silver = silver_folder(folder)
+        if silver is not None:
+            check_pairs(frames, _as_read(silver, "silver masks"))
     check_steps(frames)
     images = ImageFiles(frames.files)
     part = range(len(images))[data.start_frame : data.end_frame : data.downscale_temporal]
@@ -40,6 +43,8 @@ def frames_of(data: Any) -> Series:
 
 def _as_read(folder: Path, kind: str) -> TimedFiles:
     """List images in the order of time, which has to be that of their names as text."""
+    if not folder.is_dir():
+        raise NoMasksError(f"{folder} is gone: expected {kind}, as when CTCData read them")
     timed = order_files(list_images(folder, kind), folder, kind)
     theirs = sorted(folder.glob("*.tif"))
     for t, (file, read) in enumerate(zip_longest(timed.files, theirs)):
