@@ -200,7 +200,8 @@ def _check_kind(page: Page) -> None:
         raise FaultError("holds complex numbers: expected real ones; save the part that counts")
     if page.format not in _KINDS or not 0 < page.bits <= 64:
         raise FaultError(
-            "holds values of a kind that is not known: expected integers or floating point"
+            "holds values of a kind that is not known: expected integers or floating point; save "
+            "it anew"
         )
 
 

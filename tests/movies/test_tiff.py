@@ -36,6 +36,7 @@ from tiffs import (
     say_files,
     say_ome,
     shorten,
+    spoil,
     write,
     write_gray,
     write_ome_files,
@@ -432,13 +433,52 @@ REFUSED: dict[str, tuple[Write, ReadOptions, str]] = {
         "incomplete",
     ),
     "strips too few": (patch(write(PLANE, rowsperstrip=9), (278, 3)), told(), "2 strips"),
-    "strips without rows": (patch(write(PLANE), (278, 0)), told(), "damaged"),
+    "strips without rows": (patch(write(PLANE), (278, 0)), told(), "tiles are empty"),
     "pixels beyond the end": (
         patch(write(PLANE), (273, [1 << 30])),
         told(),
         "cut short, or damaged",
     ),
-    "no height": (patch(write(PLANE), (257, 0)), told(), "damaged"),
+    "no height": (patch(write(PLANE), (257, 0)), told(), "says of itself"),
+    "a value beyond the end": (
+        spoil(write(PLANE), 305, 8, b"\xff\xff\xff\0"),
+        told(),
+        "tag 305 of page 0 ends at byte",
+    ),
+    "a height in letters": (
+        spoil(write(PLANE), 257, 2, b"\2\0"),
+        told(),
+        "tag 257 of page 0 holds no whole numbers",
+    ),
+    "OME says fewer than pages": (
+        write_raw(VOLUME[:3], description=say_ome({"Z": 2}, "<TiffData/>")),
+        told(),
+        "more planes than there are",
+    ),
+    "OME places no box in the file": (
+        write_raw(
+            VOLUME[:3],
+            description=say_ome(
+                {"T": 2, "Z": 2}, say_files(2, 2).replace(":1<", ":0<", 1), uuid="urn:uuid:0"
+            ).replace('IFD="0" FirstT="1"', 'IFD="2" FirstT="1"'),
+        ),
+        told(),
+        "lacks planes",
+    ),
+    "OME names a page twice": (
+        write_raw(
+            PLANE,
+            description=say_ome({"Z": 2}, '<TiffData IFD="0"/><TiffData IFD="0" FirstZ="1"/>'),
+        ),
+        told(),
+        "name a page twice",
+    ),
+    "values of no kind": (patch(write(draw(dtype="int16")), (339, 9)), told(), "not known"),
+    "OME says other samples": (
+        write(COLOUR, metadata=None, description=say_ome({"C": 4}, "<TiffData/>")),
+        told(channel=0),
+        "has 3 samples a pixel, and other channels",
+    ),
     "nothing": (lambda file: file.write_bytes(b""), told(), "cut short"),
     "text": (lambda file: file.write_text("no image at all"), told(), "no TIFF"),
     "a folder": (lambda file: file.mkdir(), told(), "can't read"),

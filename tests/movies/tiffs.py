@@ -106,6 +106,20 @@ def patch(before: Write, *tags: tuple[int, Any], page: int = 0) -> Write:
     return write_all
 
 
+def spoil(before: Write, code: int, at: int, content: bytes) -> Write:
+    """Overwrite bytes of a tag's entry: from 2 its type, from 4 its count, from 8 its place."""
+
+    def write_all(file: Path) -> None:
+        before(file)
+        with tifffile.TiffFile(file) as opened:
+            offset = opened.pages.first.tags[code].offset
+        with file.open("r+b") as handle:
+            handle.seek(offset + at)
+            handle.write(content)
+
+    return write_all
+
+
 def rename_tag(before: Write, code: int, new: int) -> Write:
     """Give the tag of one short number another code."""
 
