@@ -39,8 +39,10 @@ _MOST_PIXELS = 1 << 23
 """Of one image in which regions are told apart; of a larger one, its middle."""
 _LARGE_PART = 0.1
 """A part of a region counts where it has this share of the largest: specks don't."""
-_PARTS_OF_A_CLASS = 4
-"""So many separate parts a label, and a mask names classes, not cells."""
+_FEW_LABELS, _PARTS_OF_A_CLASS = 4, 4
+"""So many separate parts a label, and a mask names classes, not cells; 2 if labels are few."""
+_MANY_CLASSES = 10
+"""More are values of an image."""
 _READERS = 4
 
 _log = logging.getLogger(__name__)
@@ -172,10 +174,9 @@ class MaskLook:
     parts: NDArray[np.int64]
     looks_like_image: bool
 
-    @property
-    def are_classes(self) -> bool:
-        """Tell whether a label is in so many parts that it names no cell."""
-        return bool(len(self.parts) and np.median(self.parts) >= _PARTS_OF_A_CLASS)
+    def has_classes(self, parts: int) -> bool:
+        """Tell whether most labels are in so many parts that they name no cells."""
+        return bool(len(self.parts) and np.median(self.parts) >= parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,10 +341,11 @@ def look_at_mask(masks: Images, t: int) -> MaskLook:
     """
     where = _name(masks, t, "mask")
     mask = mask_labels(masks[t], where)
-    part = _middle(mask)
-    is_image = _evenness(part) < _UNEVEN and _is_scattered(part)
-    parts = np.zeros(0, np.int64) if is_image else _count_parts(part)
-    return MaskLook(t, where, mask.shape, np.unique(mask[mask > 0]), parts, is_image)
+    labels, part = np.unique(mask[mask > 0]), _middle(mask)
+    parts = _count_parts(part)
+    # Of a smooth image, the values between dark and bright are thin lines, all of them border.
+    is_uneven = _evenness(part) < _UNEVEN or 2 * len(parts) < len(np.unique(part[part > 0]))
+    return MaskLook(t, where, mask.shape, labels, parts, is_uneven and _is_scattered(part))
 
 
 def _middle(image: NDArray[Any]) -> NDArray[Any]:
@@ -427,11 +429,7 @@ def _judge(looks: Sequence[_Look]) -> Iterator[Problem]:
             f"{masks[0].where if masks else 'its mask'} like an image: exchange the two",
         )
     elif are_images:
-        yield Problem(
-            "masks look like images",
-            f"{masks[0].where} has other values from pixel to pixel, as an image has: expected one "
-            "whole number a cell; name the folder or file of the label masks",
-        )
+        yield _image_problem(masks[0])
     elif _most(frame.looks_labelled for frame in frames):
         yield Problem(
             "frames look like masks",
@@ -466,6 +464,14 @@ def _judge_frames(frames: Sequence[FrameLook]) -> Iterator[Problem]:
             )
 
 
+def _image_problem(mask: MaskLook) -> Problem:
+    return Problem(
+        "masks look like images",
+        f"{mask.where} has other values from pixel to pixel, as an image has: expected one whole "
+        "number a cell; name the folder or file of the label masks",
+    )
+
+
 def _judge_labels(masks: Sequence[MaskLook]) -> Iterator[Problem]:
     filled = [mask for mask in masks if len(mask.labels)]
     if not filled:
@@ -476,20 +482,29 @@ def _judge_labels(masks: Sequence[MaskLook]) -> Iterator[Problem]:
             "the folder or file of the masks",
         )
         return
-    first, cure = filled[0], "label each cell, such as by skimage.measure.label"
+    cure, most = "label each cell, such as by skimage.measure.label", max(filled, key=_sum_parts)
     labels = np.unique(np.concatenate([mask.labels for mask in filled]))
-    if len(labels) == 1 and _most(bool(mask.parts.sum() > 1) for mask in filled):
+    wanted = 2 if len(labels) <= _FEW_LABELS else _PARTS_OF_A_CLASS
+    if not _most(mask.has_classes(wanted) for mask in filled):
+        return
+    if len(labels) == 1:
         yield Problem(
             "one label everywhere",
-            f"every cell of every mask has the label {labels[0]}, such as {first.parts.sum()} "
-            f"parts of {first.where}, a binary mask: {cure}",
+            f"every cell of every mask has the label {labels[0]}, such as {_sum_parts(most)} "
+            f"parts of {most.where}, a binary mask: {cure}",
         )
-    elif _most(mask.are_classes for mask in filled):
+    elif len(most.labels) > _MANY_CLASSES:
+        yield _image_problem(most)
+    else:
         yield Problem(
             "labels are classes",
-            f"{first.where} has {first.parts.sum()} separate parts with only {len(first.labels)} "
+            f"{most.where} has {_sum_parts(most)} separate parts with only {len(most.labels)} "
             f"labels, which name classes of pixels: {cure}",
         )
+
+
+def _sum_parts(mask: MaskLook) -> int:
+    return int(mask.parts.sum())
 
 
 def _most(facts: Iterable[bool]) -> bool:

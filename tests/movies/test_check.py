@@ -183,10 +183,12 @@ class TestMasks:
     def test_binary_masks_as_bool(self):
         only(movie_of(self.masks > 0), "one label everywhere")
 
-    def test_classes(self):
-        edges = np.zeros_like(self.masks)
-        edges[..., 1:][self.masks[..., 1:] != self.masks[..., :-1]] = 1
-        masks = np.where((self.masks > 0) & (edges > 0), 2, self.masks > 0)
+    @pytest.mark.parametrize("cells", [3, 25])
+    def test_classes(self, cells):
+        labels = frames_of(make_cells((96, 128), cells, 7))
+        edges = np.zeros_like(labels)
+        edges[..., 1:][labels[..., 1:] != labels[..., :-1]] = 1
+        masks = np.where((labels > 0) & (edges > 0), 2, labels > 0)
         assert "only 2 labels" in only(movie_of(masks), "labels are classes")
 
     @pytest.mark.parametrize("background", [0, 40])
@@ -195,10 +197,11 @@ class TestMasks:
         text = only(Movie.of(shine(self.masks), frames), "masks look like images")
         assert text.startswith("masks look like images: mask 0 has other values")
 
-    def test_masks_that_are_smooth_images(self):
+    @pytest.mark.parametrize("divisor", [4, 16])
+    def test_masks_that_are_smooth_images(self, divisor):
         from scipy import ndimage
 
-        frames = ndimage.gaussian_filter(shine(self.masks).astype(float), (0, 2, 2)) / 8
+        frames = ndimage.gaussian_filter(shine(self.masks).astype(float), (0, 2, 2)) / divisor
         only(Movie.of(shine(self.masks), frames.astype(np.uint8)), "masks look like images")
 
     def test_frames_that_are_masks(self):
