@@ -267,7 +267,7 @@ class TestMistakes:
             tifffile.imwrite(file, np.zeros((48, 64), np.complex64))
         code, _, err = run(command, root, "--cache", "cache", *MODEL[:4])
         assert code == 2
-        assert "has dtype complex64: expected bool, integer or float pixels" in err
+        assert "holds complex numbers: expected real ones; save the part that counts" in err
 
     def test_colour_images(self, run, small_folder):
         root = small_folder()
@@ -275,7 +275,7 @@ class TestMistakes:
             tifffile.imwrite(file, np.zeros((48, 64, 3), np.uint8), photometric="rgb")
         code, _, err = warm(run, root, options=["--pooling", "none"])
         assert code == 2
-        assert "is a colour image of shape (48, 64, 3): convert it to one channel" in err
+        assert "expected one channel: name one (channel=0, --channel 0), or save it in gray" in err
 
     def test_other_files_than_tif(self, run, small_folder):
         root = small_folder()
@@ -486,7 +486,8 @@ class TestHelp:
         _, out, _ = run("warm", "--help")
         headings = re.findall(r"╭─ ([A-Z][\w ]+?) ─", out)
         assert headings == [
-            "Arguments", "Options", "Which features", "Computing", "Output", "Augmented copies",
+            "Arguments", "Options", "Which features", "How the movie is read", "Computing",
+            "Output", "Augmented copies",
         ]  # fmt: skip
 
     @pytest.mark.parametrize("command", COMMANDS)

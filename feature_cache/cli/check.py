@@ -53,7 +53,7 @@ def check(
 
     Exit status: 1 something is wrong, 2 nothing could be looked at.
 
-    Example: feature-cache check data/01 "data/*/02" --detections TRA
+    Example: feature-cache check data/01 data/02 --detections TRA
     """
     if frames_only and masks is not None:
         raise typer.BadParameter("--frames-only and --masks: choose one")
