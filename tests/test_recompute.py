@@ -361,3 +361,19 @@ def test_a_frame_is_found_by_its_file_where_its_number_is_another(cache, small_f
         (folder / name).unlink()
     found = again(cache)
     assert (found.agree, found.unknown.total()) == (5, 1)
+
+
+def test_a_movie_is_opened_again_as_it_was(cache, small_folder, tmp_path):
+    frames, masks, _ = make_movie()
+    for name, images in (("stack.tif", frames), ("masks.tif", masks)):
+        tifffile.imwrite(tmp_path / name, images, photometric="minisblack")
+    part = Movie.open(
+        small_folder(frames=12), slice_pct=(0.5, 1.0), downscale_temporal=2, downscale_spatial=2
+    )
+    stack = Movie.open(tmp_path / "stack.tif", tmp_path / "masks.tif", axes="TYX")
+    for movie, records in ((part, 3), (stack, 6)):
+        assert cache.movie(movie, backbone=BACKBONE).warm() == records
+    found = again(cache)
+    assert (found.agree, found.unknown) == (9, {})
+    (tmp_path / "stack.tif").unlink()
+    assert (again(cache).agree, again(cache).unknown.total()) == (3, 6)

@@ -21,6 +21,7 @@ from feature_cache.dataset import choose_copy
 from feature_cache.geometry import rotate_features
 from feature_cache.movies import write_movie
 from feature_cache.pooling import pool
+from feature_cache.recompute import choose_records, recompute
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import CachedCTCData, wrap, write_example
@@ -528,3 +529,13 @@ class TestStacks:
             assert sample["features"].shape == (len(sample["labels"]), 12)
             assert sample["pretrained_feats"].shape == (len(sample["labels"]), 4)
             assert torch.isfinite(sample["features"]).all()
+
+
+def test_what_was_wrapped_is_computed_again_from_its_part_of_the_movie(cache, small_folder):
+    """Verifying finds the frames and masks of a slice, each n-th, and each n-th pixel."""
+    part = {"slice_pct": (0.5, 1.0), "downscale_temporal": 2, "downscale_spatial": 2}
+    backbone = FakeBackbone(dim=4)
+    data = load(small_folder(frames=12), window_size=2, **part)
+    assert wrap(data, cache, backbone).warm() == 3
+    found = recompute(choose_records(cache.store.spaces(), None), backbones=[backbone])
+    assert (found.agree, found.unknown) == (3, {})

@@ -20,6 +20,7 @@ from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish
 from ..errors import UnknownNameError
 from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
+from ..movies import Source
 from ..movies.check import check_movie
 from .held import DetectionMasks, folders_of, frames_of, owners_of
 from .shallow import Props, check_props, columns_of, exchange_shallow
@@ -310,6 +311,8 @@ def _bind(
     movie = cache.movie(
         frames, masks, backbone, pooling=pooling, dtype=dtype, name=f"{data.root} {folder}"
     )
+    part = data.slice_pct, data.downscale_temporal, data.downscale_spatial
+    movie.source = Source(str(data.root), folder, *part)
     if not movie.contains().all() and movie.frames_read:
         check_movie(movie.name, movie.frames, masks, quick=True).log_problems()
     masks.release()
