@@ -78,7 +78,7 @@ def damage(root: Path) -> list[Any]:
     return [finding for finding in verify(root, deep=True) if finding.kind != "leftover"]
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 10.0) -> bool:
+def wait_until(holds: Callable[[], object], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -149,7 +149,6 @@ def live(root: Path, seconds: float, evict: bool) -> tuple[int, int]:
     return merged.value, freed.value
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("evict", [False, True], ids=["all stays", "some is evicted"])
 def test_readers_see_right_numbers_whatever_goes_on(tmp_path: Path, evict: bool) -> None:
     root = tmp_path / "cache"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+from crowd import apart
 from feature_cache import (
     Augmentations,
     BackboneError,
@@ -281,7 +285,7 @@ def test_two_at_once_compute_each_record_once(tmp_path, log, expected, work):
     for one in both:
         one.start()
     for one in both:
-        one.join(60)
+        one.join(300)
         assert one.exitcode == 0
     assert set(embeddings(log).values()) == {1}
     seen = [torch.load(tmp_path / f"seen-{n}") for n in range(2)]
@@ -474,6 +478,44 @@ def test_an_interrupt_commits_and_leaves_nothing(tmp_path):
     assert training.returncode in (1, -signal.SIGINT, 130)
     assert 0 < FeatureCache(tmp_path / "cache", "r").stats()["records"] < FRAMES
     assert not damage(tmp_path / "cache")
+
+
+class InterruptAtLock:
+    """Raises KeyboardInterrupt once, where a signal may: after Python's code has taken a lock."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def __call__(self, frame, event, called):
+        if event == "c_return" and called.__name__ == frame.f_code.co_name == "__enter__":
+            self.left -= 1
+            if not self.left:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+
+def interrupt_at_each_lock(folder):
+    """Ask for a sample, again and again, interrupted one lock later; all must end each time."""
+    for number in itertools.count(1):
+        dataset = make_dataset(folder / f"cache-{number}", FakeBackbone(dim=4))
+        interrupt = InterruptAtLock(number)
+        sys.setprofile(interrupt)
+        with suppress(KeyboardInterrupt):
+            _ = dataset[0]
+        sys.setprofile(None)
+        closing = threading.Thread(target=close_all, daemon=True)
+        closing.start()
+        closing.join(20)
+        if closing.is_alive():  # as this process would be for ever
+            faulthandler.dump_traceback()
+            os._exit(1)
+        if interrupt.left:
+            return number - 1
+    raise AssertionError
+
+
+def test_an_interrupt_that_leaves_a_lock_held_holds_up_nobody(tmp_path):
+    assert apart(interrupt_at_each_lock, tmp_path) > 0
 
 
 def start_serving(root, *options):

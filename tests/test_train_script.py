@@ -196,7 +196,6 @@ def test_a_folder_that_exists_is_gone_on_with_or_an_error(script, config, tmp_pa
         script.choose_folder(script.parse_options(config(**given, resume=False)))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning and Trackastra, in tracking too
 def test_from_movies_to_tracks(hela, tmp_path):
     """Train on frames 0 to 13, validate on 13 to 19; the loss falls, and the model tracks."""

@@ -14,8 +14,6 @@ from feature_cache.testing import FakeBackbone
 from feature_cache.warm import cluster, find_sources, plan_warm, run_warm
 from lab import Lab, contents, counts, end, finish, interrupt, lines, wait_until
 
-pytestmark = pytest.mark.slow
-
 POOLINGS = ("--pooling", "mean_patches_exact", "--pooling", "nearest_patch")
 
 
@@ -76,6 +74,7 @@ def test_a_killed_worker_costs_its_units_and_nothing_else(lab: Lab) -> None:
     assert len(twice) <= 2 * 64  # the two units that it was at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["alone", "on one cluster"])
 def test_overlapping_runs_compute_each_record_once(lab: Lab, where: str) -> None:
     movies = [lab.write_movie(f"movie{i}", 40, i) for i in range(3)]
@@ -99,6 +98,7 @@ def test_overlapping_runs_compute_each_record_once(lab: Lab, where: str) -> None
         assert sum(report["computed"] for report in reports) == distinct
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away_fails_what_is_left(lab: Lab) -> None:
     movie = lab.write_movie("movie", 240, 0)
     logs = lab.logs("logs", 0.02)
@@ -127,6 +127,7 @@ def test_no_scheduler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+@pytest.mark.slow
 def test_a_budget_holds_on_a_cluster(lab: Lab) -> None:
     movie = lab.write_movie("movie", 200, 0)
     options = ("--dense", "original", "--max-size", "300k")
@@ -139,6 +140,7 @@ def test_a_budget_holds_on_a_cluster(lab: Lab) -> None:
     assert "--max-size 300,000" in report["errors"][-1]["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--local-workers", 2)], ids=["alone", "two workers"])
 def test_ctrl_c_commits_what_is_computed(lab: Lab, options: tuple[object, ...]) -> None:
     movie = lab.write_movie("movie", 400, 0)
@@ -159,6 +161,7 @@ def test_ctrl_c_commits_what_is_computed(lab: Lab, options: tuple[object, ...]) 
     assert (report["present"], report["computed"]) == (there, 400 - there)
 
 
+@pytest.mark.slow
 def test_workers_send_what_they_write(lab: Lab) -> None:
     movies = [lab.write_movie(f"movie{i}", 70, i) for i in range(2)]
     remote = lab.root / "remote"

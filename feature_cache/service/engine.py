@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from ..key import Keys, Record
 from ..spec import BackboneSpec, SpaceSpec
 from ..store import Entry
 from .progress import Progress
-from .tickets import Bench, Ticket, Wanted
+from .tickets import Bench, Promise, Ticket, Wanted
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -56,6 +55,13 @@ class Engine:
         Pixels that may wait to be computed.
     progress : bool
         Whether to show a line on stderr, where that is a terminal.
+
+    Attributes
+    ----------
+    closing : bool
+        Nothing more is taken.
+    ended : bool
+        All is committed, and the thread at its end.
     """
 
     def __init__(
@@ -73,24 +79,25 @@ class Engine:
         self._held = 0
         self._lost: StoreError | None = None
         self._deaf: dict[int, float] = {}
-        self._changed = threading.Condition()
+        # A lock of C's: that of a Condition's own `with` may be left held by a Ctrl-C.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
-        self.closing = False
-        self._ended = threading.Event()
+        self.closing = self.ended = False
 
     # What others call
 
     def add_backbone(self, backbone: Backbone) -> str:
         """Serve a backbone; give the hex digest of its spec."""
         digest = backbone_digest(backbone.spec)
-        with self._changed:
+        with self._lock:
             self.backbones.setdefault(digest, backbone)
         return digest
 
     def bench(self, spec: SpaceSpec) -> Bench:
         """Give what one space needs. MissingRecordError where its backbone is not served."""
         digest = spec.digest
-        with self._changed:
+        with self._lock:
             if digest not in self._benches:
                 backbone = self.backbones.get(backbone_digest(spec.backbone))
                 if backbone is None:
@@ -102,20 +109,19 @@ class Engine:
                 )
             return self._benches[digest]
 
-    def find(self, bench: Bench, keys: Sequence[Digest]) -> list[Future[Record] | None]:
+    def find(self, bench: Bench, keys: Sequence[Digest]) -> list[Promise | None]:
         """Give what is there or on its way; None for what must be computed."""
-        with self._changed:
+        with self._lock:
             tickets = [self._flight.get(key) for key in keys]
             for ticket in tickets:
                 if ticket is not None and self._ahead.pop(ticket.key, None) is not None:
                     self._queue[ticket.key] = ticket
         absent = [i for i, ticket in enumerate(tickets) if ticket is None]
-        found: list[Future[Record] | None] = [None if t is None else t.future for t in tickets]
+        found: list[Promise | None] = [None if t is None else t.promise for t in tickets]
         records = bench.space.read(_as_rows([keys[i] for i in absent])) if absent else []
         for i, record in zip(absent, records, strict=True):
             if record is not None:
-                found[i] = Future()
-                found[i].set_result(record)  # type: ignore[union-attr]
+                found[i] = Promise(record)
         return found
 
     def reserve(self, nbytes: int, seconds: float, *, ahead: bool = False) -> bool:
@@ -134,7 +140,7 @@ class Engine:
                 f"frames of {nbytes:,} bytes at once, more than the {limit:,} that may "
                 "wait to be computed: lower batch_size, or raise feature-cache serve --memory"
             )
-        with self._changed:
+        with self._lock:
             fits = self._changed.wait_for(
                 lambda: self.closing or self._held + nbytes <= limit, seconds
             )
@@ -145,13 +151,13 @@ class Engine:
 
     def give_back(self, nbytes: int) -> None:
         """Take back what was reserved and not submitted."""
-        with self._changed:
+        with self._lock:
             self._held -= nbytes
             self._changed.notify_all()
 
     def submit(
         self, bench: Bench, wanted: Iterable[Wanted], *, batch_size: int, ahead: bool = False
-    ) -> list[Future[Record]]:
+    ) -> list[Promise]:
         """Have records computed; memory for their pixels was reserved before.
 
         Parameters
@@ -170,52 +176,50 @@ class Engine:
         ServiceError
             The engine closes.
         """
-        with self._changed:
+        with self._lock:
             self._check_open()
             lost, self._lost = self._lost, None
             if lost is not None:
                 raise lost
-            futures = [self._put(bench, one, batch_size, ahead=ahead).future for one in wanted]
+            promises = [self._put(bench, one, batch_size, ahead=ahead).promise for one in wanted]
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="feature_cache engine", daemon=True
                 )
                 self._thread.start()
             self._changed.notify_all()
-        return futures
+        return promises
 
     def hurry(self, keys: Iterable[Digest]) -> None:
         """Commit these records as soon as they are computed: another process waits for them."""
-        with self._changed:
+        with self._lock:
             self._hurried |= self._flight.keys() & set(keys)
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Commit and end, soon, without waiting for it."""
-        with self._changed:
+        with self._lock:
             if self.closing:
                 return
             self.closing = True
-            if self._thread is None:
-                self._ended.set()
+            self.ended = self._thread is None
             self._changed.notify_all()
 
     def close(self) -> None:
         """Commit what is computed and end; what is not computed fails for those who wait."""
         self.stop()
         if threading.current_thread() is not self._thread:
-            self._ended.wait(CLOSING_SECONDS)
-
-    @property
-    def ended(self) -> bool:
-        """Whether all is committed and the thread has ended."""
-        return self._ended.is_set()
+            with self._lock:
+                self._changed.wait_for(lambda: self.ended or not self._runs(), CLOSING_SECONDS)
 
     def check(self) -> None:
         """Raise ServiceError where nothing will be computed any more."""
-        thread = self._thread
-        if self.ended or (thread is not None and not thread.is_alive()):
+        if self.ended or (self._thread is not None and not self._runs()):
             raise ServiceError("the thread that computes has ended: make the dataset anew")
+
+    def _runs(self) -> bool:
+        """Tell whether the thread lives; one whose start was interrupted may never begin."""
+        return self._thread is not None and self._thread.is_alive()
 
     def _check_open(self) -> None:
         if self.closing:
@@ -253,7 +257,7 @@ class Engine:
         self._commit()
 
     def _wait_for_work(self) -> bool:
-        with self._changed:
+        with self._lock:
             while not self.closing and not self._queue and not self._ahead:
                 nap = self._nap()
                 if nap is not None and nap <= 0:
@@ -282,7 +286,7 @@ class Engine:
 
     def _next_batch(self) -> list[Ticket]:
         """Take the first that waits, and others that go with it."""
-        with self._changed:
+        with self._lock:
             first = next(iter((self._queue or self._ahead).values()), None)
             if first is None:
                 return []
@@ -314,7 +318,7 @@ class Engine:
             else:
                 bench.commits.release([ticket.key])
                 self._settle(ticket)
-                ticket.future.set_result(record)
+                ticket.promise.keep(record)
         if missing:
             self._compute(missing)
 
@@ -339,7 +343,7 @@ class Engine:
         again = [ticket for ticket in self._elsewhere.values() if ticket.due <= now]
         if not again:
             return
-        with self._changed:
+        with self._lock:
             for ticket in again:
                 del self._elsewhere[ticket.key]
                 self._queue[ticket.key] = ticket
@@ -382,7 +386,7 @@ class Engine:
             entry = Entry(ticket.key, record, ticket.wanted.provenance)
             ticket.bench.commits.collect(ticket.bench.space, entry)
         self._settle(ticket, keep=True)
-        ticket.future.set_result(record)
+        ticket.promise.keep(record)
         self.progress.add(computed=1)
 
     def _fail(self, tickets: Iterable[Ticket], error: BaseException) -> None:
@@ -390,11 +394,11 @@ class Engine:
             with suppress(OSError):
                 ticket.bench.commits.release([ticket.key])
             self._settle(ticket)
-            ticket.future.set_exception(error)
+            ticket.promise.fail(error)
 
     def _settle(self, ticket: Ticket, *, keep: bool = False) -> None:
         """Let go of a ticket's pixels; `keep` answers from it until it is committed."""
-        with self._changed:
+        with self._lock:
             if ticket.wanted is not None:
                 ticket.wanted = None
                 self._held -= ticket.nbytes
@@ -417,13 +421,13 @@ class Engine:
                 commits.flush()
             except StoreError as error:
                 _log.error("%d records that were computed are lost: %s", len(keys), str(error))
-                with self._changed:
+                with self._lock:
                     waiting = [*self._queue.values(), *self._ahead.values()]
                     self._queue.clear()
                     self._ahead.clear()
                 self._lost = None if waiting else error
                 self._fail(waiting, error)
-            with self._changed:
+            with self._lock:
                 for key in keys:
                     self._flight.pop(key, None)
                 self._hurried.difference_update(keys)
@@ -436,11 +440,13 @@ class Engine:
                 self._drop_what_is_left()
                 self.progress.close()
             finally:
-                self._ended.set()
+                with self._lock:
+                    self.ended = True
+                    self._changed.notify_all()
 
     def _drop_what_is_left(self) -> None:
-        with self._changed:
-            left = [t for t in self._flight.values() if not t.future.done()]
+        with self._lock:
+            left = [t for t in self._flight.values() if not t.promise.done]
         self._fail(left, ServiceError("the process that computes has closed"))
         for bench in self._benches.values():
             bench.commits.close()

@@ -8,7 +8,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from .client import Answer, Client, choose_pixels, read_jobs
 from .engine import Engine, backbone_digest
 from .hosting import Host, find_host, open_host
 from .place import Address, find_servers, identify
-from .tickets import Bench, Wanted
+from .tickets import Bench, Promise, Wanted
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -288,18 +287,16 @@ def _nobody(ask: _Ask) -> MissingRecordError:
 def _compute_here(engine: Engine, ask: _Ask) -> Answer:
     """Have the engine of this process compute; wait for what is needed."""
     bench = engine.bench(ask.movie.spec)
-    futures = engine.find(bench, [ask.movie.key(t) for t in ask.block])
-    lacking = [i for i, future in enumerate(futures) if future is None]
+    promises = engine.find(bench, [ask.movie.key(t) for t in ask.block])
+    lacking = [i for i, promise in enumerate(promises) if promise is None]
     engine.progress.add(hits=ask.hits, misses=sum(i < ask.need for i in lacking))
     numbers = choose_pixels(lacking, ask.need, ask.batch_size)
-    for i, future in _submit(engine, bench, ask, numbers).items():
-        futures[i] = future
-    return Answer([_wait(engine, future) for future in futures[: ask.need]], numbers)
+    for i, promise in _submit(engine, bench, ask, numbers).items():
+        promises[i] = promise
+    return Answer([_wait(engine, promise) for promise in promises[: ask.need]], numbers)
 
 
-def _submit(
-    engine: Engine, bench: Bench, ask: _Ask, numbers: Sequence[int]
-) -> dict[int, Future[Record]]:
+def _submit(engine: Engine, bench: Bench, ask: _Ask, numbers: Sequence[int]) -> dict[int, Promise]:
     movie = ask.movie
     jobs = read_jobs(movie, ask.block, numbers, ask.need)
     wanted = {
@@ -311,21 +308,21 @@ def _submit(
     while size and not engine.reserve(size, _LOOK_SECONDS, ahead=ask.ahead):
         engine.check()
     try:
-        futures = engine.submit(bench, wanted.values(), batch_size=ask.batch_size, ahead=ask.ahead)
+        promises = engine.submit(bench, wanted.values(), batch_size=ask.batch_size, ahead=ask.ahead)
     except FeatureCacheError:
         engine.give_back(size)
         raise
-    return dict(zip(wanted, futures, strict=True))
+    return dict(zip(wanted, promises, strict=True))
 
 
-def _wait(engine: Engine, future: Future[Record] | None) -> Record | FeatureCacheError:
-    if future is None:
+def _wait(engine: Engine, promise: Promise | None) -> Record | FeatureCacheError:
+    if promise is None:
         raise ServiceError("a record that is needed was not submitted")
     while True:
         try:
-            return future.result(_LOOK_SECONDS)
+            return promise.wait(_LOOK_SECONDS)
         except TimeoutError:
-            if not future.done():
+            if not promise.done:
                 engine.check()
         except FeatureCacheError as error:
             return error
@@ -360,11 +357,12 @@ class _Ahead:
 
     def __init__(self) -> None:
         self._asks: deque[_Ask] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # as the engine's
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
     def put(self, ask: _Ask) -> None:
-        with self._changed:
+        with self._lock:
             if len(self._asks) >= AHEAD_BLOCKS:
                 return
             self._asks.append(ask)
@@ -376,7 +374,7 @@ class _Ahead:
             self._changed.notify()
 
     def _next(self) -> _Ask | None:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._asks, _IDLE_SECONDS)
             if not self._asks:
                 self._thread = None

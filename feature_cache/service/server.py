@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import AuthenticationError
@@ -35,7 +34,7 @@ from .place import (
     this_process,
     withdraw,
 )
-from .tickets import Bench, Wanted
+from .tickets import Bench, Promise, Wanted
 from .wire import GONE, Connection
 
 TELL_SECONDS = 2.0
@@ -205,16 +204,16 @@ class _Conversation:
         engine.progress.add(hits=int(header.get("hits", 0)))
 
     def run(self) -> None:
-        futures = self.engine.find(self.bench, self.keys)
-        lacking = [i for i, future in enumerate(futures) if future is None]
+        promises = self.engine.find(self.bench, self.keys)
+        lacking = [i for i, promise in enumerate(promises) if promise is None]
         wire.send(self.connection, {"pixels": lacking})
         self.engine.progress.add(misses=sum(i < self.need for i in lacking))
         if lacking:
-            for i, future in self._receive_pixels(set(lacking)):
-                futures[i] = future
-        self._send_records([self._wait(future) for future in futures[: self.need]])
+            for i, promise in self._receive_pixels(set(lacking)):
+                promises[i] = promise
+        self._send_records([self._wait(promise) for promise in promises[: self.need]])
 
-    def _receive_pixels(self, lacking: set[int]) -> Iterator[tuple[int, Future[Record]]]:
+    def _receive_pixels(self, lacking: set[int]) -> Iterator[tuple[int, Promise]]:
         described = wire.receive(self.connection)["frames"]
         numbers = [int(frame["number"]) for frame in described]
         if not set(numbers) <= lacking or len(set(numbers)) < len(numbers):
@@ -226,13 +225,13 @@ class _Conversation:
         try:
             wire.send(self.connection, {"go": True})
             wanted = [self._receive_frame(frame) for frame in described]
-            futures = self.engine.submit(
+            promises = self.engine.submit(
                 self.bench, wanted, batch_size=self.batch_size, ahead=self.is_ahead
             )
             held = 0
         finally:
             self.engine.give_back(held)
-        yield from zip(numbers, futures, strict=True)
+        yield from zip(numbers, promises, strict=True)
 
     def _receive_frame(self, header: dict[str, Any]) -> Wanted:
         """Read a frame and its mask, and check that they are those of the key."""
@@ -250,12 +249,12 @@ class _Conversation:
             raise ServiceError(f"the provenance of {where} is no object")
         return Wanted(key, Job(frame, mask, digest, where), self.draw, provenance)
 
-    def _wait(self, future: Future[Record] | None) -> Record | Exception:
-        if future is None:
+    def _wait(self, promise: Promise | None) -> Record | Exception:
+        if promise is None:
             return MissingRecordError("no pixels were sent for a record that is asked for")
         while True:
             try:
-                return future.result(TELL_SECONDS)
+                return promise.wait(TELL_SECONDS)
             except TimeoutError:
                 self.engine.check()
                 wire.send(self.connection, {"wait": True})

@@ -22,11 +22,13 @@ class Pipe(Generic[_Item]):
         self._size = size
         self._items: deque[_Item] = deque()
         self._closed = self._broken = False
-        self._changed = threading.Condition()
+        # A lock of C's: that of a Condition's own `with` may be left held by a Ctrl-C.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def put(self, item: _Item) -> bool:
         """Put one in, waiting for room; False where nobody takes anything out any more."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: len(self._items) < self._size or self._broken)
             if self._broken:
                 return False
@@ -36,13 +38,13 @@ class Pipe(Generic[_Item]):
 
     def close(self) -> None:
         """Say that nothing more comes."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
     def break_off(self) -> None:
         """Say that nothing more is taken out; what waits is dropped."""
-        with self._changed:
+        with self._lock:
             self._broken = True
             self._items.clear()
             self._changed.notify_all()
@@ -50,7 +52,7 @@ class Pipe(Generic[_Item]):
     def __iter__(self) -> Iterator[_Item]:
         """Take out what comes, until the end."""
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._items or self._closed or self._broken)
                 if not self._items:
                     return

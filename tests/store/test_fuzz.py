@@ -33,7 +33,6 @@ from feature_cache.store.maintenance import (
 from samples import content, expected, fork, make_entries, make_keys, make_spec, wait
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings(
         # zarr's event loop is a thread; that a fork survives it is what is tested.
         "ignore:.*multi-threaded, use of fork:DeprecationWarning"
@@ -41,7 +40,7 @@ pytestmark = [
 ]
 
 CASES = 150
-SEEDS = range(7)
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 7))]
 SPARE_BYTES = 3 << 30
 NUMBERS = {"regions": range(5), "empty": range(5, 7), "grids": range(4)}
 PLACES = ("retired", "retired/x", "pins", "stats", "quarantine", "processes", "claims")

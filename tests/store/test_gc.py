@@ -323,7 +323,6 @@ def test_a_pack_written_again_since_another_collector_removed_it_stays(
     assert verify(root) == []
 
 
-@pytest.mark.slow
 def test_a_reader_goes_on_while_packs_are_compacted_and_collected(root: Path, space: Space) -> None:
     numbers = list(range(12))
     for number in numbers:
@@ -351,7 +350,6 @@ def test_a_reader_goes_on_while_packs_are_compacted_and_collected(root: Path, sp
 # Killed
 
 
-@pytest.mark.slow
 def test_killed_between_any_two_steps_nothing_is_lost(root: Path, space: Space) -> None:
     for number in range(6):
         space.write([make_entry(number)], {})
@@ -382,7 +380,6 @@ def test_killed_between_any_two_steps_nothing_is_lost(root: Path, space: Space) 
     assert verify(root) == []
 
 
-@pytest.mark.slow
 def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
     def count() -> None:
         counter = Counter(Store(root))

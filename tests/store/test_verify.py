@@ -117,7 +117,6 @@ def is_found(root: Path) -> bool:
 # One thing wrong
 
 
-@pytest.mark.slow
 def test_a_flipped_bit_is_found_in_each_file(sound: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = set()
