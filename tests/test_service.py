@@ -414,10 +414,11 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 
 
 def test_a_frame_that_changed_is_never_stored_under_its_old_key(tmp_path):
-    dataset = make_dataset(tmp_path / "cache")
-    [movie] = dataset.tokens.movies
+    images, masks, _ = make_movie(FRAMES)
+    movie = FeatureCache(tmp_path / "cache").movie(images, masks, FakeBackbone(), name="movie")
+    dataset = CachedFeatureDataset(Windows(masks), [movie])
     movie.keys()
-    movie.frames[2] += 1
+    images[2] += 1
     for workers in (0, 1):
         with pytest.raises(FrameError, match="frame 2 of movie changed since it was hashed"):
             next(iter(make_loader(dataset, workers, "fork")))
