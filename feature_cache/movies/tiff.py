@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
 from .faults import DamageError, FaultError, open_image
-from .ifd import read_pages
+from .ifd import COMPRESSION, FILL, PREDICTOR, ROWS, TILES, Page, read_pages
 from .images import Images, ReadOptions
 from .verdict import Plane, Verdict, judge
+
+_LOSSLESS = (5, 8, 32946, 32773, 50000)
+"""Codes of compressions: LZW, deflate twice, packbits, zstd."""
 
 TIFF_RECIPE = f"TIFF 1, tifffile {tifffile.__version__}"
 """What decides pixels besides the file; its number rises when files come to mean others."""
@@ -34,8 +38,9 @@ def read_tiff(file: Path, options: ReadOptions = ReadOptions()) -> NDArray[Any]:
         It can't be read, is not whole, or is no single plane or volume of one channel.
     """
     with open_image(file) as handle:
-        verdict = judge(read_pages(file.name, handle), options)
-        return _read(handle, verdict, verdict.times[0])
+        tiff = read_pages(file.name, handle)
+        verdict = judge(tiff, options)
+        return _read(handle, verdict, verdict.times[0], {page.offset: page for page in tiff.pages})
 
 
 def tiff_shape(file: Path, options: ReadOptions = ReadOptions()) -> tuple[int, ...]:  # noqa: B008
@@ -88,7 +93,7 @@ class TiffStack(Images):
         with open_image(self.file) as handle:
             if _stamp(handle) != self.stamp:
                 raise FaultError("has changed since it was opened: open the movie again")
-            return _read(handle, self.verdict, planes)
+            return _read(handle, self.verdict, planes, {})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,11 +124,28 @@ def _stamp(handle: BufferedReader) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _read(handle: BufferedReader, verdict: Verdict, planes: Sequence[Plane]) -> NDArray[Any]:
-    """Read the planes of a timepoint: (H, W) or (Z, H, W)."""
+def _read(
+    handle: BufferedReader, verdict: Verdict, planes: Sequence[Plane], known: Mapping[int, Page]
+) -> NDArray[Any]:
+    """Read the planes of a timepoint, (H, W) or (Z, H, W); some pages are known already."""
     places = list(dict.fromkeys((plane.page, plane.run) for plane in planes))
-    read = _read_runs if all(plane.run for plane in planes) else _decode_pages
-    pages = read(handle, verdict, places)
+    found = [known[offset] for offset, _ in places if offset in known]
+    if all(plane.run for plane in planes):
+        pages = _read_runs(handle, verdict, places)
+    elif len(found) == len(places) and all(map(_has_plain_strips, found)):
+        pages = np.stack([_decode_strips(handle, verdict, page) for page in found])
+    else:
+        pages = _decode_pages(handle, verdict, places)
+    return _arrange(pages, verdict, planes, places)
+
+
+def _arrange(
+    pages: NDArray[Any],
+    verdict: Verdict,
+    planes: Sequence[Plane],
+    places: Sequence[tuple[int, int]],
+) -> NDArray[Any]:
+    """Give the planes of pages, of which some may hold several, in their order."""
     found, expected = (pages.shape[1:], pages.dtype), (verdict.page, verdict.native)
     if found != expected:
         raise FaultError(f"gives pixels of shape, dtype {found}, expected {expected}: save it anew")
@@ -146,6 +168,33 @@ def _read_runs(
         if handle.readinto(page.data.cast("B")) < page.nbytes:
             raise DamageError("was cut short while it was read")
     return pages.astype(verdict.native, copy=False)
+
+
+def _has_plain_strips(page: Page) -> bool:
+    """Tell whether a page is of the usual form, which needs no more than its strips' decoder."""
+    plain = page.samples == 1 == page.get(FILL, 1) and TILES not in page.tags
+    whole = page.bits in (8, 16, 32, 64) and page.get(COMPRESSION, 1) in _LOSSLESS
+    return plain and whole and page.get(PREDICTOR, 1) in ((1, 2) if page.format in (1, 2) else (1,))
+
+
+def _decode_strips(handle: BufferedReader, verdict: Verdict, page: Page) -> NDArray[Any]:
+    """Decode a page of the usual form, by tifffile's decoders without its walk over the file."""
+    pixels = np.empty(verdict.page, verdict.dtype)
+    rows, decode = (
+        page.get(ROWS, len(pixels)),
+        tifffile.TIFF.DECOMPRESSORS[page.get(COMPRESSION, 1)],
+    )
+    for number, (start, size) in enumerate(zip(*page.segments, strict=False)):
+        strip = pixels[number * rows : (number + 1) * rows]
+        if not strip.size:
+            break
+        handle.seek(start)
+        content = decode(handle.read(size), out=strip.nbytes)
+        if len(content) != strip.nbytes:
+            raise DamageError(f"is damaged: strip {number} of its pixels has too few bytes")
+        strip[...] = np.frombuffer(content, strip.dtype).reshape(strip.shape)
+    native = pixels.astype(verdict.native, copy=False)
+    return imagecodecs.delta_decode(native, axis=-1) if page.get(PREDICTOR, 1) == 2 else native
 
 
 def _decode_pages(
