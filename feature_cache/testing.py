@@ -14,6 +14,7 @@ torch.Size([2, 2, 3, 4])
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -30,7 +31,7 @@ from .backbones.base import Frozen
 from .backbones.witness import Witness
 from .hashing import frame_digest, state_digest
 from .movies import Masks, Tracks
-from .spec import BackboneSpec, Normalization
+from .spec import BackboneSpec, Normalization, differences
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
@@ -105,6 +106,7 @@ class FakeBackbone(Frozen):
 
 def check_backbone(
     backbone: Backbone,
+    other: Backbone | None = None,
     *,
     shapes: tuple[tuple[int, int], ...] = ((96, 160), (176, 112)),
     tolerance: float = 1e-4,
@@ -112,13 +114,17 @@ def check_backbone(
     """Check that a backbone keeps what `Backbone` promises, on random frames of 0..1.
 
     It checks the spec (complete, comes back from JSON), the grid's shape against it, that numbers
-    are finite, repeat, take no gradient and don't depend on the rest of the batch or on the
-    caller's autocast, that the frames stay as they are, and that the grid lies on the frame as
-    pooling takes it to: a bright square in a corner changes the cells of that corner most.
+    are finite, repeat, take no gradient, and depend on nothing that the spec does not say: not on
+    the instance, training mode, the rest of the batch, its order or the caller's autocast. That the
+    frames stay as they are, and that the grid lies on the frame as pooling takes it to: a bright
+    square in a corner changes the cells of that corner most. (A default dtype other than float32
+    is refused wherever something is computed for a cache.)
 
     Parameters
     ----------
     backbone : Backbone
+    other : Backbone, optional
+        The same, made once more; by default a deep copy.
     shapes : tuple of (height, width)
         Of the frames; of both orientations, so that axes that are swapped are found.
     tolerance : float
@@ -129,6 +135,7 @@ def check_backbone(
     AssertionError
         Says which promise is broken, and how.
     """
+    other = _copy(backbone) if other is None else other
     _check_spec(backbone)
     for seed, shape in enumerate(shapes):
         generator = torch.Generator().manual_seed(seed)
@@ -139,6 +146,8 @@ def check_backbone(
         frames[1][square] = 1.0
         grids = _check_embedding(backbone, frames)
         _check_rows(backbone, frames, grids, tolerance)
+        if seed == 0:
+            _check_twin(backbone, other, frames, grids, tolerance)
         _check_place(grids, corner, f"{backbone.spec.name} for frames of {shape}")
 
 
@@ -196,11 +205,46 @@ def _check_rows(backbone: Backbone, frames: Tensor, grids: Tensor, tolerance: fl
         f"{name} gave other numbers for the same frame a second time (the second time inside "
         "torch.autocast, which must not matter)",
     )
-    off = float((alone[0] - grids[2]).abs().max() / grids[2].abs().max().clamp(min=1e-30))
+    backwards = backbone.embed(frames.flip(0)).float().cpu().flip(0)
+    for found, expected, what in (
+        (alone[0], grids[2], "its batch"),
+        (backwards, grids, "the order of its batch"),
+    ):
+        off = _distance(found, expected)
+        _fail_unless(
+            off <= tolerance,
+            f"{name}: a frame's grid depends on {what}, by {off:.2g} of its largest value "
+            f"(allowed: {tolerance:g})",
+        )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Give the largest difference, relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def _copy(backbone: Backbone) -> Backbone:
+    try:
+        return copy.deepcopy(backbone)
+    except TypeError as error:
+        raise AssertionError(
+            f"{backbone.spec.name} can't be copied ({error}): pass the same made once more as other"
+        ) from error
+
+
+def _check_twin(
+    backbone: Backbone, other: Backbone, frames: Tensor, grids: Tensor, tolerance: float
+) -> None:
+    """Check that another instance of equal spec gives the same numbers."""
+    name = backbone.spec.name
+    words = ("of one", "of the other")
+    differing = "; ".join(differences(backbone.spec.to_json(), other.spec.to_json(), words))
+    _fail_unless(not differing, f"{name}: two instances have other specs: {differing}")
+    off = _distance(other.embed(frames).float().cpu(), grids)
     _fail_unless(
         off <= tolerance,
-        f"{name}: a frame's grid depends on its batch, by {off:.2g} of its largest value "
-        f"(allowed: {tolerance:g})",
+        f"{name}: two instances of equal spec give other numbers, by {off:.2g} of the largest "
+        f"value (allowed: {tolerance:g}): put what makes the difference into the spec",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -101,6 +103,45 @@ def drift(embed, frames, count=[0]):  # noqa: B006
     return embed(frames) + count[0]
 
 
+class Unsaid(FakeBackbone):
+    """A backbone with an option that is not in its spec."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    def embed(self, frames):
+        return super().embed(frames) * self.gain
+
+
+class Unseeded(FakeBackbone):
+    """A backbone that draws its weights by chance, when they are first needed."""
+
+    gain = None
+
+    def embed(self, frames):
+        self.gain = torch.rand(1) if self.gain is None else self.gain
+        return super().embed(frames) * self.gain
+
+
+def test_what_the_spec_does_not_say_is_found():
+    check_backbone(Unsaid(2), Unsaid(2))
+    with pytest.raises(AssertionError, match="two instances of equal spec give other numbers"):
+        check_backbone(Unsaid(2), Unsaid(3))
+    with pytest.raises(AssertionError, match="two instances of equal spec give other numbers"):
+        check_backbone(Unseeded())
+    with pytest.raises(AssertionError, match="two instances have other specs: weights differ"):
+        check_backbone(FakeBackbone(), FakeBackbone(seed=1))
+
+
+def test_what_cannot_be_copied_is_asked_for():
+    backbone = FakeBackbone()
+    backbone.lock = threading.Lock()
+    with pytest.raises(AssertionError, match="pass the same made once more as other"):
+        check_backbone(backbone)
+    check_backbone(backbone, FakeBackbone())
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -113,6 +154,7 @@ def drift(embed, frames, count=[0]):  # noqa: B006
         (lambda embed, x: embed(x.mul_(2)), "changed the frames"),
         (lambda embed, x: embed(x).requires_grad_(), "gradients"),
         (lambda embed, x: embed(x - x.mean()), "depends on its batch"),
+        (lambda embed, x: embed(x) * x[-1].mean(), "depends on the order of its batch"),
         (drift, "a second time"),
         (lambda embed, x: (embed(x) @ torch.eye(16)).float(), "autocast"),
     ],
