@@ -79,7 +79,8 @@ def test_the_real_depth(name, blobs):
     backbone = load(name, {})
     grid = backbone.embed(blobs(48, 96))
     assert grid.shape[3] == backbone.spec.width
-    assert len(backbone.module.layers) == DEEP[name]
+    encoder = getattr(backbone.module, "encoder", backbone.module)
+    assert len(encoder.layers) == DEEP[name]
     assert torch.isfinite(grid).all()
 
 
