@@ -252,6 +252,23 @@ def test_errors(small_folder, cache):
         wrap(data, cache, FakeBackbone())
 
 
+def test_a_movie_or_its_path_is_loaded(small_folder, cache):
+    root, options = small_folder(), {"window_size": 3}
+    expected = wrap(load(root, window_size=3), cache, FakeBackbone())
+    with parallel_config(backend="sequential"):
+        for given in (root, Movie.open(root)):
+            data = wrap(given, cache, FakeBackbone(), dataset_options=options)
+            assert len(data) == len(expected)
+            assert torch.equal(data[1]["pretrained_feats"], expected[1]["pretrained_feats"])
+    with pytest.raises(MovieError, match="not in the folders that Trackastra trains on: write"):
+        wrap(Movie.open(root, f"{root}_GT/TRA"), cache, FakeBackbone())
+    with pytest.raises(TypeError, match="dataset_options are for a movie or its path"):
+        wrap(expected, cache, FakeBackbone(), dataset_options=options)
+    (root / "t002.tif").unlink()
+    with pytest.raises(MovieError, match=r"man_track002\.tif has no frames"):
+        wrap(root, cache, FakeBackbone())
+
+
 def test_what_ctcdata_paired_by_text_is_refused(small_folder, cache):
     """It sorts names as text, and asks for no numbers."""
     data = load(small_folder(frames=12))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -22,7 +22,7 @@ from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
 from ..movies import Source
 from ..movies.check import check_movie
-from .held import DetectionMasks, folders_of, frames_of, owners_of
+from .held import DetectionMasks, folders_of, frames_of, load_data, owners_of
 from .shallow import Props, check_props, columns_of, exchange_shallow
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ def wrap(
     on_miss: OnMiss = "compute",
     batch_size: int = 8,
     progress: bool = True,
+    dataset_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Let a Trackastra dataset yield cached features.
 
@@ -201,8 +202,9 @@ def wrap(
 
     Parameters
     ----------
-    ctc_data : CTCData, or a ConcatDataset of these
+    ctc_data : CTCData, or a ConcatDataset of these; or a movie, or its path
         Not changed. Features of its masks as it holds them, for its frames as they are on disk.
+        Of a movie in the folders of the Cell Tracking Challenge, the `CTCData` is loaded here.
     cache : FeatureCache or path
     backbone : Backbone or str
         A name is loaded by `load_backbone`.
@@ -226,6 +228,8 @@ def wrap(
         Storage dtype.
     on_miss, batch_size, progress
         As `feature_cache.dataset.TokenFeatures`.
+    dataset_options : mapping, optional
+        What `CTCData` is given beside the movie, such as ``{"window_size": 4}``; for a movie only.
 
     Returns
     -------
@@ -244,6 +248,7 @@ def wrap(
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
+    ctc_data = load_data(ctc_data, dataset_options or {})
     copies = Copies(augmentations) if augmentations is not None else None
     check_words(geometry, on_miss)
     check_props(additional_props)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,45 @@ from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 
 from ..errors import MovieError, NoMasksError
-from ..movies import Images, Series
+from ..movies import Images, Movie, Series
 from ..movies.files import ImageFiles
 from ..movies.formats import image_folder, list_images
 from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
+
+
+def load_data(given: Any, options: Mapping[str, Any]) -> Any:
+    """Load the `CTCData` of a movie, or of the one at a path; give anything else back.
+
+    Raises
+    ------
+    MovieError
+        As `Movie.open`, before the movie is loaded; or it is not in folders that `CTCData` reads.
+    TypeError
+        There are options for what is loaded already.
+    """
+    if not isinstance(given, Movie | str | os.PathLike):
+        if options:
+            raise TypeError(
+                f"dataset_options are for a movie or its path, not for a {type(given).__name__}: "
+                "give them to it when it is made"
+            )
+        return given
+    movie = Movie.of(given)
+    source = movie.source
+    if source is None or source.masks is not None or movie.detection_folder is None:
+        raise MovieError(
+            f"{movie.name or 'the movie'} is not in the folders that Trackastra trains on: write "
+            "it there, with its tracks, by feature_cache.movies.write_movie('01', …)"
+        )
+    known = {
+        "ndim": len(movie.frames.shape),
+        "detection_folders": [source.detections],
+        "slice_pct": source.slice_pct,
+        "downscale_temporal": source.downscale_temporal,
+        "downscale_spatial": source.downscale_spatial,
+    }
+    return _ctc.CTCData(str(movie.root), **{**known, **options})
 
 
 def frames_of(data: Any) -> Series:
