@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from .augment import Draw
-from .backbones.witness import Witness, undisturbed
+from .backbones.state import undisturbed
+from .backbones.witness import Witness
 from .errors import BackboneError, FrameError
 from .hashing import Digest, digest_bytes
 from .key import Record

@@ -19,7 +19,7 @@ from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import Digest, state_digest
 from ..memo import Memo, remembered_digest
 from ..spec import BackboneSpec
-from .witness import NetworkState, exact_float32
+from .state import NetworkState, exact_float32
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
