@@ -14,7 +14,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from .backbones import BackboneInfo, list_backbones
-from .backbones.weights import describe_weights
 from .errors import FeatureCacheError
 from .hashing import JSON
 
@@ -91,7 +90,7 @@ def examine(cache: Path | None, cache_source: str) -> list[Fact]:
 
 def examine_backbone(info: BackboneInfo) -> Fact:
     """Say whether a backbone can run here, and where its weights are; imports none of it."""
-    weights = f"weights: {describe_weights(info)}"
+    weights = f"weights: {info.describe_weights()}"
     if not info.missing:
         return Fact("backbone", info.name, f"installed; {weights}")
     value = f"needs {', '.join(info.missing)}; {weights}"

@@ -145,6 +145,11 @@ class BackboneSpec:
         plain["extra"] = _thaw(self.extra)
         return plain
 
+    @property
+    def digest(self) -> Digest:
+        """16 bytes that stand for the whole spec: how servers and clients name a backbone."""
+        return digest_json(self.to_json())
+
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> BackboneSpec:
         """Build the spec that `to_json` wrote.

@@ -13,7 +13,7 @@ import torch
 
 from feature_cache import doctor, list_backbones, load_backbone
 from feature_cache.backbones.catalogue import BACKBONES
-from feature_cache.backbones.weights import describe_weights, torch_hub_folder
+from feature_cache.backbones.weights import torch_hub_folder
 from test_cli import run
 
 __all__ = ["run"]
@@ -99,9 +99,9 @@ def test_weights_that_are_there_are_found(empty_places, name, file):
     refs = empty_places / "hub" / "models--facebook--dinov2-small" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("1234")
-    assert not describe_weights(INFOS[name]).startswith("at ")
+    assert not INFOS[name].describe_weights().startswith("at ")
     there = place(empty_places / file)
-    assert describe_weights(INFOS[name]) == f"at {there}"
+    assert INFOS[name].describe_weights() == f"at {there}"
 
 
 def test_code_that_torch_hub_keeps_counts_as_installed(empty_places, monkeypatch):

@@ -17,7 +17,6 @@ import pytest
 from feature_cache import FeatureCache, MissingRecordError, ServiceError
 from feature_cache.service import Engine, list_servers, place, runtime_folder, wire
 from feature_cache.service.client import Client, connect
-from feature_cache.service.engine import backbone_digest
 from feature_cache.service.server import Server
 from feature_cache.testing import FakeBackbone
 from serving import make_dataset, make_loader, nothing_left, sockets, wait_until
@@ -72,7 +71,7 @@ def request(movie, **changes):
     spec = movie.spec
     return {
         "do": "want",
-        "backbone": backbone_digest(spec.backbone),
+        "backbone": spec.backbone.digest.hex(),
         "pooling": spec.pooling,
         "dtype": spec.dtype,
         "space": spec.digest.hex(),
@@ -262,7 +261,7 @@ def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
     dataset = make_dataset(tmp_path / "cache")
     movie = dataset.tokens.movies[0]
     cache = list(place.identify(movie.cache.store.root))
-    digest = backbone_digest(movie.spec.backbone)
+    digest = movie.spec.backbone.digest.hex()
     write_description("a", cache=cache, backbones=[digest], standalone=True, pid=os.getppid(),
                       started=place._started(os.getppid()))  # fmt: skip
     assert len(list(make_loader(dataset, 1, "fork"))) == len(dataset)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from .weights import COTRACKER_CHECKPOINT, COTRACKER_COPY, published_files, torch_hub_folder
+from .weights import (
+    COTRACKER_CHECKPOINT,
+    COTRACKER_COPY,
+    find_weights,
+    published_files,
+    torch_hub_folder,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,16 @@ class BackboneInfo:
     def missing(self) -> tuple[str, ...]:
         """The packages that can't be imported."""
         return tuple(package for package in self.packages if not _is_importable(package))
+
+    def describe_weights(self) -> str:
+        """Say where the model's own weights are here, or where they would come from."""
+        found = find_weights(self.name, self.hub)
+        if found is not None:
+            return f"at {found}"
+        if self.hub is None:
+            return self.weights
+        repo, file = self.hub
+        return f"to be downloaded: {file} of {repo} on the hub"
 
     def fits(self, name: str) -> bool:
         """Whether this is the backbone, or the family, of a name."""

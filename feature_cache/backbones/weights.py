@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import platformdirs
-
-if TYPE_CHECKING:
-    from .catalogue import BackboneInfo
 
 COTRACKER_CHECKPOINT = "scaled_offline.pth"
 COTRACKER_COPY = "facebookresearch_co-tracker_main"
@@ -49,25 +45,21 @@ def torch_hub_folder() -> Path:
     return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub"
 
 
-def describe_weights(info: BackboneInfo) -> str:
-    """Say where a backbone's own weights are, or where they would come from.
+def find_weights(name: str, hub: tuple[str, str] | None) -> Path | None:
+    """Find the file of a backbone's own weights, if it is here.
 
-    Looks where the model's own programs and the Hugging Face hub keep files here; asks no network.
+    Looks where the model's own programs and the Hugging Face hub keep files; asks no network.
+
+    Parameters
+    ----------
+    name : str
+    hub : (str, str), optional
+        Repository and file on the hub.
     """
-    found = _find_file(info)
-    if found is not None:
-        return f"at {found}"
-    if info.hub is None:
-        return info.weights
-    repo, file = info.hub
-    return f"to be downloaded: {file} of {repo} on the hub"
-
-
-def _find_file(info: BackboneInfo) -> Path | None:
-    local = _own_place(info.name)
+    local = _own_place(name)
     if local is not None and local.is_file():
         return local
-    return None if info.hub is None else _find_in_hub_cache(*info.hub)
+    return None if hub is None else _find_in_hub_cache(*hub)
 
 
 def _own_place(name: str) -> Path | None:

@@ -20,7 +20,6 @@ from ..errors import FeatureCacheError, ServiceError
 from ..hashing import Digest
 from ..key import Record
 from . import wire
-from .engine import backbone_digest
 from .place import Address, identify, list_servers, withdraw
 from .wire import GONE, Connection
 
@@ -133,7 +132,7 @@ class Client:
         try:
             self._send({
                 "do": "want",
-                "backbone": backbone_digest(spec.backbone),
+                "backbone": spec.backbone.digest.hex(),
                 "pooling": spec.pooling,
                 "dtype": spec.dtype,
                 "space": spec.digest.hex(),

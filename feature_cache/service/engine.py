@@ -18,9 +18,9 @@ from ..cache.commits import Commits
 from ..cache.fill import PATIENCE_SECONDS
 from ..compute import Embedder, Grid, Job, compute_grids, make_record
 from ..errors import BackboneError, FeatureCacheError, MissingRecordError, ServiceError, StoreError
-from ..hashing import DIGEST_BYTES, Digest, canonical_json, digest_json
+from ..hashing import DIGEST_BYTES, Digest, canonical_json
 from ..key import Keys, Record
-from ..spec import BackboneSpec, SpaceSpec
+from ..spec import SpaceSpec
 from ..store import Entry
 from .progress import Progress
 from .tickets import Bench, Promise, Ticket, Wanted
@@ -89,7 +89,7 @@ class Engine:
 
     def add_backbone(self, backbone: Backbone) -> str:
         """Serve a backbone; give the hex digest of its spec."""
-        digest = backbone_digest(backbone.spec)
+        digest = backbone.spec.digest.hex()
         with self._lock:
             self.backbones.setdefault(digest, backbone)
         return digest
@@ -99,7 +99,7 @@ class Engine:
         digest = spec.digest
         with self._lock:
             if digest not in self._benches:
-                backbone = self.backbones.get(backbone_digest(spec.backbone))
+                backbone = self.backbones.get(spec.backbone.digest.hex())
                 if backbone is None:
                     raise MissingRecordError(f"{spec.backbone.name} is not served here")
                 space = self.cache.space(spec)
@@ -450,11 +450,6 @@ class Engine:
         self._fail(left, ServiceError("the process that computes has closed"))
         for bench in self._benches.values():
             bench.commits.close()
-
-
-def backbone_digest(spec: BackboneSpec) -> str:
-    """Give the hex digest by which servers and clients name a backbone."""
-    return digest_json(spec.to_json()).hex()
 
 
 def _as_rows(keys: Sequence[Digest]) -> Keys:

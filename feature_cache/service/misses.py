@@ -20,7 +20,7 @@ from ..key import Record
 from ..spec import BackboneSpec
 from ..store import Usage
 from .client import Answer, Client, choose_pixels, read_jobs
-from .engine import Engine, backbone_digest
+from .engine import Engine
 from .hosting import Host, find_host, open_host
 from .place import Address, find_servers, identify
 from .tickets import Bench, Promise, Wanted
@@ -114,7 +114,7 @@ class Misses:
             try:
                 records, sent = self._route.run(ask)
             except MissingRecordError:  # it was closed, or this is a fork that outlives its parent
-                if _own_host(movie.cache, backbone_digest(movie.spec.backbone)) or not self.open():
+                if _own_host(movie.cache, movie.spec.backbone.digest.hex()) or not self.open():
                     raise
                 records, sent = self._route.run(ask)
             misses = sum(i < ask.need for i in sent)
@@ -207,7 +207,7 @@ class _Route:
         raise failed or ServiceError("nobody answers")
 
     def _try(self, ask: _Ask, failed: ServiceError | None) -> Answer:
-        backbone = backbone_digest(ask.movie.spec.backbone)
+        backbone = ask.movie.spec.backbone.digest.hex()
         host = _own_host(ask.movie.cache, backbone)
         client = self._connected(ask.movie.cache, backbone, failed, own=host is not None)
         if client is not None:
