@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -327,7 +328,7 @@ def _map(file: Path) -> NDArray[Any]:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except PermissionError as error:
         raise MovieError(f"no permission to read {file}") from error
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
         told = error.strerror if isinstance(error, OSError) else None
         raise MovieError(
             f"can't read {file}: {told or f'damaged, or not written by numpy.save ({error})'}; "

@@ -114,8 +114,7 @@ class ZarrImages(Images):
         where = f"{self.name_of(t)} in {self.place}"
         with reading(where, _CURE):
             self._check_metadata()
-            if self.array.fill_value is None:
-                self._check_chunks(t)
+            self._check_chunks(t)
             image = np.asarray(self.layout.take(self.array, t))
         return check_image(self.layout.arrange(image), where)
 
@@ -125,12 +124,17 @@ class ZarrImages(Images):
                 raise MovieError(f"{file} changed since it was opened: open the movie anew")
 
     def _check_chunks(self, t: int) -> None:
-        for file in self._chunk_files(t):
-            if not file.is_file():
+        """Raise where a chunk is missing that has to be there, or cut short and none would say."""
+        needed, blosc = self.array.fill_value is None, _is_blosc(self.array)
+        for file in self._chunk_files(t) if needed or blosc else ():
+            there = file.is_file()
+            if needed and not there:
                 raise MovieError(
                     f"{file} is missing, and the array says no value for what is missing: restore "
                     "the file or leave the movie out"
                 )
+            if blosc and there and not _is_whole_blosc(file):
+                raise ValueError(f"{file.relative_to(self.path)} is not as long as it says")
 
     def _chunk_files(self, t: int) -> list[Path]:
         """List the files of the chunks, or shards, that image `t` is in."""
@@ -172,6 +176,18 @@ class ZarrImages(Images):
         if not all(file.is_file() for file in chunks):
             return ()
         return (*(file for file, _ in self.metadata), *chunks)
+
+
+def _is_blosc(array: Any) -> bool:
+    """Tell whether each chunk is a file of Blosc, which decodes what lies behind a short one."""
+    names = [type(codec).__name__ for codec in array.compressors]
+    return array.shards is None and any("Blosc" in name for name in names[-1:])
+
+
+def _is_whole_blosc(file: Path) -> bool:
+    with file.open("rb") as handle:
+        header = handle.read(16)
+    return len(header) == 16 and file.stat().st_size == int.from_bytes(header[12:], "little")
 
 
 def is_zarr(path: str | Path) -> bool:

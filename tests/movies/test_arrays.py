@@ -349,6 +349,14 @@ class TestNpy:
         with pytest.raises(MovieError, match=message):
             open_npy(tmp_path / name)
 
+    def test_a_header_in_zeros(self, tmp_path):
+        file = tmp_path / "movie.npy"
+        np.save(file, PLANES)
+        content = file.read_bytes()
+        file.write_bytes(content[:43] + bytes(64) + content[107:])
+        with pytest.raises(MovieError, match="damaged"):
+            open_npy(file)
+
     @pytest.mark.parametrize("size", [0, 4, 60, 130, 400, 2000])
     def test_a_file_cut_short(self, tmp_path, size):
         file = tmp_path / "movie.npy"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec, ZstdCodec
 
 from feature_cache import MovieError, MovieNotFoundError
 from feature_cache.errors import NoMasksError
@@ -103,6 +103,12 @@ KINDS: dict[str, Write] = {
         folder, movie, 2, chunk_key_encoding={"name": "v2", "separator": "/"}
     ),
     "v2, blosc": lambda folder, movie: write_array(folder, movie, 2, compressors=BLOSC),
+    "v2, blosc lz4": lambda folder, movie: write_array(
+        folder, movie, 2, compressors=numcodecs.Blosc(cname="lz4")
+    ),
+    "v3, blosc lz4": lambda folder, movie: write_array(
+        folder, movie, compressors=BloscCodec(cname="lz4", typesize=2)
+    ),
     "v2, big endian, fortran": lambda folder, movie: write_array(
         folder, movie.astype(">u2"), 2, order="F", filters=[numcodecs.Delta(dtype=">u2")]
     ),
@@ -479,6 +485,7 @@ def test_what_is_missing_is_not_found(tmp_path):
 
 
 DAMAGED = ["v3", "v3, sharded", "v3, raw", "v2", "v2, blosc", "OME-Zarr 0.4"]
+DAMAGED += ["v2, blosc lz4", "v3, blosc lz4"]
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
