@@ -111,6 +111,12 @@ class TestSources:
             ("[{detections: TRA}]", "has the entry {'detections': 'TRA'}"),
             ("[{path: a/01, slice_pct: all}]", "expected slice_pct as two numbers"),
             ("[a: b: c]", "is no YAML"),
+            ('["\x01"]', "is no YAML"),
+            ("[{path: a/01, axes: [T, Y, X]}]", "axes: ['T', 'Y', 'X'], expected text such as"),
+            ("[{path: a/01, masks: [a/01_GT/TRA]}]", "expected text such as data/masks"),
+            ("[{path: a/01, detections: [[TRA]]}]", "detections: [['TRA']], expected"),
+            ("[list.yaml]", "names itself"),
+            (f"[{'a' * 300}.txt]", "too long"),
         ],
     )
     def test_wrong_lists_fail_with_a_reason(self, folders, text, message):
@@ -118,6 +124,7 @@ class TestSources:
         sources, [failure] = find_sources(["list.yaml"])
         assert sources == []
         assert message in failure.reason
+        assert "\n" not in failure.reason
         assert find_sources(["nowhere.txt"])[1][0].what == "nowhere.txt"
         assert "no folder fits the pattern" in find_sources(["z*/01"])[1][0].reason
 

@@ -22,6 +22,7 @@ _KEYS = (
     *("slice_pct", "downscale_temporal", "downscale_spatial"),
 )
 _NOTHING = ("", "~", "null", "Null", "NULL", "None")
+_EXAMPLES = {"masks": "data/masks", "axes": "TCYX"}
 _MASK_FOLDERS = ("_GT", "_ST", "_ERR_SEG", "_RES")
 
 
@@ -60,6 +61,11 @@ def find_sources(
             sources.update(dict.fromkeys(_expand(str(word), defaults)))
         except MovieError as error:
             failures.append(Failure(str(word), str(error), 1))
+        except OSError as error:
+            failures.append(Failure(str(word), f"can't look for {word}: {error.strerror}", 1))
+        except RecursionError:
+            reason = f"the list {word} names itself, or lists that name it: take that line out"
+            failures.append(Failure(str(word), reason, 1))
     return list(sources), failures
 
 
@@ -172,7 +178,8 @@ def _parse_yaml(file: Path, text: str) -> Any:
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise MovieError(f"{file} is no YAML: {where}{problem or error}") from error
+        told = " ".join(str(problem or error).split())
+        raise MovieError(f"{file} is no YAML: {where}{told}") from error
 
 
 def _read_yaml(file: Path, plain: Any, defaults: _Defaults) -> Iterator[Source]:
@@ -210,7 +217,14 @@ def _change(file: Path, plain: dict[str, Any], defaults: _Defaults, folders: str
     given = {name: value for name, value in plain.items() if value not in _NOTHING}
     if folders in given and detections != (None,):
         detections = tuple(_as_list(given[folders]))
-    options |= {name: given[name] for name in ("masks", "axes") if name in given}
+        if not all(isinstance(name, str) for name in detections):
+            raise MovieError(f"{file} has {folders}: {given[folders]!r}, expected folders' names")
+    for name in ("masks", "axes"):
+        if not isinstance(given.get(name, ""), str):
+            raise MovieError(
+                f"{file} has {name}: {given[name]!r}, expected text such as {_EXAMPLES[name]}"
+            )
+        options |= {name: given[name]} if name in given else {}
     try:
         if "slice_pct" in given:
             low, high = given["slice_pct"]
