@@ -13,7 +13,7 @@ from .arrays import open_npy
 from .bioformats import BIOIO_SUFFIXES, open_bioio
 from .files import IMAGE_SUFFIXES, TIFF_SUFFIXES, ImageFiles
 from .images import Images, ReadOptions
-from .tiff import TiffStack
+from .tiff import TiffStack, check_volume
 from .times import TimedFiles, order_files
 from .zarrs import is_zarr, open_zarr
 
@@ -95,6 +95,8 @@ def open_images(path: Path, options: ReadOptions, kind: str) -> Found:
 
 def _order(files: Sequence[Path], folder: Path, options: ReadOptions, kind: str) -> Found:
     timed = order_files(files, folder, kind)
+    if len(files) == 1 and files[0].suffix.lower() in TIFF_SUFFIXES and not options.labels:
+        check_volume(files[0], options)
     return Found(ImageFiles(timed.files, options), timed)
 
 
@@ -102,7 +104,7 @@ def _match(pattern: Path, kind: str) -> list[Path]:
     files = [
         file
         for file in sorted(pattern.parent.glob(pattern.name))
-        if _is_image(file.name) and file.is_file()
+        if _is_image(file.name) and not file.is_dir()
     ]
     if not files:
         raise MovieNotFoundError(f"no {kind} at {pattern}: no image's name fits the pattern")
@@ -119,7 +121,7 @@ def _is_image(name: str) -> bool:
 
 
 def list_images(folder: Path, kind: str) -> list[Path]:
-    """List the images of a folder, hidden ones left out.
+    """List the images of a folder, hidden ones left out; links that lead nowhere count.
 
     Raises
     ------
@@ -127,7 +129,7 @@ def list_images(folder: Path, kind: str) -> list[Path]:
         There are none, or some are TIFF and others are not.
     """
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+        names = sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())
     if not names:
         raise MovieError(
             f"{folder} has no {kind}: expected images ({', '.join(IMAGE_SUFFIXES)})"

@@ -202,8 +202,15 @@ class Movie:
         _check_source(source)
         try:
             return _open(source)
+        except MovieError:
+            raise
         except PermissionError as error:
             raise MovieError(f"no permission to look into {error.filename}") from error
+        except OSError as error:
+            raise MovieError(
+                f"can't look into {error.filename or path}: {error.strerror or error}; expected a "
+                "folder or file that can be read"
+            ) from error
 
     @classmethod
     def of(cls, frames: Given, masks: Given = None, *, detections: str | None = "TRA") -> Movie:
@@ -406,7 +413,12 @@ def _check_counts(frames: Found, masks: Found) -> None:
 
 def _part_of(source: Source, count: int) -> range:
     low, high = source.slice_pct
-    return range(count)[int(count * low) : int(count * high) : source.downscale_temporal]
+    part = range(count)[int(count * low) : int(count * high) : source.downscale_temporal]
+    if count and not part:
+        raise MovieError(
+            f"{source.path}: slice_pct {source.slice_pct} leaves none of {count} frames; widen it"
+        )
+    return part
 
 
 def _check_source(source: Source) -> None:
@@ -437,9 +449,10 @@ def _find_root(path: Path) -> tuple[Path, str | None]:
 
 def _split_path(path: Path) -> tuple[Path, str | None]:
     if path.name == "TRA":
-        return path.parent.parent / path.parent.name.split("_")[0], "TRA"
-    if "ERR_SEG" in path.name:
-        return path.parent / path.name.split("_")[0], "ERR_SEG"
+        truth = path.absolute().parent if len(path.parts) < 3 else path.parent
+        return truth.with_name(truth.name.removesuffix("_GT")), "TRA"
+    if path.name.endswith("_ERR_SEG"):
+        return path.with_name(path.name.removesuffix("_ERR_SEG")), "ERR_SEG"
     return path, None
 
 

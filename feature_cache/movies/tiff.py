@@ -49,6 +49,17 @@ def tiff_shape(file: Path, options: ReadOptions = ReadOptions()) -> tuple[int, .
         return judge(read_pages(file.name, handle), options).shape
 
 
+def check_volume(file: Path, options: ReadOptions) -> None:
+    """Raise MovieError where the planes of an only file may well be times; also as `read_tiff`."""
+    with open_image(file) as handle:
+        if not judge(read_pages(file.name, handle), options).is_told:
+            raise FaultError(
+                "is the only frame, and does not say that its planes are slices: if they are "
+                'times, open the file itself as the movie (axes="TYX", --axes TYX); else say '
+                'axes="ZYX" (--axes ZYX)'
+            )
+
+
 @dataclass(frozen=True)
 class TiffStack(Images):
     """The images of a movie that is one TIFF file, each read when it is asked for.

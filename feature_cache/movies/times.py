@@ -7,8 +7,10 @@ number varies: it is the time. Where that is not so, nothing is guessed: it is a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,8 +24,14 @@ _NO_TIMES = {
     **dict.fromkeys(("c", "ch", "chan", "channel", "w", "wave", "wavelength"), "channels"),
     **dict.fromkeys(("z", "p", "plane", "slice"), "slices"),
     **dict.fromkeys(("s", "xy", "pos", "position", "site", "stage", "well", "field"), "positions"),
+    **dict.fromkeys(("fov", "fld", "scene", "tile", "view"), "positions"),
 }
-"""What stands before a number that counts something else than time."""
+"""What stands before a number that counts something else than time; a separator may follow words.
+
+A letter before one is another thing's more often: ``exp_s_001``.
+"""
+_MICRO_MANAGER = re.compile(r"img_[0-9]{9}_.+_[0-9]{3}")
+"""Names of Micro-Manager 1.4: time, channel, slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +112,19 @@ def _check_text(names: Sequence[_Name], folder: Path, kind: str) -> None:
         raise MovieError(
             f"{folder} has {kind} with names of several kinds, such as {first.file.name} and "
             f"{other.file.name}: expected names that differ in one number, the time; name those "
-            f"that are meant by a pattern, such as {folder / _pattern(first)}, or move the others "
-            "away"
+            f"that are meant by a pattern{_suggest_pattern(names, folder)}, or move the others "
+            "away, or rename the files to t000, t001, …"
         )
 
 
-def _pattern(name: _Name) -> str:
-    return "*".join(name.text) + name.file.suffix
+def _suggest_pattern(names: Sequence[_Name], folder: Path) -> str:
+    """Give a pattern that fits names of one kind, several of them, and none of the others."""
+    for text, count in Counter(name.text for name in names).most_common(2):
+        files = [name.file for name in names if name.text == text]
+        for tried in ("*".join(text) + files[0].suffix, re.sub("[0-9]", "?", files[0].name)):
+            if count > 1 and [n.file for n in names if fnmatchcase(n.file.name, tried)] == files:
+                return f", such as {folder / tried}"
+    return ""
 
 
 def _find_varying(names: Sequence[_Name], folder: Path, kind: str) -> int:
@@ -128,14 +142,22 @@ def _find_varying(names: Sequence[_Name], folder: Path, kind: str) -> int:
             "t000, t001, …"
         )
     place = varying[0]
-    marker = re.split("[^a-z]", names[0].text[place].lower())[-1]
-    if marker in _NO_TIMES:
+    counted = _NO_TIMES.get(_find_marker(names[0], place))
+    if counted is not None:
         raise MovieError(
-            f"{folder} has {kind} whose names differ in the number behind {marker!r}, such as "
-            f"{first} and {last}: these look like {_NO_TIMES[marker]}, not times; rename them to "
-            "t000, t001, … if they are times"
+            f"{folder} has {kind} whose names differ in one number, such as {first} and {last}: "
+            f"these look like {counted}, not times; rename them to t000, t001, … if they are times"
         )
     return place
+
+
+def _find_marker(name: _Name, place: int) -> str:
+    """Give the word in front of a number."""
+    if _MICRO_MANAGER.fullmatch(name.file.stem) and place == len(name.numbers) - 1:
+        return "slice"
+    before = name.text[place].lower()
+    word = re.split("[^a-z]", before.rstrip("_-. "))[-1]
+    return "" if len(word) == 1 and not before.endswith(word) else word
 
 
 def _same_time(folder: Path, kind: str, one: _Name, other: _Name) -> MovieError:

@@ -48,10 +48,13 @@ def read_text(file: Path) -> str:
     try:
         content = file.read_bytes()
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return content.decode("utf-16" if marked else "utf-8-sig")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise MovieError(f"can't read {file}: {reason}; save it as UTF-8 text") from error
+    if "\0" in text:
+        raise MovieError(f"can't read {file}: it is no text of UTF-8; save it as UTF-8 text")
+    return text
 
 
 def write_movie(
@@ -78,8 +81,9 @@ def write_movie(
 
 
 def _write_tiff(file: Path, image: NDArray[Any]) -> None:
-    """Write an image so that its slices, 3 or 4 of them as well, are not taken for colours."""
-    tifffile.imwrite(file, image, compression="zlib", photometric="minisblack")
+    """Write an image so that its slices, 3 or 4 of them as well, are known as such."""
+    axes = {"axes": "YX" if image.ndim == 2 else "ZYX"}
+    tifffile.imwrite(file, image, compression="zlib", photometric="minisblack", metadata=axes)
 
 
 def link_by_overlap(masks: Sequence[NDArray[Any]]) -> tuple[list[Masks], Tracks]:

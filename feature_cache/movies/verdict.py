@@ -71,6 +71,8 @@ class Verdict:
         Of the values in the file, with its byte order, such as ``"<u2"``.
     times : tuple of tuples of Plane
         The planes of each timepoint, in the order of Z.
+    is_told : bool
+        Whether the file, or who reads it, says that its planes are slices, where it has several.
     """
 
     shape: tuple[int, ...]
@@ -78,6 +80,7 @@ class Verdict:
     axis: int | None
     dtype: str
     times: tuple[tuple[Plane, ...], ...]
+    is_told: bool
 
     @property
     def native(self) -> np.dtype[Any]:
@@ -144,11 +147,13 @@ def judge(tiff: Tiff, options: ReadOptions, *, stack: bool = False) -> Verdict:
     times = tuple(tuple(planes[n] for n in volume) for volume in chosen.tolist())
     shape = page.shape if chosen.shape[1] == 1 else (chosen.shape[1], *page.shape)
     kind = _name_dtype(page, tiff.byteorder)
-    if page.samples == 1:
-        return Verdict(shape, page.shape, None, kind, times)
-    if page.planar:
-        return Verdict(shape, (page.samples, *page.shape), 0, kind, times)
-    return Verdict(shape, (*page.shape, page.samples), 2, kind, times)
+    form: tuple[int, ...] = page.shape
+    axis = None
+    if page.samples > 1:
+        axis = 0 if page.planar else 2
+        form = (page.samples, *form) if page.planar else (*form, page.samples)
+    told = options.axes is not None or not stored.index(_NAMELESS)
+    return Verdict(shape, form, axis, kind, times, told)
 
 
 def choose_planes(stored: Axes, options: ReadOptions, *, stack: bool = False) -> NDArray[np.int64]:

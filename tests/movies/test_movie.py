@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_cache import Movie, MovieError, MovieNotFoundError, NoMasksError
-from feature_cache.movies import link_by_overlap, read_tracks
+from feature_cache.movies import link_by_overlap, read_tracks, write_movie
 from synthetic import make_movie
 
 
@@ -117,6 +117,52 @@ def other_shape(root: Path) -> None:
 
 def half_labels(root: Path) -> None:
     tifffile.imwrite(truth_of(root) / "man_track002.tif", np.full((48, 64), 0.5, np.float32))
+
+
+@pytest.mark.parametrize("form", ["exp_1_GT/TRA", "exp_1_ERR_SEG", "exp_1/TRA"])
+def test_a_name_with_underlines_is_no_other_movie(tmp_path, form):
+    frames, masks, tracks = make_movie(frames=3)
+    for name in ("exp", "exp_1"):
+        write_movie(tmp_path / name, frames + (name == "exp"), masks, tracks)
+        for folder in (f"{name}_ERR_SEG", f"{name}/TRA"):
+            shutil.copytree(tmp_path / f"{name}_GT" / "TRA", tmp_path / folder)
+    movie = Movie.open(tmp_path / form)
+    assert movie.root == tmp_path / "exp_1"
+    assert np.array_equal(movie.frames[1], frames[1])
+
+
+def test_places_in_the_current_folder(small_folder, monkeypatch):
+    root = small_folder(frames=3)
+    monkeypatch.chdir(f"{root}_GT")
+    assert Movie.open("TRA").root == root
+
+
+def test_an_only_file_says_whether_its_planes_are_times(tmp_path):
+    frames, masks, tracks = make_movie(frames=5)
+    write_movie(tmp_path / "01", frames[None], masks[None], tracks)
+    assert Movie.open(tmp_path / "01").frames.shape == frames.shape
+    tifffile.imwrite(tmp_path / "01" / "t000.tif", frames)
+    with pytest.raises(MovieError, match=r"only frame, and .* open the file itself .*TYX.*ZYX"):
+        Movie.open(tmp_path / "01")
+    assert Movie.open(tmp_path / "01", axes="ZYX").frames.shape == frames.shape
+
+
+def test_links_that_lead_nowhere_are_missing_frames(small_folder):
+    root = small_folder(frames=4)
+    (root / "t003.tif").unlink()
+    (root / "t003.tif").symlink_to("gone.tif")
+    with pytest.raises(MovieError, match=r"can't read .*t003\.tif"):
+        Movie.open(root, detections=None).frames[3]
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "message"),
+    [("x" * 300, (0, 1), "too long"), ("01", (0.1, 0.2), r"slice_pct .* leaves none of 4 frames")],
+)
+def test_what_gives_no_frame(small_folder, path, part, message):
+    root = small_folder(frames=4)
+    with pytest.raises(MovieError, match=message):
+        Movie.open(root.parent / path, slice_pct=part)
 
 
 @pytest.mark.parametrize(

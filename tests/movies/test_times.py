@@ -42,6 +42,7 @@ SCHEMES = {
     "spaces and brackets": "my movie ({t}).tif",
     "capitals": "T{t:03}.TIF",
     "a step": "t{t:03}0.tif",
+    "a letter before a separator": "exp_s_{t:03}.tif",
 }
 
 
@@ -66,7 +67,12 @@ def test_incucyte_counts_days_hours_and_minutes():
         (["t0_c0.tif", "t0_c1.tif", "t1_c0.tif", "t1_c1.tif"], "differ in 2 numbers"),
         (["t1_z1.tif", "t2_z2.tif"], "differ in 2 numbers"),
         (["2024-01-05_12-58.tif", "2024-01-05_13-00.tif"], "differ in 2 numbers"),
-        (["img_c0.tif", "img_c1.tif"], "behind 'c'.* look like channels"),
+        (["img_c0.tif", "img_c1.tif"], "look like channels"),
+        (["img_channel_0.tif", "img_channel_1.tif"], "look like channels"),
+        (["img_000000000_Cy5_000.tif", "img_000000000_Cy5_001.tif"], "look like slices"),
+        (["Position 1.tif", "Position 2.tif"], "look like positions"),
+        (["img_Scene-1.tif", "img_Scene-2.tif"], "look like positions"),
+        (["A - 1(fld 1 wv UV).tif", "A - 1(fld 2 wv UV).tif"], "look like positions"),
         (["img_w1.tif", "img_w2.tif"], "look like channels"),
         (["img_z000.tif", "img_z001.tif"], "look like slices"),
         (["img-Pos0.tif", "img-Pos1.tif"], "look like positions"),
@@ -201,8 +207,10 @@ def test_masks_beside_their_frames_are_named_by_a_pattern(tmp_path):
     """As cellpose leaves them."""
     write_folder(tmp_path, [f"t{t:03}.tif" for t in range(3)])
     write_folder(tmp_path, [f"t{t:03}_cp_masks.tif" for t in range(3)], value=9)
-    with pytest.raises(MovieError, match=r"by a pattern, such as .*t\*\.tif"):
+    with pytest.raises(MovieError, match="several kinds") as raised:
         Movie.open(tmp_path, detections=None)
+    told = re.search("by a pattern, such as ([^,]+),", str(raised.value))[1]
+    assert told == str(tmp_path / "t???.tif")
     movie = Movie.open(tmp_path / "t???.tif", tmp_path / "*_cp_masks.tif")
     assert [row.mask for row in movie.table()] == [f"t{t:03}_cp_masks.tif" for t in range(3)]
     assert int(movie.masks[2].max()) == 9
