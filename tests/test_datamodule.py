@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from trackastra.data import CTCData
 
 import probe
-from feature_cache import FeatureCache
+from feature_cache import FeatureCache, MovieError, MovieNotFoundError
 from feature_cache.dataset import choose_copy
 from feature_cache.movies import write_movie
 from feature_cache.testing import FakeBackbone
@@ -92,6 +93,20 @@ def test_datasets_are_loaded_once(movies, tmp_path, monkeypatch):
     assert len(loaded) == len(TRAIN) + len(VAL)
     assert [data.augmenter is None for data in module.datasets["train"].datasets] == [False, False]
     assert [data.augmenter is None for data in module.datasets["val"].datasets] == [True]
+
+
+def test_wrong_pairs_are_refused_before_anything_is_loaded(movies, tmp_path, monkeypatch):
+    folder = tmp_path / "movies"
+    shutil.copytree(movies, folder)
+    monkeypatch.setattr(CTCData, "__init__", lambda *_, **__: pytest.fail("loads"))
+    module = make_module(str(folder), str(tmp_path))
+    frame = folder / VAL[-1] / "01" / "t000.tif"
+    frame.rename(frame.with_name("t099.tif"))
+    with pytest.raises(MovieError, match=r"t001\.tif in .* would go with man_track000\.tif"):
+        module.setup("fit")
+    shutil.rmtree(folder / TRAIN[0])
+    with pytest.raises(MovieNotFoundError, match="no movie at"):
+        module.setup("fit")
 
 
 def test_warming_first_leaves_nothing_to_compute(movies, tmp_path):

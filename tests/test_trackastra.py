@@ -276,7 +276,7 @@ def test_what_ctcdata_paired_by_text_is_refused(small_folder, cache):
     wrap(data, cache, FakeBackbone())
     for t in range(12):
         (frames / f"t{t:03}.tif").rename(frames / f"t{t}.tif")
-    says = r"CTCData read t10\.tif of .*01 as frames 2, expected t2\.tif: .* rename them"
+    says = r"CTCData reads t10\.tif of .*01 as frames 2, expected t2\.tif: .* rename them"
     with pytest.raises(MovieError, match=says):
         wrap(data, cache, FakeBackbone())
     for t in range(12):
@@ -287,7 +287,7 @@ def test_what_ctcdata_paired_by_text_is_refused(small_folder, cache):
         wrap(data, cache, FakeBackbone())
     (masks / "man_track012.tiff").write_bytes((masks / "man_track000.tif").read_bytes())
     (masks / "man_track000.tif").unlink()
-    with pytest.raises(MovieError, match=r"CTCData read nothing of .*TRA as masks \(TRA\) 11"):
+    with pytest.raises(MovieError, match=r"CTCData reads nothing of .*TRA as masks \(TRA\) 11"):
         wrap(data, cache, FakeBackbone())
 
 

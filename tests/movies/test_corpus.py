@@ -459,7 +459,7 @@ def check_wrap(
         for folder, images in zip(folders, (movie.frames, movie.masks), strict=True)
     )
     if not in_order:  # `CTCData` sorts as text, and knows *.tif alone
-        with pytest.raises(MovieError, match="CTCData read"):
+        with pytest.raises(MovieError, match="CTCData reads"):
             wrap(data, cache, backbone)
         return
     wrapped = wrap(data, cache, backbone, on_miss="error")
