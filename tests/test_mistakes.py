@@ -153,6 +153,11 @@ MISTAKES = [
         remove_masks,
     ),
     Mistake(
+        "a pattern without quotes",
+        WARM + " movie/02 --masks movie/01_GT/TRA",
+        "…--masks is for one movie, and 2 are named; put a pattern in quotes,…masks: …",
+    ),
+    Mistake(
         "fewer frames than masks",
         WARM,
         "error: movie/01 has 5 frames and movie/01_GT/TRA has 6 masks (man_track005.tif has no "
@@ -503,6 +508,11 @@ def score(result: str) -> None:
             lambda: FeatureCache("cache").movie(*make_movie()[:2], "efficientnet-lite0"),
             "TypeError: backbone is the name 'efficientnet-lite0': expected a backbone; load it "
             "once, by load_backbone('efficientnet-lite0')",
+        ),
+        (
+            lambda: FeatureCache("cache").movie(make_movie()[0], FakeBackbone(), make_movie()[1]),
+            "TypeError: backbone is a ndarray: expected a backbone; pass frames, masks and "
+            "backbone in this order",
         ),
         (
             lambda: FeatureCache(None),

@@ -126,7 +126,7 @@ class TestSources:
         assert message in failure.reason
         assert "\n" not in failure.reason
         assert find_sources(["nowhere.txt"])[1][0].what == "nowhere.txt"
-        assert "no folder fits the pattern" in find_sources(["z*/01"])[1][0].reason
+        assert "no folder or file fits the pattern" in find_sources(["z*/01"])[1][0].reason
 
     @pytest.mark.usefixtures("folders")
     def test_a_movie_says_how_it_was_opened(self):
@@ -197,6 +197,18 @@ class TestPlan:
                 run_warm(plan_warm(cache, [(frames, masks > 0)], FakeBackbone(), pooling=pooling))
         (message,) = caplog.messages
         assert "one label everywhere: every cell of every mask has the label 1" in message
+
+    def test_other_masks_of_known_frames_are_looked_at(self, cache, small_folder, small, caplog):
+        root = small_folder()
+        for t, mask in enumerate(small[1]):
+            tifffile.imwrite(root.parent / f"mask{t}.tif", (mask > 0).astype(np.uint8))
+        age(root.parent)
+        plan_warm(cache, [str(root)], FakeBackbone())
+        with caplog.at_level(logging.WARNING):
+            movie = Movie.open(root, root.parent / "mask?.tif")
+            plan_warm(cache, [movie], FakeBackbone())
+        (message,) = caplog.messages
+        assert "one label everywhere" in message
 
     def test_what_ends_a_frame_is_told_once(self, cache, small_folder, caplog):
         root = small_folder()

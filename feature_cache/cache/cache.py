@@ -146,6 +146,11 @@ class FeatureCache:
             )
         if backbone is None:
             raise TypeError("no backbone was given: pass backbone=load_backbone(name)")
+        if not hasattr(backbone, "spec"):
+            raise TypeError(
+                f"backbone is a {type(backbone).__name__}: expected a backbone; pass frames, masks "
+                "and backbone in this order"
+            )
         spec = SpaceSpec(backbone.spec, pooling, dtype)
         given = Movie.of(frames, masks, detections=None if pooling is None else "TRA")
         return MovieFeatures(

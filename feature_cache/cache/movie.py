@@ -78,8 +78,8 @@ class MovieFeatures:
         for errors and provenance, in no key.
     memo : Memo
         Closed by itself when the last frame is hashed.
-    frames_read : int
-        How many frames were read to be hashed: those whose digests were not remembered.
+    images_read : int
+        How many frames and masks were read to be hashed: those whose digests were not remembered.
     """
 
     cache: FeatureCache
@@ -92,7 +92,7 @@ class MovieFeatures:
     origin: str = ""
     source: Source | None = None
     memo: Memo = field(default_factory=Memo, repr=False)
-    frames_read: int = field(default=0, repr=False)
+    images_read: int = field(default=0, repr=False)
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
     _space: Space | None = field(default=None, repr=False)
@@ -175,11 +175,12 @@ class MovieFeatures:
 
     def _hash_frame(self, t: int) -> Fingerprint:
         frame = self.frames[t]
-        self.frames_read += 1
+        self.images_read += 1
         return Fingerprint(frame_digest(frame, self.where(t)), np.shape(frame))
 
     def _hash_mask(self, masks: Series, t: int, shape: tuple[int, ...]) -> Fingerprint:
         mask = masks[t]
+        self.images_read += 1
         self._check_shapes(t, shape, np.shape(mask))
         return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
 

@@ -447,7 +447,7 @@ def explain(
     copy: CopyOption = 0,
     seed: SeedOption = 0,
     policy: PolicyOption = "default",
-    frame: Annotated[int | None, typer.Option(help="Only this frame.")] = None,
+    frame: Annotated[int | None, typer.Option(help="Only this frame, counted from 0.")] = None,
     layer: LayersOption = [],
     no_memo: NoMemoOption = False,
     as_json: JsonOption = False,

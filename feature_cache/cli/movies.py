@@ -28,8 +28,12 @@ def find_movies(
     from ..warm.sources import find_sources, open_sources
 
     found, failures = find_sources(words, detections, options)
-    if options["masks"] is not None and len({source.path for source in found}) > 1:
-        raise typer.BadParameter("--masks is for one movie; in a list, give each its masks: …")
+    count = len({source.path for source in found})
+    if options["masks"] is not None and count > 1:
+        raise typer.BadParameter(
+            f"--masks is for one movie, and {count} are named; put a pattern in quotes, or give "
+            "each movie of a list its own (masks: …)"
+        )
     opened, unopened = open_sources(found)
     failures += unopened
     if not opened and not failures:

@@ -149,7 +149,7 @@ def _look_at_all(
 def show(
     movie: Annotated[str, typer.Argument(metavar="MOVIE", help="A folder of frames.")],
     cache: CacheOption,
-    frame: Annotated[int, typer.Option(help="Which frame.")],
+    frame: Annotated[int, typer.Option(help="Which frame, counted from 0.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The picture's file, a PNG.")
     ] = None,

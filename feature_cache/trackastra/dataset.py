@@ -318,7 +318,7 @@ def _bind(
     )
     part = data.slice_pct, data.downscale_temporal, data.downscale_spatial
     movie.source = Source(str(data.root), folder, *part)
-    if not movie.contains().all() and movie.frames_read:
+    if not movie.contains().all() and movie.images_read:
         check_movie(movie.name, movie.frames, masks, quick=True).log_problems()
     masks.release()
     return movie

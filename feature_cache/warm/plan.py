@@ -351,7 +351,7 @@ class _Planner:
         pooled = [spec for spec in self.specs if spec.pooling is not None]
         if pooled:
             self.originals.append((pooled[0], features.in_space(pooled[0]).keys(good)))
-        if len(self.tasks) > before and features.frames_read:
+        if len(self.tasks) > before and features.images_read:
             looked_at = movie if pooled else replace(movie, masks=None)
             looked_at.check(quick=True).log_problems()
 

@@ -144,7 +144,7 @@ def _match(pattern: str) -> list[str]:
     ):
         return [expanded]
     if not movies:
-        raise MovieNotFoundError(f"no movie at {pattern}: no folder fits the pattern")
+        raise MovieNotFoundError(f"no movie at {pattern}: no folder or file fits the pattern")
     return movies
 
 
