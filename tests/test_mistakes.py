@@ -153,6 +153,12 @@ MISTAKES = [
         remove_masks,
     ),
     Mistake(
+        "weights that are text",
+        "warm movie/01 --cache cache --backbone efficientnet-lite0 --weights weights.pt",
+        "error: weights.pt is no state dict that can be read safely: …",
+        write("weights.pt", "text\n"),
+    ),
+    Mistake(
         "a pattern without quotes",
         WARM + " movie/02 --masks movie/01_GT/TRA",
         "…--masks is for one movie, and 2 are named; put a pattern in quotes,…masks: …",
