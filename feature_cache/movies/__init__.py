@@ -5,7 +5,7 @@
     images                      what every reader gives
     files, tiff, png            readers of image files
     verdict, ifd, ome, faults   what a TIFF is, by its own tags and words; what is wrong with one
-    arrays, zarrs, bioformats   other readers; axes: what their axes mean
+    arrays, zarrs, bioformats   other readers; axes: what their axes mean; chunks: Zarr's files
     times                       the time that a file's name stands for
     formats                     which reader opens a path
     movie                       frames, and the masks that belong to them

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import FeatureCacheError, FrameError, FrameTypeError, MovieError
 from .axes import Layout, are_known, check_image, plan_layout
+from .chunks import check_given
 from .files import IMAGE_SUFFIXES, ImageFiles
 from .images import Images, ReadOptions
 
@@ -252,6 +253,7 @@ class ArrayImages(Images):
         """Read image `t`, and nothing else."""
         t = range(len(self))[t]
         with reading(self.name_of(t)):
+            check_given(self.source, self.layout, t)
             image = as_numpy(self.layout.take(self.source, t))
         return check_image(self.layout.arrange(image), self.name_of(t))
 

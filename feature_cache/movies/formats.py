@@ -89,7 +89,7 @@ def open_images(path: Path, options: ReadOptions, kind: str) -> Found:
     raise MovieError(
         f"{path} is no movie that is known: expected a folder of images "
         f"({', '.join(IMAGE_SUFFIXES)}), a TIFF stack, a Zarr array or OME-Zarr image, .npy, or "
-        f"{', '.join(BIOIO_SUFFIXES)}"
+        f"{', '.join(BIOIO_SUFFIXES)}; save it as one of these"
     )
 
 

@@ -22,6 +22,7 @@ from ..errors import MovieError, MovieNotFoundError, NoMasksError
 from ..hashing import Digest, digest_bytes
 from .arrays import reading
 from .axes import Layout, check_image, plan_layout
+from .chunks import check_blosc, list_chunks
 from .images import Images, ReadOptions
 
 if TYPE_CHECKING:
@@ -114,7 +115,9 @@ class ZarrImages(Images):
         where = f"{self.name_of(t)} in {self.place}"
         with reading(where, _CURE):
             self._check_metadata()
-            self._check_chunks(t)
+            if self.array.fill_value is None:
+                self._check_chunks(t)
+            check_blosc(self.array, self._root, self.layout, t)
             image = np.asarray(self.layout.take(self.array, t))
         return check_image(self.layout.arrange(image), where)
 
@@ -124,29 +127,19 @@ class ZarrImages(Images):
                 raise MovieError(f"{file} changed since it was opened: open the movie anew")
 
     def _check_chunks(self, t: int) -> None:
-        """Raise where a chunk is missing that has to be there, or cut short and none would say."""
-        needed, blosc = self.array.fill_value is None, _is_blosc(self.array)
-        for file in self._chunk_files(t) if needed or blosc else ():
-            there = file.is_file()
-            if needed and not there:
+        for file in self._chunk_files(t):
+            if not file.is_file():
                 raise MovieError(
                     f"{file} is missing, and the array says no value for what is missing: restore "
                     "the file or leave the movie out"
                 )
-            if blosc and there and not _is_whole_blosc(file):
-                raise ValueError(f"{file.relative_to(self.path)} is not as long as it says")
 
     def _chunk_files(self, t: int) -> list[Path]:
-        """List the files of the chunks, or shards, that image `t` is in."""
-        lengths = self.array.shards or self.array.chunks
-        starts = {"T": t, **dict.fromkeys("CS", self.layout.channel)}
-        places = [
-            [starts[axis] // length] if axis in starts and size > 1 else range(-(-size // length))
-            for axis, size, length in zip(self.layout.axes, self.layout.shape, lengths, strict=True)
-        ]
-        root = self.metadata[0][0].parent
-        encode = self.array.metadata.encode_chunk_key
-        return [root / encode(place) for place in itertools.product(*places)]
+        return list_chunks(self.array, self._root, self.layout, t)
+
+    @property
+    def _root(self) -> Path:
+        return self.metadata[0][0].parent
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,7 +156,7 @@ class ZarrImages(Images):
         """Say what, besides the files, decides the pixels."""
         import zarr
 
-        name = self.metadata[0][0].parent.relative_to(self.path)
+        name = self._root.relative_to(self.path)
         return f"zarr {zarr.__version__}, array {name}, {self.layout}"
 
     def name_of(self, t: int) -> str:
@@ -176,18 +169,6 @@ class ZarrImages(Images):
         if not all(file.is_file() for file in chunks):
             return ()
         return (*(file for file, _ in self.metadata), *chunks)
-
-
-def _is_blosc(array: Any) -> bool:
-    """Tell whether each chunk is a file of Blosc, which decodes what lies behind a short one."""
-    names = [type(codec).__name__ for codec in array.compressors]
-    return array.shards is None and any("Blosc" in name for name in names[-1:])
-
-
-def _is_whole_blosc(file: Path) -> bool:
-    with file.open("rb") as handle:
-        header = handle.read(16)
-    return len(header) == 16 and file.stat().st_size == int.from_bytes(header[12:], "little")
 
 
 def is_zarr(path: str | Path) -> bool:

@@ -22,6 +22,7 @@ from feature_cache import MovieError, MovieNotFoundError
 from feature_cache.errors import NoMasksError
 from feature_cache.hashing import frame_digest
 from feature_cache.movies import ReadOptions
+from feature_cache.movies.arrays import images_of
 from feature_cache.movies.zarrs import is_zarr, list_labels, open_labels, open_zarr
 
 PLANES = np.random.default_rng(0).integers(0, 1000, (6, 40, 50)).astype(np.uint16)
@@ -500,6 +501,9 @@ def test_a_chunk_cut_short(tmp_path, kind):
         chunk.write_bytes(whole[:size])
         with pytest.raises(MovieError, match=r"can't read movie\.zarr\[3\] in .*; restore it"):
             images[3]
+        if "blosc" in kind:
+            with pytest.raises(MovieError, match="can't read"):
+                images_of(zarr.open_array(tmp_path / "movie.zarr", mode="r"))[3]
     chunk.write_bytes(whole)
     assert frame_digest(images[3]) == digest
 
