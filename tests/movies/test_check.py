@@ -11,6 +11,7 @@ import tifffile
 
 from feature_cache import Movie
 from feature_cache.movies import write_movie
+from synthetic import make_movie
 
 
 def truth_of(root: Path) -> Path:
@@ -190,6 +191,13 @@ class TestMasks:
         edges[..., 1:][labels[..., 1:] != labels[..., :-1]] = 1
         masks = np.where((labels > 0) & (edges > 0), 2, labels > 0)
         assert "only 2 labels" in only(movie_of(masks), "labels are classes")
+
+    @pytest.mark.parametrize("quick", [True, False])
+    def test_classes_without_a_background(self, quick):
+        """As ilastik exports them: 1 is what is no cell."""
+        frames, masks, _ = make_movie(frames=3, height=96, width=96, cells=6)
+        problems = Movie.of(frames, (masks > 0) + np.int32(1)).check(quick=quick).problems
+        assert [problem.what for problem in problems] == ["labels are classes"]
 
     @pytest.mark.parametrize("background", [0, 40])
     def test_masks_that_are_images(self, background):
