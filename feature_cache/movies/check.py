@@ -404,12 +404,6 @@ def _count_parts(mask: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.bincount(places[sizes >= _LARGE_PART * largest[places]], minlength=len(labels))
 
 
-def _pairs(image: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Give views of the pixels, and of their next along an axis."""
-    turned = np.moveaxis(image, axis, 0)
-    return turned[:-1], turned[1:]
-
-
 # Judging
 
 
