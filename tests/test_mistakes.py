@@ -167,7 +167,7 @@ MISTAKES = [
         "fewer frames than masks",
         WARM,
         "error: movie/01 has 5 frames and movie/01_GT/TRA has 6 masks (man_track005.tif has no "
-        "frames): expected as many masks as frames; add what is missing or remove what is too many",
+        "frame): expected as many masks as frames; add what is missing or remove what is too many",
         remove_frame,
     ),
     Mistake(

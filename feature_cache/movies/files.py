@@ -29,7 +29,7 @@ class ImageFiles(Images):
     options : ReadOptions
     """
 
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = field(repr=False)
     options: ReadOptions = field(default_factory=ReadOptions)
 
     def __len__(self) -> int:

@@ -147,7 +147,7 @@ class Movie:
     detections: str | None = None
     detection_folder: Path | None = None
     source: Source | None = None
-    times: tuple[int, ...] = ()
+    times: tuple[int, ...] = field(default=(), repr=False)
 
     @classmethod
     def open(
@@ -364,7 +364,7 @@ def _choose_labels(path: Path, options: ReadOptions) -> Found:
         )
     raise NoMasksError(
         f"{path} says nothing of its masks: name them (masks=…, --masks PATH), or open frames "
-        "alone (detections=None)"
+        "alone (detections=None; check --frames-only, warm --pooling none)"
     )
 
 
@@ -397,7 +397,7 @@ def _pair(
         masks.images, part, source.downscale_spatial,
         None if overlay is None else overlay.images, labels=True,
     )  # fmt: skip
-    detections = source.detections if source.masks is None else None
+    detections = source.detections if source.masks is None and masks.folder else None
     return Movie(root, images, held, detections, masks.folder, source, times)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ class TiffStack(Images):
 
     file: Path
     options: ReadOptions
-    verdict: Verdict
-    stamp: tuple[int, ...]
+    verdict: Verdict = field(repr=False)
+    stamp: tuple[int, ...] = field(repr=False)
 
     @classmethod
     def open(cls, file: Path, options: ReadOptions = ReadOptions()) -> TiffStack:  # noqa: B008

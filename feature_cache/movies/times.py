@@ -214,7 +214,7 @@ def _first_alone(one: TimedFiles, other: TimedFiles) -> str:
     for files, others, their_kind in ((one, there, other.kind), (other, here, one.kind)):
         for file, time in zip(files.files, files.times, strict=True):
             if time not in others:
-                return f" ({file.name} has no {their_kind})"
+                return f" ({file.name} has no {their_kind.removesuffix('s')})"
     return ""
 
 

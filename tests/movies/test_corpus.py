@@ -244,11 +244,11 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     # Names: refused
     "a frame is missing": (
         then(named(PADDED), without("01/t004.tif")),
-        r"mask004\.tif has no frames",
+        r"mask004\.tif has no frame\b",
     ),
     "a mask is missing": (
         then(named(PLAIN), without("01_GT/TRA/mask000.tif")),
-        r"t0\.tif has no masks",
+        r"t0\.tif has no mask\b",
     ),
     "one is missing on each side": (
         then(named(PADDED), without("01/t000.tif", "01_GT/TRA/mask010.tif")),
@@ -298,7 +298,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "several kinds",
     ),
-    "silver truth of other times": (then(named(PADDED), silver(3)), "no silver masks"),
+    "silver truth of other times": (then(named(PADDED), silver(3)), "no silver mask"),
     "no masks": (lambda root: write(root, PADDED, FRAMES), "has no masks 'TRA'"),
     "no frames": (lambda root: (root.mkdir(), write(truth(root), PADDED, MASKS)), "has no frames"),
     "frames of JPEG": (

@@ -175,7 +175,7 @@ def test_what_gives_no_frame(small_folder, path, part, message):
         (
             remove("01/t004.tif"),
             MovieError,
-            r"has 5 frames and .* has 6 masks \(man_track004\.tif has no frames\)",
+            r"has 5 frames and .* has 6 masks \(man_track004\.tif has no frame\)",
         ),
     ],
 )
@@ -211,7 +211,7 @@ def test_silver_truth_of_another_length(small_folder):
     (Path(f"{root}_ST") / "SEG" / "man_seg003.tif").unlink()
     with pytest.raises(
         MovieError,
-        match=r"SEG has 5 silver masks \(man_track003\.tif has no silver masks\): expected as many",
+        match=r"SEG has 5 silver masks \(man_track003\.tif has no silver mask\): expected as many",
     ):
         Movie.open(root)
 
