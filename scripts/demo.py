@@ -120,7 +120,7 @@ def track(model: nn.Module, root: Path, cache: FeatureCache, backbone, options) 
         "pretrained_feats_mode": options.pooling,
         "pretrained_feats_additional_props": "regionprops2",
     }
-    movie = Movie.open(root, options.detections, slice_pct=TRACKING)
+    movie = Movie.open(root, detections=options.detections, slice_pct=TRACKING)
     truth = Movie.open(root)
     frames, masks = np.stack(list(movie.frames)), np.stack(list(movie.masks))
     bars = io.StringIO()

@@ -163,7 +163,7 @@ def test_a_benchmark_runs_and_is_compared(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Nothing is worse" in done.stdout
-    [frame, movie] = load_results(out)["hashing"].values()
+    frame, movie, _ = load_results(out)["hashing"].values()
     assert set(frame.values) == {"reading the TIFFs", OURS, "the same by sha256"}
     assert [len(values) for values in movie.values.values()] == [1, 1]
 
