@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -349,7 +350,9 @@ def _find_masks(source: Source, frames: Found) -> Found:
         return find_images(path, ReadOptions(labels=True), "masks")
     except MovieError:
         axes = "TYX" if len(frames.images.shape) == 2 else "TZYX"
-        return find_images(path, ReadOptions(None, axes, labels=True), "masks")
+        with suppress(MovieError):  # what is wrong without axes is what the file itself says
+            return find_images(path, ReadOptions(None, axes, labels=True), "masks")
+        raise
 
 
 def _choose_labels(path: Path, options: ReadOptions) -> Found:

@@ -129,23 +129,18 @@ def _expand(word: str, defaults: _Defaults) -> Iterator[Source]:
 
 
 def _match(pattern: str) -> list[str]:
-    """List the movies that fit a pattern: folders, without those of masks beside them, or stacks.
+    """List the movies that fit a pattern: folders, without those of masks beside them.
 
-    A pattern of the images of one folder is that movie.
+    Where no folder does, a pattern of the images of one folder is that movie.
     """
     expanded = str(Path(pattern).expanduser())
     found = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 - it takes any path
     movies = [one for one in found if Path(one).is_dir() and not one.endswith(_MASK_FOLDERS)]
-    if (
-        not movies
-        and found
-        and is_pattern(Path(expanded))
-        and not glob.has_magic(str(Path(expanded).parent))
-    ):
+    if movies:
+        return movies
+    if found and is_pattern(Path(expanded)) and not glob.has_magic(str(Path(expanded).parent)):
         return [expanded]
-    if not movies:
-        raise MovieNotFoundError(f"no movie at {pattern}: no folder or file fits the pattern")
-    return movies
+    raise MovieNotFoundError(f"no movie at {pattern}: no folder or file fits the pattern")
 
 
 def _read_list(file: Path, defaults: _Defaults) -> Iterator[Source]:

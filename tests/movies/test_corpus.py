@@ -517,3 +517,10 @@ def test_stacks_in_one_file(kind, tmp_path):
         movie = Movie.open(tmp_path / "movie.tif", tmp_path / masks, **options)
         assert all(np.array_equal(movie.frames[t], FRAMES[t]) for t in range(COUNT))
         assert all(np.array_equal(movie.masks[t], MASKS[t]) for t in range(COUNT))
+
+
+def test_masks_that_fit_no_axes_say_what_is_wrong_with_their_file(tmp_path):
+    tifffile.imwrite(tmp_path / "movie.tif", STACKS, imagej=True, metadata={"axes": "TZYX"})
+    tifffile.imwrite(tmp_path / "masks.tif", MASKS)
+    with pytest.raises(MovieError, match=r"masks\.tif does not say what all its axes are"):
+        Movie.open(tmp_path / "movie.tif", tmp_path / "masks.tif")
