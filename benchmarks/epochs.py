@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feature_cache import CachedFeatureDataset, FeatureCache, load_backbone
-from feature_cache.compute import normalize
+from feature_cache.normalize import normalize
 from feature_cache.pooling import pool, region_labels
 from feature_cache.service import close_all
 from feature_cache.spec import Normalization

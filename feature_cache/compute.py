@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +18,7 @@ from .backbones.witness import Witness
 from .errors import BackboneError, FrameError
 from .hashing import Digest, digest_bytes
 from .key import Record
+from .normalize import Pixels, normalize
 from .pooling import Regions, pool_regions
 from .spec import BackboneSpec, Bounds, Normalization, SpaceSpec
 
@@ -27,15 +27,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Pixels: TypeAlias = NDArray[np.float32]
 Grid: TypeAlias = NDArray[np.float32]
 """(gh, gw, C), or (Z, gh, gw, C) for a stack."""
 FindGrids: TypeAlias = Callable[[Sequence["Job"], Draw], Sequence[Grid | None]]
 """Gives the grids of frames under a draw that need not be embedded, None for the others."""
-
-
-class ConstantFrameWarning(UserWarning):
-    """A frame of one intensity: normalised to zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +52,6 @@ class Job:
     mask: NDArray[np.int32] | None
     digest: Digest
     where: str
-
-
-def normalize(frame: Pixels, normalization: Normalization, where: str = "the frame") -> Pixels:
-    """Map a frame's pixels to the range of a normalisation, in a new array.
-
-    Parameters
-    ----------
-    frame : (H, W) or (Z, H, W) float32, finite; not changed
-    normalization : Normalization
-    where : str
-        What to call the frame in a warning.
-
-    Returns
-    -------
-    same shape, float32
-        Between minimum and maximum where the two percentiles are equal, as in a frame of few
-        small bright cells on black; all zeros, with a `ConstantFrameWarning`, where these are.
-
-    Raises
-    ------
-    FrameError
-        The pixels are too far apart for float32.
-
-    Notes
-    -----
-    The percentiles, and clipping, are those of ``percentile_norm`` in trackastra-pretrained-feats
-    0.0.2, which works in place and gives NaN for a constant frame.
-    """
-    if normalization.name == "none":
-        return frame.copy()
-    low, high = np.percentile(frame, (normalization.low, normalization.high)).astype(np.float32)
-    if not high > low:
-        low, high = frame.min(), frame.max()
-    if not high > low:
-        message = f"{where} is constant: it is normalised to zeros"
-        warnings.warn(message, ConstantFrameWarning, stacklevel=2)
-        return np.zeros_like(frame)
-    with np.errstate(over="ignore"):  # an outlier's infinity is clipped to 0 or 1
-        span, above = high - low, frame - low
-    if not np.isfinite(span):
-        raise FrameError(
-            f"{where} goes from {low:.4g} to {high:.4g}, too far for float32: rescale its pixels"
-        )
-    return np.clip(above / span, np.float32(0), np.float32(1))
 
 
 def compute_records(

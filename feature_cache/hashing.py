@@ -136,7 +136,7 @@ def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest
 
 
 def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArray[np.float32]:
-    """Give a frame's pixels as a new or shared float32 array, checked as in `frame_digest`."""
+    """Give a frame's pixels as a new float32 array, checked as in `frame_digest`."""
     frame = _check_frame(frame, where)
     pixels = np.ascontiguousarray(frame, dtype=np.float32)
     if frame.dtype.kind == "f":

@@ -16,7 +16,7 @@ from feature_cache import (
     UnknownNameError,
     load_backbone,
 )
-from feature_cache.compute import normalize
+from feature_cache.normalize import normalize
 from feature_cache.spec import Normalization
 from feature_cache.testing import FakeBackbone
 

@@ -62,7 +62,7 @@ class TestHitsAndMisses:
     def test_numbers_are_those_of_the_pooling(self, tmp_path, small, dtype, codec):
         import torch
 
-        from feature_cache.compute import normalize
+        from feature_cache.normalize import normalize
 
         cache = FeatureCache(tmp_path / "cache", codec=codec)
         backbone = FakeBackbone()

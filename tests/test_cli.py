@@ -89,7 +89,7 @@ class TestWarm:
         _, out, _ = warm(run, *movies, options=["--json"])
         assert json.loads(out)["planned"] == 6
 
-    @pytest.mark.filterwarnings("always::feature_cache.compute.ConstantFrameWarning")
+    @pytest.mark.filterwarnings("always::feature_cache.normalize.ConstantFrameWarning")
     def test_a_constant_frame_is_a_warning_of_one_line(self, run, small_folder):
         root = small_folder()
         tifffile.imwrite(root / "t001.tif", np.full((48, 64), 9, np.uint16))

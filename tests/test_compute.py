@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from feature_cache import IDENTITY, BackboneError, Draw, DrawError, FrameError, SpaceSpec
+from feature_cache import IDENTITY, BackboneError, Draw, DrawError, SpaceSpec
 from feature_cache.augment import (
     Affine,
     Blur,
@@ -18,8 +17,9 @@ from feature_cache.augment import (
     Scale,
     hflip,
 )
-from feature_cache.compute import ConstantFrameWarning, Embedder, Job, compute_records, normalize
+from feature_cache.compute import Embedder, Job, compute_records
 from feature_cache.hashing import frame_digest
+from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.spec import Normalization
 from feature_cache.testing import FakeBackbone
@@ -30,53 +30,6 @@ def make_jobs(frames, masks):
         Job(f.astype(np.float32), m.astype(np.int32), frame_digest(f), f"frame {t}")
         for t, (f, m) in enumerate(zip(frames, masks, strict=True))
     ]
-
-
-class TestNormalize:
-    def test_is_clipped_between_the_percentiles(self):
-        frame = np.arange(10_000, dtype=np.float32).reshape(100, 100)
-        low, high = np.percentile(frame, (1, 99.8))
-        expected = np.clip((frame - low) / (high - low), 0, 1)
-        np.testing.assert_allclose(normalize(frame, Normalization()), expected, atol=1e-6)
-
-    @given(hnp.arrays(np.uint16, (8, 8)))
-    def test_never_changes_its_input_and_stays_in_range(self, frame):
-        pixels = frame.astype(np.float32)
-        before = pixels.copy()
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConstantFrameWarning)
-            result = normalize(pixels, Normalization())
-        assert np.array_equal(pixels, before)
-        assert not np.shares_memory(result, pixels)
-        assert result.dtype == np.float32
-        assert result.min() >= 0
-        assert result.max() <= 1
-
-    @pytest.mark.parametrize("value", [0, 7, 65535])
-    def test_a_constant_frame_is_zeros_with_a_warning(self, value):
-        frame = np.full((4, 4), value, np.float32)
-        with pytest.warns(ConstantFrameWarning, match="frame 3 is constant"):
-            assert not normalize(frame, Normalization(), "frame 3").any()
-
-    @pytest.mark.filterwarnings("error")
-    def test_few_bright_cells_on_black_are_seen(self):
-        """Both percentiles are 0: the features were those of a black frame."""
-        frame = np.zeros((100, 100), np.float32)
-        frame[40:43, 50:53] = [[300, 400, 600]] * 3
-        expected = frame / np.float32(600)
-        assert np.array_equal(normalize(frame, Normalization()), expected)
-        assert np.array_equal(normalize(frame - 5, Normalization()), expected)
-
-    def test_a_range_beyond_float32_is_an_error(self):
-        frame = np.linspace(-3e38, 3e38, 64, dtype=np.float64).astype(np.float32).reshape(8, 8)
-        with pytest.raises(FrameError, match=r"frame 3 goes from .* too far for float32"):
-            normalize(frame, Normalization(), "frame 3")
-
-    def test_none_leaves_the_pixels(self):
-        frame = np.array([[1.0, 300.0]], np.float32)
-        assert np.array_equal(normalize(frame, Normalization("none")), frame)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])

@@ -17,7 +17,7 @@ LAYERS = [
     {"hashing", "units"},
     {"pooling", "memo"},
     {"spec", "movies"},
-    {"augment", "backbones"},
+    {"augment", "backbones", "normalize"},
     {"key"},
     {"store", "compute", "explain", "rounding"},
     {"recompute"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from skimage.measure import regionprops
 
-from feature_cache.compute import normalize
+from feature_cache.normalize import normalize
 from feature_cache.pooling import pool, region_labels
 from feature_cache.spec import Normalization
 

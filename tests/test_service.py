@@ -321,8 +321,8 @@ class Failing(FakeBackbone):
 
 
 def bad_frame(t):
-    from feature_cache.compute import normalize
     from feature_cache.hashing import frame_digest
+    from feature_cache.normalize import normalize
     from feature_cache.spec import Normalization
 
     frame = make_movie(FRAMES)[0][t].astype(np.float32)

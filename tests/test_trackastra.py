@@ -16,10 +16,10 @@ from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.data.distributed import BalancedBatchSampler
 
 from feature_cache import Augmentations, MissingRecordError, Movie, MovieError, Normalization
-from feature_cache.compute import normalize
 from feature_cache.dataset import choose_copy
 from feature_cache.geometry import rotate_features
 from feature_cache.movies import write_movie
+from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.recompute import choose_records, recompute
 from feature_cache.service import close_all

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cache import FeatureCache, Grids, MovieFeatures
-from ..compute import Embedder, Grid, Job, Pixels, make_record, prepare_frame
+from ..compute import Embedder, Grid, Job, make_record, prepare_frame
 from ..key import Record
+from ..normalize import Pixels
 from ..spec import BackboneSpec
 from .commits import Budget, RunCommits
 from .memory import trim

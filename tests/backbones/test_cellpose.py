@@ -15,7 +15,7 @@ from feature_cache import (
     load_backbone,
 )
 from feature_cache.backbones import cellpose as adapter
-from feature_cache.compute import normalize
+from feature_cache.normalize import normalize
 from feature_cache.spec import Normalization
 
 pytest.importorskip("transformers")
