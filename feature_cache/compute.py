@@ -19,7 +19,7 @@ from .errors import BackboneError, FrameError
 from .hashing import Digest, digest_bytes
 from .key import Record
 from .normalize import Pixels, normalize
-from .pooling import Regions, pool_regions
+from .pooling import Regions, pool_frame
 from .spec import BackboneSpec, Bounds, Normalization, SpaceSpec
 
 if TYPE_CHECKING:
@@ -340,22 +340,8 @@ def make_record(job: Job, grid: Grid, spec: SpaceSpec, draw: Draw) -> Record:
     if job.mask is None:
         raise FrameError(f"{job.where} has no mask, and pooling {spec.pooling} needs one")
     regions = Regions.of_mask(job.mask)
-    drawn, centroids = _draw_regions(job.mask, regions, draw)
-    features = pool_regions(grid, drawn, spec.pooling, centroids=centroids)
+    [features] = pool_frame(grid, regions, draw, [spec.pooling])
     return Record(_store_as(features, spec, job), regions.labels)
-
-
-def _draw_regions(
-    mask: NDArray[np.int32], regions: Regions, draw: Draw
-) -> tuple[Regions, NDArray[np.float64] | None]:
-    """Map the regions of a mask, and the centroid of each of them, by a draw."""
-    if draw.is_identity:
-        return regions, None
-    drawn = np.stack([draw.apply_mask(plane) for plane in _slices(mask)])
-    centroids = regions.centroids()
-    mapped = draw.map_points(centroids[:, 1:], shape=mask.shape[-2:])
-    points = np.column_stack([centroids[:, 0], mapped])
-    return Regions.of_mask(drawn, regions.labels), points
 
 
 def _store_as(features: Pixels, spec: SpaceSpec, job: Job) -> NDArray[np.floating[Any]]:

@@ -14,11 +14,13 @@ two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,44 +31,60 @@ from .hashing import mask_labels
 
 Floats: TypeAlias = NDArray[np.float32]
 Ints: TypeAlias = NDArray[np.int64]
-Votes: TypeAlias = sparse.csr_array
-"""(N regions, K cells): how much each cell counts for each region; no row is empty."""
+Points: TypeAlias = NDArray[np.float64]
+Rows: TypeAlias = NDArray[np.unsignedinteger[Any]]
+GridShape: TypeAlias = tuple[int, int, int]
+"""(Z, gh, gw)."""
 
+_Label = TypeVar("_Label", bound=np.integer)
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 _EPSILON = np.float32(1e-8)
-_LOOKUP_LIMIT = 1 << 24
-_DENSE_VOTES_A_PIXEL = 32
-"""Up to so many pairs of region and cell a pixel, counting all pairs is faster than sorting."""
-_DENSE_VOTES = 1 << 24
-"""More pairs are never counted at once: 128 MB."""
-_BLOCK = 1 << 22
-"""Pixels counted at once."""
 _ORDINARY = 2.0**-20, 2.0**60
 """Vectors whose largest number is beyond are scaled before their length is taken in float32."""
+_MEDIAN_NUMBERS = 1 << 17
+"""Numbers that are sorted at once."""
 
 
-@dataclass(frozen=True, slots=True)
+class Mapping(Protocol):
+    """What maps masks and points alike: a draw."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+
+    def apply_mask(self, mask: NDArray[_Label]) -> NDArray[_Label]:
+        """Map a mask (H, W), nearest neighbour."""
+
+    def map_points(self, points: Points, shape: tuple[int, int]) -> Points:
+        """Map points (N, 2), (y, x) in pixels of a frame of shape (H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
 class Regions:
-    """The pixels of one mask, told apart by region.
+    """The regions of one mask, numbered in the order of their labels; one for all of its draws.
 
     Attributes
     ----------
     labels : (N,) int32, ascending
-    shape : (Z, H, W); Z is 1 for a single frame
-    index : (P,) int64
-        For each foreground pixel, the row of its label in `labels`.
-    places : (P,) int64
-        Where each of these pixels lies in the flattened (Z, H, W).
+    rows : (Z, H, W), the smallest unsigned integers; Z is 1 for a single frame
+        0 for background, 1 for the first label, and so on.
+    missing : callable, optional
+        Gives (N, 2) or (N, 3) float64, (y, x) or (z, y, x): where each region lies of which the
+        mask may have no pixel.
     """
 
     labels: NDArray[np.int32]
-    shape: tuple[int, int, int]
-    index: Ints
-    places: Ints
+    rows: Rows
+    missing: Callable[[], Points] | None = None
 
     @classmethod
-    def of_mask(cls, mask: NDArray[np.generic], labels: NDArray[np.int32] | None = None) -> Regions:
-        """Sort a mask's pixels by region.
+    def of_mask(
+        cls,
+        mask: NDArray[np.generic],
+        labels: NDArray[np.int32] | None = None,
+        centroids: Points | None = None,
+    ) -> Regions:
+        """Find a mask's regions.
 
         Parameters
         ----------
@@ -74,58 +92,56 @@ class Regions:
         labels : (N,) int32, ascending, optional
             The regions wanted, by default all in the mask. One without a pixel stays, empty;
             pixels with other labels are left out.
+        centroids : (N, 2) or (N, 3) float64, optional
+            Where a region lies that has no pixel.
         """
         stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
-        places = np.flatnonzero(stack != 0)  # faster than of the integers
-        values = stack.reshape(-1)[places]
+        values, lengths = _runs_of_values(stack)
         wanted = _distinct(values) if labels is None else labels
-        index = _rows_of(values, wanted)
-        if labels is not None:
-            inside = index >= 0
-            places, index = places[inside], index[inside]
-        return cls(wanted, stack.shape, index, places)
+        known = np.isin(values, wanted)
+        rows = np.where(known, np.searchsorted(wanted, values) + 1, 0)
+        numbered = np.repeat(rows.astype(np.min_scalar_type(len(wanted))), lengths)
+        missing = None if centroids is None else lambda: centroids
+        return cls(wanted, numbered.reshape(stack.shape), missing)
 
     @property
-    def pixels(self) -> Ints:
-        """(3, P) int64, (z, y, x) of each foreground pixel."""
-        rows, columns = np.divmod(self.places, self.shape[2])
-        return np.stack([*np.divmod(rows, self.shape[1]), columns])
+    def shape(self) -> GridShape:
+        """(Z, H, W)."""
+        z, height, width = self.rows.shape
+        return z, height, width
 
-    @property
-    def sizes(self) -> Ints:
-        """(N,) int64, pixels of each region."""
-        return np.bincount(self.index, minlength=len(self.labels))
+    def drawn(self, draw: Mapping) -> Regions:
+        """Map the regions by a draw; one of which nothing is left lies where its centroid goes."""
+        if draw.is_identity:
+            return self
+        rows = np.stack([draw.apply_mask(plane) for plane in self.rows])
+        return Regions(self.labels, rows, lambda: self._mapped_centroids(draw))
 
-    def centroids(self) -> NDArray[np.float64]:
+    def _mapped_centroids(self, draw: Mapping) -> Points:
+        mapped = draw.map_points(self.centroids[:, 1:], self.shape[1:])
+        return np.column_stack([self.centroids[:, 0], mapped])
+
+    @cached_property
+    def centroids(self) -> Points:
         """(N, 3) float64, (z, y, x): mean pixel of each region, NaN for an empty one."""
-        sums = [np.bincount(self.index, axis, minlength=len(self.labels)) for axis in self.pixels]
-        with np.errstate(invalid="ignore"):
-            return np.stack(sums, axis=-1) / self.sizes[:, None]
+        runs = _Runs.of(self.rows, np.zeros(self.shape[2], bool))
+        return runs.centroids(self.shape, len(self.labels))
 
 
 def region_labels(mask: NDArray[np.generic]) -> NDArray[np.int32]:
     """List the labels of a mask's regions: (N,) int32, ascending, without background."""
-    values = mask_labels(mask).reshape(-1)
-    return _distinct(values[values != 0])
+    return _distinct(_runs_of_values(mask_labels(mask))[0])
+
+
+def _runs_of_values(array: NDArray[np.int32]) -> tuple[NDArray[np.int32], Ints]:
+    """Give value and length of each run of equal values in a flattened array."""
+    flat = array.reshape(-1)
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    return flat[starts], np.diff(starts, append=flat.size)
 
 
 def _distinct(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    if values.size and int(values.max()) < _LOOKUP_LIMIT:
-        return np.flatnonzero(np.bincount(values)).astype(np.int32)
-    return np.unique(values)
-
-
-def _rows_of(values: NDArray[np.int32], labels: NDArray[np.int32]) -> Ints:
-    """Give the row of each value among ascending labels: (P,) int64, -1 where it is none."""
-    if not values.size or not labels.size:
-        return np.full(len(values), -1, np.int64)
-    highest = int(max(values.max(), labels[-1]))
-    if highest < _LOOKUP_LIMIT:
-        table = np.full(highest + 1, -1, np.int64)
-        table[labels] = np.arange(len(labels))
-        return table[values]
-    rows = np.minimum(np.searchsorted(labels, values), len(labels) - 1)
-    return np.where(labels[rows] == values, rows, -1)
+    return np.unique(values[values != 0])
 
 
 def pool(
@@ -170,131 +186,237 @@ def pool(
     >>> np.allclose(pool(grid, mask, "nearest_patch"), [[0.447, 0.894], [0.6, 0.8]], atol=1e-3)
     True
     """
-    return pool_regions(grid, Regions.of_mask(mask, labels), mode, centroids=centroids)
+    [pooled] = pool_regions(grid, Regions.of_mask(mask, labels, centroids), [mode])
+    return pooled
+
+
+def pool_frame(
+    grid: NDArray[np.floating], regions: Regions, draw: Mapping, modes: Sequence[str]
+) -> list[Floats]:
+    """Pool the grid of a frame under a draw in several ways at once.
+
+    Parameters
+    ----------
+    grid : (gh, gw, C), or (Z, gh, gw, C) for a stack, float
+        Embeddings of the drawn frame.
+    regions : Regions
+        Of the frame's mask before the draw: of one frame for all of its draws.
+    draw : Draw
+    modes : sequence of str
+        Of `POOLINGS`.
+
+    Returns
+    -------
+    list of (N, C) float32
+        One for each mode, in the order of `regions.labels`. A region of which the draw leaves no
+        pixel takes the cell under its mapped centroid.
+
+    Raises
+    ------
+    UnknownNameError, FrameError
+        As `pool`.
+    """
+    return pool_regions(grid, regions.drawn(draw), modes)
 
 
 def pool_regions(
-    grid: NDArray[np.floating],
-    regions: Regions,
-    mode: str,
-    *,
-    centroids: NDArray[np.float64] | None = None,
-) -> Floats:
-    """Pool a grid as `pool` does, over the regions of a mask that are known already."""
-    steps = _steps(mode)
+    grid: NDArray[np.floating], regions: Regions, modes: Sequence[str]
+) -> list[Floats]:
+    """Pool as `pool_frame` does, over regions that are drawn already (`Regions.drawn`)."""
+    steps = [_steps(mode) for mode in modes]
     stack = grid[None] if grid.ndim == 3 else grid
     if stack.ndim != 4 or stack.shape[0] != regions.shape[0]:
         raise FrameError(
             f"a grid of shape {grid.shape} does not belong to a mask of {regions.shape[0]} slices: "
             "expected (gh, gw, C) for (H, W), or (Z, gh, gw, C) for (Z, H, W)"
         )
-    votes = _fill_empty(steps.vote(regions, stack.shape[:3]), regions, stack.shape[:3], centroids)
-    return steps.aggregate(votes, _unit_vectors(stack, votes))
+    if not len(regions.labels):
+        return [np.empty((0, stack.shape[3]), np.float32) for _ in modes]
+    ballot = _Ballot(regions, stack.shape[:3])
+    votes = [step.vote(ballot) for step in steps]
+    units, places = _unit_vectors(stack, votes)
+    return [
+        step.aggregate(v, place, units) for step, v, place in zip(steps, votes, places, strict=True)
+    ]
+
+
+class Votes(NamedTuple):
+    """How much each cell counts for each region, sorted by region, then cell.
+
+    Attributes
+    ----------
+    bounds : (N + 1,) int64
+        The votes of region i are those from ``bounds[i]`` to ``bounds[i + 1]``, at least one.
+    cells : (V,) int64
+    weights : (V,) float32
+    """
+
+    bounds: Ints
+    cells: Ints
+    weights: Floats
+
+
+class _Ballot:
+    """The votes of a mask's regions for the cells of a grid, by pixel, centroid or box."""
+
+    def __init__(self, regions: Regions, grid: GridShape) -> None:
+        self._regions, self._grid, self._count = regions, grid, len(regions.labels)
+
+    @cached_property
+    def _along(self) -> list[Ints]:
+        """Which cells the pixels lie in, along each axis."""
+        sizes = zip(self._regions.shape, self._grid, strict=True)
+        return [_cells_along(np.arange(length), length, cells) for length, cells in sizes]
+
+    @cached_property
+    def _runs(self) -> _Runs:
+        return _Runs.of(self._regions.rows, np.diff(self._along[2], prepend=-1) != 0)
+
+    @cached_property
+    def _pixels(self) -> tuple[Ints, Ints, Ints]:
+        """Row and cell (both ascending) and number of pixels of each pair that is there."""
+        runs, (z, y, x), cells = self._runs, self._along, math.prod(self._grid)
+        lines = (z[:, None] * self._grid[1] + y).reshape(-1) * self._grid[2]
+        line, column = np.divmod(runs.start, self._regions.shape[2])
+        # Region, cell and pixels of a run fit in 64 bits for whatever fits into memory.
+        bits = self._regions.shape[2].bit_length()
+        packed = ((runs.row * cells + lines[line] + x[column]) << bits) | runs.length
+        packed.sort()
+        pair = packed >> bits
+        first = np.flatnonzero(np.diff(pair, prepend=-1))
+        counts = np.add.reduceat(packed & ((1 << bits) - 1), first) if len(first) else first
+        return *np.divmod(pair[first], cells), counts
+
+    @cached_property
+    def by_pixel(self) -> Votes:
+        """Each pixel votes for the cell under it."""
+        return self._with_missing(*self._pixels)
+
+    @cached_property
+    def by_centroid(self) -> Votes:
+        """The cell under the mean pixel."""
+        rows = np.unique(self._runs.row)
+        centroids = self._runs.centroids(self._regions.shape, self._count)[rows]
+        cells = _cells(centroids.T, self._regions.shape, self._grid)
+        return self._with_missing(rows, cells, np.ones_like(rows))
+
+    @cached_property
+    def by_box(self) -> Votes:
+        """Each cell between the first and the last that a pixel lies in, along each axis."""
+        rows, cells, _ = self._pixels
+        rows, first = np.unique(rows, return_index=True)
+        if not len(rows):
+            return self._with_missing(rows, rows, rows)
+        axes = np.unravel_index(cells, self._grid)
+        low = np.stack([np.minimum.reduceat(axis, first) for axis in axes])
+        sides = np.stack([np.maximum.reduceat(axis, first) for axis in axes]) - low + 1
+        counts = sides.prod(axis=0)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+        steps = np.stack(
+            [
+                within // (sides[1] * sides[2])[owner],
+                within // sides[2][owner] % sides[1][owner],
+                within % sides[2][owner],
+            ]
+        )
+        cells = np.ravel_multi_index(tuple(low[:, owner] + steps), self._grid)
+        return self._with_missing(rows[owner], cells, np.ones_like(cells))
+
+    def _with_missing(self, rows: Ints, cells: Ints, counts: Ints) -> Votes:
+        """Add one vote for each region without a pixel: for the cell under its centroid."""
+        bounds = np.searchsorted(rows, np.arange(self._count + 1))
+        missing = np.flatnonzero(bounds[1:] == bounds[:-1])
+        if len(missing):
+            cells = np.insert(cells, bounds[missing], self._cells_of_missing(missing))
+            counts = np.insert(counts, bounds[missing], 1)
+            bounds = bounds + np.searchsorted(missing, np.arange(self._count + 1))
+        return Votes(bounds, cells, counts.astype(np.float32))
+
+    def _cells_of_missing(self, missing: Ints) -> Ints:
+        if self._regions.missing is None:
+            raise FrameError(
+                f"the mask has no pixel of label {self._regions.labels[missing[0]]} and its "
+                "centroid is not given: pass centroids, or ask only for labels in the mask"
+            )
+        points = self._regions.missing()[missing]
+        if points.shape[1] == 2:
+            points = np.column_stack([np.zeros(len(points)), points])
+        return _cells(points.T, self._regions.shape, self._grid)
+
+
+class _Runs(NamedTuple):
+    """Runs of neighbouring pixels of one region, none of them over a border.
+
+    Attributes
+    ----------
+    row : (R,) int64
+        Of the region, from 0.
+    start : (R,) int64
+        Where its first pixel lies in the flattened (Z, H, W).
+    length : (R,) int64
+    """
+
+    row: Ints
+    start: Ints
+    length: Ints
+
+    @classmethod
+    def of(cls, rows: Rows, borders: NDArray[np.bool_]) -> _Runs:
+        """Find the runs in (Z, H, W) row numbers; borders (W,) are columns where runs begin."""
+        flat, starting = rows.reshape(-1), np.logical_and(rows, borders)
+        starting.reshape(-1)[1:] |= flat[1:] != flat[:-1]
+        starting[..., 0] = True
+        start = np.flatnonzero(starting)
+        row = flat[start]
+        length = np.diff(start, append=rows.size)
+        inside = np.flatnonzero(row)
+        return cls(row[inside].astype(np.int64) - 1, start[inside], length[inside])
+
+    def starts(self, shape: GridShape) -> Ints:
+        """(3, R), (z, y, x) of each run's first pixel."""
+        line, x = np.divmod(self.start, shape[2])
+        return np.stack([*np.divmod(line, shape[1]), x])
+
+    def centroids(self, shape: GridShape, count: int) -> Points:
+        """(count, 3) float64, (z, y, x): mean pixel of each region, NaN for an empty one."""
+        z, y, x = self.starts(shape)
+        last = self.length - 1
+        sums = (z * self.length, y * self.length, x * self.length + last * self.length // 2)
+        sizes = np.bincount(self.row, self.length, minlength=count)
+        with np.errstate(invalid="ignore"):
+            return (
+                np.stack([np.bincount(self.row, s, minlength=count) for s in sums], axis=-1)
+                / sizes[:, None]
+            )
 
 
 def _as_stack(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     return array[None] if array.ndim == 2 else array
 
 
-def _cells(points: NDArray[np.generic], regions: Regions, grid: tuple[int, ...]) -> Ints:
-    """Find the number of the grid cell under each point (3, P), (z, y, x), clipped to the frame."""
-    axes = [
-        _cells_along(axis, length, cells)
-        for axis, length, cells in zip(points, regions.shape, grid, strict=True)
-    ]
-    return np.ravel_multi_index(tuple(axes), grid).astype(np.int64)
+def _cells(points: NDArray[Any], shape: GridShape, grid: GridShape) -> Ints:
+    """Give the number of the grid cell under each point (3, P), (z, y, x), clipped to the frame."""
+    axes = [_cells_along(*along) for along in zip(points, shape, grid, strict=True)]
+    return np.ravel_multi_index(tuple(axes), grid)
 
 
 def _cells_along(points: NDArray[Any], length: int, cells: int) -> Ints:
     return np.clip((points * (cells / length)).astype(np.int64), 0, cells - 1)
 
 
-@lru_cache(maxsize=4)
-def _cells_of_pixels(shape: tuple[int, int, int], grid: tuple[int, int, int]) -> Ints:
-    """Give the number of the grid cell under every pixel: (Z * H * W,) int64."""
-    axes = [_cells_along(np.arange(n), n, cells) for n, cells in zip(shape, grid, strict=True)]
-    cells = np.ravel_multi_index(np.ix_(*axes), grid).astype(np.int64).reshape(-1)
-    cells.flags.writeable = False
-    return cells
-
-
-def _tally(rows: Ints, cells: Ints, regions: Regions, grid: tuple[int, ...]) -> Votes:
-    shape = len(regions.labels), int(np.prod(grid))
-    blocks = [slice(start, start + _BLOCK) for start in range(0, len(rows), _BLOCK)]
-    if shape[0] * shape[1] > min(_DENSE_VOTES_A_PIXEL * len(rows), _DENSE_VOTES):
-        votes = sparse.csr_array(shape, dtype=np.float32)
-        for block in blocks:
-            ones = np.ones(len(rows[block]), np.float32)
-            part = sparse.csr_array((ones, (rows[block], cells[block])), shape=shape)
-            part.sum_duplicates()
-            votes = votes + part
-        return votes
-    counts = np.zeros(shape[0] * shape[1], np.int64)
-    for block in blocks:
-        counts += np.bincount(rows[block] * shape[1] + cells[block], minlength=len(counts))
-    filled = np.flatnonzero(counts)
-    bounds = np.searchsorted(filled, np.arange(shape[0] + 1) * shape[1])
-    return sparse.csr_array(
-        (counts[filled].astype(np.float32), filled % shape[1], bounds), shape=shape
+def _unit_vectors(stack: NDArray[np.floating], votes: Sequence[Votes]) -> tuple[Floats, list[Ints]]:
+    """Give the vectors of length 1 (U, C) of all cells that have a vote, and each vote's place."""
+    place = np.zeros(math.prod(stack.shape[:3]), np.int64)
+    for each in votes:
+        place[each.cells] = 1
+    cells = np.flatnonzero(place)
+    place[cells] = np.arange(len(cells))
+    vectors = _scale_extremes(
+        stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32, copy=False)
     )
-
-
-def _vote_by_pixel(regions: Regions, grid: tuple[int, int, int]) -> Votes:
-    cells = _cells_of_pixels(regions.shape, grid)[regions.places]
-    return _tally(regions.index, cells, regions, grid)
-
-
-def _vote_by_centroid(regions: Regions, grid: tuple[int, int, int]) -> Votes:
-    rows = np.flatnonzero(regions.sizes)
-    return _tally(rows, _cells(regions.centroids()[rows].T, regions, grid), regions, grid)
-
-
-def _vote_by_box(regions: Regions, grid: tuple[int, int, int]) -> Votes:
-    low = np.full((3, len(regions.labels)), np.iinfo(np.int64).max)
-    high = np.full((3, len(regions.labels)), -1)
-    for axis, pixels in enumerate(regions.pixels):
-        np.minimum.at(low[axis], regions.index, pixels)
-        np.maximum.at(high[axis], regions.index, pixels)
-    rows = np.flatnonzero(regions.sizes)
-    first = np.stack(np.unravel_index(_cells(low[:, rows], regions, grid), grid), axis=-1)
-    last = np.stack(np.unravel_index(_cells(high[:, rows], regions, grid), grid), axis=-1)
-    boxes = [_box_cells(a, b, grid) for a, b in zip(first, last, strict=True)]
-    counts = [len(box) for box in boxes]
-    cells = np.concatenate(boxes) if boxes else np.empty(0, np.int64)
-    return _tally(np.repeat(rows, counts), cells, regions, grid)
-
-
-def _box_cells(first: Ints, last: Ints, grid: tuple[int, ...]) -> Ints:
-    spans = [np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]
-    return np.ravel_multi_index(np.ix_(*spans), grid).reshape(-1).astype(np.int64)
-
-
-def _fill_empty(
-    votes: Votes,
-    regions: Regions,
-    grid: tuple[int, ...],
-    centroids: NDArray[np.float64] | None,
-) -> Votes:
-    empty = np.flatnonzero(np.diff(votes.indptr) == 0)
-    if not len(empty):
-        return votes
-    if centroids is None:
-        raise FrameError(
-            f"the mask has no pixel of label {regions.labels[empty[0]]} and its centroid is not "
-            "given: pass centroids, or ask only for labels in the mask"
-        )
-    points = centroids[empty]
-    if points.shape[1] == 2:
-        points = np.column_stack([np.zeros(len(points)), points])
-    return votes + _tally(empty, _cells(points.T, regions, grid), regions, grid)
-
-
-def _unit_vectors(stack: NDArray[np.floating], votes: Votes) -> Floats:
-    """(votes.nnz, C) float32: the vector of length 1 for each vote."""
-    cells, place = np.unique(votes.indices, return_inverse=True)
-    vectors = _scale_extremes(stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32))
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + _EPSILON
-    return vectors[place]
+    return vectors, [place[each.cells] for each in votes]
 
 
 def _scale_extremes(vectors: Floats) -> Floats:
@@ -306,53 +428,83 @@ def _scale_extremes(vectors: Floats) -> Floats:
     return np.ldexp(vectors, np.where(ordinary, 0, -np.frexp(largest)[1]))
 
 
-def _mean(votes: Votes, vectors: Floats) -> Floats:
-    owners = sparse.csr_array(
-        (votes.data, np.arange(votes.nnz), votes.indptr), shape=(votes.shape[0], votes.nnz)
-    )
-    return np.asarray(owners @ vectors, np.float32) / votes.sum(axis=1, dtype=np.float32)[:, None]
+def _mean(votes: Votes, place: Ints, vectors: Floats) -> Floats:
+    shape = len(votes.bounds) - 1, len(vectors)
+    weighted = sparse.csr_array((votes.weights, place, votes.bounds), shape=shape)
+    totals: Floats = np.add.reduceat(votes.weights, votes.bounds[:-1])
+    return np.asarray(weighted @ vectors, np.float32) / totals[:, None]
 
 
-def _max(votes: Votes, vectors: Floats) -> Floats:
-    if not votes.shape[0]:
-        return vectors[:0]
-    return np.maximum.reduceat(vectors, votes.indptr[:-1], axis=0)
+def _max(votes: Votes, place: Ints, vectors: Floats) -> Floats:
+    return np.maximum.reduceat(vectors[place], votes.bounds[:-1], axis=0)
 
 
-def _median(votes: Votes, vectors: Floats) -> Floats:
-    pooled = np.empty((votes.shape[0], vectors.shape[1]), np.float32)
-    for row, (start, stop) in enumerate(zip(votes.indptr[:-1], votes.indptr[1:], strict=True)):
-        pooled[row] = _weighted_median(vectors[start:stop], votes.data[start:stop])
+def _median(votes: Votes, place: Ints, vectors: Floats) -> Floats:
+    """Take weighted medians, of all regions with about as many votes at once."""
+    ranked, sizes = _ranked(vectors), np.diff(votes.bounds)
+    widths = 1 << np.ceil(np.log2(sizes)).astype(np.int64)
+    pooled = np.empty((len(sizes), vectors.shape[1]), np.float32)
+    for width in np.unique(widths):
+        regions = np.flatnonzero(widths == width)
+        at_once = max(1, _MEDIAN_NUMBERS // int(width * vectors.shape[1]))
+        for part in np.split(regions, range(at_once, len(regions), at_once)):
+            there = np.arange(width) < sizes[part, None]
+            chosen = np.where(there, votes.bounds[part, None] + np.arange(width), 0)
+            cells = np.where(there, place[chosen], len(vectors))
+            weights = np.where(there, votes.weights[chosen], np.float32(0))
+            pooled[part] = _weighted_medians(ranked, cells, weights, vectors)
     return pooled
 
 
-def _weighted_median(vectors: Floats, weights: Floats) -> Floats:
-    """(C,): the median of (K, C) vectors, each standing there `weights` times."""
-    order = np.argsort(vectors, axis=0, kind="stable")
-    ranked = np.take_along_axis(vectors, order, axis=0)
-    reached = np.cumsum(weights[order], axis=0, dtype=np.float64)
-    half = reached[-1] / 2
-    lower = np.take_along_axis(ranked, (reached < half).sum(axis=0)[None], axis=0)[0]
-    upper = np.take_along_axis(ranked, (reached <= half).sum(axis=0)[None], axis=0)[0]
-    return (lower + upper) / np.float32(2)
+def _ranked(vectors: Floats) -> Ints:
+    """Give (C, U + 1) multiples of 2**32 in the order of (U, C) numbers, the last one highest."""
+    bits = (vectors.T + np.float32(0)).view(np.int32)  # -0.0 is 0.0
+    ascending = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    ranked = np.full((vectors.shape[1], len(vectors) + 1), np.iinfo(np.int32).max, np.int64)
+    ranked[:, :-1] = ascending
+    return ranked << 32
+
+
+def _weighted_medians(ranked: Ints, cells: Ints, weights: Floats, vectors: Floats) -> Floats:
+    """(n, C): medians of the vectors of (n, K) cells, each standing there `weights` times.
+
+    Of equal numbers the first stands first, as in a stable sort: zeros have signs.
+    """
+    keys = ranked.take(cells, axis=1)
+    keys |= np.arange(cells.shape[1])
+    keys.sort(axis=2)
+    keys &= 0xFFFFFFFF
+    regions, channels = np.arange(len(cells)), np.arange(len(ranked))[:, None]
+    reached = weights.astype(np.float64).take(keys + regions[:, None] * cells.shape[1])
+    np.cumsum(reached, axis=2, out=reached)
+    half = reached[..., -1:] / 2
+    lower, upper = (
+        vectors[cells[regions, np.take_along_axis(keys, first, axis=2)[..., 0]], channels]
+        for first in (
+            (reached >= half).argmax(axis=2, keepdims=True),
+            (reached > half).argmax(axis=2, keepdims=True),
+        )
+    )
+    return (lower + upper).T / np.float32(2)
 
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    vote: Callable[[Regions, tuple[int, int, int]], Votes]
-    aggregate: Callable[[Votes, Floats], Floats]
+    vote: Callable[[_Ballot], Votes]
+    aggregate: Callable[[Votes, Ints, Floats], Floats]
     revision: int = 1
 
 
+_BY_CENTROID, _BY_PIXEL, _BY_BOX = map(attrgetter, ("by_centroid", "by_pixel", "by_box"))
 _MODES = MappingProxyType(
     {
-        "nearest_patch": _Steps(_vote_by_centroid, _mean),
-        "mean_patches_exact": _Steps(_vote_by_pixel, _mean),
-        "max_patches_exact": _Steps(_vote_by_pixel, _max),
-        "median_patches_exact": _Steps(_vote_by_pixel, _median),
-        "mean_patches_bbox": _Steps(_vote_by_box, _mean),
-        "max_patches_bbox": _Steps(_vote_by_box, _max),
-        "median_patches_bbox": _Steps(_vote_by_box, _median),
+        "nearest_patch": _Steps(_BY_CENTROID, _mean),
+        "mean_patches_exact": _Steps(_BY_PIXEL, _mean),
+        "max_patches_exact": _Steps(_BY_PIXEL, _max),
+        "median_patches_exact": _Steps(_BY_PIXEL, _median),
+        "mean_patches_bbox": _Steps(_BY_BOX, _mean),
+        "max_patches_bbox": _Steps(_BY_BOX, _max),
+        "median_patches_bbox": _Steps(_BY_BOX, _median),
     }
 )
 

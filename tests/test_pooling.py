@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
-from feature_cache import POOLINGS, FrameError, UnknownNameError, pooling
-from feature_cache.pooling import pool, region_labels
+from feature_cache import IDENTITY, POOLINGS, Draw, FrameError, UnknownNameError, pooling
+from feature_cache.augment import Affine, Brightness, Elastic, Scale, hflip, quarter_turn, vflip
+from feature_cache.pooling import Regions, pool, pool_frame, region_labels
 
 AGGREGATE = {"mean": np.mean, "max": np.max, "median": np.median}
 
@@ -147,17 +151,107 @@ def test_a_zero_vector_stays_one():
     ).any()
 
 
-@pytest.mark.parametrize("mode", POOLINGS)
-def test_blocks_and_ways_of_counting_give_the_same_bits(monkeypatch, mode):
+DRAWS = [
+    IDENTITY,
+    Draw.of(hflip()),
+    Draw.of(quarter_turn()),
+    Draw.of(Scale(0.31), vflip()),
+    Draw.of(Scale(1.7)),
+    Draw.of(Affine(degrees=30, shear_degrees=5, scale=0.5, shift_y=0.1, shift_x=0.3)),
+    Draw.of(quarter_turn(3), Elastic(1.0, 8.0, 3), Scale(0.8), Affine(scale=1.4), Brightness(1.2)),
+]
+
+
+def plain(grid, mask, draw, mode):
+    """Pool a drawn frame one region at a time, in the arithmetic that is promised."""
+    grid, mask = (grid[None], mask[None]) if mask.ndim == 2 else (grid, mask)
+    drawn = np.stack([draw.apply_mask(plane) for plane in mask])
+    sizes, shape = drawn.shape, grid.shape[:3]
+
+    def cell_of(point):
+        scaled = [int(p * (n / size)) for p, n, size in zip(point, shape, sizes, strict=True)]
+        return tuple(int(np.clip(p, 0, n - 1)) for p, n in zip(scaled, shape, strict=True))
+
+    pooled = []
+    for label in np.unique(mask[mask > 0]):
+        pixels = np.argwhere(drawn == label)
+        cells = [cell_of(pixel) for pixel in pixels]
+        if not len(pixels):
+            z, *point = np.argwhere(mask == label).mean(axis=0)
+            cells = [cell_of((z, *draw.map_points([point], mask.shape[1:])[0]))]
+        elif mode == "nearest_patch":
+            cells = [cell_of(pixels.mean(axis=0))]
+        elif mode.endswith("_bbox"):
+            spans = [range(min(axis), max(axis) + 1) for axis in zip(*cells, strict=True)]
+            cells = list(product(*spans))
+        votes = sorted(Counter(cells).items())
+        weights = np.array([count for _, count in votes], np.float32)
+        vectors = np.stack([grid[cell] for cell, _ in votes])
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + np.float32(1e-8)
+        if mode.startswith("max"):
+            pooled.append(vectors.max(axis=0))
+        elif mode.startswith("median"):
+            ranked = np.sort(np.repeat(vectors, weights.astype(int), axis=0), axis=0)
+            middle = ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]
+            pooled.append(middle / np.float32(2))
+        else:
+            [total] = sparse.csr_array(weights[None]) @ vectors
+            pooled.append(total / weights.sum())
+    return np.array(pooled, np.float32).reshape(-1, grid.shape[3])
+
+
+@st.composite
+def drawn_frames(draw):
+    """Frames and stacks, and grids with equal numbers and zeros."""
+    depth = draw(st.sampled_from([0, 1, 3]))
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    choice = [0, 0, 0, 1, 255, 256, 2**31 - 1, *range(5, 5 + draw(st.sampled_from([1, 9, 50])))]
+    blocks = draw(st.integers(1, 6))
+    labels = rng.choice(choice, (max(depth, 1), height, width))
+    mask = np.kron(labels, np.ones((1, blocks, blocks), np.int64))[:, :height, :width]
+    shape = (len(mask), draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(1, 5)))
+    grid = rng.standard_normal(shape).astype(np.float32)
+    if draw(st.booleans()):
+        grid = np.round(grid)
+    mask = mask.astype(draw(st.sampled_from(["int32", "int64", "uint32"])))
+    return (grid, mask) if depth else (grid[0], mask[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=drawn_frames(), draw=st.sampled_from(DRAWS))
+def test_a_drawn_frame_is_pooled_as_region_by_region_to_the_bit(case, draw):
+    grid, mask = case
+    regions = Regions.of_mask(mask)
+    assert np.array_equal(regions.labels, region_labels(mask))
+    together = pool_frame(grid, regions, draw, POOLINGS)
+    for mode, pooled in zip(POOLINGS, together, strict=True):
+        assert pooled.dtype == np.float32
+        np.testing.assert_array_equal(pooled, plain(grid, mask, draw, mode), mode)
+        [alone] = pool_frame(grid, regions, draw, [mode])
+        np.testing.assert_array_equal(alone, pooled)
+
+
+def test_medians_of_many_votes_are_taken_in_parts_with_the_same_bits(monkeypatch):
     rng = np.random.default_rng(4)
-    grid = rng.standard_normal((3, 7, 9, 4)).astype(np.float32)
-    mask = rng.integers(0, 6, (3, 40, 50)) * (rng.random((3, 40, 50)) < 0.7)
-    expected = pool(grid, mask, mode)
-    for dense in 1 << 24, 0:
-        for block in 1 << 22, 997:
-            monkeypatch.setattr(pooling, "_DENSE_VOTES", dense)
-            monkeypatch.setattr(pooling, "_BLOCK", block)
-            assert np.array_equal(pool(grid, mask, mode), expected)
+    grid = rng.standard_normal((3, 30, 40, 7)).astype(np.float32)
+    mask = rng.integers(0, 6, (3, 80, 100)) * (rng.random((3, 80, 100)) < 0.7)
+    mask[0, :40, :50] = np.arange(2000).reshape(40, 50) + 6
+    expected = pool(grid, mask, "median_patches_exact")
+    monkeypatch.setattr(pooling, "_MEDIAN_NUMBERS", 64)
+    assert np.array_equal(pool(grid, mask, "median_patches_exact"), expected)
+    np.testing.assert_array_equal(expected, plain(grid, mask, IDENTITY, "median_patches_exact"))
+
+
+def test_a_region_that_a_draw_shrinks_to_nothing_takes_the_cell_where_its_centroid_goes():
+    grid = np.random.default_rng(0).standard_normal((4, 4, 3)).astype(np.float32)
+    mask = np.zeros((64, 64), int)
+    mask[:40, :40], mask[57, 9], mask[8, 57] = 1, 5, 300
+    draw = Draw.of(Scale(0.1), hflip())
+    assert np.unique(draw.apply_mask(mask)).tolist() == [0, 1]
+    for pooled in pool_frame(grid, Regions.of_mask(mask), draw, POOLINGS):
+        for vector, cell in zip(pooled[1:], [(3, 3), (0, 0)], strict=True):
+            np.testing.assert_allclose(vector, grid[cell] / np.linalg.norm(grid[cell]), atol=1e-6)
 
 
 def test_memory_does_not_grow_with_pairs_of_regions_and_cells():

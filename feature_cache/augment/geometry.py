@@ -27,6 +27,8 @@ FOLD_RATIO = 8
 """An elastic amplitude is at most the smoothing by this, so that the field can be inverted."""
 
 _INVERSION_STEPS = 40
+_STRIP = 32
+"""Lines that are transposed at once."""
 
 _ELEMENTS = {
     "identity": (False, False, False),
@@ -95,7 +97,7 @@ class D4(Operation):
 
     def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
         swap, *mirrors = _ELEMENTS[self.element]
-        mapped = mask.T if swap else mask
+        mapped = _transposed(mask) if swap else mask
         axes = tuple(axis for axis, mirror in enumerate(mirrors) if mirror)
         return np.ascontiguousarray(np.flip(mapped, axes))
 
@@ -108,6 +110,14 @@ class D4(Operation):
         swap, *mirrors = _ELEMENTS[self.element]
         mapped = frames.transpose(1, 2) if swap else frames
         return mapped.flip([axis + 1 for axis, mirror in enumerate(mirrors) if mirror]).contiguous()
+
+
+def _transposed(mask: NDArray[Label]) -> NDArray[Label]:
+    """Swap the axes strip by strip, which the processor's cache takes better than column-wise."""
+    swapped = np.empty(mask.shape[::-1], mask.dtype)
+    for start in range(0, len(mask), _STRIP):
+        swapped[:, start : start + _STRIP] = mask[start : start + _STRIP].T
+    return swapped
 
 
 def hflip() -> D4:
@@ -171,7 +181,7 @@ class Scale(Operation):
     def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
         shape = _shape_of(mask)
         rows, columns = map(_nearest_exact, shape, self.output_shape(shape))
-        return mask[np.ix_(rows, columns)]
+        return mask.take(rows, axis=0).take(columns, axis=1)
 
     def apply(
         self,
