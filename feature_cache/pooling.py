@@ -15,10 +15,9 @@ two.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -38,14 +37,14 @@ GridShape: TypeAlias = tuple[int, int, int]
 
 _Label = TypeVar("_Label", bound=np.integer)
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-_EPSILON = np.float32(1e-8)
-_ORDINARY = 2.0**-20, 2.0**60
+EPSILON = np.float32(1e-8)
+ORDINARY = 2.0**-20, 2.0**60
 """Vectors whose largest number is beyond are scaled before their length is taken in float32."""
 _MEDIAN_NUMBERS = 1 << 17
 """Numbers that are sorted at once."""
 
 
-class Mapping(Protocol):
+class Drawing(Protocol):
     """What maps masks and points alike: a draw."""
 
     @property
@@ -57,6 +56,9 @@ class Mapping(Protocol):
 
     def map_points(self, points: Points, shape: tuple[int, int]) -> Points:
         """Map points (N, 2), (y, x) in pixels of a frame of shape (H, W)."""
+
+    def output_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Give the shape (H', W') that a frame of shape (H, W) gets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,16 +112,21 @@ class Regions:
         z, height, width = self.rows.shape
         return z, height, width
 
-    def drawn(self, draw: Mapping) -> Regions:
+    def drawn(self, draw: Drawing) -> Regions:
         """Map the regions by a draw; one of which nothing is left lies where its centroid goes."""
         if draw.is_identity:
             return self
         rows = np.stack([draw.apply_mask(plane) for plane in self.rows])
         return Regions(self.labels, rows, lambda: self._mapped_centroids(draw))
 
-    def _mapped_centroids(self, draw: Mapping) -> Points:
+    def _mapped_centroids(self, draw: Drawing) -> Points:
         mapped = draw.map_points(self.centroids[:, 1:], self.shape[1:])
         return np.column_stack([self.centroids[:, 0], mapped])
+
+    def cells_of_centroids(self, draw: Drawing, grid: GridShape) -> Ints:
+        """Give the number of the grid cell under each region's mapped centroid: (N,) int64."""
+        shape = self.shape[0], *draw.output_shape(self.shape[1:])
+        return _cells(self._mapped_centroids(draw).T, shape, grid)
 
     @cached_property
     def centroids(self) -> Points:
@@ -191,7 +198,7 @@ def pool(
 
 
 def pool_frame(
-    grid: NDArray[np.floating], regions: Regions, draw: Mapping, modes: Sequence[str]
+    grid: NDArray[np.floating], regions: Regions, draw: Drawing, modes: Sequence[str]
 ) -> list[Floats]:
     """Pool the grid of a frame under a draw in several ways at once.
 
@@ -223,7 +230,7 @@ def pool_regions(
     grid: NDArray[np.floating], regions: Regions, modes: Sequence[str]
 ) -> list[Floats]:
     """Pool as `pool_frame` does, over regions that are drawn already (`Regions.drawn`)."""
-    steps = [_steps(mode) for mode in modes]
+    steps = [steps_of(mode) for mode in modes]
     stack = grid[None] if grid.ndim == 3 else grid
     if stack.ndim != 4 or stack.shape[0] != regions.shape[0]:
         raise FrameError(
@@ -233,10 +240,11 @@ def pool_regions(
     if not len(regions.labels):
         return [np.empty((0, stack.shape[3]), np.float32) for _ in modes]
     ballot = _Ballot(regions, stack.shape[:3])
-    votes = [step.vote(ballot) for step in steps]
+    votes = [getattr(ballot, step.vote) for step in steps]
     units, places = _unit_vectors(stack, votes)
     return [
-        step.aggregate(v, place, units) for step, v, place in zip(steps, votes, places, strict=True)
+        _AGGREGATES[step.aggregate](v, place, units)
+        for step, v, place in zip(steps, votes, places, strict=True)
     ]
 
 
@@ -415,14 +423,14 @@ def _unit_vectors(stack: NDArray[np.floating], votes: Sequence[Votes]) -> tuple[
     vectors = _scale_extremes(
         stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32, copy=False)
     )
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + _EPSILON
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + EPSILON
     return vectors, [place[each.cells] for each in votes]
 
 
 def _scale_extremes(vectors: Floats) -> Floats:
     """Scale vectors of huge or tiny numbers by powers of two, which leaves their direction."""
     largest = np.abs(vectors).max(axis=-1, keepdims=True, initial=0)
-    ordinary = ((largest >= _ORDINARY[0]) & (largest <= _ORDINARY[1])) | (largest == 0)
+    ordinary = ((largest >= ORDINARY[0]) & (largest <= ORDINARY[1])) | (largest == 0)
     if ordinary.all():
         return vectors
     return np.ldexp(vectors, np.where(ordinary, 0, -np.frexp(largest)[1]))
@@ -488,23 +496,29 @@ def _weighted_medians(ranked: Ints, cells: Ints, weights: Floats, vectors: Float
     return (lower + upper).T / np.float32(2)
 
 
+_AGGREGATES: Mapping[str, Callable[[Votes, Ints, Floats], Floats]] = MappingProxyType(
+    {"mean": _mean, "max": _max, "median": _median}
+)
+
+
 @dataclass(frozen=True, slots=True)
-class _Steps:
-    vote: Callable[[_Ballot], Votes]
-    aggregate: Callable[[Votes, Ints, Floats], Floats]
+class Steps:
+    """What a pooling does: who votes for which cells, and how their vectors become one."""
+
+    vote: str
+    aggregate: str
     revision: int = 1
 
 
-_BY_CENTROID, _BY_PIXEL, _BY_BOX = map(attrgetter, ("by_centroid", "by_pixel", "by_box"))
 _MODES = MappingProxyType(
     {
-        "nearest_patch": _Steps(_BY_CENTROID, _mean),
-        "mean_patches_exact": _Steps(_BY_PIXEL, _mean),
-        "max_patches_exact": _Steps(_BY_PIXEL, _max),
-        "median_patches_exact": _Steps(_BY_PIXEL, _median),
-        "mean_patches_bbox": _Steps(_BY_BOX, _mean),
-        "max_patches_bbox": _Steps(_BY_BOX, _max),
-        "median_patches_bbox": _Steps(_BY_BOX, _median),
+        "nearest_patch": Steps("by_centroid", "mean"),
+        "mean_patches_exact": Steps("by_pixel", "mean"),
+        "max_patches_exact": Steps("by_pixel", "max"),
+        "median_patches_exact": Steps("by_pixel", "median"),
+        "mean_patches_bbox": Steps("by_box", "mean"),
+        "max_patches_bbox": Steps("by_box", "max"),
+        "median_patches_bbox": Steps("by_box", "median"),
     }
 )
 
@@ -520,10 +534,11 @@ def pooling_revision(mode: str) -> int:
     UnknownNameError
         No such mode.
     """
-    return _steps(mode).revision
+    return steps_of(mode).revision
 
 
-def _steps(mode: str) -> _Steps:
+def steps_of(mode: str) -> Steps:
+    """Give what a pooling does; UnknownNameError for none."""
     if mode not in _MODES:
         raise UnknownNameError("pooling", mode, POOLINGS)
     return _MODES[mode]

@@ -17,7 +17,7 @@ LAYERS = [
     {"hashing", "units"},
     {"pooling", "memo"},
     {"spec", "movies"},
-    {"augment", "backbones", "normalize"},
+    {"augment", "backbones", "normalize", "pooling_torch"},
     {"key"},
     {"store", "compute", "explain", "rounding"},
     {"recompute"},
