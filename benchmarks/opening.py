@@ -58,6 +58,7 @@ def write_packs(space: Space, keys: Keys) -> list[str]:
         }
         names.append(pack_name(arrays, 0))
         folder = space.packs_folder / names[-1]
+        folder.mkdir()
         for name, array in arrays.items():
             write_array(folder / name, array.shape, array.shape, array.dtype, [[array]])
         _write_metadata(folder, {"records": []}, "regions", 0)

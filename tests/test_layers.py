@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from buckets import aws, bucket, endpoint, service
 from feature_cache import (
     CorruptRecordError,
     FeatureCache,
@@ -20,6 +21,8 @@ from feature_cache import (
 )
 from feature_cache.store.remote import open_remote, push
 from feature_cache.testing import FakeBackbone
+
+__all__ = ["aws", "bucket", "endpoint", "service"]
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
@@ -47,9 +50,9 @@ def shared(tmp_path, small):
 
 
 @pytest.fixture
-def pushed(tmp_path, shared):
+def pushed(shared, bucket):
     """What was pushed of it elsewhere."""
-    url = f"file://{tmp_path / 'pushed'}"
+    url = f"s3://{bucket.name}/features"
     push(shared[0], open_remote(url))
     return url
 
@@ -147,10 +150,29 @@ def test_a_layer_that_vanishes_is_left_out_with_a_warning(tmp_path, small, share
     assert backbone.frames == 6
 
 
+def test_a_file_url_is_a_folder_below_that_is_read_in_place(tmp_path, small, shared):
+    root, records = shared
+    frames, masks = small
+    cache = FeatureCache((tmp_path / "own").as_uri(), layers=[root.as_uri()])
+    before = snapshot(root)
+    assert same(cache.get(frames[:4], masks[:4], FakeBackbone()), records)
+    assert cache.stats()["packs"] == 0
+    assert snapshot(root) == before
+    assert cache.store.root == tmp_path / "own"
+    assert same(
+        pickle.loads(pickle.dumps(cache)).get(frames[:4], masks[:4], FakeBackbone()), records
+    )
+
+
+def test_no_remote_is_at_an_address_that_lacks_a_cache(tmp_path, bucket):
+    with pytest.raises(NotACacheError, match=f"no feature cache at s3://{bucket.name}/nothing"):
+        FeatureCache(tmp_path / "own", layers=[Path(f"s3://{bucket.name}/nothing")])
+
+
 def test_wrong_layers_are_errors_at_once(tmp_path, shared):
     with pytest.raises(NotACacheError, match="nowhere does not exist"):
         FeatureCache(tmp_path / "own", layers=[tmp_path / "nowhere"])
-    with pytest.raises(NotACacheError, match="no feature cache at"):
+    with pytest.raises(NotACacheError, match="nothing does not exist"):
         FeatureCache(tmp_path / "own", layers=[f"file://{tmp_path / 'nothing'}"])
 
 
@@ -182,7 +204,6 @@ def test_a_remote_layer_brings_packs_when_they_are_wanted(tmp_path, small, share
     assert cache.contains(*small, backbone) == [True] * 4 + [False] * 2
     assert same(cache.get_or_compute(*small, backbone)[:4], records)
     assert backbone.frames == 2
-    shutil.rmtree(tmp_path / "pushed")
     own = FeatureCache(tmp_path / "own", "r")
     assert same(own.get(frames[:4], masks[:4], FakeBackbone()), records)
     assert same(pickle.loads(pickle.dumps(own)).get(frames[:4], masks[:4], backbone), records)

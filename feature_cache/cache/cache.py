@@ -41,7 +41,7 @@ class FeatureCache:
     Parameters
     ----------
     root : path
-        The cache's folder.
+        The cache's folder, also as ``file://`` URL.
     mode : str
         ``"a"`` reads and writes, and makes the folder where there is none; ``"r"`` only reads.
     codec : str
@@ -49,10 +49,12 @@ class FeatureCache:
         (smaller). All are lossless and none is in a key.
     layers : sequence of path or URL
         Caches below, which are only read, the first one first: other folders, or what `push`
-        wrote to ``s3://…``, ``gs://…``, ``az://…`` or ``file://…``, whose packs are brought here
-        when they are needed.
+        wrote to ``s3://…``, ``gs://…`` or ``az://…``, whose packs are brought here when they are
+        needed.
     promote : bool
         Whether packs of folders in `layers` are brought here too when they are read.
+    create : bool
+        Whether the folder is made in mode ``"a"`` where there is none.
 
     Raises
     ------
@@ -80,10 +82,11 @@ class FeatureCache:
         *,
         layers: Sequence[str | os.PathLike[str]] = (),
         promote: bool = False,
+        create: bool = True,
     ) -> None:
         if codec not in CODECS:
             raise UnknownNameError("codec", codec, CODECS)
-        self.store = Store(root, mode)
+        self.store = Store(root, mode, create=create)
         self.codec, self.promote = codec, promote
         self.layers = open_layers(layers)
         self._spaces: dict[Digest, Space] = {}
@@ -97,7 +100,7 @@ class FeatureCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the same folder elsewhere; the counters belong to this process."""
         layers = tuple(layer.place for layer in self.layers)
-        open_again = partial(type(self), layers=layers, promote=self.promote)
+        open_again = partial(type(self), layers=layers, promote=self.promote, create=False)
         return open_again, (str(self.store.root), self.store.mode, self.codec)
 
     def space(self, spec: SpaceSpec) -> Space:

@@ -187,7 +187,7 @@ def gc(
 
     if yes and dry_run:
         raise typer.BadParameter("--yes and --dry-run contradict each other")
-    store = Store(cache, "a" if yes else "r")
+    store = Store(cache, "a" if yes else "r", create=False)
     plan = plan_gc(store, max_bytes=max_size, max_age_seconds=older_than, spaces=space)
     if not as_json:
         _print_plan(plan)
@@ -236,7 +236,7 @@ def compact(cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = 
     from ..store import Store
     from ..store.maintenance import choose_spaces, compact_space, remove_retired
 
-    store = Store(cache)
+    store = Store(cache, create=False)
     chosen = choose_spaces(store.spaces(), space)
     with make_bar("compacting", sum(map(len, chosen)), "record") as bar:
         reports = [compact_space(one, progress=bar.update) for one in chosen]
@@ -267,7 +267,8 @@ def pin(cache: CacheOption, what: WhatArgument = None, as_json: JsonOption = Fal
     from ..store import Store
     from ..store.maintenance import add_pin, read_pins
 
-    pins = read_pins(Store(cache, "r").root) if what is None else add_pin(Store(cache), what)
+    store = Store(cache, "r" if what is None else "a", create=False)
+    pins = read_pins(store.root) if what is None else add_pin(store, what)
     rows = [
         {
             "pinned": one.what,
@@ -289,7 +290,7 @@ def unpin(
     from ..store import Store
     from ..store.maintenance import remove_pin
 
-    typer.echo(f"{remove_pin(Store(cache), what)} unpinned")
+    typer.echo(f"{remove_pin(Store(cache, create=False), what)} unpinned")
 
 
 def push(

@@ -61,10 +61,10 @@ def stats(
     Example: feature-cache stats --cache features --runs
     """
     from ..cache import FeatureCache
-    from ..store import read_runs
+    from ..store import Store, read_runs
 
     if runs:
-        print_table([run.to_json() for run in read_runs(cache)], as_json)
+        print_table([run.to_json() for run in read_runs(Store(cache, "r").root)], as_json)
         return
     counts = FeatureCache(cache, "r").stats(lifetime=True)
     if as_json:

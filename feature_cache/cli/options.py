@@ -91,13 +91,23 @@ def _policies() -> Iterable[str]:
 complete_backbone = complete(_backbone_names)
 complete_pooling = complete(_pooling_names)
 
-CacheOption = Annotated[
-    Path, typer.Option("--cache", envvar="FEATURE_CACHE_DIR", help="The cache's folder.")
-]
-OptionalCacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", envvar="FEATURE_CACHE_DIR", help="The cache's folder."),
-]
+
+def parse_folder(text: str) -> Path:
+    """Read the name of a cache's folder; NotACacheError for a URL that names none."""
+    from ..store.url import find_folder
+
+    return find_folder(text)
+
+
+_cache_option = typer.Option(
+    "--cache",
+    envvar="FEATURE_CACHE_DIR",
+    parser=parse_folder,
+    metavar="FOLDER",
+    help="The cache's folder.",
+)
+CacheOption = Annotated[Path, _cache_option]
+OptionalCacheOption = Annotated[Path | None, _cache_option]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BackboneOption = Annotated[
     str,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError
-from .files import open_file, read_json
+from .files import make_folders, open_file, read_json
 from .maps import map_file
 
 AnyArray: TypeAlias = NDArray[Any]
@@ -219,10 +219,10 @@ def write_array(
         The pieces of each chunk in the order of their bytes, C-contiguous; asked for once, one
         after the other, and written before the next is asked for.
     """
-    path.mkdir(parents=True)
+    path.mkdir()
     for number, pieces in enumerate(chunks if shape[0] else ()):
         file = path.joinpath("c", str(number), *("0" for _ in shape[1:]))
-        file.parent.mkdir(parents=True)
+        make_folders(file.parent, path)
         _write_chunk(file, pieces)
     (path / "zarr.json").write_text(json.dumps(_describe(shape, chunk_shape, dtype)))
 

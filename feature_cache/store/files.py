@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..errors import ReadOnlyCacheError, StoreError
+from ..errors import NotACacheError, ReadOnlyCacheError, StoreError
 from ..hashing import JSON
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -87,11 +87,21 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
     return plain
 
 
+def make_folders(folder: Path, root: Path | None = None) -> None:
+    """Make a folder and those above it; those below `root`, which must be there, if it is given."""
+    if folder != root and not folder.is_dir():
+        make_folders(folder.parent, root)
+        make_folder(folder)
+
+
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, with the group's permissions of the one above."""
+    """Make a folder in one that must be there, with the group's permissions of that one.
+
+    What works in a cache makes no folder above the cache: one that was moved or removed meanwhile
+    would be made anew.
+    """
     if folder.is_dir():
         return
-    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     with suppress(PermissionError):  # another user made it at the same moment, and shares it
         share_with_group(folder)
@@ -224,8 +234,23 @@ def writing(place: Path) -> Iterator[None]:
                 f"no permission to write in {place} ({error.strerror}); "
                 "name a folder you can write, or open the cache with mode='r'"
             ) from error
+        if error.errno == errno.ENOENT and not place.exists():
+            raise _gone(place) from error
         what = "free some space or name another" if error.errno in _IS_FULL else "name another"
         raise StoreError(
             f"can't write in {place}: {error.strerror or error}; {what} folder. What was "
             "committed before is untouched"
         ) from error
+
+
+def check_there(root: Path) -> None:
+    """Raise NotACacheError where a cache was moved or removed while it was open."""
+    if not (root / "zarr.json").exists():
+        raise _gone(root)
+
+
+def _gone(place: Path) -> NotACacheError:
+    return NotACacheError(
+        f"{place} is not there any more: the cache was moved or removed while it was open. Open it "
+        "where it is now; nothing is made anew in its old place"
+    )

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from ..errors import NotACacheError, StoreError
 from ..key import Keys, Record
 from ..spec import SpaceSpec
-from .files import TEMPORARY_PREFIX, make_folder, writing
+from .files import TEMPORARY_PREFIX, make_folder, make_folders, writing
 from .pack import check_pack
 from .process import join
 from .remote import Remote, RemoteSpace, open_remote
 from .space import Space
 from .store import Store
+from .url import parse_url, url_folder
 from .writer import install_pack
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class FolderLayer:
 
 
 class Below(Protocol):
-    """A cache below: a folder, or what was pushed elsewhere.
+    """A cache below: a folder, or an object store that was pushed to.
 
     Attributes
     ----------
@@ -103,9 +104,10 @@ def open_layers(places: Iterable[str | os.PathLike[str]]) -> tuple[Below, ...]:
 
 
 def _open_layer(place: str) -> Below:
-    if "://" in place:
-        return RemoteBelow(open_remote(place))
-    return FolderBelow(Store(place, "r"))
+    url = parse_url(place)
+    if url is None or url_folder(url) is not None:
+        return FolderBelow(Store(place, "r"))
+    return RemoteBelow(open_remote(url))
 
 
 def layer_space(top: Space, spec: SpaceSpec, below: Sequence[Below], *, promote: bool) -> Space:
@@ -137,7 +139,7 @@ class RemoteLayer:
 
 
 class RemoteBelow:
-    """A cache that was pushed to an object store or a folder."""
+    """A cache that was pushed to an object store."""
 
     def __init__(self, remote: Remote) -> None:
         self.remote, self.place = remote, remote.url
@@ -225,11 +227,12 @@ def copy_pack(source: Path, target: Path, writer: str) -> None:
         It can't be written.
     """
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
+    make_folder(temporary)
     try:
         for file in source.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 copy = temporary / file.relative_to(source)
-                make_folder(copy.parent)
+                make_folders(copy.parent, temporary)
                 shutil.copyfile(file, copy)
         check_pack(temporary, target.name)
         install_pack(temporary, target)

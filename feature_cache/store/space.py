@@ -23,8 +23,10 @@ from ..errors import CorruptRecordError, ReadOnlyCacheError
 from ..hashing import JSON
 from ..key import Keys, Record
 from .files import (
+    check_there,
     list_folder,
     make_folder,
+    make_folders,
     reading,
     sync_folder,
     tree_bytes,
@@ -32,6 +34,7 @@ from .files import (
     writing,
 )
 from .index import Index
+from .listing import Listing
 from .pack import Pack, Span, read_keys
 from .process import Presence, join
 from .writer import Entry, write_pack
@@ -72,6 +75,7 @@ class Space:
         self._index = Index()
         self._packs: dict[str, Pack] = {}
         self._aside: dict[str, _Aside] = {}
+        self._listing = Listing()
         self._presence: Presence | None = None
         self._lock = threading.RLock()
         weakref.finalize(self, _touch, self._packs)
@@ -85,6 +89,11 @@ class Space:
     def packs_folder(self) -> Path:
         """Where the packs are."""
         return self.path / "packs"
+
+    @property
+    def _marks(self) -> Path:
+        """Where marks say which of them are to go."""
+        return self.root / "retired" / self.name
 
     @property
     def folders(self) -> tuple[Space, ...]:
@@ -118,23 +127,41 @@ class Space:
     # What is there
 
     def refresh(self) -> None:
-        """Take in packs committed, and let go of packs retired or removed, since the last time."""
+        """Take in packs committed, and let go of packs retired or removed, since the last time.
+
+        Looks at two folders, and no further where nothing changed.
+
+        Raises
+        ------
+        NotACacheError
+            The cache was moved or removed while it was open.
+        StoreError
+            The system can't read the folders.
+        """
         with reading(self.path), self._lock:
-            names, known = set(self.pack_names()), set(self._index.packs)
-            added: dict[str, Keys] = {}
-            for name in sorted(names - known):
-                if self.is_aside(name):
-                    continue
-                try:
-                    added[name] = read_keys(self.packs_folder / name)
-                except FileNotFoundError:
-                    continue
-                except CorruptRecordError as error:
-                    self.condemn(name, error)
-            gone = known - names
-            for name in gone:
-                self._packs.pop(name, None)
-            self._index = self._index.drop(gone).add(added)
+            now = Listing.after(self._listing, self.packs_folder, self._marks)
+            if not now.looks[0]:
+                check_there(self.root)
+            if self._aside or not self._listing.stands(now):
+                self._take_in()
+                self._listing = now
+
+    def _take_in(self) -> None:
+        names, known = set(self.pack_names()), set(self._index.packs)
+        added: dict[str, Keys] = {}
+        for name in sorted(names - known):
+            if self.is_aside(name):
+                continue
+            try:
+                added[name] = read_keys(self.packs_folder / name)
+            except FileNotFoundError:
+                continue
+            except CorruptRecordError as error:
+                self.condemn(name, error)
+        gone = known - names
+        for name in gone:
+            self._packs.pop(name, None)
+        self._index = self._index.drop(gone).add(added)
 
     def pack_names(self) -> list[str]:
         """List the committed packs that are not retired, sorted."""
@@ -143,7 +170,7 @@ class Space:
 
     def retired_names(self) -> set[str]:
         """List the packs that are to go."""
-        return set(list_folder(self.root / "retired" / self.name))
+        return set(list_folder(self._marks))
 
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Tell which keys have a committed record: (m,) bool. Reads no record."""
@@ -299,6 +326,7 @@ class Space:
     def _forget(self, name: str) -> None:
         self._packs.pop(name, None)
         self._index = self._index.drop({name})
+        self._listing = Listing()
 
     # Damage
 
@@ -398,8 +426,9 @@ class Space:
             raise ReadOnlyCacheError(f"{self.path} was opened with mode 'r' and can't be written")
         if (self.path / "zarr.json").exists():
             return
+        check_there(self.root)
         with writing(self.path):
-            make_folder(self.packs_folder)
+            make_folders(self.packs_folder, self.root)
             for folder in (self.path.parent, self.packs_folder):
                 write_group(folder, {})
             for folder in (self.root, self.path.parent):

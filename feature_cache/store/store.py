@@ -24,9 +24,10 @@ from ..spec import SpaceSpec
 from .claims import Claims
 from .files import (
     TEMPORARY_PREFIX,
+    check_there,
     group_text,
     list_folder,
-    make_folder,
+    make_folders,
     read_json,
     reading,
     write_text,
@@ -34,6 +35,7 @@ from .files import (
 )
 from .process import Presence, join
 from .space import Mode, Space
+from .url import find_folder
 
 FORMAT_VERSION = 2
 """Version 1 knew no retired packs and no digest of a pack's metadata; it is read, and taken over by
@@ -66,31 +68,35 @@ class Store:
     root : path
     mode : str
         ``"a"`` reads and writes, and makes the directory where there is none; ``"r"`` only reads.
+    create : bool
+        Whether it is made in mode ``"a"``.
 
     Raises
     ------
     NotACacheError
-        The folder holds something else, or (mode ``"r"``) is not there.
+        The folder holds something else, or is not there and not to be made; or `root` is a URL.
     CacheVersionError
         A newer version of feature_cache wrote it.
     ReadOnlyCacheError
         Mode ``"a"``, and the folder can't be written.
     """
 
-    def __init__(self, root: str | os.PathLike[str], mode: Mode = "a") -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], mode: Mode = "a", *, create: bool = True
+    ) -> None:
         if mode not in ("a", "r"):
             raise ValueError(f"mode {mode!r}: expected 'a' (read and write) or 'r' (read only)")
         if not isinstance(root, str | os.PathLike):
             raise TypeError(
                 f"root is a {type(root).__name__}: expected a folder, such as 'features'"
             )
-        self.root, self.mode = Path(root).expanduser().absolute(), mode
+        self.root, self.mode = find_folder(root), mode
         with reading(self.root):
-            ready = _check_root(self.root, mode)
+            ready = _check_root(self.root, mode, create=create and mode == "a")
         if ready:
             return
         with writing(self.root):
-            make_folder(self.root)
+            make_folders(self.root)
             write_text(self.root / "CACHEDIR.TAG", TAG)
             write_text(self.root / "zarr.json", ROOT_TEXT)
 
@@ -127,8 +133,15 @@ class Store:
         return space
 
     def spaces(self) -> list[Space]:
-        """List the spaces on disk, refreshed, by name; one that is damaged only in the log."""
+        """List the spaces on disk, refreshed, by name; one that is damaged only in the log.
+
+        Raises
+        ------
+        StoreError
+            The cache was moved or removed while it was open, or can't be read.
+        """
         spaces = []
+        check_there(self.root)
         with reading(self.root / "spaces"):
             for name in list_folder(self.root / "spaces"):
                 folder = self.root / "spaces" / name
@@ -143,16 +156,16 @@ class Store:
         return spaces
 
 
-def _check_root(root: Path, mode: Mode) -> bool:
+def _check_root(root: Path, mode: Mode, *, create: bool) -> bool:
     """Tell whether `root` is a cache that can be used; False where one can be made."""
-    if not root.exists() and mode == "a":
+    if not root.exists() and create:
         return False
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
         raise NotACacheError(f"{root} {found}; name the folder of a feature cache")
     if not (root / "zarr.json").exists():
         foreign = {n for n in os.listdir(root) if not n.startswith(TEMPORARY_PREFIX)} - OWN_NAMES
-        if foreign or mode == "r":
+        if foreign or not create:
             held = f"it holds {min(foreign)!r}" if foreign else "it has no zarr.json"
             raise NotACacheError(f"{root} is not a feature cache ({held}); name another folder")
         return False

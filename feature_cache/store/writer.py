@@ -91,6 +91,7 @@ def write_pack(
         raise UnknownNameError("codec", codec, CODECS)
     _check_entries(entries)
     temporary = folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
+    temporary.mkdir()
     try:
         arrays = _write_arrays(temporary, entries, codec)
         salt, name = 0, pack_name(arrays, 0)

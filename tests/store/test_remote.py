@@ -6,14 +6,13 @@ import json
 import multiprocessing
 import os
 import pickle
-import secrets
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from buckets import aws, bucket, endpoint, service
 from feature_cache.errors import (
     CacheVersionError,
     CorruptRecordError,
@@ -54,9 +54,9 @@ from samples import (
     make_spec,
 )
 
-boto3 = pytest.importorskip("boto3")
+__all__ = ["aws", "bucket", "endpoint", "service"]
+
 obstore = pytest.importorskip("obstore")
-moto_server = pytest.importorskip("moto.server")
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -64,50 +64,6 @@ pytestmark = [
     ),
 ]
 QUICK = {"max_retries": 0, "retry_timeout": timedelta(seconds=5)}
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def aws(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of somebody who has credentials for the endpoint, and no files of his own."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
-@pytest.fixture(scope="module")
-def service(endpoint: str) -> Iterator[Any]:
-    """Another client of the endpoint, for what a remote does not do."""
-    service = boto3.resource(
-        "s3",
-        "us-east-1",
-        endpoint_url=endpoint,
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-    )
-    yield service
-    service.meta.client.close()
-
-
-@pytest.fixture
-def bucket(aws: None, service: Any) -> Any:
-    """A new bucket."""
-    return service.create_bucket(Bucket=f"bucket-{secrets.token_hex(4)}")
 
 
 @pytest.fixture
@@ -761,7 +717,7 @@ class TestConnection:
         with pytest.raises(StoreError, match="nonsense"):
             open_remote("s3://bucket", nonsense=1).version()
 
-    @pytest.mark.parametrize("url", ["ftp://host/x", "/folder", "http://host/x", "s3:/x", ""])
+    @pytest.mark.parametrize("url", ["ftp://host/x", "folder", "http://host/x", "s3:/x", ""])
     def test_unknown_scheme(self, url):
         with pytest.raises(UnknownNameError, match="s3://, gs://, az://, file://"):
             open_remote(url)
@@ -770,6 +726,13 @@ class TestConnection:
     def test_no_folder_of_this_host(self, url):
         with pytest.raises(StoreError, match="file:///path/of/folder"):
             open_remote(url)
+
+    @pytest.mark.parametrize("path", ["/a folder", "./a folder", "a folder"])
+    def test_a_folder_in_the_place_of_a_url(self, path, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("a folder").mkdir()
+        with pytest.raises(StoreError, match=f"write {Path(path).absolute().as_uri()}$"):
+            open_remote(path)
 
     def test_without_obstore(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "obstore", None)

@@ -19,7 +19,7 @@ from ..files import (
     TEMPORARY_PREFIX,
     create_exclusive,
     list_folder,
-    make_folder,
+    make_folders,
     sync_folder,
     tree_bytes,
 )
@@ -60,7 +60,7 @@ class Leaving:
 def retire(space: Space, names: Iterable[str]) -> None:
     """Retire packs: readers let go of them as they refresh, and `remove` takes them away."""
     marks = space.root / "retired" / space.name
-    make_folder(marks)
+    make_folders(marks, space.root)
     for name in names:
         create_exclusive(marks / name, "")  # empty: it fits on a disk that is full
     sync_folder(marks)

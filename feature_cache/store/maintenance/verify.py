@@ -20,7 +20,7 @@ from ..files import (
     TRANSIENT,
     group_text,
     list_folder,
-    make_folder,
+    make_folders,
     read_file,
     reading,
     write_text,
@@ -416,7 +416,7 @@ def _set_aside(root: Path, path: Path) -> None:
 
 
 def _move(path: Path, target: Path) -> None:
-    make_folder(target.parent)
+    make_folders(target.parent, target.parents[1])
     with suppress(FileNotFoundError):
         shutil.move(path, target)
 
@@ -424,5 +424,5 @@ def _move(path: Path, target: Path) -> None:
 def _write_anew(root: Path, file: Path, text: str) -> None:
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
         _set_aside(root, file)
-    make_folder(file.parent)
+    make_folders(file.parent, root)
     write_text(file, text)

@@ -18,7 +18,7 @@ remote is pickled without its client, and says so in such a process.
 
 from __future__ import annotations
 
-from .connection import SCHEMES
+from ..url import SCHEMES
 from .pieces import PIECE_BYTES, Progress
 from .remote import Remote, open_remote
 from .space import RemoteSpace

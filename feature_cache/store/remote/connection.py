@@ -7,16 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from ...errors import StoreError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
-
-SCHEMES = ("s3://", "gs://", "az://", "file://")
 
 _VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _CLIENT_KEYS = (
@@ -37,16 +33,6 @@ _CLIENT_KEYS = (
 _CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "60s"}
 _RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 _first_process: int | None = None
-
-
-def url_folder(url: str) -> Path | None:
-    """Give the folder that a ``file://`` URL names; None for the other kinds."""
-    parts = urlsplit(url)
-    if parts.scheme != "file":
-        return None
-    if parts.netloc or not parts.path.strip("/"):
-        raise StoreError(f"{url} names no folder of this host: expected file:///path/of/folder")
-    return Path(unquote(parts.path))
 
 
 def connect(url: str, options: Mapping[str, Any]) -> ObjectStore:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import StoreError
 from ..files import share_with_group, sync_file, sync_folder, writing
-from .connection import connect, enter_process, talking, url_folder
+from ..url import url_folder
+from .connection import connect, enter_process, talking
 from .pieces import PIECE_BYTES, Progress, read_pieces, tell
 
 if TYPE_CHECKING:

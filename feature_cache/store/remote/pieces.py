@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
+from ..files import make_folders
+
 PIECE_BYTES = 8 << 20
 """What is asked for, or sent, in one request."""
 PACKS_AT_ONCE = 4
@@ -20,9 +22,10 @@ Progress = Callable[[int], object]
 
 def make_files(folder: Path, sizes: Mapping[str, int]) -> None:
     """Make files of the sizes that are to come, still without content."""
+    folder.mkdir()
     for name, size in sizes.items():
         file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(file.parent, folder)
         with open(file, "wb") as opened:
             opened.truncate(size)
 

@@ -19,12 +19,12 @@ from ...errors import (
     UnknownNameError,
 )
 from ...key import Keys
-from ..files import TEMPORARY_PREFIX, group_text, make_folder, writing
+from ..files import TEMPORARY_PREFIX, group_text, make_folders, writing
 from ..pack import check_pack, read_keys
 from ..space import PACK_NAME
 from ..store import FORMAT_VERSION, ROOT_TEXT, TAG
+from ..url import SCHEMES, find_folder, parse_url
 from ..writer import install_pack
-from .connection import SCHEMES
 from .layout import (
     GROUP,
     check_same,
@@ -65,8 +65,13 @@ def open_remote(url: str, **options: Any) -> Remote:
     MissingDependencyError
         If obstore is not installed.
     StoreError
-        For a ``file://`` URL that names no folder of this host.
+        For a folder that is not written as ``file://`` URL, or such a URL that names none of this
+        host.
     """
+    if parse_url(url) is None and url and (url[0] in "/.~" or Path(url).is_dir()):
+        raise StoreError(
+            f"{url} is a folder in the place of a URL: write {find_folder(url).as_uri()}"
+        )
     if not url.startswith(SCHEMES):
         raise UnknownNameError("kind of remote", url, SCHEMES)
     try:
@@ -302,7 +307,7 @@ class Remote:
         if self.folder is not None:
             with writing(self.folder):
                 for space in ("", *map(packs_prefix, spaces)):
-                    make_folder(self.folder / space)
+                    make_folders(self.folder / space)
         if version is None:
             self._objects.put_new("CACHEDIR.TAG", TAG.encode())
             self._objects.put_new(GROUP, ROOT_TEXT.encode())
