@@ -361,7 +361,7 @@ class Outcome:
         What it says of frames that failed, or the error that it raised, beginning with its type.
     raised : bool
     peak_bytes : int
-        The most memory that the process had, in all its works.
+        The most memory that the process had in all its works, or one that it started.
     """
 
     errors: list[str]
@@ -462,7 +462,8 @@ def attempt(caller: Caller, work: Work) -> Outcome:
 
 
 def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return 1024 * max(resource.getrusage(one).ru_maxrss for one in who)
 
 
 def read_errors() -> list[str]:

@@ -83,7 +83,7 @@ class Movies:
                 tracks = np.array([[label, 0, 0, 0] for label in np.setdiff1d(masks, 0)])
                 write_movie(root, frames[None], masks[None], tracks)
             case ["of", count]:
-                write_movie(root, *make_movie(int(count), 96, 96, seed=4))
+                write_movie(root, *make_movie(int(count), 192, 192, seed=4))
             case ["bad", kind]:
                 copy_movie(self["one"], root)
                 spoil(root, 3, kind)

@@ -271,7 +271,10 @@ def test_claims_are_at_most_one_a_frame(
 
 # Patience
 
-WAITERS = (GET_OR_COMPUTE, DATASET, RUN_WARM, MAIN)
+WAITERS = {
+    "who waits in Python": (GET_OR_COMPUTE, DATASET, RUN_WARM, MAIN),
+    "others who wait": (COMPUTE, COMMAND, LOADER),  # a server would do the holder's work too
+}
 PATIENCE_SECONDS = 10.0
 """Most of the holder's work takes longer. Who waits should have the record within 3 s."""
 
@@ -281,17 +284,25 @@ PATIENCE_SECONDS = 10.0
     failing=(GET_OR_COMPUTE, DATASET, DATAMODULE, RUN_WARM, COMMAND),
     why="it commits every 30 s, or at its end",
 )
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        WAITERS["who waits in Python"],
+        pytest.param(WAITERS["others who wait"], marks=pytest.mark.slow),
+    ],
+    ids=WAITERS,
+)
 def test_nobody_waits_long_for_what_is_computed(
-    make_work: MakeWork, right_records: Right, caller: Caller
+    make_work: MakeWork, right_records: Right, caller: Caller, waiting: tuple[Caller, ...]
 ) -> None:
     work = make_work("long", seconds=0.8, batch_size=1)
     asked = make_work("first of long")
     with Started(caller, [work]) as holder:
         wait_until(lambda: work.embedded().total() >= 2, "the first record to be computed")
         began = time.monotonic()
-        waiters = [Started(waiter, [asked]) for waiter in WAITERS]
+        waiters = [Started(waiter, [asked]) for waiter in waiting]
         waited = {}
-        for name, waiter in zip(map(str, WAITERS), waiters, strict=True):
+        for name, waiter in zip(map(str, waiting), waiters, strict=True):
             waiter.ends(max(0.0, began + PATIENCE_SECONDS - time.monotonic()))
             waited[name] = f"{time.monotonic() - began:.1f} s"
         came = [waiter.file.exists() for waiter in waiters]
@@ -299,7 +310,7 @@ def test_nobody_waits_long_for_what_is_computed(
             waiter.kill()
         assert holder.ends(0.0) is None, holder.said
     print(f"computed by {caller}, waited for by", waited)
-    assert came == [True] * len(WAITERS)
+    assert came == [True] * len(waiting)
     right = right_records(asked)
     assert right.items() <= contents(work.cache).items()
     assert max(work.embedded().values()) == 1
@@ -461,8 +472,10 @@ def test_sigterm_is_as_ctrl_c(make_work: MakeWork, right_records: Right, caller:
 
 
 @pytest.mark.slow
-@each(*without(DASK, DATAMODULE, LOADER))  # upstream's dataset holds a whole movie; a fork shares
-@pytest.mark.parametrize(("small", "large"), [((100, 0), (2_000, 0)), ((100, 0), (100, 15))])
+@each(*without(DASK, DATAMODULE))  # of another process; upstream's dataset holds whole movies
+@pytest.mark.parametrize(
+    ("small", "large"), [((100, 0), (2_000, 0)), ((100, 0), (100, 15))], ids=["long", "copies"]
+)
 def test_memory_does_not_grow(
     make_work: MakeWork, caller: Caller, small: tuple[int, int], large: tuple[int, int]
 ) -> None:
