@@ -43,6 +43,7 @@ from feature_cache.augment import (
     quarter_turn,
     vflip,
 )
+from feature_cache.augment.kept import Kept
 from feature_cache.errors import DrawError, FrameError, UnknownNameError
 from feature_cache.hashing import canonical_json, digest_array, digest_json, frame_digest
 
@@ -516,6 +517,105 @@ def test_what_comes_from_outside_is_zero():
     np.testing.assert_array_equal(mask[0], [0, 0, 0, 0, 7, 7, 7, 7])
 
 
+# ---------------------------------------------------------------- the same bits as tensors
+
+
+def sample_plainly(frame: np.ndarray, source: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Sample between pixels: coordinates in float64, weights and sums in float32."""
+
+    def taps(axis, size):
+        low = np.floor(axis)
+        for index, weight in ((low, 1.0 - (axis - low)), (low + 1.0, axis - low)):
+            weight = np.where((index >= 0) & (index < size), weight, 0.0)
+            yield np.clip(index, 0, size - 1).astype(int), weight.astype(np.float32)
+
+    total = np.zeros(frame.shape, np.float32)
+    for y, weight_y in taps(source[0], frame.shape[0]):
+        for x, weight_x in taps(source[1], frame.shape[1]):
+            total += frame[y, x] * (weight_y * weight_x)
+    return np.clip(total, 0, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 10), (211, 307)])
+@pytest.mark.parametrize("seed", range(4))
+def test_affine_has_the_bits_of_its_formula_in_numpy(shape, seed):
+    """A frame of several strips too."""
+    rng = np.random.default_rng(seed)
+    operation = Affine(*(rng.uniform(-1, 1, 5) * (180, 50, 0.5, 0.4, 0.4) + (0, 0, 0.9, 0, 0)))
+    (a, b), (c, d) = operation.matrix(shape)[:2, :2]
+    centre, shift = (
+        (np.array(shape) - 1) / 2,
+        np.array(shape) * (operation.shift_y, operation.shift_x),
+    )
+    y = np.arange(shape[0])[:, None] - (centre[0] + shift[0])
+    x = np.arange(shape[1])[None] - (centre[1] + shift[1])
+    determinant = a * d - b * c
+    source = (
+        (d * y - b * x) / determinant + centre[0],
+        (a * x - c * y) / determinant + centre[1],
+    )
+    [frame] = make_frames(shape)
+    found = Draw.of(operation).apply(frame[None])[0].numpy()
+    np.testing.assert_array_equal(found, sample_plainly(frame.numpy(), source))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 10), (211, 307)])
+def test_elastic_has_the_bits_of_its_field_in_numpy(shape):
+    operation = Elastic(2.0, 16.0, seed=7)
+    y, x = np.arange(shape[0], dtype=float)[:, None], np.arange(shape[1], dtype=float)[None]
+    dy, dx = operation._field(shape)(y, x)
+    for one, other in zip(
+        (dy, dx), operation._field(shape)(*map(torch.from_numpy, (y, x))), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    [frame] = make_frames(shape)
+    found = Draw.of(operation).apply(frame[None])[0].numpy()
+    np.testing.assert_array_equal(found, sample_plainly(frame.numpy(), (y + dy, x + dx)))
+
+
+@given(words, shapes, st.sampled_from(["bool", "uint8", "int16", "uint16", "int32", "uint32"]))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_rows_on_a_device_are_drawn_as_masks_are(word, shape, dtype):
+    draw = Draw.of(*word)
+    planes = np.stack([make_mask(shape, seed, dtype) for seed in range(2)])
+    before, rows = planes.copy(), torch.from_numpy(planes)
+    drawn = draw.apply_rows(rows)
+    assert drawn.dtype == (torch.uint8 if dtype == "uint8" else torch.int32)
+    expected = np.stack([draw.apply_mask(plane) for plane in planes])
+    np.testing.assert_array_equal(drawn, expected)
+    np.testing.assert_array_equal(planes, before)
+
+
+def test_where_masks_come_from_is_kept_up_to_so_many_bytes():
+    kept, made = Kept(limit=2000), []
+
+    def make(number, size=1000):
+        made.append(number)
+        return np.full(size, number, np.uint8)
+
+    def get(number):
+        array = kept.get(number, lambda: make(number))
+        assert (array == number).all()
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 9
+
+    for number in (1, 2, 1, 3, 1, 2):  # 2 was used longest ago when 3 comes
+        get(number)
+    assert made == [1, 2, 3, 2]
+    assert kept.get("large", lambda: make(0, 2001)).nbytes == 2001
+    assert kept.get("large", lambda: make(0, 2001)).nbytes == 2001
+    get(2)
+    assert made == [1, 2, 3, 2, 0, 0]
+
+
+def test_threads_share_what_is_kept():
+    kept = Kept(limit=64 * 40)
+    keys = np.random.default_rng(0).integers(0, 60, 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda key: kept.get(key, lambda: np.full(64, key, np.uint8))[0], keys)
+        assert list(found) == keys
+
+
 # ---------------------------------------------------------------- batches, noise, inputs
 
 
@@ -926,6 +1026,10 @@ def test_bad_frames_masks_and_points():
         draw.apply_mask(np.zeros((4, 5), np.float32))
     with pytest.raises(FrameError, match=r"\(2, 4, 5\): expected \(H, W\)"):
         draw.apply_mask(np.zeros((2, 4, 5), np.int32))
+    with pytest.raises(TypeError, match=r"float32: expected integers"):
+        draw.apply_rows(make_frames((4, 5)))
+    with pytest.raises(FrameError, match=r"\(4, 5\): expected \(Z, H, W\)"):
+        draw.apply_rows(torch.zeros((4, 5), dtype=torch.int32))
     for points in ([1.0, 2.0], [[1.0, 2.0, 3.0]], [[np.nan, 0.0]]):
         with pytest.raises(FrameError, match=r"expected finite numbers of shape \(N, 2\)"):
             draw.map_points(points, (4, 5))

@@ -28,7 +28,7 @@ def pool_both(grid, mask, draw, modes=POOLINGS):
     regions = Regions.of_mask(mask)
     shape = grid.shape[:3] if grid.ndim == 4 else (1, *grid.shape[:2])
     fallback = torch.from_numpy(regions.cells_of_centroids(draw, shape))
-    rows = torch.from_numpy(regions.drawn(draw).rows)
+    rows = draw.apply_rows(torch.from_numpy(regions.rows))
     return (
         pool_frame(grid, regions, draw, modes),
         pool_on(torch.from_numpy(grid), rows, fallback, modes),

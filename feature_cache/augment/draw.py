@@ -198,6 +198,38 @@ class Draw:
             mask = operation.apply_mask(mask)
         return mask
 
+    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Apply the draw's geometry to masks, as `apply_mask` does, on their device.
+
+        Parameters
+        ----------
+        rows : (Z, H, W), integer
+            `feature_cache.pooling.Regions.rows`, or masks of one shape. Never changed; the result
+            may share its memory.
+
+        Returns
+        -------
+        torch.Tensor
+            (Z, H', W') uint8 for uint8, else int32.
+
+        Raises
+        ------
+        TypeError
+            If they are not integers.
+        FrameError
+            If their shape is not (Z, H, W).
+        """
+        import torch
+
+        if rows.is_floating_point() or rows.is_complex():
+            raise TypeError(f"the rows have dtype {rows.dtype}: expected integers")
+        if rows.ndim != 3 or 0 in rows.shape:
+            raise FrameError(f"the rows have shape {tuple(rows.shape)}: expected (Z, H, W)")
+        rows = rows if rows.dtype == torch.uint8 else rows.int()
+        for operation in self.operations:
+            rows = operation.apply_rows(rows)
+        return rows
+
     def map_points(self, points: ArrayLike, shape: Shape) -> NDArray[np.float64]:
         """Map points to where the draw puts them; they may fall outside the result.
 

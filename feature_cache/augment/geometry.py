@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,21 @@ from numpy.typing import NDArray
 from ..errors import DrawError
 from ..hashing import Digest
 from ..spec import UNIT_RANGE, Bounds
+from .kept import Kept
 from .operation import Label, Operation, Points, Shape
 from .parameters import SEED, Allowed, Stream
-from .sampling import BSplineField, Source, clamp, sample_bilinear, sample_nearest
+from .sampling import (
+    BSplineField,
+    FindSource,
+    Source,
+    clamp,
+    divide,
+    nearest_places,
+    sample_bilinear,
+    sample_nearest,
+    sample_nearest_on,
+    upload,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +38,9 @@ if TYPE_CHECKING:
 FOLD_RATIO = 8
 """An elastic amplitude is at most the smoothing by this, so that the field can be inverted."""
 
+_nearest = Kept(256 << 20)
+"""Where a mask's pixels come from, for the draws of the movies at hand."""
+_Planes = TypeVar("_Planes", NDArray[Any], "torch.Tensor")
 _INVERSION_STEPS = 40
 _STRIP = 32
 """Lines that are transposed at once."""
@@ -97,9 +112,13 @@ class D4(Operation):
 
     def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
         swap, *mirrors = _ELEMENTS[self.element]
-        mapped = _transposed(mask) if swap else mask
+        swapped = np.empty(mask.shape[::-1], mask.dtype) if swap else mask
+        mapped = _transpose(mask, swapped) if swap else mask
         axes = tuple(axis for axis, mirror in enumerate(mirrors) if mirror)
         return np.ascontiguousarray(np.flip(mapped, axes))
+
+    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._map(rows)
 
     def apply(
         self,
@@ -107,16 +126,22 @@ class D4(Operation):
         digests: Sequence[Digest],
         bounds: Bounds | None = UNIT_RANGE,
     ) -> torch.Tensor:
+        return self._map(frames)
+
+    def _map(self, planes: torch.Tensor) -> torch.Tensor:
         swap, *mirrors = _ELEMENTS[self.element]
-        mapped = frames.transpose(1, 2) if swap else frames
-        return mapped.flip([axis + 1 for axis, mirror in enumerate(mirrors) if mirror]).contiguous()
+        if swap and planes.device.type == "cpu":
+            planes = _transpose(planes, planes.new_empty(planes.transpose(1, 2).shape))
+        elif swap:
+            planes = planes.transpose(1, 2)
+        return planes.flip([axis + 1 for axis, mirror in enumerate(mirrors) if mirror]).contiguous()
 
 
-def _transposed(mask: NDArray[Label]) -> NDArray[Label]:
-    """Swap the axes strip by strip, which the processor's cache takes better than column-wise."""
-    swapped = np.empty(mask.shape[::-1], mask.dtype)
-    for start in range(0, len(mask), _STRIP):
-        swapped[:, start : start + _STRIP] = mask[start : start + _STRIP].T
+def _transpose(planes: _Planes, swapped: _Planes) -> _Planes:
+    """Swap the last two axes strip by strip, as suits a processor's cache."""
+    for start in range(0, planes.shape[-2], _STRIP):
+        lines = slice(start, start + _STRIP)
+        swapped[..., lines] = planes[..., lines, :].swapaxes(-1, -2)
     return swapped
 
 
@@ -183,6 +208,12 @@ class Scale(Operation):
         rows, columns = map(_nearest_exact, shape, self.output_shape(shape))
         return mask.take(rows, axis=0).take(columns, axis=1)
 
+    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        shape = _shape_of(rows)
+        y, x = map(_nearest_exact, shape, self.output_shape(shape))
+        chosen = rows.index_select(1, upload(y, rows.device))
+        return chosen.index_select(2, upload(x, rows.device))
+
     def apply(
         self,
         frames: torch.Tensor,
@@ -203,8 +234,34 @@ def _nearest_exact(size: int, new: int) -> NDArray[np.int64]:
     return np.minimum(index.astype(np.int64), size - 1)
 
 
+class Warp(Operation):
+    """An operation that keeps the shape and takes each pixel from anywhere in the frame."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def source(self, shape: Shape) -> FindSource:
+        """Tell where the pixels of a result come from, in a frame of shape (H, W)."""
+
+    def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
+        shape = _shape_of(mask)
+        places = _nearest.get((self, shape), lambda: nearest_places(self.source(shape), shape))
+        return sample_nearest(mask, places)
+
+    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return sample_nearest_on(rows, self.source(_shape_of(rows)))
+
+    def apply(
+        self,
+        frames: torch.Tensor,
+        digests: Sequence[Digest],
+        bounds: Bounds | None = UNIT_RANGE,
+    ) -> torch.Tensor:
+        return sample_bilinear(frames, self.source(_shape_of(frames)), bounds)
+
+
 @dataclass(frozen=True, slots=True)
-class Affine(Operation):
+class Affine(Warp):
     """Shear, then scale, then rotate about the frame's centre, then shift, within the frame.
 
     The shape stays; what comes from outside the frame is 0 (background in the mask). The centre
@@ -267,30 +324,21 @@ class Affine(Operation):
         center = ((shape[0] - 1) / 2, (shape[1] - 1) / 2)
         return center, (self.shift_y * shape[0], self.shift_x * shape[1])
 
-    def _source(self, shape: Shape) -> Source:
+    def source(self, shape: Shape) -> FindSource:
         (a, b), (c, d) = self._linear()
         determinant = a * d - b * c
         (center_y, center_x), (shift_y, shift_x) = self._center_and_shift(shape)
-        y = np.arange(shape[0])[:, None] - (center_y + shift_y)
-        x = np.arange(shape[1])[None, :] - (center_x + shift_x)
-        source_y = (d * y - b * x) / determinant + center_y
-        source_x = (a * x - c * y) / determinant + center_x
-        return source_y, source_x
 
-    def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
-        return sample_nearest(mask, self._source(_shape_of(mask)))
+        def find(y: Any, x: Any) -> Source:
+            y, x = y - (center_y + shift_y), x - (center_x + shift_x)
+            source_y = divide(d * y - b * x, determinant) + center_y
+            return source_y, divide(a * x - c * y, determinant) + center_x
 
-    def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
-        return sample_bilinear(frames, self._source(_shape_of(frames)), bounds)
+        return find
 
 
 @dataclass(frozen=True, slots=True)
-class Elastic(Operation):
+class Elastic(Warp):
     """Displace pixels by a smooth random field, the same for every frame of one shape.
 
     Cubic B-splines over a lattice of displacements, uniform in -amplitude to amplitude (the
@@ -349,28 +397,14 @@ class Elastic(Operation):
         stream = Stream(["elastic", self.seed])
         return BSplineField(shape, self.amplitude, self.smoothing, stream.uniforms)
 
-    def apply_mask(self, mask: NDArray[Label]) -> NDArray[Label]:
-        return sample_nearest(mask, _elastic_source(self, _shape_of(mask)))
+    def source(self, shape: Shape) -> FindSource:
+        displace = self._field(shape)
 
-    def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
-        return sample_bilinear(frames, _elastic_source(self, _shape_of(frames)), bounds)
+        def find(y: Any, x: Any) -> Source:
+            dy, dx = displace(y, x)
+            return y + dy, x + dx
 
-
-@lru_cache(maxsize=2)
-def _elastic_source(operation: Elastic, shape: Shape) -> Source:
-    # A movie's frames and masks ask for the same one again and again.
-    y = np.arange(shape[0], dtype=np.float64)[:, None]
-    x = np.arange(shape[1], dtype=np.float64)[None, :]
-    dy, dx = operation._field(shape)(y, x)
-    source = (y + dy, x + dx)
-    for array in source:
-        array.flags.writeable = False
-    return source
+        return find
 
 
 def _shape_of(array: torch.Tensor | NDArray[np.generic]) -> Shape:

@@ -15,7 +15,7 @@ from ..hashing import Digest, digest_bytes, digest_json
 from ..spec import UNIT_RANGE, Bounds
 from .operation import Operation
 from .parameters import SEED, Allowed, Stream
-from .sampling import blur, change_contrast
+from .sampling import blur, change_contrast, upload
 
 if TYPE_CHECKING:
     import torch
@@ -160,12 +160,10 @@ class Noise(Operation):
         digests: Sequence[Digest],
         bounds: Bounds | None = UNIT_RANGE,
     ) -> torch.Tensor:
-        import torch
-
         own = digest_json(["noise", self.seed])
         noisy = frames.clone()
         for frame, digest in zip(noisy, digests, strict=True):
             normals = Stream(digest_bytes(own, digest)).normals(frame.numel())
-            noise = torch.from_numpy(normals).to(frame.device).view(frame.shape)
+            noise = upload(normals, frame.device).view(frame.shape)
             frame.add_(noise.mul_(self.sigma))
         return noisy.clamp_(0.0, 1.0)

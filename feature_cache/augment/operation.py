@@ -72,6 +72,10 @@ class Operation(ABC):
         """Map a mask (H, W), nearest neighbour."""
         return mask
 
+    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map (Z, H, W) integers as `apply_mask` does, on their device."""
+        return rows
+
     @abstractmethod
     def apply(
         self,

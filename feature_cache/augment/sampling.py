@@ -8,8 +8,8 @@ blur with the batch (another convolution is chosen), and on a GPU a convolution 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,36 @@ from ..spec import Bounds
 if TYPE_CHECKING:
     import torch
 
-Coordinates: TypeAlias = NDArray[np.float64]
-Source: TypeAlias = "tuple[Coordinates, Coordinates]"
-"""Where each pixel of a result comes from: y and x, each of a shape that broadcasts to (H', W')."""
+Source: TypeAlias = tuple[Any, Any]
+"""Where pixels come from: y and x, float64, each of a shape that broadcasts to theirs."""
+FindSource: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], Source]"
+"""Gives the source of pixels whose coordinates are y (H', 1) and x (1, W')."""
 
 _Label = TypeVar("_Label", bound=np.generic)
 _FIXED_POINT = 2.0**30
+_STRIP_PIXELS = 1 << 15
+"""Pixels that a CPU samples at once: what is computed of them stays in its cache."""
+
+
+def divide(numbers: Any, divisor: float) -> Any:
+    """Divide an array or a tensor; by a plain number, a GPU would multiply with its inverse."""
+    if isinstance(numbers, np.ndarray):
+        return numbers / divisor
+    return numbers / numbers.new_full((), divisor)
+
+
+def _floor(numbers: Any) -> Any:
+    return np.floor(numbers) if isinstance(numbers, np.ndarray) else numbers.floor()
+
+
+def upload(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """Bring an array to a device; to a GPU from pinned memory, without waiting for it."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def clamp(frames: torch.Tensor, bounds: Bounds | None) -> torch.Tensor:
@@ -32,71 +56,98 @@ def clamp(frames: torch.Tensor, bounds: Bounds | None) -> torch.Tensor:
     return frames if bounds is None else frames.clamp_(*bounds)
 
 
-def sample_bilinear(frames: torch.Tensor, source: Source, bounds: Bounds | None) -> torch.Tensor:
-    """Sample frames between their pixels; beyond a frame is 0.
+def sample_bilinear(frames: torch.Tensor, find: FindSource, bounds: Bounds | None) -> torch.Tensor:
+    """Sample frames between their pixels, in their shape; beyond a frame is 0.
 
     Parameters
     ----------
     frames : (B, H, W) float32
-    source : (H', W') each
-        Pixel coordinates; whole numbers are pixel centres.
+    find : callable
+        Gives pixel coordinates; whole numbers are pixel centres.
     bounds : (float, float) or None
         Which frames and result are within; None for any.
 
     Returns
     -------
     torch.Tensor
-        (B, H', W') float32 on the frames' device.
+        (B, H, W) float32 on the frames' device, where the source is computed too.
     """
-    import torch
-
-    def put(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.tensor(array, device=frames.device)
-
-    rows = [(put(i), put(w)) for i, w in _taps(source[0], frames.shape[1])]
-    columns = [(put(i), put(w)) for i, w in _taps(source[1], frames.shape[2])]
-    shape = np.broadcast_shapes(source[0].shape, source[1].shape)
-    total = frames.new_zeros((len(frames), *shape))
-    for y, weight_y in rows:
-        for x, weight_x in columns:
-            total.add_(frames[:, y, x].mul_(weight_y * weight_x))
+    _, height, width = frames.shape
+    total, flat = frames.new_zeros(frames.shape), frames.flatten(1)
+    y, x = _coordinates((height, width), frames.device)
+    for lines in _strips(frames):
+        source = find(y[lines], x)
+        rows, columns = _taps(source[0], height), _taps(source[1], width)
+        for first, weight_y in [(row * width, weight) for row, weight in rows]:
+            for column, weight_x in columns:
+                place = first + column
+                taken = flat.index_select(1, place.view(-1)).view(-1, *place.shape)
+                total[:, lines].add_(taken.mul_(weight_y * weight_x))
     return clamp(total, bounds)
 
 
-def _taps(source: Coordinates, size: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def _strips(frames: torch.Tensor) -> Iterator[slice]:
+    """Give the lines that are sampled at once: on a GPU all."""
+    _, height, width = frames.shape
+    lines = max(1, _STRIP_PIXELS // width) if frames.device.type == "cpu" else height
+    for start in range(0, height, lines):
+        yield slice(start, start + lines)
+
+
+def _taps(source: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Give the two pixels around each coordinate along one axis, and their weights."""
-    low = np.floor(source)
+    low = source.floor()
     upper_weight = source - low
     taps = []
     for index, weight in ((low, 1.0 - upper_weight), (low + 1.0, upper_weight)):
-        weight = np.where((index >= 0) & (index < size), weight, 0.0)
-        inside = np.clip(index, 0, size - 1).astype(np.int64)
-        taps.append((inside, weight.astype(np.float32)))
+        inside = (index >= 0) & (index < size)
+        taps.append((index.clamp(0, size - 1).long(), weight.mul(inside).float()))
     return taps
 
 
-def sample_nearest(mask: NDArray[_Label], source: Source) -> NDArray[_Label]:
-    """Sample a mask at the nearest pixel (of two, the one below or to the right); 0 outside it.
-
-    Parameters
-    ----------
-    mask : (H, W) integer
-    source : (H', W') each
-        Pixel coordinates; whole numbers are pixel centres.
+def nearest_places(find: FindSource, shape: tuple[int, int]) -> NDArray[np.integer[Any]]:
+    """Find the pixel nearest to each source; of two the one below or to the right.
 
     Returns
     -------
     ndarray
-        (H', W'), the mask's dtype.
+        (H, W) integers: places in the flattened mask, its size for what comes from outside.
     """
-    index = [np.floor(axis + 0.5) for axis in source]
-    inside = [(i >= 0) & (i < size) for i, size in zip(index, mask.shape, strict=True)]
-    y, x = (
-        np.clip(i, 0, size - 1).astype(np.int64) for i, size in zip(index, mask.shape, strict=True)
-    )
-    labels = mask[y, x]
-    labels[~(inside[0] & inside[1])] = 0
-    return labels
+    import torch
+
+    places = _places(find(*_coordinates(shape, torch.device("cpu"))), shape).numpy()
+    return places.astype(np.int32 if places.size < 2**31 else np.int64)
+
+
+def sample_nearest(mask: NDArray[_Label], places: NDArray[np.integer[Any]]) -> NDArray[_Label]:
+    """Take a mask's labels from `nearest_places`; 0 outside it."""
+    return np.append(mask, mask.dtype.type(0)).take(places)
+
+
+def sample_nearest_on(rows: torch.Tensor, find: FindSource) -> torch.Tensor:
+    """Sample (Z, H, W) integers as `sample_nearest` does, on their device."""
+    import torch
+
+    depth, height, width = rows.shape
+    places = _places(find(*_coordinates((height, width), rows.device)), (height, width))
+    padded = torch.cat([rows.flatten(1), rows.new_zeros((depth, 1))], dim=1)
+    return padded.index_select(1, places.view(-1)).view(rows.shape)
+
+
+def _places(source: Source, shape: tuple[int, int]) -> torch.Tensor:
+    import torch
+
+    y, x = (axis.add(0.5).floor_() for axis in source)
+    inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
+    places = y.clamp(0, shape[0] - 1).mul_(shape[1]).add_(x.clamp(0, shape[1] - 1))
+    return torch.where(inside, places.long(), shape[0] * shape[1])
+
+
+def _coordinates(shape: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    y, x = (torch.arange(length, dtype=torch.float64, device=device) for length in shape)
+    return y[:, None], x[None]
 
 
 def change_contrast(frames: torch.Tensor, factor: float) -> torch.Tensor:
@@ -108,10 +159,9 @@ def change_contrast(frames: torch.Tensor, factor: float) -> torch.Tensor:
     import torch
 
     steps = frames.mul(_FIXED_POINT).round_().to(torch.int64)
-    totals = steps.sum(dim=(1, 2)).tolist()
-    pixels = frames.shape[1] * frames.shape[2] * _FIXED_POINT
-    offsets = [(1.0 - factor) * (total / pixels) for total in totals]
-    offset = torch.tensor(offsets, dtype=torch.float32, device=frames.device)
+    totals = steps.sum(dim=(1, 2)).double()
+    means = divide(totals, frames.shape[1] * frames.shape[2] * _FIXED_POINT)
+    offset = means.mul(1.0 - factor).float()
     return frames.mul(factor).add_(offset[:, None, None]).clamp_(0.0, 1.0)
 
 
@@ -139,12 +189,16 @@ def _blur_axis(frames: torch.Tensor, weights: list[float], axis: int) -> torch.T
 
     size, radius = frames.shape[axis], len(weights) - 1
     mirrored = np.pad(np.arange(size), radius, mode="reflect")
-    padded = frames.index_select(axis, torch.tensor(mirrored, device=frames.device))
-    total = frames.mul(weights[0])
+    before, after = (
+        frames.index_select(axis, upload(border, frames.device))
+        for border in (mirrored[:radius], mirrored[radius + size :])
+    )
+    padded = torch.cat([before, frames, after], dim=axis)
+    total, pair = frames.mul(weights[0]), torch.empty_like(frames)
     for distance, weight in enumerate(weights[1:], start=1):
-        before = padded.narrow(axis, radius - distance, size)
-        after = padded.narrow(axis, radius + distance, size)
-        total.add_(before.add(after).mul_(weight))
+        left = padded.narrow(axis, radius - distance, size)
+        right = padded.narrow(axis, radius + distance, size)
+        total.add_(torch.add(left, right, out=pair).mul_(weight))
     return total
 
 
@@ -176,30 +230,40 @@ class BSplineField:
         values = uniforms(2 * knots[0] * knots[1]).reshape(2, *knots)
         self._lattice = (values * 2.0 - 1.0) * amplitude
 
-    def __call__(self, y: Coordinates, x: Coordinates) -> Source:
-        """Give the displacements in y and x at points whose coordinates broadcast together."""
+    def __call__(self, y: Any, x: Any) -> Source:
+        """Give the displacements in y and x at points whose coordinates broadcast together.
+
+        Arrays for arrays. Tensors (H, 1) and (1, W) for tensors.
+        """
         rows, weights_y = self._basis(y, 0)
         columns, weights_x = self._basis(x, 1)
-        dy = dx = np.zeros(np.broadcast_shapes(y.shape, x.shape))
+        values = self._values(rows, columns)
+        dy = dx = y * 0.0 + x * 0.0
         for i, weight_y in enumerate(weights_y):
             for j, weight_x in enumerate(weights_x):
-                weight = weight_y * weight_x
-                dy = dy + weight * self._lattice[0, rows + i, columns + j]
-                dx = dx + weight * self._lattice[1, rows + i, columns + j]
+                weight, (value_y, value_x) = weight_y * weight_x, values(i, j)
+                dy = dy + weight * value_y
+                dx = dx + weight * value_x
         return dy, dx
 
-    def _basis(
-        self, coordinate: Coordinates, axis: int
-    ) -> tuple[NDArray[np.int64], tuple[Coordinates, ...]]:
+    def _values(self, rows: Any, columns: Any) -> Callable[[int, int], Any]:
+        """Give what finds the lattice's values (2, ...) so many rows and columns further on."""
+        if isinstance(rows, np.ndarray):
+            return lambda i, j: self._lattice[:, rows + i, columns + j]
+        lattice = upload(self._lattice, rows.device)
+        lines = [lattice.index_select(2, columns[0] + j) for j in range(4)]
+        return lambda i, j: lines[j].index_select(1, rows[:, 0] + i)
+
+    def _basis(self, coordinate: Any, axis: int) -> tuple[Any, tuple[Any, ...]]:
         """Give the first of four knots, and the four cubic basis functions, at each coordinate."""
-        place = np.clip(coordinate, 0, self._shape[axis] - 1) / self._spacing
-        knot = np.floor(place)
+        place = divide(coordinate.clip(0, self._shape[axis] - 1), self._spacing)
+        knot = _floor(place)
         t = place - knot
         s = 1.0 - t
         weights = (
-            s * s * s / 6.0,
-            (4.0 - 6.0 * t * t + 3.0 * t * t * t) / 6.0,
-            (4.0 - 6.0 * s * s + 3.0 * s * s * s) / 6.0,
-            t * t * t / 6.0,
+            divide(s * s * s, 6.0),
+            divide(4.0 - 6.0 * t * t + 3.0 * t * t * t, 6.0),
+            divide(4.0 - 6.0 * s * s + 3.0 * s * s * s, 6.0),
+            divide(t * t * t, 6.0),
         )
-        return knot.astype(np.int64), weights
+        return knot.astype(np.int64) if isinstance(knot, np.ndarray) else knot.long(), weights
