@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .batches import MEMORY
 from .harness import OURS, Case, quartiles
 from .lazy import FIRST
-from .pooling import THEIRS
+from .pooling import COPIED, THEIRS
 from .warming import ALONE
 from .witness import WITHOUT
 
@@ -144,6 +144,14 @@ TARGETS = (
         THEIRS,
         OURS,
         least=20,
+    ),
+    Target(
+        "CPU a record beside the backbone and the draws of pixels, 15 copies",
+        "pooling",
+        f"{COPIED}: all",
+        OURS,
+        "",
+        5e-3,
     ),
     Target(
         "warming, against the backbone alone (50 ms a frame)", "warming", "", OURS, ALONE, 1 / 0.95
