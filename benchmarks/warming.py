@@ -1,72 +1,386 @@
-"""Warming against the bare backbone, and its scaling: python -m benchmarks.warming [--quick].
+"""Warming with 15 copies, against the bare backbone: python -m benchmarks.warming [--quick].
 
-Three tables:
+Frames of 1024x1024 with 200 cells, and stand-ins for backbones that take 50, 10 and 1 ms a frame
+(they sleep; their grids are there already). Whoever warms does all of it, from an empty cache and
+frames in files: ``get_or_compute`` copy by copy, a training that misses one frame after the other,
+``dataset.warm()``, and `run_warm`, which is ``feature-cache warm``. Three things are said:
 
-1. Frames a second of `run_warm` (real TIFFs, regions pooled, packs written and synced) against the
-   same backbone alone, on the same batches, in the same process and run.
-2. One and two Dask workers, with a backbone that sleeps.
-3. A simulation of more workers, from costs of a unit that are measured here. It is a model: workers
-   compute independently; the scheduler, and the shared folder, serve one unit at a time.
+1. Seconds against the same backbone alone, on this machine, in the same run. With a processor of
+   few cores that is mostly the draws of pixels, which a GPU does itself.
+2. Processor time a record, of all but the backbone, by what it is spent on: that of each thread is
+   looked at every other millisecond, and goes to what the thread is at.
+3. A model of a machine whose cores are not the limit: small frames, for which there is little to
+   do, and at the same places sleeps as long as that work was measured to take in 2. Draws of pixels
+   take no time there: they are the device's. What waits for what is then the package's own doing;
+   the interpreter's lock, and memory, are not in the model.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
-import os
 import sys
 import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
-from feature_cache import FeatureCache, Movie, load_backbone
-from feature_cache.compute import prepare_frame
+from feature_cache import (
+    Augmentations,
+    BackboneSpec,
+    CachedFeatureDataset,
+    Draw,
+    FeatureCache,
+    Movie,
+)
+from feature_cache.augment import Operation
 from feature_cache.movies import write_movie
-from feature_cache.warm import Source, WarmPlan, plan_warm, run_warm
-from feature_cache.warm.cluster import open_client, run_on_cluster
-from feature_cache.warm.plan import UNIT_FRAMES
-from feature_cache.warm.worker import Recipe
+from feature_cache.service import close_all
+from feature_cache.warm import plan_warm, run_warm
 
 from .harness import OURS, Case, Options, interleave, seconds_of
 
 BATCH = 8
+COPIES = 15
+SIZE, CELLS = 1024, 200
+COSTS = (0.05, 0.01, 0.001)
 ALONE = "backbone alone"
-PLANNING = f"{OURS}, planning"
-PLUGIN = """
-import os
-import time
-
-import torch
-
-from feature_cache.testing import FakeBackbone
-
-class Sleeper(FakeBackbone):
-    def embed(self, frames):
-        time.sleep(self.seconds_per_frame * len(frames))
-        means = torch.nn.functional.avg_pool2d(frames[:, None], self.spec.stride)
-        return means.permute(0, 2, 3, 1) + torch.linspace(0, 1, self.spec.width)
-
-def load(name, weights, device, dtype):
-    return Sleeper(256, 16, float(os.environ["BENCHMARK_SECONDS"]))
-"""
+CORES = "cores are not the limit (a model)"
+STAGES = (
+    *("reading", "hashing", "normalising", "draws of pixels", "draws of masks"),
+    *("regions and pooling", "committing", "the rest"),
+)
+LOOK_SECONDS = 0.002
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+class StandIn:
+    """A backbone that sleeps as long as it would take; its grids are made beforehand.
+
+    Parameters
+    ----------
+    seconds : float
+        A frame takes.
+    width : int
+        Of its grid of 64x64, or fewer cells for frames smaller than 1024x1024.
+
+    Attributes
+    ----------
+    frames, cpu_seconds : int, float
+        Frames embedded, and the processor time that this took.
+    """
+
+    def __init__(self, seconds: float, width: int = 256, cells: int = 64) -> None:
+        self.spec = BackboneSpec(
+            name="stand-in", revision=1, weights="00" * 16, layer="none", width=width, stride=16,
+            input_size=(16 * cells, 16 * cells), resize="bilinear", channels="single",
+        )  # fmt: skip
+        self._seconds, self.frames, self.cpu_seconds = seconds, 0, 0.0
+        self._grids = torch.rand(BATCH, cells, cells, width)
+
+    def embed(self, frames: torch.Tensor) -> torch.Tensor:
+        """Take the time of (B, H, W) frames; give (B, cells, cells, width)."""
+        began = time.thread_time()
+        time.sleep(self._seconds * len(frames))
+        self.frames += len(frames)
+        self.cpu_seconds += time.thread_time() - began
+        return self._grids[: len(frames)]
+
+
+class Images:
+    """Frames or masks, read from files one at a time; each takes some seconds more.
+
+    Attributes
+    ----------
+    reads : int
+        How many were read.
+    """
+
+    def __init__(self, images: Sequence[NDArray[Any]], seconds: float = 0.0) -> None:
+        self.images, self.seconds, self.reads = images, seconds, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, t: int) -> NDArray[Any]:
+        self.reads += 1
+        time.sleep(self.seconds)
+        return np.asarray(self.images[t])
+
+
+# The four who warm
+
+
+@dataclass
+class Job:
+    """A movie to warm in every copy, into a cache of its own; a training knows its labels."""
+
+    frames: Images
+    masks: Images
+    backbone: StandIn
+    augmentations: Augmentations
+    folder: Path
+    labels: Sequence[NDArray[Any]]
+
+    @property
+    def records(self) -> int:
+        return len(self.frames) * (1 + self.augmentations.copies)
+
+    def open(self) -> FeatureCache:
+        return FeatureCache(tempfile.mkdtemp(dir=self.folder))
+
+    def dataset(self) -> CachedFeatureDataset:
+        movie = self.open().movie(self.frames, self.masks, self.backbone)
+        return CachedFeatureDataset(
+            _Nothing(), [movie], augmentations=self.augmentations, batch_size=BATCH, progress=False
+        )
+
+
+class _Nothing(Dataset[dict[str, Any]]):
+    """A dataset whose samples nobody asks for."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def call_get_or_compute(job: Job) -> None:
+    cache = job.open()
+    for draw in job.augmentations.draws():
+        cache.get_or_compute(job.frames, job.masks, job.backbone, draw=draw, batch_size=BATCH)
+
+
+def miss(job: Job) -> None:
+    dataset = job.dataset()
+    for copy in range(1 + job.augmentations.copies):
+        for t, known in enumerate(map(torch.from_numpy, job.labels)):
+            dataset.tokens(0, torch.full_like(known, t), known, copy)
+    del dataset
+    close_all()
+
+
+def warm_dataset(job: Job) -> None:
+    job.dataset().warm()
+
+
+def warm(job: Job) -> None:
+    plan = plan_warm(
+        job.open(), [(job.frames, job.masks)], job.backbone, augmentations=job.augmentations
     )
-    parser.add_argument("--frames", type=int, default=160)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.05, help="a frame takes in the fake")
-    parser.add_argument("--device", help="such as cuda:0; default: the best there is")
-    parser.add_argument("--no-model", action="store_true", help="leave out efficientnet-lite0")
-    parser.add_argument("--quick", action="store_true", help="few frames, once")
-    return parser
+    run_warm(plan, batch_size=BATCH)
+
+
+WAYS: Mapping[str, Callable[[Job], None]] = {
+    f"{OURS}, warm": warm,
+    f"{OURS}, dataset.warm()": warm_dataset,
+    f"{OURS}, get_or_compute": call_get_or_compute,
+    f"{OURS}, lazily": miss,
+}
+WARM = next(iter(WAYS))
+
+
+def embed_alone(job: Job) -> None:
+    batch = torch.zeros(BATCH, SIZE, SIZE)
+    for start in range(0, job.records, BATCH):
+        job.backbone.embed(batch[: min(BATCH, job.records - start)])
+
+
+# Processor time, by what it is spent on
+
+
+class Profile:
+    """Attributes the processor time of every thread to what it is at; a context manager.
+
+    Attributes
+    ----------
+    seconds : Counter of str
+        By stage.
+    own_seconds : float
+        Of looking.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.own_seconds = 0.0
+        self._clocks: dict[int, float] = {}
+        self._ended = threading.Event()
+        self._looking = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Profile:
+        self._before = sys.getswitchinterval()
+        sys.setswitchinterval(LOOK_SECONDS / 4)
+        self._looked = self._looking.submit(self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._looking.shutdown()
+        self.own_seconds = self._looked.result()
+        sys.setswitchinterval(self._before)
+
+    def _look(self) -> float:
+        own = threading.get_ident()
+        while not self._ended.wait(LOOK_SECONDS):
+            for ident, frame in sys._current_frames().items():
+                if ident != own:
+                    self._add(ident, frame)
+        return time.thread_time()
+
+    def _add(self, ident: int, frame: FrameType) -> None:
+        try:
+            now = time.clock_gettime(time.pthread_getcpuclockid(ident))
+        except OSError:  # it has just ended
+            return
+        spent = now - self._clocks.get(ident, now)
+        self._clocks[ident] = now
+        if spent > 0:
+            self.seconds[stage_of(frame)] += spent
+
+
+def stage_of(frame: FrameType | None) -> str:
+    """Name what a stack is at, by the innermost function that says it."""
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        stage = _stage_of(file.parent.name, file.stem, frame.f_code.co_name)
+        if stage is not None:
+            return stage
+        frame = frame.f_back
+    return "the rest"
+
+
+def _stage_of(folder: str, file: str, function: str) -> str | None:
+    if folder == "augment" and function in ("apply", "apply_mask", "apply_rows", "map_points"):
+        return "draws of pixels" if function == "apply" else "draws of masks"
+    if function == "normalize":
+        return "normalising"
+    if folder == "benchmarks":
+        return {"embed": "backbone", "__getitem__": "reading"}.get(function)
+    if folder in ("movies", "store"):
+        return "reading" if folder == "movies" else "committing"
+    named = {"hashing": "hashing", "key": "hashing"}
+    named |= dict.fromkeys(("pooling", "pooling_torch"), "regions and pooling")
+    return named.get(file) if folder == "feature_cache" else None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Processor time of one run, in seconds, and what it was spent on.
+
+    Attributes
+    ----------
+    record : float
+        A record, without the backbone.
+    stages : mapping of str to float
+        A record, by stage; their sum is `record`.
+    read : float
+        A frame that is read, with its mask: all that is done once for each.
+    """
+
+    record: float
+    stages: Mapping[str, float]
+    read: float
+
+    @property
+    def beside_pixels(self) -> float:
+        """A record, without the draws of pixels, which a GPU does itself."""
+        return self.record - self.stages["draws of pixels"]
+
+
+def spend(way: Callable[[Job], None], job: Job) -> Spent:
+    """Run a way once, and look at what it spends."""
+    began = time.process_time()
+    with Profile() as profile:
+        way(job)
+    total = time.process_time() - began - job.backbone.cpu_seconds - profile.own_seconds
+    found = {stage: profile.seconds[stage] for stage in STAGES}
+    share = total / sum(found.values())  # of short-lived threads it sees less
+    stages = {stage: seconds * share / job.records for stage, seconds in found.items()}
+    once = sum(stages[stage] for stage in ("reading", "hashing", "normalising"))
+    return Spent(total / job.records, stages, once * job.records / job.frames.reads)
+
+
+# A machine whose cores are not the limit
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting(Operation):
+    """An operation that changes nothing; its mask takes some seconds.
+
+    Parameters
+    ----------
+    number : int
+        Of its copy.
+    seconds : float
+    """
+
+    number: int
+    seconds: float
+
+    name: ClassVar[str] = "waiting"
+
+    def apply(self, frames: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return frames.clone()
+
+    def apply_mask(self, mask: NDArray[Any]) -> NDArray[Any]:
+        time.sleep(self.seconds)
+        return mask
+
+    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingCopies(Augmentations):
+    """Copies that take the time that drawing masks and pooling take, and do neither."""
+
+    seconds: float = 0.0
+
+    def draw(self, copy: int) -> Draw:
+        """Give copy number `copy`."""
+        return Draw.of(Waiting(copy, self.seconds))
+
+
+def make_model(spent: Spent, backbone: StandIn, frames: int, folder: Path) -> Job:
+    """Make a job of small frames whose work is waited for at the places where it would be done."""
+    pixels, masks = draw_cells(frames, 64, 8)
+    a_copy = spent.stages["draws of masks"] + spent.stages["regions and pooling"]
+    augmentations = WaitingCopies("none", COPIES, seconds=a_copy)
+    images = Images(pixels, spent.read), Images(masks)
+    return Job(*images, backbone, augmentations, folder, [labels_of(8)] * frames)
+
+
+# Movies
+
+
+def draw_cells(frames: int, size: int, cells: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Draw noise, each frame another, with disks on it: uint16 frames and masks."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(200, 1_200, (frames, size, size), np.uint16)
+    masks = np.zeros((frames, size, size), np.uint16)
+    side = int(np.ceil(np.sqrt(cells)))
+    step = size / side
+    y, x = np.indices((size, size))
+    for label in range(1, cells + 1):
+        row, column = divmod(label - 1, side)
+        center = np.array([row + 0.5, column + 0.5]) * step
+        disk = (y - center[0]) ** 2 + (x - center[1]) ** 2 < (0.35 * step) ** 2
+        masks[:, disk] = label
+    images[masks > 0] += 3_000
+    return images, masks
+
+
+def labels_of(cells: int) -> NDArray[np.int64]:
+    return np.arange(1, cells + 1)
 
 
 def write_frames(root: Path, frames: int) -> Path:
@@ -82,186 +396,100 @@ def write_frames(root: Path, frames: int) -> Path:
     return root
 
 
-def batches_of(movie: Movie, backbone: Any) -> list[torch.Tensor]:
-    features = FeatureCache(tempfile.mkdtemp()).movie(movie.frames, movie.masks, backbone)
-    images = [
-        prepare_frame(features.job(t), backbone.spec.normalization) for t in range(len(movie))
-    ]
-    starts = range(0, len(images), BATCH)
-    return [torch.from_numpy(np.concatenate(images[start : start + BATCH])) for start in starts]
-
-
-def compare(name: str, backbone: Any, root: Path, repeats: int) -> Case:
-    """Time the backbone alone, planning and warming, on the same batches in turns."""
-    movie = Movie.open(root)
-    batches = batches_of(movie, backbone)
-
-    def embed() -> None:
-        for batch in batches:
-            backbone.embed(batch).cpu()
-
-    def plan() -> WarmPlan:
-        return plan_warm(FeatureCache(tempfile.mkdtemp()), [movie], backbone)
-
-    def warm() -> float:
-        planned = plan()
-        return seconds_of(lambda: run_warm(planned, batch_size=BATCH))
-
-    embed()
-    sides = {ALONE: lambda: seconds_of(embed), PLANNING: lambda: seconds_of(plan), OURS: warm}
-    return Case(name, ALONE, interleave(sides, repeats))
-
-
-def print_comparison(case: Case, frames: int) -> None:
-    alone, warm = min(case.values[ALONE]), min(case.values[OURS])
-    print(
-        f"| {case.name} | {frames / alone:.1f} | {frames / warm:.1f} "
-        f"| {alone / warm:.3f} | {np.median(case.values[PLANNING]) / frames * 1e3:.1f} |"
-    )
-
-
-def run(options: Options) -> list[Case]:
-    """Compare warming with the bare backbone."""
-    chosen = make_parser().parse_args(["--quick"] if options.quick else [])
-    frames, repeats = (24, 2) if options.quick else (chosen.frames, min(options.rounds, 5))
-    root = write_frames(options.folder / "warming" / "01", frames)
-    with plugin(chosen.seconds) as recipe:
-        fake = compare(
-            f"{frames} frames of {1e3 * chosen.seconds:.0f} ms", recipe.load(), root, repeats
-        )
-        if options.quick:
-            return [fake]
-    model = load_backbone("efficientnet-lite0", "random:0")
-    return [fake, compare(f"{frames} frames, {model.spec.name}", model, root, repeats)]
+# Cases
 
 
 @contextmanager
-def plugin(seconds: float) -> Any:
-    """Make the fake known by name to processes started from here."""
-    with tempfile.TemporaryDirectory() as folder:
-        info = Path(folder) / "benchmark_backbone-1.0.dist-info"
-        info.mkdir()
-        (Path(folder) / "benchmark_backbone.py").write_text(PLUGIN)
-        (info / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: benchmark-backbone\nVersion: 1\n"
-        )
-        entry = "[feature_cache.backbones]\nbenchmark = benchmark_backbone:load\n"
-        (info / "entry_points.txt").write_text(entry)
-        paths = [folder, os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        os.environ["BENCHMARK_SECONDS"] = str(seconds)
-        sys.path.insert(0, folder)
-        yield Recipe("benchmark")
-        sys.path.remove(folder)
+def one_thread() -> Iterator[None]:
+    """Let torch compute in the thread that calls it, so that its time is that thread's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def warm_on(client: Any, recipe: Recipe, root: Path) -> float:
-    cache = FeatureCache(tempfile.mkdtemp())
-    plan = plan_warm(cache, [Source(str(root))], recipe.load())
-    report_seconds = seconds_of(lambda: run_on_cluster(plan, recipe, client, unit_frames=16))
-    assert cache.stats()["records"] == plan.missing
-    return report_seconds
+@dataclass
+class Bench:
+    """A movie in files, and how often it is warmed."""
+
+    folder: Path
+    frames: int
+    rounds: int
+    movie: Movie = field(init=False)
+
+    def __post_init__(self) -> None:
+        root = self.folder / "01"
+        tracks = np.array([[1, 0, self.frames - 1, 0]])
+        write_movie(root, *draw_cells(self.frames, SIZE, CELLS), tracks)
+        self.movie = Movie.open(root)
+
+    def job(self, seconds: float) -> Job:
+        assert self.movie.masks is not None
+        images = Images(self.movie.frames), Images(self.movie.masks)
+        augmentations = Augmentations("default", COPIES)
+        labels = [labels_of(CELLS)] * self.frames
+        return Job(*images, StandIn(seconds), augmentations, self.folder, labels)
+
+    def compare(self, name: str, make: Callable[[str], Job]) -> Case:
+        """Time all ways, and the backbone alone."""
+        ways = {ALONE: embed_alone, **WAYS}
+
+        def side(way: str) -> Callable[[], float]:
+            def take() -> float:
+                job = make(way)
+                return seconds_of(lambda: ways[way](job))
+
+            return take
+
+        return Case(name, ALONE, interleave({way: side(way) for way in ways}, self.rounds))
+
+    def measure(self) -> tuple[dict[str, Spent], list[Case]]:
+        """Measure processor time; give what a record spends in each way, and cases of it."""
+        found: dict[str, list[Spent]] = {way: [] for way in WAYS}
+        for way in list(WAYS) * self.rounds:
+            found[way].append(spend(WAYS[way], self.job(0.0)))
+        beside = {way: [one.beside_pixels for one in spent] for way, spent in found.items()}
+        cases = [Case("processor time a record, beside backbone and draws of pixels", "", beside)]
+        for way, spent in found.items():
+            stages = {stage: [one.stages[stage] for one in spent] for stage in STAGES}
+            cases.append(Case(f"of it, {way.removeprefix(f'{OURS}, ')}", "", stages))
+        least = {way: min(spent, key=lambda one: one.record) for way, spent in found.items()}
+        return least, cases
 
 
-def prepare_worker(recipe: Recipe) -> None:
-    """Load what a worker loads once."""
-    recipe.load()
+def run(options: Options) -> list[Case]:
+    """Compare warming with the bare backbone: here, and where cores are not the limit."""
+    folder = options.folder / "warming"
+    bench = Bench(folder, 2 if options.quick else 8, 1 if options.quick else min(options.rounds, 3))
+    with one_thread():
+        spent, cases = bench.measure()
+        for seconds in COSTS[1:2] if options.quick else COSTS:
+            cases.append(bench.compare(name_of(seconds), lambda _, s=seconds: bench.job(s)))
+        frames = 8 if options.quick else 32
+        for seconds in COSTS:
+
+            def make(way: str, seconds: float = seconds) -> Job:
+                stand_in = StandIn(seconds, 16, 4)
+                return make_model(spent.get(way, spent[WARM]), stand_in, frames, folder)
+
+            cases.append(bench.compare(f"{name_of(seconds)}, {CORES}", make))
+    return cases
 
 
-def scale(recipe: Recipe, root: Path, repeats: int) -> None:
-    seconds = {}
-    for workers in (1, 2):
-        with open_client(local_workers=workers) as client:
-            client.run(prepare_worker, recipe)
-            seconds[workers] = min(warm_on(client, recipe, root) for _ in range(repeats))
-    frames = len(Movie.open(root))
-    for workers, taken in seconds.items():
-        print(f"| {workers} | {frames / taken:.1f} | {seconds[1] / taken:.2f} |")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of one unit, in seconds."""
-
-    compute: float
-    scheduler: float
-    folder: float
-
-
-def measure_costs(recipe: Recipe, root: Path, seconds: float) -> Costs:
-    """Measure what a unit costs where units can't overlap."""
-    with open_client(local_workers=1) as client:
-        client.run(prepare_worker, recipe)
-        count = 200
-        taken = seconds_of(
-            lambda: client.gather([client.submit(abs, -i, pure=False) for i in range(count)])
-        )
-    fake = recipe.load()
-    movie = Movie.open(root)
-    cache = FeatureCache(tempfile.mkdtemp())
-    features = cache.movie(movie.frames, movie.masks, fake)
-    features.keys()
-    frames = list(range(min(UNIT_FRAMES, len(movie))))
-    keys = [features.key(t).hex() for t in frames]
-    claim = seconds_of(lambda: (cache.store.claims.take(keys), cache.store.claims.release(keys)))
-    records = FeatureCache(tempfile.mkdtemp()).get_or_compute(
-        [movie.frames[t] for t in frames],
-        [movie.masks[t] for t in frames],
-        fake,
-    )
-    from feature_cache.store import Entry
-
-    entries = [
-        Entry(features.key(t), record, features.provenance(t))
-        for t, record in zip(frames, records, strict=True)
-    ]
-    commit = seconds_of(lambda: features.space.write(entries, {}))
-    return Costs(seconds * UNIT_FRAMES, taken / count, claim + commit)
-
-
-def simulate(costs: Costs, workers: int, units: int) -> float:
-    """Give the seconds that units take, each served in turn by scheduler, worker and folder."""
-    free = [0.0] * workers
-    scheduler = folder = end = 0.0
-    for _ in range(units):
-        ready = heapq.heappop(free)
-        scheduler = max(scheduler, ready) + costs.scheduler
-        computed = scheduler + costs.compute
-        heapq.heappush(free, computed)  # its other thread commits
-        folder = max(folder, computed) + costs.folder
-        end = max(end, folder)
-    return end
+def name_of(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms a frame, {COPIES} copies"
 
 
 def main() -> None:
-    options = make_parser().parse_args()
-    frames, repeats = (48, 1) if options.quick else (options.frames, options.repeats)
-    with tempfile.TemporaryDirectory() as folder, plugin(options.seconds) as recipe:
-        os.environ["FEATURE_CACHE_MEMO"] = "off"
-        root = write_frames(Path(folder) / "01", frames)
-        print(f"{frames} frames of 512x512, batches of {BATCH}, {os.cpu_count()} cores, ", end="")
-        print(f"torch {torch.__version__}, best of {repeats}\n")
-        print("| backbone | alone, frames/s | warming, frames/s | ratio | planning, ms a frame |")
-        print("|---|---:|---:|---:|---:|")
-        name = f"fake, {options.seconds * 1e3:.0f} ms a frame"
-        print_comparison(compare(name, recipe.load(), root, repeats), frames)
-        if not options.no_model:
-            model = load_backbone("efficientnet-lite0", "random:0", options.device)
-            case = compare(f"efficientnet-lite0 on {model.device}", model, root, repeats)
-            print_comparison(case, frames)
-        print("\n| Dask workers | frames/s | speed-up |\n|---|---:|---:|")
-        scale(recipe, root, repeats)
-        costs = measure_costs(recipe, root, options.seconds)
-        print(
-            f"\nSimulated (not measured), units of {UNIT_FRAMES} frames: computing "
-            f"{costs.compute:.2f} s, scheduler {costs.scheduler * 1e3:.1f} ms, claims and commit "
-            f"{costs.folder * 1e3:.1f} ms\n\n| workers | frames/s | efficiency |\n|---|---:|---:|"
-        )
-        for workers in (1, 4, 16, 64, 256):
-            taken = simulate(costs, workers, 40 * workers)
-            ideal = 40 * costs.compute
-            rate = 40 * workers * UNIT_FRAMES / taken
-            print(f"| {workers} | {rate:,.0f} | {ideal / taken:.2f} |")
+    from .harness import format_case
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few frames, once")
+    with tempfile.TemporaryDirectory() as folder:
+        options = Options(Path(folder), quick=parser.parse_args().quick)
+        print(*map(format_case, run(options)), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import warming
 from benchmarks.__main__ import NAMES, parse_options
 from benchmarks.compare import find_worse
 from benchmarks.harness import (
@@ -26,6 +30,8 @@ from benchmarks.harness import (
 )
 from benchmarks.report import make_table, replace_part
 from benchmarks.scale import model
+from benchmarks.warming import Profile, Spent, StandIn
+from feature_cache.hashing import frame_digest
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,6 +155,37 @@ def test_what_can_not_be_compared_with_is_said_first(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         parse_options()
     assert capsys.readouterr().err.endswith(f"error: argument --compare: {says}\n")
+
+
+def test_processor_time_goes_to_what_a_thread_is_at():
+    stop = threading.Event()
+    busy = threading.Thread(target=hash_until, args=(stop,))
+    idle = threading.Thread(target=stop.wait)
+    with Profile() as profile:
+        for thread in (busy, idle):
+            thread.start()
+        time.sleep(0.3)
+        stop.set()
+    busy.join()
+    idle.join()
+    assert profile.seconds["hashing"] > profile.seconds["the rest"]
+
+
+def hash_until(stop: threading.Event) -> None:
+    while not stop.is_set():
+        frame_digest(np.zeros((1024, 1024), np.float32))
+
+
+@pytest.mark.parametrize("way", warming.WAYS)
+def test_in_the_model_every_record_is_computed_and_waited_for(tmp_path, monkeypatch, way):
+    slept: list[float] = []
+    monkeypatch.setattr(warming.time, "sleep", slept.append)
+    stages = dict.fromkeys(warming.STAGES, 0.125)
+    job = warming.make_model(Spent(1.0, stages, read=0.5), StandIn(0.0, 4, 4), 3, tmp_path)
+    warming.WAYS[way](job)
+    assert job.backbone.frames == job.records == 3 * 16
+    assert slept.count(0.25) >= job.records  # a mask, drawn and pooled
+    assert slept.count(0.5) == job.frames.reads >= 3
 
 
 @pytest.mark.slow
