@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 Pixels: TypeAlias = NDArray[np.float32]
 
-_BLOCK = 1 << 17
-"""Pixels counted at once: their counts and they stay in the processor's cache."""
+_BLOCK = 1 << 19
+"""Pixels counted at once: 4 MB of integers."""
 _SAMPLE = 1 << 10
 """So many pixels are looked at before a frame of real numbers is taken for one of integers."""
 

@@ -40,6 +40,8 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 EPSILON = np.float32(1e-8)
 ORDINARY = 2.0**-20, 2.0**60
 """Vectors whose largest number is beyond are scaled before their length is taken in float32."""
+_ORDINARY_LENGTH = 2.0**-8, 2.0**60
+"""Vectors of such a length, and of up to 2**24 numbers, have a largest one within `ORDINARY`."""
 _MEDIAN_NUMBERS = 1 << 17
 """Numbers that are sorted at once."""
 
@@ -420,19 +422,25 @@ def _unit_vectors(stack: NDArray[np.floating], votes: Sequence[Votes]) -> tuple[
         place[each.cells] = 1
     cells = np.flatnonzero(place)
     place[cells] = np.arange(len(cells))
-    vectors = _scale_extremes(
-        stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32, copy=False)
-    )
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True) + EPSILON
+    vectors = stack.reshape(-1, stack.shape[-1])[cells].astype(np.float32, copy=False)
+    lengths = _lengths(vectors)
+    if not ((lengths >= _ORDINARY_LENGTH[0]) & (lengths <= _ORDINARY_LENGTH[1])).all():
+        vectors = _scale_extremes(vectors)
+        lengths = _lengths(vectors)
+    vectors /= lengths + EPSILON
     return vectors, [place[each.cells] for each in votes]
+
+
+def _lengths(vectors: Floats) -> Floats:
+    """(U, 1); infinity or 0 for vectors of huge or tiny numbers."""
+    with np.errstate(over="ignore"):
+        return np.sqrt(np.add.reduce(vectors * vectors, axis=-1, keepdims=True))
 
 
 def _scale_extremes(vectors: Floats) -> Floats:
     """Scale vectors of huge or tiny numbers by powers of two, which leaves their direction."""
     largest = np.abs(vectors).max(axis=-1, keepdims=True, initial=0)
     ordinary = ((largest >= ORDINARY[0]) & (largest <= ORDINARY[1])) | (largest == 0)
-    if ordinary.all():
-        return vectors
     return np.ldexp(vectors, np.where(ordinary, 0, -np.frexp(largest)[1]))
 
 
