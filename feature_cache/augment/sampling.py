@@ -26,8 +26,8 @@ FindSource: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], Source]"
 
 _Label = TypeVar("_Label", bound=np.generic)
 _FIXED_POINT = 2.0**30
-_STRIP_PIXELS = 1 << 15
-"""Pixels that a CPU samples at once: what is computed of them stays in its cache."""
+_STRIP_PIXELS = 1 << 16
+"""Pixels that a CPU computes at once: what comes between stays in its cache."""
 
 
 def divide(numbers: Any, divisor: float) -> Any:
@@ -87,9 +87,10 @@ def sample_bilinear(frames: torch.Tensor, find: FindSource, bounds: Bounds | Non
 
 
 def _strips(frames: torch.Tensor) -> Iterator[slice]:
-    """Give the lines that are sampled at once: on a GPU all."""
-    _, height, width = frames.shape
-    lines = max(1, _STRIP_PIXELS // width) if frames.device.type == "cpu" else height
+    """Give the lines that are computed at once: on a GPU all."""
+    count, height, width = frames.shape
+    on_cpu = frames.device.type == "cpu"
+    lines = max(1, _STRIP_PIXELS // max(1, count * width)) if on_cpu else height
     for start in range(0, height, lines):
         yield slice(start, start + lines)
 
@@ -158,9 +159,11 @@ def change_contrast(frames: torch.Tensor, factor: float) -> torch.Tensor:
     """
     import torch
 
-    steps = frames.mul(_FIXED_POINT).round_().to(torch.int64)
-    totals = steps.sum(dim=(1, 2)).double()
-    means = divide(totals, frames.shape[1] * frames.shape[2] * _FIXED_POINT)
+    totals = torch.zeros(len(frames), dtype=torch.int64, device=frames.device)
+    for lines in _strips(frames):
+        steps = frames[:, lines].mul(_FIXED_POINT).round_().to(torch.int64)
+        totals += steps.sum(dim=(1, 2))
+    means = divide(totals.double(), frames.shape[1] * frames.shape[2] * _FIXED_POINT)
     offset = means.mul(1.0 - factor).float()
     return frames.mul(factor).add_(offset[:, None, None]).clamp_(0.0, 1.0)
 
@@ -179,22 +182,39 @@ def blur(frames: torch.Tensor, weights: list[float], bounds: Bounds | None) -> t
     bounds : (float, float) or None
         Which frames and result are within; None for any.
     """
-    rows_first = _blur_axis(_blur_axis(frames, weights, 1), weights, 2)
-    columns_first = _blur_axis(_blur_axis(frames, weights, 2), weights, 1)
-    return clamp(rows_first.add_(columns_first).mul_(0.5), bounds)
-
-
-def _blur_axis(frames: torch.Tensor, weights: list[float], axis: int) -> torch.Tensor:
     import torch
 
-    size, radius = frames.shape[axis], len(weights) - 1
+    radius, result = len(weights) - 1, frames.new_empty(frames.shape)
+    padded = _mirror(_mirror(frames, radius, 1), radius, 2)
+    for lines in _strips(frames):
+        block = padded[:, lines.start : lines.stop + 2 * radius]
+        rows_first = _convolve(_convolve(block, weights, 1), weights, 2)
+        columns_first = _convolve(_convolve(block, weights, 2), weights, 1)
+        torch.add(rows_first, columns_first, out=result[:, lines]).mul_(0.5)
+    return clamp(result, bounds)
+
+
+def _mirror(frames: torch.Tensor, radius: int, axis: int) -> torch.Tensor:
+    """Put so many mirrored lines before and after an axis; the border itself stands once."""
+    import torch
+
+    size = frames.shape[axis]
     mirrored = np.pad(np.arange(size), radius, mode="reflect")
     before, after = (
         frames.index_select(axis, upload(border, frames.device))
         for border in (mirrored[:radius], mirrored[radius + size :])
     )
-    padded = torch.cat([before, frames, after], dim=axis)
-    total, pair = frames.mul(weights[0]), torch.empty_like(frames)
+    return torch.cat([before, frames, after], dim=axis)
+
+
+def _convolve(padded: torch.Tensor, weights: list[float], axis: int) -> torch.Tensor:
+    """Convolve along an axis, which loses the lines that were put before and after it."""
+    import torch
+
+    radius = len(weights) - 1
+    size = padded.shape[axis] - 2 * radius
+    total = padded.narrow(axis, radius, size).mul(weights[0])
+    pair = torch.empty_like(total)
     for distance, weight in enumerate(weights[1:], start=1):
         left = padded.narrow(axis, radius - distance, size)
         right = padded.narrow(axis, radius + distance, size)
