@@ -199,12 +199,11 @@ def _mirror(frames: torch.Tensor, radius: int, axis: int) -> torch.Tensor:
     import torch
 
     size = frames.shape[axis]
-    mirrored = np.pad(np.arange(size), radius, mode="reflect")
-    before, after = (
-        frames.index_select(axis, upload(border, frames.device))
-        for border in (mirrored[:radius], mirrored[radius + size :])
-    )
-    return torch.cat([before, frames, after], dim=axis)
+    if radius < size:
+        first, last = (frames.narrow(axis, at, radius) for at in (1, size - 1 - radius))
+        return torch.cat([first.flip(axis), frames, last.flip(axis)], dim=axis)
+    mirrored = np.pad(np.arange(size), radius, mode="reflect")  # to and fro in a narrow frame
+    return frames.index_select(axis, upload(mirrored, frames.device))
 
 
 def _convolve(padded: torch.Tensor, weights: list[float], axis: int) -> torch.Tensor:
