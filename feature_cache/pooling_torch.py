@@ -22,7 +22,7 @@ from .pooling import EPSILON, ORDINARY, GridShape, steps_of
 _VOTES_AT_ONCE = 1 << 24
 """Pairs of region and cell that are counted at once: 128 MB as float64."""
 _NUMBERS_AT_ONCE = 1 << 24
-"""Numbers that are sorted at once for medians."""
+"""Numbers that become float64 at once, and that are sorted at once for medians."""
 
 
 def pool_on(grid: Tensor, rows: Tensor, fallback: Tensor, modes: Sequence[str]) -> list[Tensor]:
@@ -61,7 +61,7 @@ def pool_on(grid: Tensor, rows: Tensor, fallback: Tensor, modes: Sequence[str]) 
     z, height, width, channels = stack.shape
     units = _unit_vectors(stack.reshape(-1, channels))
     parts = list(_ballots(rows, fallback, (z, height, width)))
-    none = units.new_empty((0, channels), dtype=torch.float32)
+    none = units.new_empty((0, channels))
     return [
         torch.cat(
             [none, *(_AGGREGATES[s.aggregate](getattr(part, s.vote), units) for part in parts)]
@@ -157,29 +157,40 @@ def _cells_along(points: Tensor, length: int, cells: int) -> Tensor:
 
 
 def _unit_vectors(vectors: Tensor) -> Tensor:
-    """Give (K, C) float64 vectors of length 1, as on the CPU: huge and tiny ones are scaled."""
-    vectors = vectors.double()
+    """Give (K, C) float32 vectors of length 1, as on the CPU: huge and tiny ones are scaled."""
+    return torch.cat(
+        [_scale_to_1(part.double()) for part in torch.split(vectors, _at_once(vectors))]
+    )
+
+
+def _at_once(vectors: Tensor) -> int:
+    return max(1, _NUMBERS_AT_ONCE // max(1, vectors.shape[1]))
+
+
+def _scale_to_1(vectors: Tensor) -> Tensor:
     largest = vectors.abs().amax(dim=1, keepdim=True)
     ordinary = ((largest >= ORDINARY[0]) & (largest <= ORDINARY[1])) | (largest == 0)
     exponent = torch.where(ordinary, 0, -torch.frexp(largest).exponent)
     vectors = vectors * torch.exp2(exponent.double())
-    return vectors / (vectors.norm(dim=1, keepdim=True) + float(EPSILON))
+    return (vectors / (vectors.norm(dim=1, keepdim=True) + float(EPSILON))).float()
 
 
 def _mean(votes: Tensor, units: Tensor) -> Tensor:
-    return (votes.double() @ units / votes.sum(dim=1, keepdim=True)).float()
+    some = _at_once(units)
+    parts = zip(torch.split(votes, some, dim=1), torch.split(units, some), strict=True)
+    total = sum(part.double() @ vectors.double() for part, vectors in parts)
+    return (total / votes.sum(dim=1, keepdim=True)).float()
 
 
 def _max(votes: Tensor, units: Tensor) -> Tensor:
     _, cells = votes.nonzero(as_tuple=True)
     lengths = (votes > 0).sum(dim=1)
-    chosen = units.float()[cells]
-    return torch.segment_reduce(chosen, "max", lengths=lengths, axis=0, unsafe=True)
+    return torch.segment_reduce(units[cells], "max", lengths=lengths, axis=0, unsafe=True)
 
 
 def _median(votes: Tensor, units: Tensor) -> Tensor:
     regions, cells = votes.nonzero(as_tuple=True)
-    weights, units = votes[regions, cells], units.float()
+    weights = votes[regions, cells]
     at_once = max(1, _NUMBERS_AT_ONCE // len(regions))
     medians = [
         _weighted_medians(regions, units[cells, start : start + at_once], weights, votes)
