@@ -166,9 +166,12 @@ class Draw:
         if frames.ndim != 3 or 0 in frames.shape[1:]:
             raise FrameError(f"frames have shape {tuple(frames.shape)}: expected (B, H, W)")
         each = _checked_digests(digests, len(frames)) if self.needs_digests else ()
+        device = frames.device
+        if device.type == "mps":  # has no float64
+            frames = frames.cpu()
         for operation in self.operations:
             frames = operation.apply(frames, each, bounds)
-        return frames
+        return frames.to(device)
 
     def apply_mask(self, mask: NDArray[_Label]) -> NDArray[_Label]:
         """Apply the draw's geometry to a mask, nearest neighbour; outside the frame is 0.
