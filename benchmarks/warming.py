@@ -478,7 +478,7 @@ class Bench:
 def run(options: Options) -> list[Case]:
     """Compare warming with the bare backbone: here, and where cores are not the limit."""
     folder = options.folder / "warming"
-    bench = Bench(folder, 2 if options.quick else 8, 1 if options.quick else min(options.rounds, 3))
+    bench = Bench(folder, 2 if options.quick else 4, 1 if options.quick else min(options.rounds, 3))
     least, total = (4, 1.0) if options.quick else (16, 4.0)
     with one_thread():
         for way in WAYS.values():  # what is loaded late is loaded then
