@@ -117,9 +117,41 @@ class TestGarbage:
     def test_nothing_goes_without_yes(self, run, warmed):
         code, out, _ = run("gc", "--cache", "cache", "--max-size", "0")
         assert code == 0
-        assert out.count("evict ") == 2
+        assert "2 packs to let go: 12 records, " in out
+        assert "0 B are not reached: 0 B are pinned (see feature-cache pin), " in out
         assert "nothing was removed: --yes does it" in out
         assert len(packs()) == 2
+        assert "evict" not in out
+        code, out, _ = run("gc", "--cache", "cache", "--max-size", "0", "--verbose")
+        assert all(f"evict {pack.name[:12]} of " in out for pack in packs())
+
+    def test_what_killed_processes_left_is_nothing_wrong_and_removed(self, run, warmed):
+        old = packs()[0].parent / ".tmp-0123"
+        old.mkdir()
+        os.utime(old, (1e9, 1e9))
+        Path("cache/claims/odd").write_text("host_01234567-1-0123456789abcdef")
+        code, out, _ = run("verify", "--cache", "cache")
+        assert (code, out) == (
+            0,
+            "2 left-overs of ended processes, no harm: feature-cache gc --yes removes them\n"
+            "all is well\n",
+        )
+        assert run("report", "page.html", "--cache", "cache", "--verify")[0] == 0
+        out = run("gc", "--cache", "cache")[1]
+        assert "2 left-overs of ended processes: " in out
+        assert str(old) not in out
+        assert str(old) in run("gc", "--cache", "cache", "-v")[1]
+        assert run("gc", "--cache", "cache", "--yes")[0] == 0
+        assert not old.exists()
+        assert run("verify", "--cache", "cache")[1] == "all is well\n"
+
+    def test_in_parts(self, run, warmed):
+        words = ("gc", "--cache", "cache", "--max-size", "0", "--max-seconds", "0", "--yes")
+        code, out, _ = run(*words)
+        assert code == 0
+        assert out.endswith("the time was over before all was removed: run gc again\n")
+        assert "run gc again" not in run(*words)[1]
+        assert packs() == []
 
     def test_what_was_used_last_stays(self, run, warmed):
         time.sleep(0.02)

@@ -323,7 +323,8 @@ class FeatureCache:
         Returns
         -------
         list of Finding
-            What is not as it should be, or was not before the repair; empty where all is well.
+            What is not as it should be, or was not before the repair, and what killed processes
+            left (`Finding.is_wrong` tells them apart); empty where there is nothing.
 
         Raises
         ------
@@ -356,6 +357,7 @@ class FeatureCache:
         max_age_seconds: float | None = None,
         spaces: Collection[str] = (),
         dry_run: bool = True,
+        max_seconds: float | None = None,
     ) -> GarbagePlan:
         """Let go of what was not used for longest, and of left-overs.
 
@@ -364,13 +366,16 @@ class FeatureCache:
         Parameters
         ----------
         max_bytes : int, optional
-            Keep no more than this, the most recently used.
+            Keep no more than this on the disk, as du counts: the most recently used, and before
+            it what running processes read in the last day.
         max_age_seconds : float, optional
             Keep nothing that was not used for longer.
         spaces : collection of str, optional
             Beginnings of the names of the spaces to look at, by default all.
         dry_run : bool
             Only say what would go, which is the default.
+        max_seconds : float, optional
+            Stop after about so long; what is left is for the next time.
 
         Returns
         -------
@@ -382,13 +387,18 @@ class FeatureCache:
             self.store, max_bytes=max_bytes, max_age_seconds=max_age_seconds, spaces=spaces
         )
         if not dry_run:
-            maintenance.run_gc(self.store, plan)
+            maintenance.run_gc(self.store, plan, max_seconds=max_seconds)
         return plan
 
     def compact(self) -> list[CompactReport]:
         """Merge small packs, drop records that are there twice; one report for each space.
 
         Readers in this and other processes go on undisturbed.
+
+        Raises
+        ------
+        StoreError
+            The cache can't be read or written.
         """
         reports = [maintenance.compact_space(space) for space in self.store.spaces()]
         maintenance.remove_retired(self.store.root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,7 +83,8 @@ def verify(
 
     With --recompute, records chosen at random in all spaces are computed again from their movies:
     nothing else finds wrong numbers whose checksum is right. Records whose movie or weights are
-    gone or changed are counted. Exit status 1 when something is wrong.
+    gone or changed are counted. Exit status 1 when something is wrong, which what killed processes
+    left behind is not.
 
     Example: feature-cache verify --cache features --recompute 100
     """
@@ -100,7 +102,7 @@ def verify(
         if repair:
             maintenance.repair(cache, again.wrong)
     _show_findings(findings, again, repair, as_json)
-    if findings:
+    if any(finding.is_wrong for finding in findings):
         raise typer.Exit(1)
 
 
@@ -140,8 +142,12 @@ def _show_findings(
         typer.echo(f"not compared: {count_text(number, 'record')}: {reason}")
     if again is not None:
         typer.echo(str(again))
-    if findings:
-        _print_findings(findings, repaired)
+    wrong = [finding for finding in findings if finding.is_wrong]
+    if left := len(findings) - len(wrong):
+        then = "removed" if repaired else "no harm: feature-cache gc --yes removes them"
+        typer.echo(f"{count_text(left, 'left-over')} of ended processes, {then}")
+    if wrong:
+        _print_findings(wrong, repaired)
     elif again is not None and again.unknown:
         typer.echo("nothing wrong was found in what could be compared")
     else:
@@ -176,9 +182,18 @@ def gc(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would go, which is the default.")
     ] = False,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Stop after so long; what is left is for the next time."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="List every pack and left-over.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let go of what was not used for longest, and of what killed processes left.
+
+    Sizes are those that du shows. What a running process read in the last day goes last.
 
     Example: feature-cache gc --cache features --max-size 100G --older-than 90d --yes
     """
@@ -190,8 +205,8 @@ def gc(
     store = Store(cache, "a" if yes else "r", create=False)
     plan = plan_gc(store, max_bytes=max_size, max_age_seconds=older_than, spaces=space)
     if not as_json:
-        _print_plan(plan)
-    report = run_gc(store, plan) if yes else None
+        _print_plan(plan, verbose)
+    report = run_gc(store, plan, max_seconds=max_seconds) if yes else None
     if as_json:
         done = None if report is None else report.to_json()
         typer.echo(json.dumps({"plan": plan.to_json(), "done": done}))
@@ -201,31 +216,65 @@ def gc(
         typer.echo("nothing was removed: --yes does it")
 
 
-def _print_plan(plan: GarbagePlan) -> None:
-    for eviction in plan.evictions[:20]:
+def _print_plan(plan: GarbagePlan, verbose: bool) -> None:
+    stays = plan.kept_bytes + plan.other_bytes
+    typer.echo(
+        f"{size_text(plan.bytes)} to free, {size_text(stays)} stay "
+        f"({size_text(plan.pinned_bytes)} pinned)"
+    )
+    for line in _sum_up(plan):
+        typer.echo(line)
+    if plan.max_bytes is not None and stays > plan.max_bytes:
         typer.echo(
+            f"{size_text(plan.max_bytes)} are not reached: {size_text(plan.pinned_bytes)} are "
+            f"pinned (see feature-cache pin), {size_text(plan.other_bytes)} are no packs"
+        )
+    if plan.unseen:
+        typer.echo(
+            f"what {plan.unseen} read here without a right to write is not known, and counts as "
+            "not used: chmod 1777 the cache's uses/ to see it"
+        )
+    for line in _list_plan(plan) if verbose else ():
+        typer.echo(line)
+
+
+def _sum_up(plan: GarbagePlan) -> Iterator[str]:
+    """Say in a line each how much goes of what."""
+    if plan.evictions:
+        records = sum(eviction.records for eviction in plan.evictions)
+        size = size_text(sum(eviction.bytes for eviction in plan.evictions))
+        until = time_text(max(eviction.last_use for eviction in plan.evictions))
+        packs = count_text(len(plan.evictions), "pack")
+        yield f"{packs} to let go: {records:,} records, {size}, last used until {until}"
+    if plan.leaving:
+        size = size_text(sum(pack.bytes for pack in plan.leaving))
+        waiting = sum(bool(pack.waits_for) for pack in plan.leaving)
+        waits = f", {waiting:,} wait for others" if waiting else ""
+        yield f"{count_text(len(plan.leaving), 'pack')} let go before: {size}{waits}"
+    if plan.leftovers:
+        size = size_text(sum(size for _, size in plan.leftovers))
+        yield f"{count_text(len(plan.leftovers), 'left-over')} of ended processes: {size}"
+
+
+def _list_plan(plan: GarbagePlan) -> Iterator[str]:
+    for eviction in plan.evictions:
+        yield (
             f"evict {eviction.pack[:12]} of {eviction.space}: {eviction.records:,} records, "
             f"{size_text(eviction.bytes)}, last used {time_text(eviction.last_use)}"
         )
-    if len(plan.evictions) > 20:
-        typer.echo(f"evict {len(plan.evictions) - 20:,} more packs")
-    for path, size in plan.leftovers:
-        typer.echo(f"left over: {path}, {size_text(size)}")
     for pack in plan.leaving:
         waits = f", waits for {pack.waits_for}" if pack.waits_for else ""
-        typer.echo(f"retired: {pack.path.name}, {size_text(pack.bytes)}{waits}")
-    typer.echo(
-        f"{size_text(plan.bytes)} to free, {size_text(plan.kept_bytes)} stay "
-        f"({size_text(plan.pinned_bytes)} pinned)"
-    )
-    if plan.max_bytes is not None and plan.kept_bytes > plan.max_bytes:
-        typer.echo(f"more than {size_text(plan.max_bytes)} are pinned: see feature-cache pin")
+        yield f"let go before: {pack.path.name}, {size_text(pack.bytes)}{waits}"
+    for path, size in plan.leftovers:
+        yield f"left over: {path}, {size_text(size)}"
 
 
 def _print_report(report: GarbageReport) -> None:
     typer.echo(f"{size_text(report.freed_bytes)} freed, {report.records:,} records let go")
     for reason in report.waits_for:
         typer.echo(f"{size_text(report.waiting_bytes)} wait for {reason}: run gc again later")
+    if not report.is_done:
+        typer.echo("the time was over before all was removed: run gc again")
 
 
 def compact(cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = False) -> None:

@@ -33,6 +33,7 @@ def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
     Example: feature-cache ls --cache features
     """
     from ..store import Store
+    from ..store.maintenance import last_uses
 
     rows = [
         {
@@ -41,9 +42,9 @@ def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
             "pooling": (space.spec["pooling"] or {}).get("name", "none"),
             "dtype": space.spec["dtype"],
             "records": len(space),
-            "packs": len(names := space.pack_names()),
+            "packs": len(uses := last_uses(space)),
             "bytes": space.disk_bytes(),
-            "last_use": max(map(space.last_use, names), default=0.0),
+            "last_use": max(uses.values(), default=0.0),
             **({"spec": dict(space.spec)} if as_json else {}),
         }
         for space in Store(cache, "r").spaces()

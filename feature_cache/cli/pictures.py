@@ -116,7 +116,8 @@ def _verify(cache: Path) -> list[Finding]:
     from ..store import maintenance
 
     with make_bar("verifying", maintenance.count_packs(cache), "pack") as bar:
-        return maintenance.verify(cache, progress=bar.update)
+        found = maintenance.verify(cache, progress=bar.update)
+    return [finding for finding in found if finding.is_wrong]
 
 
 def _only_backbone(cache: FeatureCache) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..store import Run, Space, Store, Usage
 from ..store.files import list_folder, tree_bytes
-from ..store.maintenance import Pin, read_pins
+from ..store.maintenance import Pin, last_uses, read_pins
 from ..store.maintenance.collect import find_leftovers
 from ..store.maintenance.pins import find_damaged_pins
 from ..store.maintenance.retire import Leaving, find_leaving
@@ -90,11 +90,7 @@ class Health:
 def measure(space: Space, now: float) -> SpaceFacts:
     """Measure a space; packs that vanish meanwhile are left out."""
     sizes, last, packs = [0] * len(AGES), 0.0, 0
-    for name in space.pack_names():
-        try:
-            used = space.last_use(name)
-        except FileNotFoundError:
-            continue
+    for name, used in last_uses(space).items():
         packs, last = packs + 1, max(last, used)
         sizes[_age_of(now - used)] += tree_bytes(space.packs_folder / name)
     return SpaceFacts(space.name, space.spec, len(space), packs, tuple(sizes), last)

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,6 +22,8 @@ from ..hashing import JSON
 TEMPORARY_PREFIX = ".tmp-"
 TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
 """How names begin that come and go: ours, and those of NFS for open files that were removed."""
+_BLOCK_BYTES = 512
+"""Of which the system counts what a file takes, whatever the file system's own blocks are."""
 _GROUP_BITS = stat.S_IRGRP | stat.S_IWGRP
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -196,15 +198,32 @@ def write_group(folder: Path, attributes: Mapping[str, JSON]) -> None:
         write_text(folder / "zarr.json", group_text(attributes))
 
 
-def tree_bytes(root: Path) -> int:
-    """Sum up the sizes of all files below a folder."""
-    total = 0
-    for folder, _, files in os.walk(root):
-        for file in files:
-            try:
-                total += os.stat(os.path.join(folder, file)).st_size
-            except FileNotFoundError:
+def tree_bytes(root: str | os.PathLike[str], skips: Callable[[str], object] | None = None) -> int:
+    """Sum up what a file, or a folder and all that is in it, takes on the disk, as du does.
+
+    What has several names there counts once.
+
+    Parameters
+    ----------
+    root : path
+    skips : callable, optional
+        Tells of a name whether it is left out, with all that is below.
+    """
+    total, seen, todo = 0, set[tuple[int, int]](), [os.fspath(root)]
+    while todo:
+        path = todo.pop()
+        try:
+            status = os.lstat(path)
+            if stat.S_ISDIR(status.st_mode):
+                names = os.listdir(path)
+                todo += [f"{path}/{name}" for name in names if not (skips and skips(name))]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            if (status.st_dev, status.st_ino) in seen:
                 continue
+            seen.add((status.st_dev, status.st_ino))
+        total += status.st_blocks * _BLOCK_BYTES
     return total
 
 

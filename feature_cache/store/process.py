@@ -31,8 +31,11 @@ import psutil
 from ..hashing import JSON, canonical_json, digest_json
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, share_with_group
 from .maps import mapped_names
+from .uses import Uses
 
 BEAT_SECONDS = 30.0
+NOTE_SECONDS = 5.0
+"""How soon what was read is written down, for gc."""
 SILENT_SECONDS = 120.0
 """A process of another host that was not heard of for so long has lost its claims."""
 GONE_SECONDS = 900.0
@@ -49,8 +52,8 @@ class Member(Protocol):
     def refresh(self) -> None:
         """Let go of what was retired."""
 
-    def touch(self, seconds: float = ...) -> None:
-        """Note on disk what was used."""
+    def note(self) -> None:
+        """Tell `Presence.uses` what was used."""
 
     def renew_lock(self) -> None:
         """Start with a free lock: another thread may have held it when this process was forked."""
@@ -134,6 +137,8 @@ class Presence:
     ----------
     name : str
         Of the process's file; unique for all times.
+    uses : Uses
+        What it used.
     is_inherited : bool
         Whether it is that of the process from which this one was forked.
     """
@@ -142,6 +147,7 @@ class Presence:
         self.root = root
         self.name = f"{this_host()}-{os.getpid()}-{secrets.token_hex(8)}"
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self.uses = Uses(root, self.name)
         self._process = Process(this_host(), os.getpid(), _start_of(psutil.Process()))
         self._lock = threading.RLock()
         self.announced = self._left = False
@@ -157,6 +163,7 @@ class Presence:
         try:
             if create:
                 make_folder(self.file.parent)
+                make_folder(self.uses.file.parent)
             with self._lock:
                 self._release(retired_names(self.root) - mapped_names(self.root))
         except OSError as error:
@@ -178,8 +185,12 @@ class Presence:
             except OSError as error:
                 self.announced = False
                 _log.debug("no heartbeat in %s: %s", self.file, error)
-            for member in list(self.members):
-                member.touch()
+
+    def note(self) -> None:
+        """Write down what was used."""
+        for member in list(self.members):
+            member.note()
+        self.uses.save()
 
     def _refresh_members(self) -> None:
         for member in list(self.members):
@@ -209,8 +220,8 @@ class Presence:
         """Take the file away; the heart may beat once more."""
         with self._lock:
             self._left = True
-            for member in list(self.members):
-                member.touch(0.0)
+            self.note()
+            self.uses.end(self.now())
             with suppress(OSError):
                 self.file.unlink()
 
@@ -248,13 +259,18 @@ def _start_heart() -> None:
 
 
 def _beat_forever() -> None:
+    beaten = time.monotonic()
     while True:
-        time.sleep(BEAT_SECONDS)
+        time.sleep(min(NOTE_SECONDS, BEAT_SECONDS))
+        beats = time.monotonic() - beaten >= BEAT_SECONDS
+        beaten = time.monotonic() if beats else beaten
         for root, presence in list(_present.items()):
-            if root.exists():
-                presence.beat()
-            else:
+            if not root.exists():
                 _present.pop(root, None)
+                continue
+            presence.note()
+            if beats:
+                presence.beat()
 
 
 def _leave_all() -> None:

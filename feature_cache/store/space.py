@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +36,7 @@ from .index import Index
 from .listing import Listing
 from .pack import Pack, Span, read_keys
 from .process import Presence, join
+from .uses import Uses
 from .writer import Entry, write_pack
 
 Mode = Literal["a", "r"]
@@ -44,7 +44,6 @@ Mode = Literal["a", "r"]
 _log = logging.getLogger(__name__)
 PACK_NAME = re.compile(r"[0-9a-f]{32}")
 _OPEN_PACKS = 256
-_TOUCH_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,6 @@ class Space:
         self._listing = Listing()
         self._presence: Presence | None = None
         self._lock = threading.RLock()
-        weakref.finalize(self, _touch, self._packs)
 
     @property
     def name(self) -> str:
@@ -120,6 +118,7 @@ class Space:
         if self._presence is None or self._presence.is_inherited:
             self._presence = join(self.root, create=self.mode == "a")
             self._presence.members.add(self)
+            weakref.finalize(self, _note, self._packs, self.name, self._presence.uses)
             if self._index.packs:  # some of them may be among those that it says it let go of
                 self.refresh()
         return self._presence
@@ -319,7 +318,7 @@ class Space:
             raise CorruptRecordError(f"{pack.path} holds {pack.features.dtype}: not its space's")
         while len(self._packs) >= _OPEN_PACKS:
             oldest = next(iter(self._packs))
-            _touch({oldest: self._packs.pop(oldest)}, _TOUCH_SECONDS)
+            _note({oldest: self._packs.pop(oldest)}, self.name, self._join().uses)
         self._packs[name] = pack
         return pack
 
@@ -437,39 +436,42 @@ class Space:
 
     # Use and size
 
-    def touch(self, seconds: float = _TOUCH_SECONDS) -> None:
-        """Note on disk which packs were read: the time of a pack's folder is its last use.
+    def note(self) -> None:
+        """Tell this process's presence which packs were read since the last time."""
+        if self._presence is not None:
+            with self._lock:
+                _note(self._packs, self.name, self._presence.uses)
 
-        Parameters
-        ----------
-        seconds : float
-            How exact the time should be.
+    def pack_times(self) -> dict[str, float]:
+        """Give when each pack was last used, or written, as far as its folder says.
+
+        Returns
+        -------
+        dict of str to float
+            Seconds since 1970, by name. `maintenance.last_uses` also knows what living processes
+            read lately.
         """
-        with self._lock:
-            _touch(self._packs, seconds)
-
-    def last_use(self, name: str) -> float:
-        """Give when a pack was last noted as read, or written: seconds since 1970.
-
-        Raises
-        ------
-        FileNotFoundError
-            The pack is gone.
-        """
-        return (self.packs_folder / name).stat().st_mtime
+        retired, times = self.retired_names(), dict[str, float]()
+        try:
+            found = list(os.scandir(self.packs_folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return times
+        for entry in found:
+            if PACK_NAME.fullmatch(entry.name) and entry.name not in retired:
+                with suppress(FileNotFoundError):
+                    times[entry.name] = entry.stat().st_mtime
+        return times
 
     def disk_bytes(self) -> int:
-        """Sum up the sizes of all files of the packs."""
+        """Sum up what all files and folders of the packs take on the disk."""
         return sum(tree_bytes(self.packs_folder / name) for name in self.pack_names())
 
 
-def _touch(packs: Mapping[str, Pack], seconds: float = 0.0) -> None:
-    for pack in packs.values():
-        if pack.used:
-            with suppress(OSError):
-                if time.time() - pack.path.stat().st_mtime >= seconds:
-                    os.utime(pack.path)
-                    pack.used = False
+def _note(packs: Mapping[str, Pack], space: str, uses: Uses) -> None:
+    used = [name for name, pack in packs.items() if pack.used]
+    for name in used:
+        packs[name].used = False
+    uses.add(space, used)
 
 
 def quarantine_folder(space: Space, name: str) -> Path:

@@ -9,6 +9,7 @@
       quarantine/                                      packs whose bytes were wrong
       claims/  processes/                              who computes what; who uses the cache
       stats/                                           hits and misses, one file a process
+      uses/                                            what each process read lately
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ OWN_NAMES = {
     "retired",
     "spaces",
     "stats",
+    "uses",
     "zarr.json",
 }
 

@@ -12,8 +12,8 @@ from ..store import Space
 from ..store.files import tree_bytes
 from .push import Pushing
 
-RECORD_BYTES = 1024
-PACK_BYTES = 16 << 10
+RECORD_BYTES, GRID_BYTES = 1024, 20 << 10
+PACK_BYTES = 128 << 10
 """At most about what a record, and a pack, take on disk beside the features."""
 
 
@@ -83,8 +83,8 @@ class RunCommits(Commits):
 
     def add(self, view: MovieFeatures, t: int, record: Record) -> bool:
         """Take a record to be committed; False where the budget has no room for it."""
-        labels = 0 if record.labels is None else record.labels.nbytes
-        reserved = self._reserve(view.space, record.features.nbytes + labels + RECORD_BYTES)
+        beside = GRID_BYTES if record.labels is None else RECORD_BYTES + record.labels.nbytes
+        reserved = self._reserve(view.space, record.features.nbytes + beside)
         if reserved is None:
             return False
         self._spaces.add(view.space)

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 
+from feature_cache import FeatureCache, StoreError
 from feature_cache.key import Record
 from feature_cache.store import CODECS, Entry, Pack, Space, Store, read_provenance, record_sources
-from feature_cache.store.maintenance import compact_space, plan_gc, run_gc, verify
+from feature_cache.store.maintenance import (
+    compact_space,
+    last_uses,
+    plan_gc,
+    run_gc,
+    verify,
+)
 from samples import (
     GRIDS,
     KINDS,
@@ -152,7 +161,7 @@ def test_the_newest_use_is_kept_and_another_compaction_is_waited_for(
     Store(root).claims.release([claim])
     compact_space(space)
     [name] = space.pack_names()
-    assert space.last_use(name) == 1e9 + 2
+    assert last_uses(space) == {name: 1e9 + 2}
 
 
 def test_records_held_and_open_spaces_outlive_a_compaction(root: Path, space: Space) -> None:
@@ -165,3 +174,25 @@ def test_records_held_and_open_spaces_outlive_a_compaction(root: Path, space: Sp
     assert [content(record) for record in held] == expected(range(5))
     for reader in (space, other):
         assert contents(reader, range(5)) == expected(range(5))
+
+
+def test_a_retired_pack_that_can_not_be_removed_is_an_error_of_ours(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache(root)
+    space = cache.store.space(make_spec())
+    write_each(space, range(3))
+    old, real = set(space.pack_names()), os.rename
+
+    def rename(source: Any, *more: Any, **options: Any) -> None:
+        if Path(source).name in old:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, *more, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(StoreError, match=r"can't write in .*cache: Input/output error"):
+        cache.compact()
+    assert contents(cache.store.space(make_spec()), range(3)) == expected(range(3))
+    monkeypatch.setattr(os, "rename", real)
+    cache.compact()
+    assert not old & set(os.listdir(space.packs_folder))

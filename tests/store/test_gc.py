@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -23,17 +24,20 @@ from feature_cache.store.maintenance import (
     run_gc,
     verify,
 )
-from feature_cache.store.process import GONE_SECONDS
+from feature_cache.store.process import GONE_SECONDS, this_host
 from samples import (
     content,
     contents,
     die_at,
+    du,
     expected,
+    forge_process,
     fork,
     in_fork,
     make_entries,
     make_entry,
     make_keys,
+    make_older,
     make_record,
     make_spec,
     wait,
@@ -63,11 +67,6 @@ def set_age(space: Space, name: str, seconds: float) -> None:
 def collect_garbage(root: Path, **options: Any) -> GarbageReport:
     store = Store(root)
     return run_gc(store, plan_gc(store, **options))
-
-
-def size(space: Space, name: str) -> int:
-    files = (space.packs_folder / name).rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def holding(root: Path, numbers: list[int]) -> tuple[int, Path]:
@@ -110,7 +109,8 @@ def kill(child: int) -> None:
 def test_a_plan_removes_nothing(root: Path, space: Space, packs: list[str]) -> None:
     plan = plan_gc(Store(root), max_bytes=0)
     assert [eviction.pack for eviction in plan.evictions] == packs
-    assert plan.bytes == space.disk_bytes()
+    assert plan.bytes == space.disk_bytes() == sum(du(space.packs_folder / name) for name in packs)
+    assert plan.other_bytes == du(root) - plan.bytes
     assert contents(Store(root).space(make_spec()), range(1, 5)) == expected(range(1, 5))
     assert not (root / "retired").exists()
     assert plan_gc(Store(root)).evictions == ()
@@ -120,10 +120,12 @@ def test_a_plan_removes_nothing(root: Path, space: Space, packs: list[str]) -> N
 def test_the_least_recently_used_go_until_the_rest_fits_exactly(
     root: Path, space: Space, packs: list[str], kept: int
 ) -> None:
-    budget = sum(size(space, name) for name in packs[4 - kept :])
+    sizes = [du(space.packs_folder / name) for name in packs]
+    budget = du(root) - sum(sizes[: 4 - kept])
     report = collect_garbage(root, max_bytes=budget)
     assert report.evicted == report.records == 4 - kept
-    assert space.disk_bytes() == budget
+    assert report.freed_bytes == sum(sizes[: 4 - kept])
+    assert space.disk_bytes() == sum(sizes[4 - kept :])
     right = [None] * (4 - kept) + expected(range(5 - kept, 5))
     assert contents(Store(root).space(make_spec()), range(1, 5)) == right
     assert verify(root) == []
@@ -167,14 +169,147 @@ def test_access_times_of_files_do_not_matter(root: Path, space: Space, packs: li
     assert [eviction.pack for eviction in evictions] == packs
 
 
-def test_a_use_that_is_too_fresh_to_note_is_noted_later(space: Space) -> None:
-    [name] = space.write([make_entry(1)], {})
-    set_age(space, name, 60)
-    contents(space, [1])
-    space.touch(600.0)
-    assert time.time() - space.last_use(name) > 50
-    space.touch(0.0)
-    assert time.time() - space.last_use(name) < 30
+def order(root: Path, **options: Any) -> list[str]:
+    """Name the packs in the order in which they would go."""
+    plan = plan_gc(Store(root), **(options or {"max_bytes": 0}))
+    return [eviction.pack for eviction in plan.evictions]
+
+
+def reading(root: Path, number: int, *, uid: int | None = None) -> int:
+    """Start a process that reads a record again and again, notes it, and waits."""
+    ready = root.parent / "ready"
+
+    def read() -> None:
+        reader = Store(root, "r").space(make_spec())
+        assert contents(reader, [number] * 3) == expected([number] * 3)
+        Store(root, "r").presence.note()
+        time.sleep(100)
+
+    child = fork(read, uid)
+    while not any(name.startswith(this_host()) for name in os.listdir(root / "uses")):
+        time.sleep(0.005)
+    assert not ready.exists()
+    return child
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_another_process_reads_is_known_at_once_and_after_its_end(
+    root: Path, packs: list[str], killed: bool
+) -> None:
+    child = reading(root, 2)
+    if killed:
+        kill(child)
+    assert order(root) == [packs[0], packs[2], packs[3], packs[1]]
+    assert order(root, max_age_seconds=250) == packs[:1]
+    if killed:
+        assert collect_garbage(root).records == 0  # the time goes to the pack, the file goes
+        assert os.listdir(root / "uses") == []
+        assert order(root) == [packs[0], packs[2], packs[3], packs[1]]
+    else:
+        kill(child)
+
+
+def write_uses(root: Path, process: str, uses: Any, written: float = 0.0) -> Path:
+    """Write what a process says that it used, some seconds ago."""
+    file = root / "uses" / process
+    file.write_text(uses if isinstance(uses, str) else json.dumps(uses))
+    make_older(file, written)
+    return file
+
+
+def test_what_a_running_process_read_in_the_last_day_goes_last(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    lately, long_ago = 20 * 3600.0, 30 * 3600.0
+    for name in packs:
+        set_age(space, name, 3600.0 * 40)
+    running = forge_process(root)
+    write_uses(root, running, {space.name: {packs[0]: lately, packs[1]: long_ago}})
+    ended = forge_process(root, age=2 * GONE_SECONDS)
+    write_uses(root, ended, {space.name: {packs[2]: 60.0, packs[3]: 90.0}}, 2 * GONE_SECONDS)
+    assert order(root) == [packs[1], packs[3], packs[2], packs[0]]
+    assert order(root, max_age_seconds=25 * 3600.0) == packs[1:2]
+
+
+def test_a_use_that_an_ended_process_noted_goes_to_the_pack_as_the_file_system_counts(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    file = write_uses(root, "gone_01234567-1-0123456789abcdef", {space.name: {packs[0]: 50.0}}, 2e3)
+    [used] = [file.stat().st_mtime - 50.0]
+    for name in packs:
+        set_age(space, name, 5e3)
+    collect_garbage(root)
+    assert not file.exists()
+    assert space.pack_times()[packs[0]] == pytest.approx(used, abs=1e-3)
+    assert order(root)[-1] == packs[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"%s":3}', '{"%s":{"x":"y"}}', '{"%s":{"../../..":1}}', '{"..":{"x":1}}']
+)
+def test_files_of_uses_that_hold_something_else_are_left_out(
+    root: Path, space: Space, packs: list[str], text: str
+) -> None:
+    write_uses(root, "odd_01234567-1-0123456789abcdef", text.replace("%s", space.name), 2e3)
+    assert order(root) == packs
+    collect_garbage(root)
+    assert order(root) == packs
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize("open_to_all", [False, True])
+def test_readers_who_may_not_write_are_seen_where_they_may_note_it(
+    public_folder: Path, open_to_all: bool
+) -> None:
+    public_root = public_folder / "cache"
+    space = Store(public_root).space(make_spec())
+    packs = [space.write([make_entry(number)], {})[0] for number in range(1, 4)]
+    for age, name in enumerate(packs):
+        set_age(space, name, 1000.0 - age)
+    if open_to_all:
+        (public_root / "uses").chmod(0o1777)
+
+    def read() -> None:
+        reader = Store(public_root, "r").space(make_spec())
+        assert contents(reader, [1]) == expected([1])
+        Store(public_root, "r").presence.leave()
+
+    in_fork(read, 1234)
+    plan = plan_gc(Store(public_root), max_bytes=0)
+    assert [e.pack for e in plan.evictions] == ([*packs[1:], packs[0]] if open_to_all else packs)
+    assert ("others" in plan.unseen) != open_to_all
+    collect_garbage(public_root)
+    assert order(public_root) == [e.pack for e in plan.evictions]
+
+
+def test_in_parts(root: Path, space: Space, packs: list[str]) -> None:
+    store, sizes = Store(root), []
+    for name in (".tmp-0123", ".tmp-4567"):
+        (space.packs_folder / name).mkdir()
+        make_older(space.packs_folder / name, 7200)
+    while True:
+        report = run_gc(store, plan_gc(store, max_bytes=0), max_seconds=0.0)
+        sizes.append(du(root))
+        if report.is_done:
+            break
+    assert len(sizes) > len(packs)
+    assert sizes == sorted(sizes, reverse=True)
+    assert os.listdir(space.packs_folder) == ["zarr.json"]
+
+
+def test_the_whole_is_what_du_says_and_several_names_count_once(
+    root: Path, space: Space, packs: list[str]
+) -> None:
+    file = space.packs_folder / packs[0] / "features" / "c" / "0" / "0"
+    os.link(file, file.with_name("1"))
+    plan = plan_gc(Store(root), max_bytes=du(root))
+    assert plan.evictions == ()
+    assert plan.kept_bytes + plan.other_bytes == du(root)
+    assert space.disk_bytes() == sum(du(space.packs_folder / name) for name in packs)
+    Counter(Store(root)).save()
+    budget = du(root) - 1
+    assert collect_garbage(root, max_bytes=budget).evicted == 1
+    assert du(root) <= budget
 
 
 def test_only_the_spaces_named(root: Path, space: Space, packs: list[str]) -> None:
@@ -316,7 +451,9 @@ def test_a_pack_written_again_since_another_collector_removed_it_stays(
 ) -> None:
     retire.retire(space, packs)
     late = retire.find_leaving(root)
-    assert retire.remove(root, retire.find_leaving(root)) > 0
+    freed, is_done = retire.remove(root, retire.find_leaving(root))
+    assert freed > 0
+    assert is_done
     assert space.write([make_entry(1)], {}) == packs[:1]
     retire.remove(root, late)
     assert contents(Store(root).space(make_spec()), [1]) == expected([1])

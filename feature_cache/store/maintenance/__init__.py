@@ -3,7 +3,7 @@
 from .collect import GarbagePlan, GarbageReport, choose_names, choose_spaces, plan_gc, run_gc
 from .compact import CompactReport, compact_space
 from .pins import Pin, add_pin, read_pins, remove_pin
-from .retire import Leaving, remove_retired
+from .retire import Leaving, last_uses, remove_retired
 from .verify import Finding, count_packs, name_source, repair, verify
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "choose_spaces",
     "compact_space",
     "count_packs",
+    "last_uses",
     "name_source",
     "plan_gc",
     "read_pins",

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from ...errors import MissingRecordError, StoreError
@@ -15,17 +16,20 @@ from ..claims import Claims
 from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
 from ..pack import read_keys
 from ..process import GONE_SECONDS, is_silent, join, living, read_process
-from ..space import Space
+from ..space import PACK_NAME, Space
 from ..store import Store
 from ..usage import merge_runs
+from ..uses import KnownUses, find_unseen, settle_uses
 from .pins import read_pins
-from .retire import Leaving, find_leaving, remove, remove_tree, retire
+from .retire import Leaving, find_leaving, known_uses, remove, remove_tree, retire
 
 _log = logging.getLogger(__name__)
 TEMPORARY_GRACE_SECONDS = 3600.0
 """How long a temporary file whose writer is not known to be dead stays."""
 
 _MERGE_RUNS_SECONDS = 86400.0
+_EVICTED_AT_ONCE = 1000
+"""Packs retired, and removed where nobody reads them, before the next are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Eviction:
     space, pack : str
         Names.
     bytes : int
+        On disk.
     records : int
     last_use : float
         Seconds since 1970.
@@ -73,8 +78,13 @@ class GarbagePlan:
         Packs that were retired before or are in quarantine.
     kept_bytes, pinned_bytes : int
         Of the packs that stay, and of those that stay because they are pinned.
+    other_bytes : int
+        Of all else that stays; 0 where some spaces alone were looked at.
     max_bytes : int or None
         What was asked for.
+    unseen : str
+        Who may read the cache without a place to note it, so that `gc` does not know what they
+        use; empty where there is nobody.
     """
 
     evictions: tuple[Eviction, ...]
@@ -82,7 +92,9 @@ class GarbagePlan:
     leaving: tuple[Leaving, ...]
     kept_bytes: int
     pinned_bytes: int
+    other_bytes: int
     max_bytes: int | None
+    unseen: str
 
     @property
     def bytes(self) -> int:
@@ -96,6 +108,8 @@ class GarbagePlan:
             "bytes": self.bytes,
             "kept_bytes": self.kept_bytes,
             "pinned_bytes": self.pinned_bytes,
+            "other_bytes": self.other_bytes,
+            "unseen": self.unseen,
             "max_bytes": self.max_bytes,
             "evictions": [eviction.to_json() for eviction in self.evictions],
             "leftovers": [{"path": str(path), "bytes": size} for path, size in self.leftovers],
@@ -118,6 +132,8 @@ class GarbageReport:
         Removed by now; to be removed by a later run.
     waits_for : tuple of str
         What the rest waits for.
+    is_done : bool
+        Whether the time was enough for everything that does not wait.
     """
 
     evicted: int
@@ -125,6 +141,7 @@ class GarbageReport:
     freed_bytes: int
     waiting_bytes: int
     waits_for: tuple[str, ...]
+    is_done: bool
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
@@ -134,6 +151,7 @@ class GarbageReport:
             "freed_bytes": self.freed_bytes,
             "waiting_bytes": self.waiting_bytes,
             "waits_for": list(self.waits_for),
+            "is_done": self.is_done,
         }
 
 
@@ -151,7 +169,8 @@ def plan_gc(
     ----------
     store : Store
     max_bytes : int, optional
-        Let go of the least recently used packs until the rest is no larger.
+        Let go of the least recently used packs until the rest takes no more on the disk; what a
+        running process read lately goes last.
     max_age_seconds : float, optional
         Let go of packs not used for longer.
     spaces : collection of str, optional
@@ -167,24 +186,37 @@ def plan_gc(
         A pin is damaged, or files can't be read.
     """
     chosen = choose_spaces(store.spaces(), spaces)
-    for member in list(store.presence.members):
-        member.touch(0.0)
+    uses = known_uses(store.root)
     pinned: list[Eviction] = []
     loose: list[Eviction] = []
     for space in chosen:
-        for pack, is_pinned in _list_packs(space):
+        for pack, is_pinned in _list_packs(space, uses):
             (pinned if is_pinned else loose).append(pack)
-    loose.sort(key=lambda pack: (pack.last_use, pack.pack))
-    total = sum(pack.bytes for pack in (*pinned, *loose))
-    evictions = tuple(_evict(loose, total, max_bytes, max_age_seconds))
+    loose.sort(key=lambda one: ((one.space, one.pack) in uses.lately, one.last_use, one.pack))
+    leftovers = [(path, tree_bytes(path)) for path in find_leftovers(store.root)]
+    leaving = find_leaving(store.root, grace_seconds)
+    other = 0 if spaces else _other_bytes(store.root, leftovers, leaving)
+    packs = sum(pack.bytes for pack in (*pinned, *loose))
+    evictions = tuple(_evict(loose, packs + other, max_bytes, max_age_seconds))
     return GarbagePlan(
         evictions,
-        tuple((path, tree_bytes(path)) for path in find_leftovers(store.root)),
-        tuple(find_leaving(store.root, grace_seconds)),
-        total - sum(pack.bytes for pack in evictions),
+        tuple(leftovers),
+        tuple(leaving),
+        packs - sum(pack.bytes for pack in evictions),
         sum(pack.bytes for pack in pinned),
+        other,
         max_bytes,
+        find_unseen(store.root) if evictions else "",
     )
+
+
+def _other_bytes(
+    root: Path, leftovers: Sequence[tuple[Path, int]], leaving: Sequence[Leaving]
+) -> int:
+    """Sum up what is no pack, and is not to go."""
+    going = sum(size for _, size in leftovers)
+    going += sum(pack.bytes for pack in leaving if pack.mark is None)  # the others are packs
+    return max(0, tree_bytes(root, skips=PACK_NAME.fullmatch) - going)
 
 
 def choose_spaces(spaces: list[Space], names: Collection[str]) -> list[Space]:
@@ -208,19 +240,24 @@ def choose_names(names: Sequence[str], starts: Collection[str]) -> list[str]:
     return [name for name in names if not starts or name.startswith(tuple(starts))]
 
 
-def _list_packs(space: Space) -> Iterator[tuple[Eviction, bool]]:
+def _list_packs(
+    space: Space, uses: KnownUses, names: Collection[str] | None = None
+) -> Iterator[tuple[Eviction, bool]]:
+    """Give the packs of a space, or those named, and whether each is pinned."""
     pins = [pin for pin in read_pins(space.root) if pin.space == space.name]
     whole = any(pin.keys is None for pin in pins)
     wanted: frozenset[bytes] = frozenset().union(*(pin.keys or () for pin in pins))
-    for name in space.pack_names():
+    for name, noted in space.pack_times().items():
+        if names is not None and name not in names:
+            continue
         folder = space.packs_folder / name
         try:
             keys = {key.tobytes() for key in read_keys(folder)}
-            last_use = space.last_use(name)
         except OSError:
             continue  # gone meanwhile, or damaged: that is for verify
-        size = tree_bytes(folder)
-        yield Eviction(space.name, name, size, len(keys), last_use), whole or bool(wanted & keys)
+        used = max(noted, uses.times.get((space.name, name), noted))
+        pack = Eviction(space.name, name, tree_bytes(folder), len(keys), used)
+        yield pack, whole or bool(wanted & keys)
 
 
 def _evict(
@@ -235,9 +272,13 @@ def _evict(
 
 
 def find_leftovers(root: Path) -> list[Path]:
-    """List the temporary files, claims and process files of processes that are gone."""
+    """List the temporary files, claims and process files of processes that are gone.
+
+    None of them does harm: they are in nobody's way, and `gc` removes them.
+    """
     now = join(root, create=False).now()
-    folders = [root, *(root / name for name in ("spaces", "stats", "pins", "processes"))]
+    own = ("spaces", "stats", "pins", "processes", "uses")
+    folders = [root, *(root / name for name in own)]
     for name in list_folder(root / "spaces"):
         folders += [root / "spaces" / name, root / "spaces" / name / "packs"]
     folders += [root / "quarantine", *(root / "retired" / n for n in list_folder(root / "retired"))]
@@ -274,48 +315,82 @@ def _is_left(root: Path, path: Path, now: float) -> bool:
     return now - newest > TEMPORARY_GRACE_SECONDS
 
 
-def run_gc(store: Store, plan: GarbagePlan, *, grace_seconds: float | None = None) -> GarbageReport:
+def run_gc(
+    store: Store,
+    plan: GarbagePlan,
+    *,
+    grace_seconds: float | None = None,
+    max_seconds: float | None = None,
+) -> GarbageReport:
     """Let go of what a plan found: packs are retired, and removed when no reader has them.
 
     A pack that was used or pinned after the plan was made stays.
+
+    Parameters
+    ----------
+    store : Store
+    plan : GarbagePlan
+    grace_seconds : float, optional
+        As for `plan_gc`.
+    max_seconds : float, optional
+        Stop after about so long; what is left is for the next run.
 
     Raises
     ------
     StoreError
         Something can't be removed.
     """
-    root, evicted = store.root, list[Eviction]()
+    deadline = inf if max_seconds is None else time.monotonic() + max_seconds
+    root, evicted, waiting = store.root, list[Eviction](), list[Leaving]()
     with writing(root):
-        writer = store.presence.name
-        left = set(find_leftovers(root))
-        for path, _ in plan.leftovers:
-            if path in left:
-                remove_tree(path, writer)
-        for space in store.spaces():
-            chosen = list(_still_loose(space, plan.evictions))
-            if chosen:
-                retire(space, [eviction.pack for eviction in chosen])
-            evicted += chosen
-        leaving = find_leaving(root, grace_seconds)
-        freed = remove(root, leaving)
+        settle_uses(root, known_uses(root))  # first: the files of ended processes go below
+        freed, is_done = _remove_leftovers(store, plan, deadline)
+        for first in range(0, max(1, len(plan.evictions)), _EVICTED_AT_ONCE):
+            if not is_done:
+                break
+            evicted += _retire(store, plan.evictions[first : first + _EVICTED_AT_ONCE])
+            leaving = find_leaving(root, grace_seconds)
+            waiting = [pack for pack in leaving if pack.waits_for]
+            removed, is_done = remove(root, leaving, deadline)
+            freed += removed
     try:
         merge_runs(root, time.time() - _MERGE_RUNS_SECONDS)
     except StoreError as error:
         _log.warning("the counters of ended processes are not merged: %s", error)
-    waiting = [pack for pack in leaving if pack.waits_for]
     return GarbageReport(
         evicted=len(evicted),
         records=sum(eviction.records for eviction in evicted),
-        freed_bytes=freed + sum(size for _, size in plan.leftovers),
+        freed_bytes=freed,
         waiting_bytes=sum(pack.bytes for pack in waiting),
         waits_for=tuple(sorted({pack.waits_for for pack in waiting})),
+        is_done=is_done,
     )
 
 
-def _still_loose(space: Space, evictions: Sequence[Eviction]) -> Iterator[Eviction]:
-    """Give those of a space that nobody used or pinned since they were chosen."""
-    wanted = {eviction.pack: eviction for eviction in evictions if eviction.space == space.name}
-    for pack, is_pinned in _list_packs(space) if wanted else ():
-        eviction = wanted.get(pack.pack)
-        if eviction is not None and not is_pinned and pack.last_use <= eviction.last_use:
-            yield eviction
+def _remove_leftovers(store: Store, plan: GarbagePlan, deadline: float) -> tuple[int, bool]:
+    """Remove what is still left over; give the bytes freed, and whether there was time for all."""
+    freed, left = 0, set(find_leftovers(store.root))
+    for number, (path, size) in enumerate(plan.leftovers):
+        if number and time.monotonic() > deadline:
+            return freed, False
+        if path in left:
+            remove_tree(path, store.presence.name)
+            freed += size
+    return freed, True
+
+
+def _retire(store: Store, evictions: Sequence[Eviction]) -> list[Eviction]:
+    """Retire packs that nobody used or pinned since they were chosen; give these."""
+    retired: list[Eviction] = []
+    uses = known_uses(store.root) if evictions else KnownUses()
+    for space in store.spaces() if evictions else ():
+        wanted = {one.pack: one for one in evictions if one.space == space.name}
+        chosen = [
+            wanted[pack.pack]
+            for pack, is_pinned in _list_packs(space, uses, wanted)
+            if not is_pinned and pack.last_use <= wanted[pack.pack].last_use
+        ]
+        if chosen:
+            retire(space, [eviction.pack for eviction in chosen])
+        retired += chosen
+    return retired

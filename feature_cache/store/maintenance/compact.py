@@ -19,7 +19,7 @@ from ..files import reading, writing
 from ..pack import Pack, check_pack, read_provenance
 from ..space import Space
 from ..writer import Entry
-from .retire import retire
+from .retire import last_uses, retire
 
 TARGET_BYTES = 64 << 20
 """How large packs become, in bytes of features."""
@@ -140,7 +140,8 @@ def _compact(
         return CompactReport(space.name)
     origins = _read_origins(space, merged)
     written: set[str] = set()
-    last_use = max(space.last_use(name) for name in merged)
+    uses = last_uses(space)
+    last_use = max((uses[name] for name in merged if name in uses), default=0.0)
     for kind, group in groupby(sorted(rows, key=lambda row: row.order), lambda row: row.kind):
         for entries in _read_entries(space, list(group), target_bytes):
             names = space.write(entries, {"compacted_from": origins}, codec=kind[0])

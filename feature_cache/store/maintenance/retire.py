@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from ..files import (
@@ -22,11 +24,13 @@ from ..files import (
     make_folders,
     sync_folder,
     tree_bytes,
+    writing,
 )
 from ..filesystem import find_file_system
 from ..maps import mapped_names
 from ..process import join, living
 from ..space import PACK_NAME, Space
+from ..uses import KnownUses, read_uses
 
 NETWORK_GRACE_SECONDS = 3600.0
 """How long a retired pack stays on a network file system, where a reader may hear of it late, or
@@ -55,6 +59,23 @@ class Leaving:
     bytes: int
     waits_for: str
     identity: tuple[int, int] | None
+
+
+def known_uses(root: Path) -> KnownUses:
+    """Read what all processes used, this one up to now."""
+    presence = join(root, create=False)
+    presence.note()
+    now = presence.now()
+    names = list_folder(root / "processes")  # first: those that come later are running
+    lives = {*living(root, now), presence.name}
+    return read_uses(root, now, {name: name in lives for name in {*names, *lives}})
+
+
+def last_uses(space: Space) -> dict[str, float]:
+    """Give when each pack of a space was last used, or written, in seconds since 1970, by name."""
+    times = known_uses(space.root).times
+    noted = space.pack_times()
+    return {name: max(time, times.get((space.name, name), time)) for name, time in noted.items()}
 
 
 def retire(space: Space, names: Iterable[str]) -> None:
@@ -128,15 +149,21 @@ def _identity(pack: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def remove(root: Path, leaving: Sequence[Leaving]) -> int:
-    """Remove packs that wait for nothing; give the bytes freed.
+def remove(root: Path, leaving: Sequence[Leaving], deadline: float = inf) -> tuple[int, bool]:
+    """Remove packs that wait for nothing, one at least, until a time of `time.monotonic`.
 
     Each is renamed first, so that nobody ever sees a part of it.
+
+    Returns
+    -------
+    int, bool
+        Bytes freed, and whether all were removed in time.
     """
     freed, writer = 0, join(root).name
-    for pack in leaving:
-        if pack.waits_for:
-            continue
+    ready = [pack for pack in leaving if not pack.waits_for]
+    for number, pack in enumerate(ready):
+        if number and time.monotonic() > deadline:
+            return freed, False
         if doomed := _take_away(pack.path, writer):
             if _identity(doomed) != pack.identity:
                 _put_back(doomed, pack.path)
@@ -145,13 +172,20 @@ def remove(root: Path, leaving: Sequence[Leaving]) -> int:
             freed += pack.bytes
         if pack.mark is not None:
             pack.mark.unlink(missing_ok=True)
-    return freed
+    return freed, True
 
 
 def remove_retired(root: Path) -> list[Leaving]:
-    """Remove the retired packs that wait for nothing; list the others."""
-    leaving = [pack for pack in find_leaving(root) if pack.mark is not None]
-    remove(root, leaving)
+    """Remove the retired packs that wait for nothing; list the others.
+
+    Raises
+    ------
+    StoreError
+        One of them can't be removed.
+    """
+    with writing(root):
+        leaving = [pack for pack in find_leaving(root) if pack.mark is not None]
+        remove(root, leaving)
     return [pack for pack in leaving if pack.waits_for]
 
 

@@ -43,7 +43,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be.
+    """Something that is not as it should be, or left over.
 
     Attributes
     ----------
@@ -67,6 +67,11 @@ class Finding:
     lost: tuple[str, ...] = ()
     record: str = ""
     details: Mapping[str, JSON] = field(default_factory=dict)
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether something should be done: what killed processes left is in nobody's way."""
+        return self.kind != "leftover"
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
@@ -120,7 +125,7 @@ def verify(
                 continue
             findings += _check_space(Space(folder, {}, "r"), deep, progress)
         findings += [
-            Finding("leftover", path, "left by a process that is gone; repair removes it")
+            Finding("leftover", path, "left by a process that is gone; gc removes it")
             for path in find_leftovers(root)
         ]
     return findings

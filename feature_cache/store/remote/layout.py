@@ -45,6 +45,14 @@ def pack_files(pack: Path) -> dict[str, Path]:
     return {name: files[name] for name in sorted(files) if all(map(is_safe, name.split("/")))}
 
 
+def sent_bytes(pack: Path) -> int:
+    """Sum up the sizes of a pack's files; 0 where it is gone."""
+    try:
+        return sum(file.stat().st_size for file in pack_files(pack).values())
+    except FileNotFoundError:
+        return 0
+
+
 def own_attributes(text: bytes, where: str) -> dict[str, Any]:
     """Read what is ours of a group's ``zarr.json``."""
     try:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CorruptRecordError, NotACacheError, UnknownNameError
-from ..files import list_folder, reading, tree_bytes
+from ..files import list_folder, reading
 from ..process import join
 from ..space import Mode, Space
 from ..store import Store, read_spec
-from .layout import GROUP, check_same, check_spec, pack_prefix, packs_prefix
+from .layout import GROUP, check_same, check_spec, pack_prefix, packs_prefix, sent_bytes
 from .pieces import PACKS_AT_ONCE, Progress, each, tell
 from .remote import Remote
 
@@ -130,7 +130,7 @@ def plan_push(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None
         here = {name: _local(root, name, spec).pack_names() for name, spec in chosen.items()}
         known = remote.version() is not None
         there = {name: remote.pack_names(name) for name in chosen} if known else {}
-        return _plan(chosen, here, there, lambda *pack: tree_bytes(root / pack_prefix(*pack)))
+        return _plan(chosen, here, there, lambda *pack: sent_bytes(root / pack_prefix(*pack)))
 
 
 def push(
