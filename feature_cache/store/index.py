@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..hashing import DIGEST_BYTES
 from ..key import Keys
+
+_NO_KEYS: Keys = np.empty((0, DIGEST_BYTES), np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,15 +91,20 @@ class Index:
 
     def add(self, packs: Mapping[str, Keys]) -> Index:
         """Give the index with more packs, by name."""
-        if not packs:
+        counts = np.array([len(keys) for keys in packs.values()], np.int64)
+        return self.extend([*packs], counts, np.concatenate([_NO_KEYS, *packs.values()]))
+
+    def extend(self, names: Sequence[str], counts: NDArray[np.int64], keys: Keys) -> Index:
+        """Give the index with more packs: their names, numbers of records, and all their keys."""
+        if not names:
             return self
-        parts = [_run_of(keys, len(self.packs) + i) for i, keys in enumerate(packs.values())]
+        parts = [_run_of(keys, counts, len(self.packs))]
         runs = [*self._runs]
-        size = sum(map(len, parts))
+        size = len(keys)
         while runs and len(runs[-1]) < 2 * size:
             size += len(runs[-1])
             parts.insert(0, runs.pop())
-        return Index((*self.packs, *packs), (*runs, _Run.merge(parts)))
+        return Index((*self.packs, *names), (*runs, _Run.merge(parts)))
 
     def drop(self, names: set[str]) -> Index:
         """Give the index without the packs named."""
@@ -107,6 +115,23 @@ class Index:
         numbers[kept] = np.arange(len(kept), dtype=np.int32)
         runs = tuple(run.drop(numbers) for run in self._runs)
         return Index(tuple(self.packs[i] for i in kept), runs)
+
+    def counts(self) -> NDArray[np.int64]:
+        """Count the records of each of `packs`: (p,) int64."""
+        counted = [np.bincount(run.pack, minlength=len(self.packs)) for run in self._runs]
+        return np.sum(counted, axis=0, dtype=np.int64) if counted else np.zeros(0, np.int64)
+
+    def holders(self, keys: Keys) -> list[str]:
+        """Name all packs that hold one of some keys, also those that another pack holds too."""
+        high, low = _halves(keys)
+        wanted = set(zip(high.tolist(), low.tolist(), strict=True))
+        found = set[int]()
+        for run in self._runs:
+            rows = np.flatnonzero(np.isin(run.high, high))
+            pairs = zip(run.high[rows].tolist(), run.low[rows].tolist(), strict=True)
+            numbers = zip(run.pack[rows].tolist(), pairs, strict=True)
+            found.update(number for number, pair in numbers if pair in wanted)
+        return [self.packs[number] for number in sorted(found)]
 
     def find(self, keys: Keys) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Locate many keys at once.
@@ -133,9 +158,9 @@ def _halves(keys: Keys) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     return halves[:, 0], halves[:, 1]
 
 
-def _run_of(keys: Keys, number: int) -> _Run:
-    """Give the keys of one pack, not sorted yet."""
+def _run_of(keys: Keys, counts: NDArray[np.int64], first: int) -> _Run:
+    """Give the keys of packs that are numbered from `first` on, not sorted yet."""
     high, low = _halves(keys)
-    return _Run(
-        high, low, np.full(len(high), number, np.int32), np.arange(len(high), dtype=np.int32)
-    )
+    pack = np.repeat(np.arange(first, first + len(counts), dtype=np.int32), counts)
+    row = np.arange(len(high)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return _Run(high, low, pack, row.astype(np.int32))

@@ -125,6 +125,28 @@ def read_keys(pack: Path) -> Keys:
         return _read_keys(pack)
 
 
+def read_checksums(pack: Path) -> NDArray[np.uint64]:
+    """Read the checksums of a pack's records, (n,) uint64, checked by a CRC; as `read_keys`."""
+    with missing_is_corrupt(pack):
+        return ArrayFile.read(pack / "checksums").read_whole()
+
+
+def find_salt(pack: Path, arrays: Mapping[str, AnyArray], name: str) -> int:
+    """Find the salt with which a pack's keys and checksums make its name.
+
+    Raises
+    ------
+    CorruptRecordError
+        None does.
+    """
+    if pack_name(arrays, 0) == name:
+        return 0
+    salt = _read_own(pack, _read_group(pack)).get("salt", 0)
+    if type(salt) is not int or not 0 <= salt < 1 << 32 or pack_name(arrays, salt) != name:
+        raise CorruptRecordError(f"{pack} holds other records than its name {name}")
+    return salt
+
+
 def read_offsets(pack: Path) -> NDArray[np.int64]:
     """Read where the records of a pack of regions begin and end, (n + 1,) int64; checked by a CRC.
 
@@ -252,7 +274,8 @@ class Pack:
             self.features = ArrayFile.read(path / "features")
             self._offsets, self._labels = self._read_rows()
             self._check_shapes()
-            self._check_name()
+            arrays: dict[str, AnyArray] = {"keys": self.keys, "checksums": self.checksums}
+            find_salt(path, arrays, self.name)
         self._verified = np.zeros(len(self.keys), bool)
         self._rows_mapped: tuple[AnyArray, mmap.mmap | None] | None = None
         self._grids: dict[int, tuple[AnyArray, mmap.mmap]] = {}
@@ -299,14 +322,6 @@ class Pack:
             )
         if not sound:
             raise CorruptRecordError(f"the arrays of {self.path} have sizes that don't agree")
-
-    def _check_name(self) -> None:
-        arrays: dict[str, AnyArray] = {"keys": self.keys, "checksums": self.checksums}
-        if pack_name(arrays, 0) == self.name:
-            return
-        salt = _read_own(self.path, _read_group(self.path)).get("salt", 0)
-        if type(salt) is not int or not 0 <= salt < 1 << 32 or pack_name(arrays, salt) != self.name:
-            raise CorruptRecordError(f"{self.path} holds other records than its name {self.name}")
 
     def check_mapped(self) -> None:
         """Compare the size of the mapped file once more, before its numbers are read.

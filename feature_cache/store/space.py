@@ -36,6 +36,7 @@ from .index import Index
 from .listing import Listing
 from .pack import Pack, Span, read_keys
 from .process import Presence, join
+from .table import read_row, read_table, write_table
 from .uses import Uses
 from .writer import Entry, write_pack
 
@@ -44,6 +45,8 @@ Mode = Literal["a", "r"]
 _log = logging.getLogger(__name__)
 PACK_NAME = re.compile(r"[0-9a-f]{32}")
 _OPEN_PACKS = 256
+_FEW_PACKS, _MANY_PACKS = 64, 256
+"""Up to so many packs are read one by one; so many that a table lacks make it worth writing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Space:
         self._packs: dict[str, Pack] = {}
         self._aside: dict[str, _Aside] = {}
         self._listing = Listing()
+        self._untabled = 0
         self._presence: Presence | None = None
         self._lock = threading.RLock()
 
@@ -146,21 +150,51 @@ class Space:
                 self._listing = now
 
     def _take_in(self) -> None:
-        names, known = set(self.pack_names()), set(self._index.packs)
-        added: dict[str, Keys] = {}
-        for name in sorted(names - known):
-            if self.is_aside(name):
-                continue
+        retired = self.retired_names()  # first: what replaces a retired pack is there before
+        there, known = set(list_folder(self.packs_folder)) - retired, set(self._index.packs)
+        gone = known - there
+        for name in gone:
+            self._packs.pop(name, None)
+        index = self._index.drop(gone)
+        new = set(filter(PACK_NAME.fullmatch, there - known))
+        new -= {name for name in list(self._aside) if self.is_aside(name)}
+        if len(new) > _FEW_PACKS:
+            table = read_table(self._table).choose(new).proved()
+            index = index.extend(table.names, table.counts, table.keys)
+            new -= set(table.names)
+        self._index = index.add(self._read_keys_of(sorted(new)))
+        self._untabled += len(new)
+        self._renew_table()
+
+    def _read_keys_of(self, names: Sequence[str]) -> dict[str, Keys]:
+        found: dict[str, Keys] = {}
+        for name in names:
             try:
-                added[name] = read_keys(self.packs_folder / name)
+                found[name] = read_keys(self.packs_folder / name)
             except FileNotFoundError:
                 continue
             except CorruptRecordError as error:
                 self.condemn(name, error)
-        gone = known - names
-        for name in gone:
-            self._packs.pop(name, None)
-        self._index = self._index.drop(gone).add(added)
+        return found
+
+    @property
+    def _table(self) -> Path:
+        """Where the keys of many packs stand together."""
+        return self.root / "tables" / self.name
+
+    def _renew_table(self) -> None:
+        """Write the table anew where it lacks too many of the packs."""
+        names, enough = self._index.packs, max(_MANY_PACKS, len(self._index.packs) // 8)
+        if self.mode == "r" or self._untabled < enough:
+            return
+        old = read_table(self._table)
+        missing = sorted(set(names) - set(old.names))
+        self._untabled = len(missing)
+        if len(missing) >= enough:
+            read = (read_row(self.packs_folder / name) for name in missing)
+            new = [row for row in read if row is not None]
+            write_table(self.root, self._table, old.choose(set(names)).extended(new))
+            self._untabled = 0
 
     def pack_names(self) -> list[str]:
         """List the committed packs that are not retired, sorted."""
@@ -185,6 +219,22 @@ class Space:
         index = self._index
         numbers = np.unique(index.find(keys)[0])
         return [index.packs[number] for number in numbers.tolist() if number >= 0]
+
+    def holders(self, keys: Keys) -> list[str]:
+        """Name all packs that hold one of these records, as known since the last refresh."""
+        return self._index.holders(keys)
+
+    def pack_records(self) -> dict[str, int]:
+        """Count the records of each pack, as known since the last refresh."""
+        index = self._index
+        return dict(zip(index.packs, index.counts().tolist(), strict=True))
+
+    def pack_bytes(self) -> dict[str, int]:
+        """Give what each pack takes on the disk, with its folders, as known since the refresh."""
+        table = read_table(self._table)
+        known = dict(zip(table.names, table.sizes.tolist(), strict=True))
+        names = self._index.packs
+        return {n: known.get(n) or tree_bytes(self.packs_folder / n) for n in names}
 
     # Reading
 
@@ -464,7 +514,8 @@ class Space:
 
     def disk_bytes(self) -> int:
         """Sum up what all files and folders of the packs take on the disk."""
-        return sum(tree_bytes(self.packs_folder / name) for name in self.pack_names())
+        self.refresh()
+        return sum(self.pack_bytes().values())
 
 
 def _note(packs: Mapping[str, Pack], space: str, uses: Uses) -> None:

@@ -10,6 +10,7 @@
       claims/  processes/                              who computes what; who uses the cache
       stats/                                           hits and misses, one file a process
       uses/                                            what each process read lately
+      tables/                                          keys of many packs, to open them at once
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ OWN_NAMES = {
     "retired",
     "spaces",
     "stats",
+    "tables",
     "uses",
     "zarr.json",
 }

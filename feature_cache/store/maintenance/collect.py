@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
+import numpy as np
+
 from ...errors import MissingRecordError, StoreError
-from ...hashing import JSON
+from ...hashing import DIGEST_BYTES, JSON
 from ..claims import Claims
 from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
-from ..pack import read_keys
 from ..process import GONE_SECONDS, is_silent, join, living, read_process
 from ..space import PACK_NAME, Space
 from ..store import Store
@@ -28,7 +29,7 @@ TEMPORARY_GRACE_SECONDS = 3600.0
 """How long a temporary file whose writer is not known to be dead stays."""
 
 _MERGE_RUNS_SECONDS = 86400.0
-_EVICTED_AT_ONCE = 1000
+_EVICTED_AT_ONCE = 10_000
 """Packs retired, and removed where nobody reads them, before the next are."""
 
 
@@ -246,18 +247,15 @@ def _list_packs(
     """Give the packs of a space, or those named, and whether each is pinned."""
     pins = [pin for pin in read_pins(space.root) if pin.space == space.name]
     whole = any(pin.keys is None for pin in pins)
-    wanted: frozenset[bytes] = frozenset().union(*(pin.keys or () for pin in pins))
+    wanted = b"".join(key for pin in pins for key in pin.keys or ())
+    pinned = set(space.holders(np.frombuffer(wanted, np.uint8).reshape(-1, DIGEST_BYTES)))
+    records, sizes = space.pack_records(), space.pack_bytes()
     for name, noted in space.pack_times().items():
-        if names is not None and name not in names:
-            continue
-        folder = space.packs_folder / name
-        try:
-            keys = {key.tobytes() for key in read_keys(folder)}
-        except OSError:
-            continue  # gone meanwhile, or damaged: that is for verify
-        used = max(noted, uses.times.get((space.name, name), noted))
-        pack = Eviction(space.name, name, tree_bytes(folder), len(keys), used)
-        yield pack, whole or bool(wanted & keys)
+        # What is not known is gone meanwhile, or damaged: that is for verify.
+        if name in records and (names is None or name in names):
+            used = max(noted, uses.times.get((space.name, name), noted))
+            pack = Eviction(space.name, name, sizes[name], records[name], used)
+            yield pack, whole or name in pinned
 
 
 def _evict(
@@ -277,7 +275,7 @@ def find_leftovers(root: Path) -> list[Path]:
     None of them does harm: they are in nobody's way, and `gc` removes them.
     """
     now = join(root, create=False).now()
-    own = ("spaces", "stats", "pins", "processes", "uses")
+    own = ("spaces", "stats", "pins", "processes", "tables", "uses")
     folders = [root, *(root / name for name in own)]
     for name in list_folder(root / "spaces"):
         folders += [root / "spaces" / name, root / "spaces" / name / "packs"]

@@ -182,6 +182,7 @@ def _find_unknown(root: Path) -> Iterator[Path]:
     yield from others(root, OWN_NAMES.__contains__)
     for folder in (root / "pins", root / "stats"):
         yield from others(folder, lambda name: name.endswith(".json"))
+    yield from others(root / "tables", lambda name: (root / "spaces" / name).is_dir())
     yield from others(root / "retired", lambda name: (root / "retired" / name).is_dir())
     for name in list_folder(root / "retired"):
         yield from others(root / "retired" / name, PACK_NAME.fullmatch)
