@@ -17,7 +17,7 @@ from .compare import find_worse
 from .harness import Case, Options, describe_machine, format_case, load_results, save_results
 
 NAMES = (
-    *("windows", "batches", "dense", "writing", "opening", "hashing", "pooling"),
+    *("windows", "batches", "dense", "writing", "opening", "packs", "hashing", "pooling"),
     *("lazy", "warming", "witness", "epochs", "backbones"),
 )
 
