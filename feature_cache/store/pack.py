@@ -337,6 +337,10 @@ class Pack:
         if size != self._mapped_bytes:
             self.features.check_size(self.path / "features", size)
 
+    def distrust(self) -> None:
+        """Compare each record with its checksum once more when it is next read."""
+        self._verified[:] = False
+
     def record(self, row: int) -> Record:
         """Give record `row`, verified. Errors as `spans`."""
         return self.spans(row, row + 1)[0].records()[0]

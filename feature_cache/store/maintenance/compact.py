@@ -16,7 +16,7 @@ from ...errors import CorruptRecordError
 from ...hashing import JSON, canonical_json
 from ..claims import Claims
 from ..files import reading, writing
-from ..pack import Pack, check_pack, read_provenance
+from ..pack import Pack, check_metadata, read_provenance
 from ..space import Space
 from ..writer import Entry
 from .retire import last_uses, retire
@@ -24,7 +24,8 @@ from .retire import last_uses, retire
 TARGET_BYTES = 64 << 20
 """How large packs become, in bytes of features."""
 
-_OPEN_PACKS = 64
+_OPEN_PACKS, _OPEN_BYTES, _KEPT_BYTES = 64, 20_000, 1 << 28
+"""Packs that stay open at once, what one takes beside its features, and how much is kept."""
 _log = logging.getLogger(__name__)
 
 
@@ -130,12 +131,45 @@ def alone(space: Space) -> Iterator[bool]:
             claims.release([claim])
 
 
+class _Packs:
+    """The packs of a compaction: opened once, as long as they are small together."""
+
+    def __init__(self, space: Space) -> None:
+        self._space, self._kept_bytes = space, 0
+        self._kept: dict[str, Pack] = {}
+        self._last: dict[str, Pack] = {}
+
+    def open(self, name: str) -> Pack:
+        """Give a pack; errors as `Pack`."""
+        pack = self._kept.get(name) or self._last.get(name)
+        if pack is None:
+            pack = Pack(self._space.packs_folder / name)
+            size = pack.features.array_bytes + _OPEN_BYTES
+            if self._kept_bytes + size <= _KEPT_BYTES:
+                self._kept[name], self._kept_bytes = pack, self._kept_bytes + size
+            else:
+                self._last[name] = pack
+            if len(self._last) > _OPEN_PACKS:
+                self._last.pop(next(iter(self._last)))
+        return pack
+
+    def check(self, name: str) -> None:
+        """Compare all of a pack, as `check_pack`."""
+        check_metadata(self._space.packs_folder / name)
+        pack = self.open(name)
+        for row in range(len(pack)):
+            pack.record(row)
+        pack.distrust()  # until it is written elsewhere, with a checksum of what is read then
+
+
 def _compact(
     space: Space, target_bytes: int, progress: Callable[[int], None] | None
 ) -> CompactReport:
-    merged, rows, duplicates = _choose(space, target_bytes)
-    while _drop_damaged(space, merged):
-        merged, rows, duplicates = _choose(space, target_bytes)
+    packs = _Packs(space)
+    merged, rows, duplicates = _choose(space, packs, target_bytes)
+    while _drop_damaged(space, packs, merged):
+        packs = _Packs(space)
+        merged, rows, duplicates = _choose(space, packs, target_bytes)
     if not merged:
         return CompactReport(space.name)
     origins = _read_origins(space, merged)
@@ -143,7 +177,7 @@ def _compact(
     uses = last_uses(space)
     last_use = max((uses[name] for name in merged if name in uses), default=0.0)
     for kind, group in groupby(sorted(rows, key=lambda row: row.order), lambda row: row.kind):
-        for entries in _read_entries(space, list(group), target_bytes):
+        for entries in _read_entries(packs, list(group), target_bytes):
             names = space.write(entries, {"compacted_from": origins}, codec=kind[0])
             written.update(names)
             for name in names:
@@ -157,10 +191,10 @@ def _compact(
     return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
 
 
-def _choose(space: Space, target_bytes: int) -> tuple[list[str], list[_Row], int]:
+def _choose(space: Space, packs: _Packs, target_bytes: int) -> tuple[list[str], list[_Row], int]:
     """Choose packs to merge; give the records to keep, and how many are elsewhere too."""
     names = [name for name in space.pack_names() if not space.is_aside(name)]
-    listed = {name: rows for name in names if (rows := _list_rows(space, name))}
+    listed = {name: rows for name in names if (rows := _list_rows(packs, name))}
     small = {name for name, rows in listed.items() if rows[0].pack_bytes < target_bytes / 2}
     kinds = Counter(listed[name][0].kind for name in small if listed[name])
     seen: dict[bytes, str] = {}
@@ -176,12 +210,12 @@ def _choose(space: Space, target_bytes: int) -> tuple[list[str], list[_Row], int
     return merged, kept, sum(len(listed[name]) for name in merged) - len(kept)
 
 
-def _drop_damaged(space: Space, names: Sequence[str]) -> bool:
+def _drop_damaged(space: Space, packs: _Packs, names: Sequence[str]) -> bool:
     """Set aside the packs with a wrong bit; tell whether there was one."""
     found = False
     for name in names:
         try:
-            check_pack(space.packs_folder / name, name)
+            packs.check(name)
         except (CorruptRecordError, FileNotFoundError) as error:
             found = True
             if isinstance(error, CorruptRecordError):
@@ -189,10 +223,10 @@ def _drop_damaged(space: Space, names: Sequence[str]) -> bool:
     return found
 
 
-def _list_rows(space: Space, name: str) -> list[_Row]:
+def _list_rows(packs: _Packs, name: str) -> list[_Row]:
     """List the records of a pack; none where it is gone or damaged, which is for verify."""
     try:
-        pack = Pack(space.packs_folder / name)
+        pack = packs.open(name)
         sources = read_provenance(pack.path)["records"]
     except (FileNotFoundError, CorruptRecordError) as error:
         _log.warning("%s is not compacted: %s", name, error)
@@ -216,16 +250,12 @@ def _read_origins(space: Space, names: Sequence[str]) -> list[JSON]:
     return [json.loads(text) for text in sorted(found)]
 
 
-def _read_entries(space: Space, rows: Sequence[_Row], target_bytes: int) -> Iterator[list[Entry]]:
+def _read_entries(packs: _Packs, rows: Sequence[_Row], target_bytes: int) -> Iterator[list[Entry]]:
     """Read records, verified, in lists of about one pack's size."""
     entries: list[Entry] = []
-    size, packs = 0, dict[str, Pack]()
+    size = 0
     for row in rows:
-        if row.pack not in packs:
-            if len(packs) >= _OPEN_PACKS:
-                packs.pop(next(iter(packs)))
-            packs[row.pack] = Pack(space.packs_folder / row.pack)
-        record = packs[row.pack].record(row.row)
+        record = packs.open(row.pack).record(row.row)
         entries.append(Entry(row.key, record, row.source))
         size += record.features.nbytes
         if size >= target_bytes:
