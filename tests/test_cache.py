@@ -272,7 +272,7 @@ class TestFailure:
     def test_a_damaged_record_is_computed_again(self, cache, small, log, caplog):
         backbone = FakeBackbone(log=log)
         good = cache.get_or_compute(*small, backbone)
-        [chunk] = cache.store.root.glob("spaces/*/packs/*/features/c/0/0")
+        [chunk] = cache.store.root.glob("spaces/*/packs/*/features/c.0.0")
         damaged = bytearray(chunk.read_bytes())
         damaged[5] ^= 1
         values = [(r.features.copy(), r.labels.copy()) for r in good]
@@ -379,7 +379,7 @@ class TestGrids:
         backbone = FakeBackbone(log=log)
         cache.get_or_compute(*small, backbone, keep_grids=True)
         [grids] = [space for space in cache.spaces() if space.spec["pooling"] is None]
-        for chunk in grids.packs_folder.glob("*/features/c/2/*/*/*"):
+        for chunk in grids.packs_folder.glob("*/features/c.2.*"):
             chunk.write_bytes(b"\x7f" + chunk.read_bytes()[1:])
         again = FeatureCache(cache.store.root)
         found = again.get_or_compute(*small, backbone, pooling="nearest_patch")

@@ -41,7 +41,7 @@ class TestVerify:
         assert run("verify", "--cache", "cache", "--deep", "--json")[:2] == (0, "[]\n")
 
     def test_damage_is_listed_repaired_and_warmed_again(self, run, warmed):
-        damaged = packs()[0] / "features" / "c" / "0" / "0"
+        damaged = packs()[0] / "features" / "c.0.0"
         data = bytearray(damaged.read_bytes())
         data[7] ^= 16
         damaged.write_bytes(data)
@@ -241,7 +241,7 @@ def test_pulling_from_nowhere(run, url, message):
 
 
 def test_damage_is_not_sent(run, warmed, tmp_path):
-    chunk = packs()[0] / "labels" / "c" / "0"
+    chunk = packs()[0] / "labels" / "c.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     code, out, err = run("push", f"file://{tmp_path / 'there'}", "--cache", "cache")
     assert code == 1

@@ -124,7 +124,7 @@ def test_a_damaged_record_of_a_layer_is_computed_here_and_left_there(
 ):
     root, records = shared
     frames, masks = small
-    [chunk] = root.rglob("features/c/0/0")
+    [chunk] = root.rglob("features/c.0.0")
     data = bytearray(chunk.read_bytes())
     data[3] ^= 1
     chunk.write_bytes(data)

@@ -291,7 +291,7 @@ class TestWhatCanNotBeCompared:
         assert {what for what, _ in found.unknown} == {"error"}
 
     def test_a_damaged_pack_is_for_the_checksums(self, cache, warmed):
-        [chunk, *_] = cache.store.root.glob("spaces/*mean*/packs/*/features/c/0/0")
+        [chunk, *_] = cache.store.root.glob("spaces/*mean*/packs/*/features/c.0.0")
         data = bytearray(chunk.read_bytes())
         data[3] ^= 1
         chunk.write_bytes(data)

@@ -374,7 +374,7 @@ class TestCondition:
         [space] = cache.store.spaces()
         first, second = space.pack_names()
         maintenance.retire.retire(space, [first])
-        chunk = space.packs_folder / second / "features" / "c" / "0" / "0"
+        chunk = space.packs_folder / second / "features" / "c.0.0"
         chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
         findings = maintenance.verify(cache.store.root)
         report = survey_cache(read_only(cache).store, findings)
@@ -483,7 +483,7 @@ class TestStrip:
         root = small_folder()
         warm(cache, root)
         [space] = cache.store.spaces()
-        chunk = space.packs_folder / space.pack_names()[0] / "features" / "c" / "0" / "0"
+        chunk = space.packs_folder / space.pack_names()[0] / "features" / "c.0.0"
         chunk.write_bytes(bytes(len(chunk.read_bytes())))
         strip = look_at(read_only(cache), Source(str(root)), FAKE, [0])
         assert strip.missing == (0,)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError
-from .files import make_folders, open_file, read_json
+from .files import open_file, read_json
 from .maps import map_file
 
 AnyArray: TypeAlias = NDArray[Any]
@@ -48,6 +48,9 @@ class ArrayFile:
         ``"raw"``, ``"zstd"`` or ``"blosc"``.
     raw : bool
         Whether a chunk's bytes are those of the array, so that it can be mapped.
+    separator : str
+        Between the parts of the name of a chunk's file; ``"/"`` in packs of version 1 and 2, where
+        each chunk has folders of its own.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class ArrayFile:
     dtype: np.dtype[Any]
     codec: str
     raw: bool
+    separator: str = "."
 
     @classmethod
     def read(cls, path: Path) -> ArrayFile:
@@ -81,14 +85,14 @@ class ArrayFile:
             raise CorruptRecordError(f"{path / 'zarr.json'} is no metadata of a pack") from error
         sound = (
             plain == (3, "array", "regular")
-            and named == ("default", "/")
+            and named in (("default", "."), ("default", "/"))
             and len(shape) == len(chunk_shape)
             and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
             and all(type(n) is int and 0 < n < 1 << 48 for n in chunk_shape)
             and _are_ours(codecs)
         )
         codec = codecs[1][0] if sound and len(codecs) > 2 else "raw"
-        array = cls(path, shape, chunk_shape, dtype, codec, sound and _is_raw(codecs))
+        array = cls(path, shape, chunk_shape, dtype, codec, sound and _is_raw(codecs), separator)
         limit = _MAPPED_LIMIT if array.raw else _DECODED_LIMIT
         if not sound or array.chunk_bytes > limit:
             raise CorruptRecordError(f"{path / 'zarr.json'} describes no array of a pack")
@@ -186,7 +190,7 @@ class ArrayFile:
 
     def chunk_file(self, *index: int) -> Path:
         """Name the file of a chunk."""
-        return self.path.joinpath("c", *map(str, index))
+        return self.path / self.separator.join(["c", *map(str, index)])
 
     def check_size(self, file: Path, size: int) -> None:
         """Raise CorruptRecordError where a chunk's file has another size than it can have."""
@@ -221,9 +225,7 @@ def write_array(
     """
     path.mkdir()
     for number, pieces in enumerate(chunks if shape[0] else ()):
-        file = path.joinpath("c", str(number), *("0" for _ in shape[1:]))
-        make_folders(file.parent, path)
-        _write_chunk(file, pieces)
+        _write_chunk(path / ".".join(["c", str(number), *("0" for _ in shape[1:])]), pieces)
     (path / "zarr.json").write_text(json.dumps(_describe(shape, chunk_shape, dtype)))
 
 
@@ -248,7 +250,7 @@ def _describe(
         "shape": shape,
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0,
         "codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
         "attributes": {},

@@ -12,7 +12,8 @@
 `Pack` maps the raw bytes of chunks that are stored as such,
 after checking every size it relies on, and leaves packs with a codec to zarr-python.
 
-Version 1 had no digest of the metadata and is read all the same.
+Version 1 had no digest of the metadata, version 2 folders for each chunk; both are read all the
+same.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .maps import may_keep_map
 if TYPE_CHECKING:
     import zarr
 
-PACK_VERSION = 2
+PACK_VERSION = 3
 ARRAYS = ("checksums", "features", "keys", "labels", "offsets")
 
 

@@ -39,16 +39,20 @@ from .process import Presence, join
 from .space import Mode, Space
 from .url import find_folder
 
-FORMAT_VERSION = 2
-"""Version 1 knew no retired packs and no digest of a pack's metadata; it is read, and taken over by
-the first writer."""
+FORMAT_VERSION = 3
+"""Version 1 knew no retired packs and no digest of a pack's metadata, version 2 gave each chunk
+folders of its own. Both are read, and taken over by the first writer."""
 
 _log = logging.getLogger(__name__)
 TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This folder is a cache made by feature_cache; backup tools may leave it out.\n"
 )
-ROOT_TEXT = group_text({"feature_cache": {"format_version": FORMAT_VERSION}})
+ROOT_TEXTS = tuple(
+    group_text({"feature_cache": {"format_version": version}})
+    for version in range(1, FORMAT_VERSION + 1)
+)
+ROOT_TEXT = ROOT_TEXTS[-1]
 OWN_NAMES = {
     "CACHEDIR.TAG",
     "claims",

@@ -207,6 +207,7 @@ def _write_compressed(path: Path, features: Sequence[AnyArray], codec: str) -> N
         dtype=array.dtype,
         chunks=_chunk_shape(array),
         compressors=_compressors(codec, array.dtype),
+        chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )
     if array.size:

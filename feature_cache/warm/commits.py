@@ -12,8 +12,8 @@ from ..store import Space
 from ..store.files import tree_bytes
 from .push import Pushing
 
-RECORD_BYTES, GRID_BYTES = 1024, 20 << 10
-PACK_BYTES = 128 << 10
+RECORD_BYTES, GRID_BYTES = 1024, 8 << 10
+PACK_BYTES = 96 << 10
 """At most about what a record, and a pack, take on disk beside the features."""
 
 

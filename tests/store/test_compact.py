@@ -121,7 +121,7 @@ def test_grids_of_different_shapes_and_codecs_stay_apart(root: Path) -> None:
     assert contents(Store(root).space(make_spec("grids")), kinds) == right
 
 
-@pytest.mark.parametrize("part", ["features/c/0/0", "keys/c/0/0", "zarr.json"])
+@pytest.mark.parametrize("part", ["features/c.0.0", "keys/c.0.0", "zarr.json"])
 def test_a_damaged_pack_is_set_aside_and_the_others_merged(
     root: Path, space: Space, part: str
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_damaged_pack_that_can_not_be_moved_is_left_out(
     root: Path, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [space.write([described(number)], {})[0] for number in range(1, 5)]
-    flip(space.packs_folder / names[1] / "features/c/0/0", 5)
+    flip(space.packs_folder / names[1] / "features/c.0.0", 5)
     real = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -208,7 +208,7 @@ def test_what_is_damaged_after_it_was_looked_at_gets_no_new_checksum(space: Spac
 
     def damage(_: int) -> None:
         for name in old:
-            flip(space.packs_folder / name / "features" / "c" / "0" / "0", 0)
+            flip(space.packs_folder / name / "features" / "c.0.0", 0)
 
     with pytest.raises(CorruptRecordError, match="fails its checksum"):
         compact_space(space, target_bytes=100, progress=damage)

@@ -35,7 +35,7 @@ def write(root: Path, kind: str, codec: str = "raw") -> Space:
 
 
 def chunk_of(space: Space, number: int) -> Path:
-    return space.packs_folder / space.packs_of(make_keys([number]))[0] / "features/c/0/0"
+    return space.packs_folder / space.packs_of(make_keys([number]))[0] / "features/c.0.0"
 
 
 def damage_record(space: Space, number: int) -> None:
@@ -121,7 +121,7 @@ def test_a_view_of_a_grid_is_the_same_map_each_time(tmp_path: Path) -> None:
     assert again is not None
     assert np.shares_memory(first.features, again.features)
     assert [content(record) for record in again.records()] == expected([2], "grids")
-    os.truncate(space.packs_folder / space.packs_of(make_keys([2]))[0] / "features/c/2/0/0/0", 10)
+    os.truncate(space.packs_folder / space.packs_of(make_keys([2]))[0] / "features/c.2.0.0.0", 10)
     assert space.view(*places_of(space, range(2, 3))) is None
 
 

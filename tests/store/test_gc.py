@@ -300,7 +300,7 @@ def test_in_parts(root: Path, space: Space, packs: list[str]) -> None:
 def test_the_whole_is_what_du_says_and_several_names_count_once(
     root: Path, space: Space, packs: list[str]
 ) -> None:
-    file = space.packs_folder / packs[0] / "features" / "c" / "0" / "0"
+    file = space.packs_folder / packs[0] / "features" / "c.0.0"
     os.link(file, file.with_name("1"))
     plan = plan_gc(Store(root), max_bytes=du(root))
     assert plan.evictions == ()
@@ -391,7 +391,7 @@ def test_a_network_file_system_has_a_grace(
 
 
 def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[str]) -> None:
-    chunk = next((space.packs_folder / packs[0]).glob("keys/c/0/0"))
+    chunk = next((space.packs_folder / packs[0]).glob("keys/c.0.0"))
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
     repair(root, verify(root))
     assert len(os.listdir(root / "quarantine")) == 1

@@ -29,7 +29,7 @@ from ..files import (
 from ..pack import Pack, check_metadata, missing_is_corrupt, read_provenance
 from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
-from ..store import OWN_NAMES, ROOT_TEXT, TAG, read_spec, read_version
+from ..store import OWN_NAMES, ROOT_TEXT, ROOT_TEXTS, TAG, read_spec, read_version
 from ..usage import find_damaged_runs
 from ..writer import Entry
 from .collect import choose_names, find_leftovers
@@ -150,7 +150,7 @@ def _unknown(path: Path) -> Finding:
 def _check_root(root: Path) -> Iterator[Finding]:
     try:
         read_version(root)
-        yield from _check_text(root / "zarr.json", ROOT_TEXT, ROOT_TEXT.replace(": 2", ": 1"))
+        yield from _check_text(root / "zarr.json", *ROOT_TEXTS)
     except CacheVersionError:
         raise
     except FileNotFoundError as error:

@@ -19,6 +19,7 @@ from ...errors import (
     UnknownNameError,
 )
 from ...key import Keys
+from ..array import ArrayFile
 from ..files import TEMPORARY_PREFIX, group_text, make_folders, writing
 from ..pack import check_pack, read_keys
 from ..space import PACK_NAME
@@ -40,7 +41,6 @@ from .pieces import Progress, cut, each, make_files, tell
 
 _OBJECTS_AT_ONCE = 8
 _OWN_NAMES = {"CACHEDIR.TAG", "spaces", "zarr.json"}
-_KEY_OBJECTS = ("keys/zarr.json", "keys/c/0/0")
 
 
 def open_remote(url: str, **options: Any) -> Remote:
@@ -173,14 +173,10 @@ class Remote:
         """
         prefix = pack_prefix(space, pack)
         with tempfile.TemporaryDirectory(prefix="feature_cache-") as folder:
-            for name in _KEY_OBJECTS:
-                data = self._objects.get(f"{prefix}/{name}")
-                if data is None:
-                    raise self._lacking(f"{prefix}/{name}")
-                file = Path(folder, name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
+            self._bring(prefix, Path(folder), f"keys/{GROUP}")
             try:
+                chunk = ArrayFile.read(Path(folder, "keys")).chunk_file(0, 0)
+                self._bring(prefix, Path(folder), str(chunk.relative_to(folder)))
                 return read_keys(Path(folder))
             except CorruptRecordError as error:
                 raise CorruptRecordError(f"damaged keys in {self.url}/{prefix}: {error}") from error
@@ -344,6 +340,15 @@ class Remote:
                     f"{self.url}/{prefix} holds an object {name!r}, which no pack has"
                 )
         return objects
+
+    def _bring(self, prefix: str, folder: Path, name: str) -> None:
+        """Fetch a small object into a folder."""
+        data = self._objects.get(f"{prefix}/{name}")
+        if data is None:
+            raise self._lacking(f"{prefix}/{name}")
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
 
     def _lacking(self, name: str) -> CorruptRecordError:
         return CorruptRecordError(f"{self.url}/{name} is missing from a pack")
