@@ -497,14 +497,14 @@ class TestGrids:
 
 class TestBudget:
     def test_stops_before_it_is_passed(self, cache, small_folder):
-        movie, budget = Movie.open(small_folder(frames=60)), 1_000_000
+        movie, budget = Movie.open(small_folder(frames=60)), 300_000
         plan = plan_warm(cache, [movie], FakeBackbone(), dense="original")
         report = run_warm(plan, max_bytes=budget)
         used = cache.stats()["bytes"]
         assert 0.7 * budget < used <= budget
         assert report.computed + report.failed == 120
         assert report.computed > 10
-        assert "--max-size 1,000,000 bytes" in report.failures[-1].reason
+        assert "--max-size 300,000 bytes" in report.failures[-1].reason
         again = plan_warm(cache, [movie], FakeBackbone(), dense="original")
         assert again.present == report.computed
         assert run_warm(again, max_bytes=budget).computed <= 2
