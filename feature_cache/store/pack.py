@@ -76,21 +76,9 @@ def metadata_digest(pack: Path, group: bytes) -> str:
     return digest_bytes(group, *parts).hex()
 
 
-def check_metadata(pack: Path) -> None:
-    """Compare the metadata of a pack with their digest; a pack of version 1 has none.
-
-    Raises
-    ------
-    CorruptRecordError
-        If a bit of them changed.
-    FileNotFoundError
-        If the pack is gone.
-    """
-    with missing_is_corrupt(pack):
-        _compare_metadata(pack, _read_group(pack))
-
-
-def _compare_metadata(pack: Path, text: bytes) -> None:
+def _check_metadata(pack: Path) -> None:
+    """Compare the metadata of a pack with their digest; a pack of version 1 has none."""
+    text = _read_group(pack)
     own = _read_own(pack, text)
     version = own.get("pack_version")
     if version == 1:
@@ -338,8 +326,20 @@ class Pack:
         if size != self._mapped_bytes:
             self.features.check_size(self.path / "features", size)
 
-    def distrust(self) -> None:
-        """Compare each record with its checksum once more when it is next read."""
+    def check(self) -> None:
+        """Compare all of it: the metadata, and every record, which is so again when it is read.
+
+        Raises
+        ------
+        CorruptRecordError
+            If a bit is not as it was written.
+        FileNotFoundError
+            If the pack is gone.
+        """
+        with missing_is_corrupt(self.path):
+            _check_metadata(self.path)
+        for row in range(len(self)):
+            self.record(row)
         self._verified[:] = False
 
     def record(self, row: int) -> Record:
@@ -428,7 +428,7 @@ class Pack:
 
 
 def check_pack(folder: Path, name: str) -> None:
-    """Compare all of a pack: metadata, name, and every record with its checksum.
+    """Compare all of a pack with what was written, its name too; errors as `Pack.check`.
 
     Parameters
     ----------
@@ -436,15 +436,5 @@ def check_pack(folder: Path, name: str) -> None:
         The pack, perhaps under a temporary name.
     name : str
         The name it should have.
-
-    Raises
-    ------
-    CorruptRecordError
-        If a bit is not as it was written.
-    FileNotFoundError
-        If the pack is gone.
     """
-    check_metadata(folder)
-    pack = Pack(folder, name)
-    for row in range(len(pack)):
-        pack.record(row)
+    Pack(folder, name).check()

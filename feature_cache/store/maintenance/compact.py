@@ -16,7 +16,7 @@ from ...errors import CorruptRecordError
 from ...hashing import JSON, canonical_json
 from ..claims import Claims
 from ..files import reading, writing
-from ..pack import Pack, check_metadata, read_provenance
+from ..pack import Pack, read_provenance
 from ..space import Space
 from ..writer import Entry
 from .retire import last_uses, retire
@@ -153,14 +153,6 @@ class _Packs:
                 self._last.pop(next(iter(self._last)))
         return pack
 
-    def check(self, name: str) -> None:
-        """Compare all of a pack, as `check_pack`."""
-        check_metadata(self._space.packs_folder / name)
-        pack = self.open(name)
-        for row in range(len(pack)):
-            pack.record(row)
-        pack.distrust()  # until it is written elsewhere, with a checksum of what is read then
-
 
 def _compact(
     space: Space, target_bytes: int, progress: Callable[[int], None] | None
@@ -215,7 +207,7 @@ def _drop_damaged(space: Space, packs: _Packs, names: Sequence[str]) -> bool:
     found = False
     for name in names:
         try:
-            packs.check(name)
+            packs.open(name).check()
         except (CorruptRecordError, FileNotFoundError) as error:
             found = True
             if isinstance(error, CorruptRecordError):

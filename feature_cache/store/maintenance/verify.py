@@ -26,7 +26,7 @@ from ..files import (
     write_text,
     writing,
 )
-from ..pack import Pack, check_metadata, missing_is_corrupt, read_provenance
+from ..pack import Pack, missing_is_corrupt, read_provenance
 from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
 from ..store import OWN_NAMES, ROOT_TEXT, ROOT_TEXTS, TAG, read_spec, read_version
@@ -257,12 +257,10 @@ def _look_at_pack(space: Space, name: str, deep: bool) -> list[Finding]:
     try:
         with missing_is_corrupt(folder):
             pack = Pack(folder)
-            check_metadata(folder)
+            pack.check()
             unknown = _check_files(pack)
             for index in pack.features.chunk_indices():
                 pack.features.check_chunk(*index)
-            for row in range(len(pack)):
-                pack.record(row)
             if len(read_provenance(folder)["records"]) != len(pack):
                 raise CorruptRecordError(f"{folder} says where other records come from")
             if deep:
