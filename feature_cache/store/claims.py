@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,10 @@ NAMELESS_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 _TAKEOVER = "-takeover"
+_ASKED = "asked-"
+"""Who waits for a record makes a file of this and its holder's name: commit soon."""
+_asked: dict[Path, float] = {}
+"""When this process was last asked, by cache; all that compute in it look here."""
 _HOLDER_BYTES = 4096
 
 
@@ -92,6 +97,27 @@ class Claims:
             return ""
         except ValueError:
             return "no process"
+
+    def is_held(self, name: str) -> bool:
+        """Tell whether there is a claim that counts, of this process or another."""
+        holder = self.holder(name)
+        return holder is not None and self._counts(name, holder, join(self._root).now())
+
+    def ask(self, names: Iterable[str]) -> None:
+        """Ask the holders of some claims to commit soon what they have; where that can be."""
+        for holder in {self.holder(name) for name in names} - {None, ""}:
+            if holder is not None and "/" not in holder:
+                with suppress(OSError):
+                    create_exclusive(self.folder / f"{_ASKED}{holder}", holder)
+
+    def asked(self) -> float:
+        """Give when this process was last asked to commit soon, by `time.monotonic`."""
+        try:
+            (self.folder / f"{_ASKED}{join(self._root).name}").unlink()
+            _asked[self._root] = time.monotonic()
+        except OSError:
+            pass
+        return _asked.get(self._root, float("-inf"))
 
     def _take_over(self, name: str) -> bool:
         holder = self.holder(name)

@@ -1,0 +1,702 @@
+"""The engine: claim, look again, read, embed, pool, commit, answer. Nothing else does any of these.
+
+::
+
+    claim    frames that nobody else computes, and are not there by now; the others wait their time
+    read     decode, check and normalise, once a frame; as many threads as the process has cores
+    embed    batches of one shape, of whatever draws and movies, one after the other on the device
+    pool     by the threads that read
+    commit   by bytes, by age, or when another process waits
+
+Each stage has a thread of its own; what lies between two of them is bounded, so that memory does
+not grow with the number of frames.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from ..errors import FeatureCacheError, ServiceError, StoreError
+from ..hashing import DIGEST_BYTES, Digest
+from ..key import Keys, Record
+from ..store import Counter, Entry, Space
+from ..store.claims import Claims
+from .batches import choose_batch, is_full
+from .claims import LOOK_SECONDS, FrameClaims
+from .commit import COMMIT_SECONDS, Budget, Commits, Written
+from .interrupt import finish, terminable
+from .memory import trim
+from .model import Embedding, Grid
+from .request import Answer, Part, Promise, Request, Wanted
+
+PATIENCE_SECONDS = 600.0
+"""How long others may take without a new record before their work is done here as well."""
+IDLE_SECONDS = 3.0
+"""How long what is computed may wait to be committed where nothing more is being computed."""
+GATHER_SECONDS = 0.003
+"""How long a batch that is not full waits for more."""
+MEMORY_BYTES = 2 << 30
+"""Pixels that may wait to be computed; who sends more waits."""
+CLOSING_SECONDS = 120.0
+
+_LAST_PAUSE_SECONDS = 1.0
+_BATCHES_AHEAD = 3
+_MOST_HELD = 4096
+"""Frames that others compute, and that are waited for at once."""
+_TRIM_FRAMES = 64
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A record on its way, for all who ask for it; kept until it is committed."""
+
+    answers: list[tuple[Answer, Wanted | None]]
+    record: Record | None = None
+
+
+class Engine:
+    """Computes records for one cache, each once.
+
+    Records that are computed and not committed yet are answered from memory. As a context, it
+    commits what is computed when it ends.
+
+    Parameters
+    ----------
+    claims : Claims
+    counter : Counter
+        Of the cache.
+    codec : str
+        How packs are stored.
+    budget : Budget, optional
+        Bytes that may be written.
+    written : callable, optional
+        Called with the packs of each commit.
+    memory_bytes : int
+        Pixels that may wait to be computed.
+
+    Attributes
+    ----------
+    closing : bool
+        Nothing more is taken.
+    ended : bool
+        All is committed, and the threads at their end.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        counter: Counter,
+        codec: str = "raw",
+        *,
+        budget: Budget | None = None,
+        written: Written | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self.memory_bytes = memory_bytes
+        self._claims = FrameClaims(claims)
+        self._commits = Commits(counter, codec, self._let_go, budget, written)
+        self._flight: dict[Digest, _Flight] = {}
+        self._queue: deque[Request] = deque()
+        self._ahead: deque[Request] = deque()
+        self._elsewhere: list[Request] = []
+        self._ready: list[Part] = []
+        self._collected: deque[tuple[Part, list[Record]]] = deque()
+        self._left: dict[Request, int] = {}
+        """How many parts of each frame on its way are not done."""
+        self._coming = self._pooling = self._unanswered = 0
+        self._frame_bytes = self._reserved = self._frames = 0
+        self._batch_size = 1
+        self._news = time.monotonic()
+        self._lost: StoreError | None = None
+        self.error: BaseException | None = None
+        # A lock of C's: that of a Condition's own `with` may be left held by a Ctrl-C.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._ticks: SimpleQueue[None] | None = None
+        self._thread: threading.Thread | None = None
+        self.closing = self.ended = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        finish(self.close)
+
+    @property
+    def kept(self) -> int:
+        """Count the records that were computed here and are committed."""
+        return self._commits.committed
+
+    # What others call
+
+    def run(self, requests: Iterable[Request], until: Callable[[], bool] = lambda: False) -> None:
+        """Have all requests answered, and commit; the engine has ended then.
+
+        Takes a request when there is room for it. Whatever ends it early, what is computed is
+        committed; Ctrl-C and SIGTERM are said in the log, with what is kept.
+
+        Parameters
+        ----------
+        requests : iterable of Request
+        until : callable
+            Tells whether to end early.
+
+        Raises
+        ------
+        StoreError
+            The cache can't be read or written.
+        """
+        self._ticks = SimpleQueue()
+        try:
+            with terminable():
+                self._feed(requests, until)
+        except (KeyboardInterrupt, SystemExit):
+            finish(self.close)
+            _log.warning(
+                "interrupted: %d records computed until now are kept; the same again goes on there",
+                self.kept,
+            )
+            raise
+        finally:
+            finish(self.close)
+        if self.error is not None:
+            raise self.error
+
+    def _feed(self, requests: Iterable[Request], until: Callable[[], bool]) -> None:
+        for request in requests:
+            self._tick_until(lambda: self._has_room(request.batch_size), until)
+            if until() or self.error is not None:
+                return
+            self.submit([request])
+        self._tick_until(lambda: not self._unanswered, until)
+
+    def _tick_until(self, done: Callable[[], bool], until: Callable[[], bool]) -> None:
+        # No condition of threading: Ctrl-C may come while its lock is let go.
+        while not (done() or until() or self.error is not None or self.ended):
+            with suppress(Empty):
+                if self._ticks is not None:
+                    self._ticks.get(timeout=0.2)
+
+    def _has_room(self, batch_size: int) -> bool:
+        return len(self._queue) < 2 * batch_size and len(self._elsewhere) < _MOST_HELD
+
+    def find(self, space: Space, keys: Sequence[Digest]) -> list[Promise | None]:
+        """Give what is there or on its way; None for what must be computed."""
+        found: list[Promise | None] = [None] * len(keys)
+        with self._lock:
+            for i, key in enumerate(keys):
+                if key in self._flight:
+                    found[i] = promise = Promise()
+                    self._join(key, promise, None, ahead=False)
+        absent = [i for i, promise in enumerate(found) if promise is None]
+        records = space.read(_as_rows([keys[i] for i in absent])) if absent else []
+        for i, record in zip(absent, records, strict=True):
+            if record is not None:
+                found[i] = Promise(record)
+        return found
+
+    def reserve(self, nbytes: int, seconds: float, *, ahead: bool = False) -> bool:
+        """Set memory aside for pixels; False where there was none for so long.
+
+        What is read ahead gets no more than half of it.
+
+        Raises
+        ------
+        ServiceError
+            There is never so much, or the engine closes.
+        """
+        limit = self.memory_bytes // 2 if ahead else self.memory_bytes
+        if nbytes > limit:
+            raise ServiceError(
+                f"frames of {nbytes:,} bytes at once, more than the {limit:,} that may "
+                "wait to be computed: lower batch_size, or raise feature-cache serve --memory"
+            )
+        with self._lock:
+            fits = self._changed.wait_for(
+                lambda: self.closing or self._reserved + nbytes <= limit, seconds
+            )
+            self._check_open()
+            if fits:
+                self._reserved += nbytes
+            return fits
+
+    def give_back(self, nbytes: int) -> None:
+        """Take back what was reserved and not submitted."""
+        with self._lock:
+            self._reserved -= nbytes
+            self._tell()
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Have frames computed; each record's answer is told. Waits for nothing.
+
+        Raises
+        ------
+        StoreError
+            What was computed before could not be committed.
+        ServiceError
+            The engine closes.
+        """
+        with self._lock:
+            self._check_open()
+            lost, self._lost = self._lost, None
+            if lost is not None:
+                raise lost
+            for request in requests:
+                self._batch_size = max(self._batch_size, request.batch_size)
+                self._enqueue(request)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="feature_cache engine", daemon=True
+                )
+                self._thread.start()
+            self._tell()
+
+    def stop(self) -> None:
+        """Commit and end, soon, without waiting for it."""
+        with self._lock:
+            if self.closing:
+                return
+            self.closing = True
+            self.ended = self._thread is None
+            self._tell()
+
+    def close(self) -> None:
+        """Commit what is computed and end; what is not computed fails for those who wait."""
+        self.stop()
+        if threading.current_thread() is not self._thread:
+            with self._lock:
+                self._changed.wait_for(lambda: self.ended or not self._runs(), CLOSING_SECONDS)
+
+    def check(self) -> None:
+        """Raise ServiceError where nothing will be computed any more."""
+        if self.ended or (self._thread is not None and not self._runs()):
+            raise ServiceError("the thread that computes has ended: make the dataset anew")
+
+    def _runs(self) -> bool:
+        """Tell whether the thread lives; one whose start was interrupted may never begin."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _check_open(self) -> None:
+        if self.closing:
+            raise ServiceError("the process that computes is closing: start the training again")
+
+    # Requests
+
+    def _enqueue(self, request: Request) -> None:
+        new = []
+        for wanted in request.wanted:
+            if wanted.key in self._flight:
+                self._join(wanted.key, wanted.answer, wanted, ahead=request.ahead)
+            else:
+                self._flight[wanted.key] = _Flight([(wanted.answer, wanted)])
+                self._unanswered += 1
+                new.append(wanted)
+        if new:
+            (self._ahead if request.ahead else self._queue).append(request.of(new))
+        else:
+            self._reserved -= request.nbytes
+
+    def _join(self, key: Digest, answer: Answer, wanted: Wanted | None, *, ahead: bool) -> None:
+        """Tell one more what becomes of a record; what somebody waits for is read ahead no more."""
+        flight = self._flight[key]
+        if flight.record is not None:
+            answer.computed(flight.record)
+            return
+        flight.answers.append((answer, wanted))
+        if not ahead:
+            for request in self._ahead:
+                if any(wanted.key == key for wanted in request.wanted):
+                    self._ahead.remove(request)
+                    request.ahead = False
+                    self._queue.append(request)
+                    break
+
+    def _take_answers(
+        self, keys: Iterable[Digest], record: Record | None = None
+    ) -> list[tuple[Answer, Wanted | None]]:
+        """Take who waits for some records; with a record, its flight goes on until a commit."""
+        answers: list[tuple[Answer, Wanted | None]] = []
+        with self._lock:
+            for key in keys:
+                flight = self._flight.get(key)
+                if flight is not None and flight.record is None:
+                    answers += flight.answers
+                    flight.answers, flight.record = [], record
+                    self._unanswered -= 1
+                    if record is None:
+                        del self._flight[key]
+            self._tell()
+        return answers
+
+    def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
+        keys = [one.key for one in wanted]
+        self._claims.settle(keys)
+        self._tell_failure(keys, error)
+
+    def _tell_failure(self, keys: Iterable[Digest], error: Exception) -> None:
+        failed: dict[Answer, list[Wanted]] = {}
+        for answer, wanted in self._take_answers(keys):
+            failed.setdefault(answer, []).extend([] if wanted is None else [wanted])
+        for answer, group in failed.items():
+            answer.failed(error, group)
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        if self._ticks is not None and self._ticks.empty():
+            self._ticks.put(None)
+
+    # The threads
+
+    def _work(self) -> None:
+        """Collect and commit; the other stages run beside it as long as it does."""
+        cores = max(2, len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(cores, "feature_cache read")
+        stages = [
+            threading.Thread(target=self._guard, args=(step,), name=f"feature_cache {name}")
+            for name, step in (("claim", self._claim_some), ("embed", self._embed_some))
+        ]
+        for stage in stages:
+            stage.daemon = True
+            stage.start()
+        self._guard(self._commit_some)
+        try:
+            for stage in stages:
+                stage.join()
+            self._pool.shutdown(cancel_futures=True)
+            self._guard_once(self._finish)
+        finally:
+            with self._lock:
+                self.ended = True
+                self._tell()
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Repeat a step until the engine closes; what it did not expect ends the engine."""
+        while not self.closing and self._guard_once(step):
+            pass
+
+    def _guard_once(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except BaseException as error:  # noqa: BLE001 - whoever waits is told
+            _log.debug("the engine ends", exc_info=True)
+            with self._lock:
+                self.error = self.error or error
+                self.closing = True
+                self._tell()
+            return False
+        return True
+
+    def _finish(self) -> None:
+        """Commit what is collected; who waits for anything else is told."""
+        try:
+            self._collect()
+            self._commit()
+        finally:
+            with self._lock:
+                left = [key for key, flight in self._flight.items() if flight.record is None]
+            closed = ServiceError("the process that computes has closed")
+            self._tell_failure(left, closed)
+            self._claims.close()
+
+    # Claim
+
+    def _claim_some(self) -> None:
+        with self._lock:
+            self._changed.wait_for(self._may_claim, self._seconds_to_look())
+            batch = [] if self.closing else self._take_requests()
+            self._coming += bool(batch)
+        if not batch:
+            return
+        try:
+            mine = self._look_again(self._claim(batch))
+        except StoreError as error:
+            for request in batch:
+                self._fail(request.wanted, error)
+                self._free(request)
+            mine = []
+        with self._lock:
+            self._coming += len(mine) - 1
+            self._left.update((request, 1) for request in mine)
+            self._tell()
+        for request in mine:
+            self._pool_up(self._read, request)
+
+    def _may_claim(self) -> bool:
+        return self.closing or bool(self._queue or self._ahead or self._due()) and self._room() > 0
+
+    def _room(self) -> int:
+        """Give how many frames more may be on their way: by number, and by bytes."""
+        most = _BATCHES_AHEAD * self._batch_size
+        if self._frame_bytes:
+            most = min(most, max(1, self.memory_bytes // self._frame_bytes))
+        return most - len(self._left)
+
+    def _due(self) -> list[Request]:
+        now = time.monotonic()
+        return [request for request in self._elsewhere if request.due <= now]
+
+    def _seconds_to_look(self) -> float | None:
+        if not self._elsewhere:
+            return None
+        return max(0.0, min(request.due for request in self._elsewhere) - time.monotonic())
+
+    def _take_requests(self) -> list[Request]:
+        """Take a batch of what is due, what is waited for, or else what is ahead of time."""
+        due = self._due()
+        source = [*due, *self._queue] or list(self._ahead)
+        count = min(self._room(), source[0].batch_size) if source else 0
+        batch = source[: max(0, count)]
+        taken = set(map(id, batch))
+        self._elsewhere = [one for one in self._elsewhere if id(one) not in taken]
+        self._queue = deque(one for one in self._queue if id(one) not in taken)
+        self._ahead = deque(one for one in self._ahead if id(one) not in taken)
+        return batch
+
+    def _claim(self, batch: Sequence[Request]) -> list[Request]:
+        """Give what is this engine's to compute; the rest is looked at again after a while."""
+        impatient = [request for request in batch if self._waited(request) >= PATIENCE_SECONDS]
+        if impatient:
+            _log.warning(
+                "no record came from other processes for %.0f s: computing %d frames here",
+                PATIENCE_SECONDS, len(impatient),
+            )  # fmt: skip
+        asked = [request for request in batch if request not in impatient]
+        mine = list(impatient)
+        for request, share in zip(asked, self._claims.take(asked), strict=True):
+            if share.mine:
+                mine.append(request.of(share.mine))
+            if share.others:
+                rest = request.of(share.others)
+                rest.nbytes = 0 if share.mine else request.nbytes
+                self._set_aside(rest, share.held)
+        return mine
+
+    def _waited(self, request: Request) -> float:
+        if request.held_since is None:
+            return 0.0
+        return time.monotonic() - max(request.held_since, self._news)
+
+    def _set_aside(self, request: Request, held: Sequence[str]) -> None:
+        now = time.monotonic()
+        if request.held_since is None:
+            request.held_since = now
+            _log.info("waiting for a frame that another process computes: %s", held[0])
+        request.due = now + request.pause
+        request.pause = min(2 * request.pause, _LAST_PAUSE_SECONDS)
+        self._claims.ask(held)
+        with self._lock:
+            self._elsewhere.append(request)
+
+    def _look_again(self, requests: Sequence[Request]) -> list[Request]:
+        """Answer what is there by now; only who holds the claims can say that it is not."""
+        spaces: dict[Space, list[Wanted]] = defaultdict(list)
+        for request in requests:
+            for wanted in request.wanted:
+                spaces[wanted.space].append(wanted)
+        there: dict[Digest, Record | None] = {}
+        for space, group in spaces.items():
+            rows = _as_rows([wanted.key for wanted in group])
+            if any(wanted.answer.reads for wanted in group):
+                records = zip(group, space.read(rows), strict=True)
+                there.update((w.key, record) for w, record in records if record is not None)
+            else:
+                found = space.contains(rows).tolist()
+                there.update((w.key, None) for w, is_there in zip(group, found, strict=True) if is_there)
+        if there:
+            self._news = time.monotonic()
+        left = []
+        for request in requests:
+            missing = [wanted for wanted in request.wanted if wanted.key not in there]
+            if missing:
+                left.append(request.of(missing))
+            else:
+                self._free(request)
+        self._claims.settle(list(there))
+        for key, record in there.items():
+            for answer, _ in self._take_answers([key]):
+                answer.found(record)
+        return left
+
+    def _free(self, request: Request) -> None:
+        with self._lock:
+            self._reserved -= request.nbytes
+            self._tell()
+
+    # Read
+
+    def _pool_up(self, function: Callable[..., None], *args: object) -> None:
+        """Have a thread of the pool do something, unless the engine ends."""
+        with suppress(RuntimeError):  # it is shut down
+            if self._pool is not None:
+                self._pool.submit(self._guard_once, lambda: function(*args))
+
+    def _read(self, request: Request) -> None:
+        parts: list[Part] = []
+        try:
+            frame = request.read()
+            draws: dict[object, list[Wanted]] = defaultdict(list)
+            for wanted in request.wanted:
+                draws[wanted.draw].append(wanted)
+            for group in draws.values():
+                specs = tuple(wanted.spec for wanted in group)
+                parts.append(Part(request, Embedding(frame, group[0].draw, specs), tuple(group)))
+            found = [request.model.find_grid(part.embedding) for part in parts]
+            if any(grid is None for grid in found):
+                request.model.prepare(frame)
+        except Exception as error:  # noqa: BLE001 - it goes to those who asked for the frame
+            self._fail(request.wanted, error)
+            with self._lock:
+                self._coming -= 1
+                self._done(request)
+            return
+        with self._lock:
+            self._coming -= 1
+            self._left[request] = len(parts)
+            self._frame_bytes = max(self._frame_bytes, 4 * frame.nbytes)
+            self._ready += [p for p, grid in zip(parts, found, strict=True) if grid is None]
+            self._pooling += sum(grid is not None for grid in found)
+            self._tell()
+        for part, grid in zip(parts, found, strict=True):
+            if grid is not None:
+                self._make_records(part, grid)
+
+    def _done(self, request: Request) -> None:
+        """Count a part as done; with its last one there is room for another frame."""
+        with self._lock:
+            self._left[request] -= 1
+            if not self._left[request]:
+                del self._left[request]
+                self._reserved -= request.nbytes
+                self._frames += 1
+            self._tell()
+
+    # Embed
+
+    def _embed_some(self) -> None:
+        with self._lock:
+            self._changed.wait_for(lambda: self.closing or self._ready)
+            if self.closing:
+                return
+            self._changed.wait_for(lambda: self.closing or is_full(self._ready), GATHER_SECONDS)
+            self._changed.wait_for(
+                lambda: self.closing or is_full(self._ready) or not self._coming
+            )
+            batch = choose_batch(self._ready)
+            chosen = set(map(id, batch))
+            self._ready = [part for part in self._ready if id(part) not in chosen]
+            self._changed.wait_for(lambda: self.closing or self._pooling <= 2 * len(batch))
+            if self.closing:
+                return
+        grids = batch[0].request.model.embed([part.embedding for part in batch])
+        for part, grid in zip(batch, grids, strict=True):
+            if isinstance(grid, Exception):
+                self._fail(part.wanted, grid)
+                self._done(part.request)
+            else:
+                with self._lock:
+                    self._pooling += 1
+                self._pool_up(self._make_records, part, grid)
+
+    def _make_records(self, part: Part, grid: Grid) -> None:
+        try:
+            records = part.request.model.make_records(part.embedding, grid)
+        except FeatureCacheError as error:
+            self._fail(part.wanted, error)
+            self._done(part.request)
+        else:
+            with self._lock:
+                self._collected.append((part, records))
+        with self._lock:
+            self._pooling -= 1
+            self._tell()
+
+    # Commit
+
+    def _commit_some(self) -> None:
+        with self._lock:
+            self._changed.wait_for(lambda: self.closing or self._collected, self._nap())
+        self._collect()
+        left = self._seconds_to_commit()
+        if left is not None and left <= 0:
+            self._commit()
+
+    def _collect(self) -> None:
+        """Take what was computed, and answer; it is committed later."""
+        while self._collected:
+            part, records = self._collected.popleft()
+            for wanted, record in zip(part.wanted, records, strict=True):
+                entry = Entry(wanted.key, record, wanted.describe())
+                try:
+                    has_room = self._commits.add(wanted.space, entry)
+                except StoreError as error:
+                    self._lose(error)
+                    has_room = True
+                if has_room:
+                    for answer, _ in self._take_answers([wanted.key], record):
+                        answer.computed(record)
+                else:
+                    self._claims.settle([wanted.key])
+                    self._take_answers([wanted.key])
+            self._done(part.request)
+            if self._frames >= _TRIM_FRAMES:
+                self._frames = 0
+                trim()
+
+    def _nap(self) -> float | None:
+        """Give the seconds until there is something to look at."""
+        left = self._seconds_to_commit()
+        if self._claims.any:
+            return LOOK_SECONDS if left is None else min(LOOK_SECONDS, max(0.0, left))
+        return left
+
+    def _seconds_to_commit(self) -> float | None:
+        if not self._commits.pending:
+            return None
+        asked = time.monotonic() - self._claims.asked()
+        if asked < 2 * _LAST_PAUSE_SECONDS:
+            return self._commits.seconds_left(LOOK_SECONDS)
+        is_idle = not (self._left or self._queue or self._ahead)
+        return self._commits.seconds_left(IDLE_SECONDS if is_idle else COMMIT_SECONDS)
+
+    def _commit(self) -> None:
+        try:
+            self._commits.flush()
+        except StoreError as error:
+            self._lose(error)
+
+    def _lose(self, error: StoreError) -> None:
+        """Tell that what was computed could not be committed: those who wait, or who asks next."""
+        _log.error("records that were computed are lost: %s", error)
+        with self._lock:
+            waiting = [*self._queue, *self._ahead, *self._elsewhere]
+            self._queue, self._ahead, self._elsewhere = deque(), deque(), []
+            self._lost = None if waiting else error
+        for request in waiting:
+            self._fail(request.wanted, error)
+            self._free(request)
+        if self._ticks is not None:
+            self.error = self.error or error
+
+    def _let_go(self, keys: Sequence[Digest]) -> None:
+        """Let go of records that are committed, or lost."""
+        self._claims.settle(keys)
+        with self._lock:
+            for key in keys:
+                self._flight.pop(key, None)
+            self._tell()
+
+
+def _as_rows(keys: Sequence[Digest]) -> Keys:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)

@@ -1,0 +1,74 @@
+"""A frame with its mask, read once for all draws and spaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import FrameError
+from ..hashing import Digest, digest_bytes
+from ..pooling import Regions
+
+Pixels: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """One frame to compute records of.
+
+    Parameters
+    ----------
+    pixels : (H, W) or (Z, H, W), bool, integer or float
+        As stored.
+    mask : same shape, int32; None where only grids are wanted
+    digest : bytes, 16
+        Of the pixels.
+    where : str
+        What to call the frame in an error.
+    """
+
+    pixels: NDArray[Any]
+    mask: NDArray[np.int32] | None
+    digest: Digest
+    where: str
+    image: Any = field(default=None, init=False)
+    """Its normalised pixels, (Z, H, W) float32, of which all draws are made."""
+    _regions: Regions | None = field(default=None, init=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+    @property
+    def depth(self) -> int:
+        """How many slices it has."""
+        return 1 if self.pixels.ndim == 2 else len(self.pixels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pixels."""
+        return self.pixels.nbytes + (0 if self.mask is None else self.mask.nbytes)
+
+    def regions(self) -> Regions:
+        """Sort the mask's pixels by region, once.
+
+        Raises
+        ------
+        FrameError
+            There is no mask.
+        """
+        if self._regions is None:
+            if self.mask is None:
+                raise FrameError(f"{self.where} has no mask, and pooling needs one")
+            self._regions = Regions.of_mask(self.mask)
+        return self._regions
+
+    def slice_digests(self) -> list[Digest]:
+        """Give one digest a slice, so that noise differs from slice to slice."""
+        if self.pixels.ndim == 2:
+            return [self.digest]
+        return [digest_bytes(self.digest, z.to_bytes(4, "big")) for z in range(self.depth)]

@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM while something is computed: what is computed is kept, whoever asked."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Have SIGTERM end the block as `sys.exit` does, where nobody handles it otherwise."""
+    is_ours = end_by_exit()
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_by_exit() -> bool:
+    """Have SIGTERM end this process as `sys.exit` does; tell whether that is new.
+
+    Only in the main thread, and only where SIGTERM would end it without a word.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return False
+    signal.signal(signal.SIGTERM, _exit)
+    return True
+
+
+def forget_exit() -> None:
+    """Have SIGTERM end a forked child at once, as whoever started it expects."""
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def finish(function: Callable[[], None]) -> None:
+    """Call something to its end, also when that is interrupted once.
+
+    In a thread: what a signal raises (Ctrl-C; torch, of a worker killed) comes to the main one.
+    """
+    working = threading.Thread(target=function, daemon=True)
+    working.start()
+    try:
+        working.join()
+    except BaseException:
+        working.join()
+        raise

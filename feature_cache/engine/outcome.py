@@ -1,0 +1,169 @@
+"""What became of the records that were asked for: counts, failures and why."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..augment import Draw
+from ..errors import BackboneError, FeatureCacheError, FrameError, MovieError
+from ..hashing import JSON
+from ..key import Record
+from .model import Progress
+from .request import Wanted
+
+PART_FAILS = (BackboneError, FrameError, MovieError)
+"""Errors that end one frame or movie, not the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What could not be computed, and why.
+
+    Parameters
+    ----------
+    what : str
+        A movie or a frame.
+    reason : str
+    records : int
+        How many records it stands for; 1 for a movie that can't be opened, 0 for what is
+        computed and could not be sent.
+    """
+
+    what: str
+    reason: str
+    records: int
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the fields by name."""
+        return {"what": self.what, "reason": self.reason, "records": self.records}
+
+
+FailureListener = Callable[[Failure], Any]
+"""Called with each failure as it comes."""
+
+
+class Tally:
+    """Counts records while they are computed; may be shared by threads.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called with the number of records just done, whoever computed them.
+    failed : callable, optional
+        Called with each failure.
+
+    Attributes
+    ----------
+    computed, elsewhere : int
+        Records computed here, and those that others computed meanwhile.
+    errors : list of Exception
+        Of `failures`, one each.
+    fatal : Exception or None
+        An error that ends more than a frame.
+    """
+
+    def __init__(
+        self, progress: Progress | None = None, failed: FailureListener | None = None
+    ) -> None:
+        self._progress, self._failed = progress, failed
+        self.computed = self.elsewhere = 0
+        self.failures: list[Failure] = []
+        self.errors: list[Exception] = []
+        self.fatal: Exception | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def done(self) -> int:
+        """Count the records of which the outcome is known."""
+        return self.computed + self.elsewhere + sum(f.records for f in self.failures)
+
+    def add(self, *, computed: int = 0, elsewhere: int = 0) -> None:
+        """Count records computed here, and those that others computed."""
+        with self._lock:
+            self.computed += computed
+            self.elsewhere += elsewhere
+            if self._progress is not None and computed + elsewhere:
+                self._progress(computed + elsewhere)
+
+    def fail(self, failure: Failure, error: Exception | None = None) -> None:
+        """Count what failed."""
+        with self._lock:
+            self.failures.append(failure)
+            if error is not None:
+                self.errors.append(error)
+            if self._failed is not None:
+                self._failed(failure)
+
+    def check(self, kept: str = "") -> None:
+        """Raise what failed.
+
+        Parameters
+        ----------
+        kept : str
+            What to say of the records that did not.
+
+        Raises
+        ------
+        BackboneError, FrameError, MovieError
+            As the first frame that failed; names all.
+        """
+        if self.fatal is not None:
+            raise self.fatal
+        if not self.errors:
+            return
+        kind = next(kind for kind in PART_FAILS if isinstance(self.errors[0], kind))
+        reasons = list(dict.fromkeys(map(str, self.errors)))
+        some = "; ".join(reasons[:_MOST_REASONS])
+        more = f"; and {len(reasons) - _MOST_REASONS} more" if reasons[_MOST_REASONS:] else ""
+        error = kind(f"{some}{more}. {self._count()}")
+        raise error from self.errors[0]
+
+    def _count(self) -> str:
+        failed = sum(failure.records for failure in self.failures)
+        there = self.computed + self.elsewhere
+        return f"{failed} of {failed + there} records failed; the other {there} are kept"
+
+
+_MOST_REASONS = 20
+
+
+@dataclass(slots=True, eq=False)
+class FrameAnswer:
+    """Counts what becomes of one frame's records.
+
+    Parameters
+    ----------
+    tally : Tally
+    where : str
+        What to call the frame.
+    origins : mapping of Draw to str
+        What to call each of its draws.
+    """
+
+    tally: Tally
+    where: str
+    origins: Mapping[Draw, str]
+
+    reads = False
+
+    def found(self, record: Record | None) -> None:
+        """Count a record that others computed."""
+        self.tally.add(elsewhere=1)
+
+    def computed(self, record: Record) -> None:
+        """Count a record."""
+        self.tally.add(computed=1)
+
+    def failed(self, error: Exception, wanted: Sequence[Wanted]) -> None:
+        """Take note of a failure, or of what ends more than the frame."""
+        if not isinstance(error, PART_FAILS):
+            self.tally.fatal = self.tally.fatal or error
+            return
+        draws = {one.draw for one in wanted}
+        names = [self.origins[draw] for draw in draws if self.origins[draw]]
+        some = names[0] if len(draws) < len(self.origins) or len(draws) == 1 else ""
+        what = f"{self.where}, {some}" if names and some else self.where
+        self.tally.fail(Failure(what, str(error), len(wanted)), error)

@@ -1,0 +1,209 @@
+"""What is asked of the engine: frames, the records wanted of each, and who is to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol
+
+from ..augment import Draw
+from ..hashing import JSON, Digest
+from ..key import Record
+from ..spec import SpaceSpec
+from ..store import Space
+from .frame import Frame
+
+if TYPE_CHECKING:
+    from .model import Embedding, Model
+
+
+class Answer(Protocol):
+    """Who is told what became of records; in a thread of the engine, once for each."""
+
+    def found(self, record: Record | None) -> None:
+        """Take note that it is in the store by now; None where `reads` is False."""
+
+    def computed(self, record: Record) -> None:
+        """Take a record just computed, which is committed later."""
+
+    def failed(self, error: Exception, wanted: Sequence[Wanted]) -> None:
+        """Take the error in the place of records."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether a record that is found is to be read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """A record to compute, if it is not there: its key, where it goes and what it is made of.
+
+    Attributes
+    ----------
+    describe : callable
+        Gives its provenance.
+    """
+
+    key: Digest
+    space: Space
+    spec: SpaceSpec
+    draw: Draw
+    describe: Callable[[], dict[str, JSON]]
+    answer: Answer
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A frame, and all that is wanted of it: the draws and spaces of one backbone.
+
+    Attributes
+    ----------
+    model : Model
+    digest : bytes, 16
+        Of the frame.
+    read : callable
+        Reads frame and mask. Raises FrameError or MovieError where they can't be, or changed.
+    wanted : sequence of Wanted
+    batch_size : int
+        Slices embedded at once, at most (but always a whole frame).
+    ahead : bool
+        Nobody waits for it yet: it comes after all others.
+    nbytes : int
+        Bytes of pixels that were reserved for it.
+    """
+
+    model: Model
+    digest: Digest
+    read: Callable[[], Frame]
+    wanted: Sequence[Wanted]
+    batch_size: int
+    ahead: bool = False
+    nbytes: int = 0
+    due: float = field(default=0.0, init=False)
+    """When to look again for what another process computes."""
+    held_since: float | None = field(default=None, init=False)
+    pause: float = field(default=0.02, init=False)
+
+    def of(self, wanted: Sequence[Wanted]) -> Request:
+        """Give a request for a part of the records."""
+        part = Request(
+            self.model, self.digest, self.read, wanted, self.batch_size, self.ahead, self.nbytes
+        )
+        part.held_since, part.pause = self.held_since, self.pause
+        return part
+
+
+class View(Protocol):
+    """The records of one movie in one space under one draw."""
+
+    @property
+    def spec(self) -> SpaceSpec:
+        """The space's spec."""
+
+    @property
+    def draw(self) -> Draw:
+        """The draw."""
+
+    @property
+    def space(self) -> Space:
+        """The space in the store."""
+
+    def key(self, t: int) -> Digest:
+        """Give the key of frame `t`'s record."""
+
+    def digests(self, t: int) -> tuple[Digest, Digest | None]:
+        """Give the digests of frame `t` and its mask."""
+
+    def provenance(self, t: int) -> dict[str, JSON]:
+        """Say where the record of frame `t` comes from."""
+
+    def read(self, t: int) -> Frame:
+        """Read frame `t` and its mask."""
+
+
+def request_frame(
+    model: Model, t: int, views: Sequence[View], answer: Answer, batch_size: int
+) -> Request:
+    """Ask for a frame's records in several views of one movie: draws, and spaces of a backbone."""
+    masked = next((view for view in views if view.spec.pooling is not None), views[0])
+    wanted = [
+        Wanted(v.key(t), v.space, v.spec, v.draw, partial(v.provenance, t), answer) for v in views
+    ]
+    return Request(model, masked.digests(t)[0], partial(masked.read, t), wanted, batch_size)
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A requested frame under one of its draws, on its way through the device."""
+
+    request: Request
+    embedding: Embedding
+    wanted: Sequence[Wanted]
+
+    @property
+    def draw(self) -> Draw:
+        """The draw."""
+        return self.embedding.draw
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) that the backbone sees."""
+        return self.embedding.shape
+
+    @property
+    def depth(self) -> int:
+        """How many slices it has."""
+        return self.embedding.frame.depth
+
+
+class Promise:
+    """A record to come, or the error in its place, for all who wait for it.
+
+    A `Future` has a lock that Ctrl-C can leave held by who waits; who computes would hang on it.
+
+    Parameters
+    ----------
+    record : Record, optional
+        One that has come already.
+    """
+
+    reads = True
+
+    def __init__(self, record: Record | None = None) -> None:
+        self._record = record
+        self._error: BaseException | None = None
+        self._news = SimpleQueue[None]()
+
+    @property
+    def done(self) -> bool:
+        """Whether it was kept, or failed."""
+        return self._record is not None or self._error is not None
+
+    def found(self, record: Record | None) -> None:
+        """Give the record, as it was read."""
+        self._record = record
+        self._news.put(None)
+
+    def computed(self, record: Record) -> None:
+        """Give the record, as it was computed."""
+        self.found(record)
+
+    def failed(self, error: Exception, wanted: Sequence[Wanted] = ()) -> None:
+        """Give an error in its place."""
+        self._error = error
+        self._news.put(None)
+
+    def wait(self, seconds: float) -> Record:
+        """Give the record, or raise what came in its place; TimeoutError after some seconds."""
+        if not self.done:
+            with suppress(Empty):
+                self._news.put(self._news.get(timeout=seconds))  # the next who waits hears it too
+        if self._record is not None:
+            return self._record
+        try:
+            raise self._error or TimeoutError
+        finally:
+            del self  # which the error's traceback would keep, and it the error
