@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .augment import Augmentations, Draw
 from .batch import Batch, Found, Sample, Tokens, pad
-from .cache import MovieFeatures, check_batch_size
+from .cache import MovieFeatures, check_batch_size, warm_movies
 from .errors import DrawError, MissingRecordError, UnknownNameError
 from .hashing import DIGEST_BYTES, Digest, digest_json
 from .key import Record
@@ -200,8 +200,7 @@ class TokenFeatures:
 
     def warm(self) -> int:
         """Compute all that is missing, in every copy; give the number of records computed."""
-        copies = [copy for variants in self.variants for copy in variants]
-        return sum(copy.warm(batch_size=self.batch_size) for copy in copies)
+        return warm_movies(self.variants, batch_size=self.batch_size)
 
     def prefetch(self, movie: int, times: Sequence[int], copy: int = 0) -> None:
         """Have records computed in the background that will be asked for; waits for nothing.

@@ -18,7 +18,7 @@ import numpy as np
 
 from .augment import Draw
 from .backbones.alike import load_alike
-from .compute import Embedder, Job, compute_grids, make_record
+from .engine import Frame, Model, compute_each
 from .errors import (
     BackboneError,
     CorruptRecordError,
@@ -227,7 +227,7 @@ class _Comparison:
     def of_pack(self, chosen: Chosen) -> None:
         """Compare records of one pack."""
         try:
-            spec, embedder = self.models.find(chosen.space.spec)
+            spec, model = self.models.find(chosen.space.spec)
             rows = _read_rows(chosen)
         except BackboneError as error:
             reason = f"{describe(chosen.space.spec)}: {error}"
@@ -237,10 +237,10 @@ class _Comparison:
         else:
             folder = chosen.space.packs_folder / chosen.pack
             for _, group in groupby(sorted(rows, key=_order), _order):
-                self._of_movie(folder, list(group), spec, embedder)
+                self._of_movie(folder, list(group), spec, model)
 
     def _of_movie(
-        self, pack: Path, rows: Sequence[_Row], spec: SpaceSpec, embedder: Embedder
+        self, pack: Path, rows: Sequence[_Row], spec: SpaceSpec, model: Model
     ) -> None:
         try:
             how = {name: rows[0].source.get(name) for name in ("source", "movie")}
@@ -250,29 +250,26 @@ class _Comparison:
             self._leave("movie", str(error), len(rows))
             return
         taken = deque[_Row]()
-        jobs = self._jobs(movie, draw, rows, spec, taken)
-        grids = compute_grids(jobs, embedder, draw, self.batch_size, blame=(FeatureCacheError,))
-        for job, grid in grids:
+        frames = self._frames(movie, draw, rows, spec, taken)
+        for _, record in compute_each(frames, model, spec, draw, self.batch_size):
             row = taken.popleft()
-            try:
-                if isinstance(grid, Exception):
-                    raise grid
-                self._compare(pack, row, make_record(job, grid, spec, draw), spec)
-            except FeatureCacheError as error:
-                self._leave("error", str(error), 1)
+            if isinstance(record, FeatureCacheError):
+                self._leave("error", str(record), 1)
+            else:
+                self._compare(pack, row, record, spec)
 
-    def _jobs(
+    def _frames(
         self,
         movie: Movie,
         draw: Draw,
         rows: Sequence[_Row],
         spec: SpaceSpec,
         taken: deque[_Row],
-    ) -> Iterator[Job]:
+    ) -> Iterator[Frame]:
         """Read the frames of records; those that are others by now are left."""
         for row in rows:
             try:
-                job, key = _read_job(movie, row, spec, draw)
+                frame, key = _read_frame(movie, row, spec, draw)
             except FeatureCacheError as error:
                 self._leave("movie", str(error), 1)
                 continue
@@ -280,7 +277,7 @@ class _Comparison:
                 self._leave("movie", f"{movie.name} has other pixels or labels by now", 1)
                 continue
             taken.append(row)
-            yield job
+            yield frame
 
     def _compare(self, pack: Path, row: _Row, again: Record, spec: SpaceSpec) -> None:
         apart, bound = difference(row.record, again), rounding_bound(spec)
@@ -329,16 +326,18 @@ def _read_rows(chosen: Chosen) -> list[_Row]:
     return [_Row(pack.keys[row].tobytes(), pack.record(row), sources[row]) for row in chosen.rows]
 
 
-def _read_job(movie: Movie, row: _Row, spec: SpaceSpec, draw: Draw) -> tuple[Job, Digest]:
+def _read_frame(
+    movie: Movie, row: _Row, spec: SpaceSpec, draw: Draw
+) -> tuple[Frame, Digest]:
     """Read the frame of a record, and give the key that it has now; the memo is not asked."""
     t = _find_frame(movie, row.source)
-    frame = frame_pixels(movie.frames[t], row.name)
+    pixels = frame_pixels(movie.frames[t], row.name)
     mask = None
     if spec.pooling is not None and movie.masks is not None:
         mask = mask_labels(movie.masks[t], row.name)
-    job = Job(frame, mask, frame_digest(frame), row.name)
+    frame = Frame(pixels, mask, frame_digest(pixels), row.name)
     masked = None if mask is None else mask_digest(mask)
-    return job, record_key(spec.digest, job.digest, masked, draw)
+    return frame, record_key(spec.digest, frame.digest, masked, draw)
 
 
 def _find_frame(movie: Movie, source: Mapping[str, Any]) -> int:
@@ -381,15 +380,15 @@ class _Models:
     ) -> None:
         self._given, self._device = given, device
         self._weights: list[str | None] = [*weights, None]
-        self._found: dict[str, tuple[SpaceSpec, Embedder] | BackboneError] = {}
+        self._found: dict[str, tuple[SpaceSpec, Model] | BackboneError] = {}
 
-    def find(self, plain: Mapping[str, Any]) -> tuple[SpaceSpec, Embedder]:
-        """Give a space's spec and what embeds for it; BackboneError where there is no such."""
+    def find(self, plain: Mapping[str, Any]) -> tuple[SpaceSpec, Model]:
+        """Give a space's spec and what computes for it; BackboneError where there is no such."""
         name = canonical_json(plain)
         if name not in self._found:
             try:
                 spec = _read_spec(plain)
-                self._found[name] = spec, Embedder(self._load(spec.backbone), spec.backbone)
+                self._found[name] = spec, Model(self._load(spec.backbone), spec.backbone)
             except BackboneError as error:
                 self._found[name] = error
         found = self._found[name]

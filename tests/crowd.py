@@ -19,7 +19,7 @@ import zarr  # noqa: F401 - loaded once, here, instead of in every forked proces
 
 from feature_cache import FeatureCache
 from feature_cache.cache import MovieFeatures
-from feature_cache.compute import compute_records
+from feature_cache.engine import compute_records
 from feature_cache.key import Keys, Record
 from feature_cache.store import Entry, Space, process
 from feature_cache.testing import FakeBackbone
@@ -80,7 +80,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         movie = self.movie()
-        jobs = [movie.job(t) for t in range(self.count)]
+        jobs = [movie.read(t) for t in range(self.count)]
         self.records = list(compute_records(jobs, movie.spec, movie.backbone, movie.draw, 64))
         self.keys = [movie.key(t) for t in range(self.count)]
         self.right = [content(record) for record in self.records]

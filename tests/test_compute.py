@@ -17,7 +17,7 @@ from feature_cache.augment import (
     Scale,
     hflip,
 )
-from feature_cache.compute import Embedder, Job, compute_records
+from feature_cache.engine import Embedding, Frame, Model, compute_records
 from feature_cache.hashing import frame_digest
 from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
@@ -27,7 +27,7 @@ from feature_cache.testing import FakeBackbone
 
 def make_jobs(frames, masks):
     return [
-        Job(f.astype(np.float32), m.astype(np.int32), frame_digest(f), f"frame {t}")
+        Frame(f.astype(np.float32), m.astype(np.int32), frame_digest(f), f"frame {t}")
         for t, (f, m) in enumerate(zip(frames, masks, strict=True))
     ]
 
@@ -78,8 +78,12 @@ class Wrong(FakeBackbone):
 
 
 def poison(value, frame):
+    """Spoil the grid of one frame, whatever batch it comes in."""
+    spoiled = []
+
     def change(grids):
-        grids[frame, 0, 0, 0] = value
+        spoiled.extend([] if spoiled else [grids[frame].clone()])
+        grids[(grids == spoiled[0]).flatten(1).all(1), 0, 0, 0] = value
         return grids
 
     return change
@@ -155,12 +159,16 @@ class TestRange:
 
     def test_another_range_than_promised_is_an_error(self, small):
         backbone = FakeBackbone()
-        jobs = make_jobs(*small)
-        images = [np.full((1, 48, 64), 0.5, np.float32) for _ in jobs]
-        images[3][0, 7, 7] = 1.5
-        embedder = Embedder(backbone, backbone.spec)
+        frames = make_jobs(*small)
+        for frame in frames:
+            frame.image = np.full((1, 48, 64), 0.5, np.float32)
+        frames[3].image[0, 7, 7] = 1.5
+        model = Model(backbone, backbone.spec)
+        wanted = [Embedding(f, IDENTITY, (SpaceSpec(backbone.spec),)) for f in frames]
+        outcomes = list(model.embed(wanted))
+        assert [isinstance(one, Exception) for one in outcomes] == [t == 3 for t in range(6)]
         with pytest.raises(BackboneError, match=r"pixels from 0.5 to 1.5 for fake: its norm"):
-            list(embedder.embed(jobs, IDENTITY, images))
+            raise outcomes[3]
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

@@ -16,7 +16,7 @@ from aging import hurry
 from feature_cache import FeatureCache, Movie, Normalization
 from feature_cache.augment import IDENTITY, Draw, Scale, hflip, quarter_turn, vflip
 from feature_cache.backbones.base import Backbone
-from feature_cache.compute import Job, compute_records
+from feature_cache.engine import Frame, compute_records
 from feature_cache.hashing import frame_digest
 from feature_cache.key import Record
 from feature_cache.movies import write_movie
@@ -158,7 +158,7 @@ class World:
             backbone = self.networks[self.weights]
         spec = SpaceSpec(backbone.spec, self.options["pooling"], self.options["dtype"])
         frame, mask = self.frames[t].astype(np.float32), self.masks[t].astype(np.int32)
-        job = Job(frame, mask, frame_digest(frame), "frame")
+        job = Frame(frame, mask, frame_digest(frame), "frame")
         [record] = compute_records([job], spec, backbone, DRAWS[self.options["draw"]][1], 1)
         return spec, record
 

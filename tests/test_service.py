@@ -36,8 +36,8 @@ from feature_cache import (
 )
 from feature_cache.cache import grid_spec
 from feature_cache.cli import serve
-from feature_cache.service import Misses, StandIn, close_all, engine, list_servers, open_host
-from feature_cache.service.client import hurry
+from feature_cache.engine import engine
+from feature_cache.service import Misses, StandIn, close_all, list_servers, open_host
 from feature_cache.service.misses import plan_block
 from feature_cache.service.progress import Progress
 from feature_cache.testing import FakeBackbone
@@ -161,7 +161,7 @@ def test_two_datasets_and_two_backbones_on_one_server(tmp_path, log, expected):
 
 
 def test_what_is_not_committed_yet_is_answered_from_memory(tmp_path, log, monkeypatch):
-    monkeypatch.setattr(engine, "COMMIT_SECONDS", 1000.0)
+    monkeypatch.setattr(engine, "IDLE_SECONDS", 1000.0)
     dataset = make_dataset(tmp_path / "cache", FakeBackbone(dim=4, log=log))
     for _ in range(2):
         _ = [dataset[i] for i in range(len(dataset))]
@@ -170,21 +170,21 @@ def test_what_is_not_committed_yet_is_answered_from_memory(tmp_path, log, monkey
 
 
 def test_records_are_committed_after_a_few_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "COMMIT_SECONDS", 0.1)
+    monkeypatch.setattr(engine, "IDLE_SECONDS", 0.1)
     dataset = make_dataset(tmp_path / "cache")
     _ = dataset[0]
     assert wait_until(lambda: dataset.tokens.movies[0].contains(range(4)).all())
 
 
 def test_records_that_others_wait_for_are_committed_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "COMMIT_SECONDS", 1000.0)
+    monkeypatch.setattr(engine, "IDLE_SECONDS", 1000.0)
     dataset = make_dataset(tmp_path / "cache")
     [movie] = dataset.tokens.movies
     _ = dataset[0]
     assert not movie.contains(range(4)).any()
-    assert hurry(movie.cache.store.root, os.getpid(), [movie.key(2)])
-    assert wait_until(lambda: movie.contains(range(4)).all())
-    assert not hurry(movie.cache.store.root, 1, [movie.key(2)])
+    again = FeatureCache(tmp_path / "cache").movie(movie.frames, movie.masks, movie.backbone)
+    assert again.compute([2]) == 0
+    assert movie.contains(range(4)).all()
 
 
 def test_a_miss_computes_a_block(tmp_path, log):
@@ -392,16 +392,21 @@ def test_more_pixels_than_may_wait(tmp_path):
     host = open_host(cache, [movie.backbone], movie, memory_bytes=9 * 48 * 64 * 8)
     dataset = CachedFeatureDataset(Windows(masks), [movie], batch_size=20)
     with pytest.raises(ServiceError, match="lower batch_size"):
-        _ = dataset[0]
+        next(iter(make_loader(dataset, 1, "fork")))
+    assert len(list(dataset)) == len(dataset)  # here they are read when there is room
+    host.close()
+    cache.gc(max_bytes=0, dry_run=False)
+    host = open_host(cache, [movie.backbone], movie, memory_bytes=9 * 48 * 64 * 8)
     again = CachedFeatureDataset(Windows(masks), [movie], batch_size=8)
     assert len(list(make_loader(again, 2, "fork"))) == len(again)
-    assert wait_until(lambda: host.engine._held == 0)
+    assert wait_until(lambda: host.service.engine.reserved == 0)
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
     from feature_cache import StoreError
     from feature_cache.store import Space
 
+    monkeypatch.setattr(engine, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(engine, "COMMIT_SECONDS", 0.0)
     dataset = make_dataset(tmp_path / "cache", FakeBackbone(dim=4, seconds_per_frame=0.02))
 
@@ -573,7 +578,7 @@ def test_a_server_ends_when_its_last_user_is_gone(monkeypatch):
         used = 1.0
 
     server = Server()
-    host = SimpleNamespace(server=server, engine=SimpleNamespace(closing=False))
+    host = SimpleNamespace(server=server, service=SimpleNamespace(engine=SimpleNamespace(closing=False)))
     monkeypatch.setattr(serve, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(serve, "_ALONE_SECONDS", 0.05)
     waiting = threading.Thread(target=serve._wait, args=(host, None), daemon=True)
@@ -619,7 +624,7 @@ def test_progress_counts(tmp_path, monkeypatch, capsys):
     dataset = make_dataset(tmp_path / "cache")
     _ = [dataset[i] for i in range(len(dataset))]
     host = open_host(dataset.tokens.movies[0].cache, [], dataset)
-    assert host.engine.progress.text.startswith("computed 24 of about 24, ")
+    assert host.service.progress.text.startswith("computed 24 of about 24, ")
     assert not capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     shown = Progress(True)
@@ -634,10 +639,10 @@ def test_a_line_that_can_not_be_written_holds_up_nothing(tmp_path, monkeypatch):
     dataset = make_dataset(tmp_path / "cache")
     host = open_host(dataset.tokens.movies[0].cache, [], dataset)
     monkeypatch.setattr(sys, "stderr", Gone())
-    host.engine.progress.shown = True
+    host.service.progress.shown = True
     _ = dataset[0]
     host.close()
-    assert host.engine.ended
+    assert host.service.engine.ended
     tqdm.get_lock().acquire(timeout=10)
     tqdm.get_lock().release()  # raises where the lock was never let go: no bar could be shown
 

@@ -70,7 +70,7 @@ def serve(root: Path) -> None:
     torch.set_num_threads(1)
     cache = FeatureCache(root)
     host = open_host(cache, [backbone()], cache, standalone=True)
-    while os.getppid() != 1 and not host.engine.ended:
+    while os.getppid() != 1 and not host.service.engine.ended:
         time.sleep(0.05)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from feature_cache import FeatureCache, MissingRecordError, ServiceError
-from feature_cache.service import Engine, list_servers, place, runtime_folder, wire
+from feature_cache.service import Service, list_servers, place, runtime_folder, wire
 from feature_cache.service.client import Client, connect
 from feature_cache.service.server import Server
 from feature_cache.testing import FakeBackbone
@@ -39,13 +39,13 @@ def movie(tmp_path):
 
 @pytest.fixture
 def server(movie):
-    engine = Engine(movie.cache, memory_bytes=1 << 20)
-    engine.add_backbone(movie.backbone)
-    made = Server(engine)
+    service = Service(movie.cache, memory_bytes=1 << 20)
+    service.add_backbone(movie.backbone)
+    made = Server(service)
     made.publish()
     yield made
     made.stop()
-    engine.close()
+    service.close()
     made.close()
 
 
@@ -190,7 +190,7 @@ def test_sizes_are_checked_before_anything_is_sent(server, movie, changes):
         assert wire.receive(connection) == {"pixels": [0]}
         wire.send(connection, frame_header(movie, **changes))
         assert wire.receive(connection)["error"][1]
-    assert server.engine._held == 0
+    assert server.service.engine.reserved == 0
     assert is_served(server, movie)
 
 
@@ -207,7 +207,7 @@ def test_other_pixels_than_those_of_the_key_are_never_stored(server, movie, sent
             connection.send_bytes(movie.masks[1].astype(np.int32).tobytes())
         name, message = wire.receive(connection)["error"]
         assert name in ("FrameError", "ServiceError"), message
-    assert server.engine._held == 0
+    assert server.service.engine.reserved == 0
     assert not movie.contains([1])[0]
     assert is_served(server, movie)
 
@@ -220,7 +220,7 @@ def test_a_client_that_leaves_in_the_middle_leaves_no_memory_behind(server, movi
             wire.send(connection, frame_header(movie))
             wire.receive(connection)
     assert is_served(server, movie)
-    assert server.engine._held == 0
+    assert server.service.engine.reserved == 0
 
 
 def test_errors_keep_their_class():

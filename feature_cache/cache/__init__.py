@@ -1,15 +1,18 @@
 """Where the two wings meet: records are looked up in the store, and computed by backbones."""
 
+from ..engine import GRID_DTYPE, Progress, grid_spec
 from .cache import FeatureCache
-from .grids import GRID_DTYPE, Grids, grid_spec
-from .movie import MovieFeatures, Progress, check_batch_size
+from .movie import MovieFeatures, check_batch_size, request_all, warm_movies
+from .opened import OpenCache
 
 __all__ = [
     "GRID_DTYPE",
     "FeatureCache",
-    "Grids",
     "MovieFeatures",
+    "OpenCache",
     "Progress",
     "check_batch_size",
     "grid_spec",
+    "request_all",
+    "warm_movies",
 ]

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
-import weakref
 from collections.abc import Collection, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..augment import IDENTITY, Draw
-from ..errors import DrawError, UnknownNameError
+from ..errors import DrawError
 from ..explain import Explanation
-from ..hashing import Digest
 from ..key import Record
 from ..movies import Given, Movie
 from ..recompute import choose_records
 from ..recompute import recompute as compute_again
 from ..spec import SpaceSpec
-from ..store import CODECS, Counter, Mode, Space, Store, maintenance, read_runs, remote, sum_usage
-from ..store.layers import FolderBelow, layer_space, open_layers
+from ..store import maintenance, read_runs, remote, sum_usage
 from .movie import MovieFeatures, Progress
+from .opened import OpenCache
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class FeatureCache:
+class FeatureCache(OpenCache):
     """A directory of features, computed once and read at the speed of memory.
 
     Equal keys mean equal numbers: a record is found by the content of frame and mask and by all
@@ -73,54 +69,6 @@ class FeatureCache:
     >>> record.features.shape, record.labels.tolist()
     ((1, 4), [7])
     """
-
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        mode: Mode = "a",
-        codec: str = "raw",
-        *,
-        layers: Sequence[str | os.PathLike[str]] = (),
-        promote: bool = False,
-        create: bool = True,
-    ) -> None:
-        if codec not in CODECS:
-            raise UnknownNameError("codec", codec, CODECS)
-        self.store = Store(root, mode, create=create)
-        self.codec, self.promote = codec, promote
-        self.layers = open_layers(layers)
-        self._spaces: dict[Digest, Space] = {}
-        self.counter = Counter(self.store)
-        weakref.finalize(self, self.counter.save)
-
-    def __repr__(self) -> str:
-        """Show root and mode."""
-        return f"FeatureCache({str(self.store.root)!r}, mode={self.store.mode!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Open the same folder elsewhere; the counters belong to this process."""
-        layers = tuple(layer.place for layer in self.layers)
-        open_again = partial(type(self), layers=layers, promote=self.promote, create=False)
-        return open_again, (str(self.store.root), self.store.mode, self.codec)
-
-    def space(self, spec: SpaceSpec) -> Space:
-        """Give the space of a spec, opened once."""
-        digest = spec.digest
-        if digest not in self._spaces:
-            top = self.store.space(spec)
-            self._spaces[digest] = layer_space(top, spec, self.layers, promote=self.promote)
-        return self._spaces[digest]
-
-    def spaces(self) -> list[Space]:
-        """List the spaces on disk, here and in folders below."""
-        return [space for store in self.stores() for space in store.spaces()]
-
-    def stores(self) -> list[Store]:
-        """Give the folders: this one, and those below it."""
-        return [
-            self.store,
-            *(cache.store for cache in self.layers if isinstance(cache, FolderBelow)),
-        ]
 
     def movie(
         self,

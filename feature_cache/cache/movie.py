@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..augment import IDENTITY, Augmentations, Draw
-from ..compute import Job
+from ..engine import Frame, FrameAnswer, Model, Progress, Request, Tally, grid_spec, request_frame
 from ..errors import FrameError, MissingRecordError, MovieError
 from ..explain import Explanation, Stored, explain_miss
 from ..hashing import (
@@ -29,14 +29,10 @@ from ..memo import Fingerprint, Memo
 from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
 from ..store import Index, Space, Span, Usage, record_sources
-from .fill import fill
+from .opened import OpenCache
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
-    from .cache import FeatureCache
-
-Progress = Callable[[int], None]
-"""Called with the number of frames or records just done."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +78,7 @@ class MovieFeatures:
         How many frames and masks were read to be hashed: those whose digests were not remembered.
     """
 
-    cache: FeatureCache
+    cache: OpenCache
     frames: Series
     masks: Series | None
     backbone: Backbone
@@ -319,15 +315,17 @@ class MovieFeatures:
         Raises
         ------
         As `FeatureCache.get_or_compute`; FrameError also where a frame changed since it was hashed.
+        An error that is a frame's own is raised when all others are computed, and names all such.
         """
-        if self.cache.store.mode == "r":
-            raise MissingRecordError(
-                f"{len(indices)} records, first {self.where(indices[0])}, are not in "
-                f"{self.cache!r}, which can only be read: warm it where you may write"
-            )
-        check_batch_size(batch_size)
-        unique = list({self.key(t): t for t in reversed(indices)}.values())[::-1]
-        return fill(self, unique, batch_size=batch_size, progress=progress, keep_grids=keep_grids)
+        views = [self]
+        grids = grid_spec(self.spec.backbone)
+        if keep_grids and self.spec != grids:
+            views.append(self.in_space(grids))
+        tally = Tally(progress)
+        compute_wanted(
+            ((t, views) for t in indices), tally, batch_size=batch_size, uncounted=views[1:]
+        )
+        return tally.computed
 
     def explain(
         self,
@@ -371,17 +369,19 @@ class MovieFeatures:
             )
         return explanations
 
-    def job(self, t: int) -> Job:
+    def read(self, t: int) -> Frame:
         """Read frame `t` and its mask, to be computed. FrameError where they changed."""
-        frame = frame_pixels(self.frames[t], self.where(t))
+        given = self.frames[t]
+        pixels = frame_pixels(given, self.where(t))
         mask = None if self.masks is None else mask_labels(self.masks[t], self.where(t, "mask"))
         digest, masked = self.digests(t)
-        if frame_digest(frame) != digest or (mask is not None and mask_digest(mask) != masked):
+        if frame_digest(pixels) != digest or (mask is not None and mask_digest(mask) != masked):
             self._forget(t)
             raise FrameError(f"{self.where(t)} changed since it was hashed: open the movie anew")
         if mask is not None:
-            self._check_shapes(t, frame.shape, mask.shape)
-        return Job(frame, mask, digest, self.where(t))
+            self._check_shapes(t, pixels.shape, mask.shape)
+        is_small = isinstance(given, np.ndarray) and given.dtype.kind in "bui"
+        return Frame(given if is_small else pixels, mask, digest, self.where(t))
 
     def _forget(self, t: int) -> None:
         """Let the memo forget frame `t` and its mask: a digest from it may be wrong."""
@@ -428,6 +428,100 @@ def _in_files(images: Series, t: int, kind: str) -> dict[str, Any] | None:
         return None
     purpose = f"{kind}, key version {KEY_VERSION}, {images.recipe}"
     return {"files": files, "purpose": purpose, "part": images.part_of(t)}
+
+
+def compute_wanted(
+    wanted: Iterable[tuple[int, Sequence[MovieFeatures]]],
+    tally: Tally,
+    *,
+    batch_size: int,
+    uncounted: Sequence[MovieFeatures] = (),
+) -> None:
+    """Compute and commit what is missing, of any movies of one cache, in one run of an engine.
+
+    Parameters
+    ----------
+    wanted : iterable of (int, sequence of MovieFeatures)
+        A frame, and views of its movie: draws, and spaces of one backbone.
+    tally : Tally
+    batch_size : int
+    uncounted : sequence of MovieFeatures
+        Views whose records are not counted.
+
+    Raises
+    ------
+    As `MovieFeatures.compute`.
+    """
+    check_batch_size(batch_size)
+    frames = list(wanted)
+    if not frames:
+        return
+    first, views = frames[0]
+    cache = views[0].cache
+    if cache.store.mode == "r":
+        raise MissingRecordError(
+            f"{sum(len(wanted) for _, wanted in frames)} records, first {views[0].where(first)}, "
+            f"are not in {cache!r}, which can only be read: warm it where you may write"
+        )
+    with cache.open_engine() as engine:
+        requests = request_all(frames, tally, batch_size, uncounted)
+        engine.run(requests, until=lambda: tally.fatal is not None)
+    tally.check()
+
+
+def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int) -> int:
+    """Compute and commit all that is missing of movies, in one run for each cache.
+
+    Parameters
+    ----------
+    movies : iterable of sequence of MovieFeatures
+        Each movie's copies.
+    batch_size : int
+        Frames embedded at once.
+
+    Returns
+    -------
+    int
+        How many records were computed here.
+
+    Raises
+    ------
+    As `MovieFeatures.compute`.
+    """
+    missing: dict[OpenCache, list[tuple[int, Sequence[MovieFeatures]]]] = {}
+    for copies in movies:
+        there = np.stack([copy.contains() for copy in copies])
+        hits = int(there.sum())
+        cache = copies[0].cache
+        cache.counter.add(Usage(hits=hits, misses=there.size - hits))
+        for t in np.flatnonzero(~there.all(axis=0)).tolist():
+            absent = [copy for copy, found in zip(copies, there[:, t], strict=True) if not found]
+            missing.setdefault(cache, []).append((t, absent))
+    tally = Tally()
+    for wanted in missing.values():
+        compute_wanted(wanted, tally, batch_size=batch_size)
+    return tally.computed
+
+
+def request_all(
+    wanted: Iterable[tuple[int, Sequence[MovieFeatures]]],
+    tally: Tally,
+    batch_size: int,
+    uncounted: Sequence[MovieFeatures] = (),
+) -> Iterator[Request]:
+    """Give requests for frames, each as it is taken; parameters as `compute_wanted`."""
+    models: dict[int, Model] = {}
+    silent = Tally()
+    for t, views in wanted:
+        first = views[0]
+        model = models.get(id(first.backbone))
+        if model is None:
+            model = first.cache.open_model(first.backbone, first.spec.backbone)
+            models[id(first.backbone)] = model
+        where, origins = first.where(t), {view.draw: view.origin for view in views}
+        heard, unheard = (FrameAnswer(counts, where, origins) for counts in (tally, silent))
+        answers = {view: unheard if view in uncounted else heard for view in views}
+        yield request_frame(model, t, answers, batch_size)
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -26,6 +26,7 @@ from .options import (
     CacheOption,
     ChannelOption,
     CodecOption,
+    ComputeDtypeOption,
     DetectionsOption,
     DtypeOption,
     JsonOption,
@@ -48,7 +49,7 @@ from .progress import LogFile, RunProgress, show_failures
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
-    from ..warm import WarmPlan, WarmReport
+    from ..warm import Recipe, WarmPlan, WarmReport
 
 PoolingsOption = Annotated[
     list[str],
@@ -136,6 +137,7 @@ def warm(
     channel: ChannelOption = None,
     axes: AxesOption = None,
     device: DeviceOption = None,
+    compute_dtype: ComputeDtypeOption = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = "float16",
     codec: CodecOption = "raw",
@@ -162,7 +164,7 @@ def warm(
     from ..augment import Augmentations
     from ..warm import plan_warm
 
-    where = _Where(backbone, weights, device, scheduler, local_workers)
+    where = _Where(backbone, weights, device, compute_dtype, scheduler, local_workers)
     where.check(from_grids, dense)
     augmentations = Augmentations(policy, copies, seed)
     poolings = [None if name == "none" else name for name in pooling]
@@ -206,6 +208,7 @@ class _Where:
     backbone: str | None
     weights: str | None
     device: str | None
+    compute_dtype: str | None
     scheduler: str | None
     local_workers: int | None
 
@@ -216,21 +219,30 @@ class _Where:
             raise typer.BadParameter("--from-grids reads grids, --dense makes them: choose one")
         if self.scheduler is not None and self.local_workers is not None:
             raise typer.BadParameter("--scheduler and --local-workers: choose one")
-        if self.is_cluster and len(self.devices) > 1:
+        if self.scheduler is not None and len(self.devices) > 1:
             raise typer.BadParameter("several devices: workers of a cluster have one each")
 
     @property
-    def is_cluster(self) -> bool:
-        return self.scheduler is not None or self.local_workers is not None
+    def workers(self) -> int | None:
+        """How many to start: one a device, where several are named; None for this process."""
+        several = len(self.devices) if len(self.devices) > 1 else None
+        return self.local_workers or several
 
     @property
-    def devices(self) -> list[str | None]:
-        return [*self.device.split(",")] if self.device else [None]
+    def is_cluster(self) -> bool:
+        return self.scheduler is not None or self.workers is not None
 
-    def load(self, device: str | None) -> Backbone:
-        from ..backbones import load_backbone
+    @property
+    def devices(self) -> list[str]:
+        return self.device.split(",") if self.device else []
 
-        return load_backbone(str(self.backbone), self.weights, device)
+    def recipe(self) -> Recipe:
+        from ..warm import Recipe
+
+        return Recipe(str(self.backbone), self.weights, self.device, self.compute_dtype)
+
+    def load(self) -> Backbone:
+        return self.recipe().load()
 
 
 def _open(
@@ -238,7 +250,7 @@ def _open(
 ) -> tuple[FeatureCache | None, Backbone]:
     """Find what stands for the backbone; only stored grids need the cache for that."""
     if not from_grids:
-        return None, where.load(where.devices[0])
+        return None, where.load()
     from ..cache import FeatureCache
     from ..warm import StoredGrids
 
@@ -263,14 +275,12 @@ def _run(
     with RunProgress("computing", plan.missing) as progress:
         if where.is_cluster and plan.missing:
             from ..warm.cluster import open_client, run_on_cluster
-            from ..warm.worker import Recipe
 
             _quiet_dask()
-            recipe = None if stored else Recipe(str(where.backbone), where.weights, where.device)
-            with open_client(where.scheduler, where.local_workers) as client:
+            with open_client(where.scheduler, where.workers) as client:
                 return run_on_cluster(
                     plan,
-                    recipe,
+                    None if stored else where.recipe(),
                     client,
                     batch_size=batch_size,
                     progress=progress.update,
@@ -278,13 +288,11 @@ def _run(
                     max_bytes=max_bytes,
                     push=push,
                 )
-        others = [] if stored else [where.load(device) for device in where.devices[1:]]
         return run_warm(
             plan,
             batch_size=batch_size,
             progress=progress.update,
             failed=progress.fail,
-            backbones=[model, *others],
             max_bytes=max_bytes,
             push=push,
         )
@@ -443,6 +451,7 @@ def explain(
     masks: MasksOption = None,
     channel: ChannelOption = None,
     axes: AxesOption = None,
+    compute_dtype: ComputeDtypeOption = None,
     dtype: DtypeOption = "float16",
     copy: CopyOption = 0,
     seed: SeedOption = 0,
@@ -463,7 +472,7 @@ def explain(
     from ..movies import Movie
 
     augmentations = Augmentations(policy, copies=copy, seed=seed)
-    model, pooled = load_backbone(backbone, weights), None if pooling == "none" else pooling
+    model, pooled = load_backbone(backbone, weights, dtype=compute_dtype), None if pooling == "none" else pooling
     _check_names(model, [pooled], dtype)
     opened = Movie.open(
         movie,

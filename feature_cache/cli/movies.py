@@ -24,7 +24,7 @@ def find_movies(
     words: Sequence[str], detections: Sequence[str | None], options: Mapping[str, Any]
 ) -> tuple[list[tuple[Source, Movie]], list[Failure]]:
     """Open the movies that words name; give those with where each is from, and what failed."""
-    from ..warm.report import Failure
+    from ..warm import Failure
     from ..warm.sources import find_sources, open_sources
 
     found, failures = find_sources(words, detections, options)

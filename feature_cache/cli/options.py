@@ -170,6 +170,14 @@ DtypeOption = Annotated[
         rich_help_panel=FEATURES,
     ),
 ]
+ComputeDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the computation: float32 (default), bfloat16 or float16.",
+        autocompletion=complete(lambda: ("float32", "bfloat16", "float16")),
+        rich_help_panel=COMPUTING,
+    ),
+]
 CodecOption = Annotated[
     str,
     typer.Option(

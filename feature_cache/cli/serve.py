@@ -13,6 +13,7 @@ from .options import (
     BackboneOption,
     CacheOption,
     CodecOption,
+    ComputeDtypeOption,
     WeightsOption,
     age_option,
     complete,
@@ -35,14 +36,7 @@ def serve(
         str | None,
         typer.Option(help="Such as cuda:0; default: the best.", rich_help_panel=COMPUTING),
     ] = None,
-    compute_dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the computation: float32, bfloat16 or float16.",
-            autocompletion=complete(lambda: ("float32", "bfloat16", "float16")),
-            rich_help_panel=COMPUTING,
-        ),
-    ] = "float32",
+    compute_dtype: ComputeDtypeOption = None,
     codec: CodecOption = "raw",
     idle: Annotated[
         float | None,
@@ -64,14 +58,14 @@ def serve(
     """
     from ..backbones import load_backbone
     from ..cache import FeatureCache
-    from ..service import MEMORY_BYTES, open_host
+    from ..service import open_host
 
     model = load_backbone(backbone, weights, device, compute_dtype)
     opened = FeatureCache(cache, codec=codec)
     user = _User()
     host = open_host(
         opened, [model], user,
-        standalone=True, memory_bytes=memory or MEMORY_BYTES, progress=True,
+        standalone=True, memory_bytes=memory, progress=True,
     )  # fmt: skip
     typer.echo(f"serving {model.spec.name} for {opened.store.root}; Ctrl-C ends it", err=True)
     try:
@@ -81,7 +75,7 @@ def serve(
     finally:
         host.close()
         opened.counter.save()
-        typer.echo(host.engine.progress.text, err=True)
+        typer.echo(host.service.progress.text, err=True)
 
 
 class _User:
@@ -91,7 +85,7 @@ class _User:
 def _wait(host: Host, idle_seconds: float | None) -> None:
     """Wait until nobody was there for some time; without one, for some after the last user."""
     began = host.server.used if host.server is not None else 0.0
-    while host.server is not None and not host.engine.closing:
+    while host.server is not None and not host.service.engine.closing:
         time.sleep(_LOOK_SECONDS)
         after_last = math.inf if host.server.used == began else _ALONE_SECONDS
         allowed = after_last if idle_seconds is None else idle_seconds

@@ -34,9 +34,11 @@ def is_full(ready: Sequence[Part]) -> bool:
 
 
 def _first_of(ready: Sequence[Part]) -> Part:
-    return next((part for part in ready if not part.request.ahead), ready[0])
+    return min(ready, key=lambda part: (part.request.ahead, part.request.number))
 
 
 def _alike(ready: Sequence[Part], first: Part) -> list[Part]:
-    """Give what can be in one batch with a part: of one backbone, seen in one shape."""
-    return [p for p in ready if p.request.model is first.request.model and p.shape == first.shape]
+    """Give what can be in one batch with a part, in order: of one backbone, seen in one shape."""
+    model = first.request.model
+    alike = [part for part in ready if part.request.model is model and part.shape == first.shape]
+    return sorted(alike, key=lambda part: (part.request.ahead, part.request.number))

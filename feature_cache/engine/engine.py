@@ -85,6 +85,8 @@ class Engine:
         Called with the packs of each commit.
     memory_bytes : int
         Pixels that may wait to be computed.
+    computed : callable, optional
+        Called after each record that is computed.
 
     Attributes
     ----------
@@ -103,8 +105,9 @@ class Engine:
         budget: Budget | None = None,
         written: Written | None = None,
         memory_bytes: int = MEMORY_BYTES,
+        computed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.memory_bytes = memory_bytes
+        self.memory_bytes, self._computed = memory_bytes, computed
         self._claims = FrameClaims(claims)
         self._commits = Commits(counter, codec, self._let_go, budget, written)
         self._flight: dict[Digest, _Flight] = {}
@@ -133,6 +136,11 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         finish(self.close)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of pixels that wait to be computed, of those that were sent."""
+        return self._reserved
 
     @property
     def kept(self) -> int:
@@ -374,7 +382,7 @@ class Engine:
         try:
             for stage in stages:
                 stage.join()
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown()  # what is embedded is pooled
             self._guard_once(self._finish)
         finally:
             with self._lock:
@@ -543,6 +551,8 @@ class Engine:
                 self._pool.submit(self._guard_once, lambda: function(*args))
 
     def _read(self, request: Request) -> None:
+        if self.closing:
+            return
         parts: list[Part] = []
         try:
             frame = request.read()
@@ -646,6 +656,7 @@ class Engine:
                 if has_room:
                     for answer, _ in self._take_answers([wanted.key], record):
                         answer.computed(record)
+                    self._computed()
                 else:
                     self._claims.settle([wanted.key])
                     self._take_answers([wanted.key])
@@ -678,7 +689,7 @@ class Engine:
 
     def _lose(self, error: StoreError) -> None:
         """Tell that what was computed could not be committed: those who wait, or who asks next."""
-        _log.error("records that were computed are lost: %s", error)
+        _log.error("records that were computed are lost: %s", str(error))
         with self._lock:
             waiting = [*self._queue, *self._ahead, *self._elsewhere]
             self._queue, self._ahead, self._elsewhere = deque(), deque(), []

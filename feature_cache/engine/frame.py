@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from ..errors import FrameError
 from ..hashing import Digest, digest_bytes
+from ..normalize import normalize
 from ..pooling import Regions
+from ..spec import Normalization
 
 Pixels: TypeAlias = NDArray[np.float32]
 
@@ -34,8 +36,7 @@ class Frame:
     mask: NDArray[np.int32] | None
     digest: Digest
     where: str
-    image: Any = field(default=None, init=False)
-    """Its normalised pixels, (Z, H, W) float32, of which all draws are made."""
+    image: NDArray[np.float32] | None = field(default=None, init=False)
     _regions: Regions | None = field(default=None, init=False)
 
     @property
@@ -52,6 +53,13 @@ class Frame:
     def nbytes(self) -> int:
         """Bytes of its pixels."""
         return self.pixels.nbytes + (0 if self.mask is None else self.mask.nbytes)
+
+    def normalized(self, normalization: Normalization) -> NDArray[np.float32]:
+        """Give the pixels normalised, (Z, H, W), of which all draws are made. Errors as `normalize`."""
+        if self.image is None:
+            image = normalize(self.pixels, normalization, self.where)
+            self.image = image[None] if image.ndim == 2 else image
+        return self.image
 
     def regions(self) -> Regions:
         """Sort the mask's pixels by region, once.

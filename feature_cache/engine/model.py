@@ -19,8 +19,7 @@ from ..backbones.witness import Witness
 from ..errors import BackboneError, FeatureCacheError, StoreError
 from ..hashing import DIGEST_BYTES
 from ..key import Record, record_key
-from ..normalize import normalize
-from ..pooling import pool_frame
+from ..pooling import Regions, pool_regions
 from ..spec import BackboneSpec, Bounds, SpaceSpec
 from .frame import Frame
 
@@ -86,9 +85,7 @@ class Model:
 
     def prepare(self, frame: Frame) -> None:
         """Normalise a frame, once for all its draws. FrameError where that can't be."""
-        if frame.image is None:
-            image = normalize(frame.pixels, self.spec.normalization, frame.where)
-            frame.image = image[None] if image.ndim == 2 else image
+        frame.normalized(self.spec.normalization)
 
     def find_grid(self, embedding: Embedding) -> Grid | None:
         """Read the grid of a frame under a draw, verified, where it is stored in float32.
@@ -165,9 +162,8 @@ class Model:
         parts = []
         for draw, group in groupby(batch, key=lambda each: each.draw):
             frames = [each.frame for each in group]
-            for frame in frames:
-                self.prepare(frame)
-            images = torch.from_numpy(np.concatenate([frame.image for frame in frames]))
+            rule = self.spec.normalization
+            images = torch.from_numpy(np.concatenate([f.normalized(rule) for f in frames]))
             self._check_range(images, frames[0])
             if not draw.is_identity:
                 digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
@@ -294,23 +290,11 @@ def _as_ours(error: Exception, name: str, where: str) -> FeatureCacheError:
 
 
 def compute_records(
-    frames: Iterable[Frame],
-    spec: SpaceSpec,
-    backbone: Backbone,
-    draw: Draw,
-    batch_size: int,
+    frames: Iterable[Frame], spec: SpaceSpec, backbone: Backbone, draw: Draw, batch_size: int
 ) -> Iterator[Record]:
     """Compute records without a cache, one for each frame, in order.
 
-    Parameters
-    ----------
-    frames : iterable of Frame
-        Held a batch at a time.
-    spec : SpaceSpec
-    backbone : Backbone
-    draw : Draw
-    batch_size : int
-        Slices in a batch, at most (but always a whole frame).
+    Parameters as `compute_each`.
 
     Raises
     ------
@@ -318,13 +302,36 @@ def compute_records(
         As `Model.embed` and `Model.make_records`.
     """
     model = Model(backbone, spec.backbone)
+    for _, record in compute_each(frames, model, spec, draw, batch_size):
+        if isinstance(record, Exception):
+            raise record
+        yield record
+
+
+def compute_each(
+    frames: Iterable[Frame], model: Model, spec: SpaceSpec, draw: Draw, batch_size: int
+) -> Iterator[tuple[Frame, Record | FeatureCacheError]]:
+    """Compute the record of each frame, or the error in its place, in order.
+
+    Parameters
+    ----------
+    frames : iterable of Frame
+        Held a batch at a time.
+    model : Model
+    spec : SpaceSpec
+    draw : Draw
+    batch_size : int
+        Slices in a batch, at most (but always a whole frame).
+    """
     wanted = (Embedding(frame, draw, (spec,)) for frame in frames)
     for batch in cut_batches(wanted, batch_size):
         for each, grid in zip(batch, model.embed(batch), strict=True):
-            if isinstance(grid, Exception):
-                raise grid
-            yield model.make_records(each, grid)[0]
-            each.frame.image = None
+            try:
+                if isinstance(grid, Exception):
+                    raise grid
+                yield each.frame, model.make_records(each, grid)[0]
+            except FeatureCacheError as error:
+                yield each.frame, error
 
 
 def cut_batches(wanted: Iterable[Embedding], batch_size: int) -> Iterator[list[Embedding]]:
@@ -342,3 +349,19 @@ def cut_batches(wanted: Iterable[Embedding], batch_size: int) -> Iterator[list[E
 
 Progress = Callable[[int], None]
 """Called with the number of frames or records just done."""
+
+
+def pool_frame(
+    grid: NDArray[np.floating], regions: Regions, draw: Draw, modes: Sequence[str]
+) -> list[NDArray[np.float32]]:
+    """Pool a frame's grid under a draw, in several modes."""
+    drawn, centroids = regions, None
+    if not draw.is_identity:
+        mask = np.zeros(regions.shape, np.int32)
+        mask.reshape(-1)[regions.places] = regions.labels[regions.index]
+        planes = np.stack([draw.apply_mask(plane) for plane in mask])
+        points = regions.centroids()
+        mapped = draw.map_points(points[:, 1:], shape=regions.shape[1:])
+        centroids = np.column_stack([points[:, 0], mapped])
+        drawn = Regions.of_mask(planes, regions.labels)
+    return [pool_regions(grid, drawn, mode, centroids=centroids) for mode in modes]

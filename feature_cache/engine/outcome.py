@@ -163,7 +163,7 @@ class FrameAnswer:
             self.tally.fatal = self.tally.fatal or error
             return
         draws = {one.draw for one in wanted}
-        names = [self.origins[draw] for draw in draws if self.origins[draw]]
-        some = names[0] if len(draws) < len(self.origins) or len(draws) == 1 else ""
-        what = f"{self.where}, {some}" if names and some else self.where
+        is_whole = len(self.origins) > 1 and len(draws) == len(self.origins)
+        names = [] if is_whole else [self.origins[one] for one in draws if self.origins[one]]
+        what = ", ".join([self.where, *names[:1]])
         self.tally.fail(Failure(what, str(error), len(wanted)), error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,9 @@ from .frame import Frame
 
 if TYPE_CHECKING:
     from .model import Embedding, Model
+
+
+_numbers = count()
 
 
 class Answer(Protocol):
@@ -82,6 +86,8 @@ class Request:
     batch_size: int
     ahead: bool = False
     nbytes: int = 0
+    number: int = field(default_factory=lambda: next(_numbers))
+    """In which order requests came."""
     due: float = field(default=0.0, init=False)
     """When to look again for what another process computes."""
     held_since: float | None = field(default=None, init=False)
@@ -89,9 +95,7 @@ class Request:
 
     def of(self, wanted: Sequence[Wanted]) -> Request:
         """Give a request for a part of the records."""
-        part = Request(
-            self.model, self.digest, self.read, wanted, self.batch_size, self.ahead, self.nbytes
-        )
+        part = replace(self, wanted=wanted)
         part.held_since, part.pause = self.held_since, self.pause
         return part
 
@@ -125,12 +129,13 @@ class View(Protocol):
 
 
 def request_frame(
-    model: Model, t: int, views: Sequence[View], answer: Answer, batch_size: int
+    model: Model, t: int, views: Mapping[View, Answer], batch_size: int
 ) -> Request:
     """Ask for a frame's records in several views of one movie: draws, and spaces of a backbone."""
-    masked = next((view for view in views if view.spec.pooling is not None), views[0])
+    masked = next((view for view in views if view.spec.pooling is not None), next(iter(views)))
     wanted = [
-        Wanted(v.key(t), v.space, v.spec, v.draw, partial(v.provenance, t), answer) for v in views
+        Wanted(view.key(t), view.space, view.spec, view.draw, partial(view.provenance, t), answer)
+        for view, answer in views.items()
     ]
     return Request(model, masked.digests(t)[0], partial(masked.read, t), wanted, batch_size)
 

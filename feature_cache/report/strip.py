@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ..augment import Augmentations
 from ..cache import FeatureCache, MovieFeatures
-from ..compute import prepare_frame, slice_digests
 from ..errors import CorruptRecordError, MovieError
 from ..hashing import DIGEST_BYTES, canonical_json
 from ..key import Keys, Record
@@ -237,13 +236,13 @@ class _Viewer:
         return int((mask > 0).sum(axis=(1, 2)).argmax()), len(first)
 
     def view(self, t: int) -> FrameView:
-        job = self.features.job(t)
+        frame = self.features.read(t)
         z = self.slice[0] if self.slice else 0
         normalization = self.features.spec.backbone.normalization
-        image = prepare_frame(job, normalization)[z : z + 1]
+        image = frame.normalized(normalization)[z : z + 1]
         drawn = self.features.draw.apply(
             torch.from_numpy(image),
-            digests=slice_digests(job)[z : z + 1],
+            digests=frame.slice_digests()[z : z + 1],
             bounds=normalization.range,
         )
         grid = self._grids[t].features if t in self._grids else None
@@ -251,7 +250,7 @@ class _Viewer:
             number=t,
             file=self.features.frames.name_of(t),
             image=_stretch(drawn[0].numpy(), normalization),
-            mask=self._draw_mask(job.mask, z),
+            mask=self._draw_mask(frame.mask, z),
             grid=grid[z] if grid is not None and grid.ndim == 4 else grid,
             regions=self._regions.get(t),
         )

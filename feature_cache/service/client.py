@@ -14,8 +14,11 @@ from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..cache import MovieFeatures
-from ..compute import Job
+from ..engine import Frame
 from ..errors import FeatureCacheError, ServiceError
 from ..hashing import Digest
 from ..key import Record
@@ -60,17 +63,6 @@ def connect(address: Address) -> Connection:
         raise ServiceError(f"{address} can't be connected to: {error!r}") from error
     finally:
         opened.close()
-
-
-def hurry(root: Path, pid: int, keys: Sequence[Digest]) -> bool:
-    """Ask the process that computes some records to commit them soon; tell whether it was asked."""
-    cache = identify(root)
-    for address in list_servers():
-        if address.pid == pid and address.cache == cache:
-            with suppress(*GONE), connect(address) as connection:
-                wire.send(connection, {"do": "hurry", "keys": [key.hex() for key in keys]})
-                return True
-    return False
 
 
 class Client:
@@ -162,23 +154,23 @@ class Client:
     def _send_pixels(
         self, movie: MovieFeatures, block: Sequence[int], numbers: Sequence[int], need: int
     ) -> None:
-        jobs = read_jobs(movie, block, numbers, need)
-        frames = [
+        frames = read_frames(movie, block, numbers, need)
+        described = [
             {
                 "number": i,
-                "frame": list(job.frame.shape),
-                "mask": None if job.mask is None else list(job.mask.shape),
-                "where": job.where,
+                "frame": list(frame.pixels.shape),
+                "mask": None if frame.mask is None else list(frame.mask.shape),
+                "where": frame.where,
                 "provenance": movie.provenance(block[i]),
             }
-            for i, job in jobs.items()
+            for i, frame in frames.items()
         ]
-        self._send({"frames": frames})
+        self._send({"frames": described})
         self._receive("go")
-        for job in jobs.values():
-            self._connection.send_bytes(job.frame.reshape(-1).view("u1").data)
-            if job.mask is not None:
-                self._connection.send_bytes(job.mask.reshape(-1).view("u1").data)
+        for frame in frames.values():
+            self._connection.send_bytes(_bytes_of(frame.pixels.astype("<f4", copy=False)))
+            if frame.mask is not None:
+                self._connection.send_bytes(_bytes_of(frame.mask))
 
     def _receive_records(self, dtype: str) -> list[Record | FeatureCacheError]:
         records: list[Record | FeatureCacheError] = []
@@ -242,19 +234,23 @@ def choose_pixels(lacking: Sequence[int], need: int, batch_size: int) -> list[in
     return [*needed, *[i for i in lacking if i >= need][: max(0, batch_size - len(needed))]]
 
 
-def read_jobs(
+def read_frames(
     movie: MovieFeatures, block: Sequence[int], numbers: Sequence[int], need: int
-) -> dict[int, Job]:
+) -> dict[int, Frame]:
     """Read the frames of some numbers of a block; one that nobody needs may fail."""
-    jobs = {}
+    read = {}
     for i in numbers:
         try:
-            jobs[i] = movie.job(block[i])
+            read[i] = movie.read(block[i])
         except (FeatureCacheError, OSError, ValueError) as error:
             if i < need:
                 raise
             _log.info("not read ahead: %s", error)
-    return jobs
+    return read
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _forget_inherited() -> None:

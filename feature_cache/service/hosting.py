@@ -15,9 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..cache import FeatureCache
+from ..engine import end_by_exit, finish, forget_exit
 from ..errors import ServiceError
-from .engine import MEMORY_BYTES, Engine
 from .server import Server
+from .service import Service
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -27,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Host:
-    """An engine, the server at which other processes find it, and who uses it.
+    """A service, the server at which other processes find it, and who uses it.
 
     Attributes
     ----------
-    engine : Engine
+    service : Service
     server : Server or None
         None where there can't be one; the process's own misses are computed all the same.
     users : set of int
@@ -39,7 +40,7 @@ class Host:
         Whose it is.
     """
 
-    engine: Engine
+    service: Service
     server: Server | None
     users: set[int] = field(default_factory=set)
     pid: int = field(default_factory=os.getpid)
@@ -56,12 +57,12 @@ class Host:
         """Commit and end, soon."""
         if self.server is not None:
             self.server.stop()
-        self.engine.stop()
+        self.service.engine.stop()
 
     def close(self) -> None:
         """Commit and end."""
         self.stop()
-        self.engine.close()
+        self.service.close()
         if self.server is not None:
             self.server.close()
 
@@ -74,22 +75,22 @@ _closes_at_exit = False
 
 def open_host(
     cache: FeatureCache, backbones: Iterable[Backbone], user: object, *,
-    standalone: bool = False, memory_bytes: int = MEMORY_BYTES, progress: bool = False,
+    standalone: bool = False, memory_bytes: int | None = None, progress: bool = False,
 ) -> Host:  # fmt: skip
     """Give this process's host for a cache, with some backbones, as long as `user` lives."""
     with _opening:
         _close_at_exit()
         key = _key_of(cache)
         host = _hosts.get(key)
-        if host is None or host.engine.closing:
-            engine = Engine(cache, memory_bytes=memory_bytes, progress=progress)
-            host = _hosts[key] = Host(engine, None)
-        before = len(host.engine.backbones)
+        if host is None or host.service.engine.closing:
+            service = Service(cache, memory_bytes=memory_bytes, progress=progress)
+            host = _hosts[key] = Host(service, None)
+        before = len(host.service.backbones)
         for backbone in backbones:
-            host.engine.add_backbone(backbone)
+            host.service.add_backbone(backbone)
         if host.server is None:
-            host.server = _make_server(host.engine, standalone=standalone)
-        if host.server is not None and len(host.engine.backbones) > before:
+            host.server = _make_server(host.service, standalone=standalone)
+        if host.server is not None and len(host.service.backbones) > before:
             host.server.publish()
         number = next(_numbers)
         host.users.add(number)
@@ -100,7 +101,7 @@ def open_host(
 def find_host(cache: FeatureCache) -> Host | None:
     """Give this process's host for a cache, where there is one."""
     host = _hosts.get(_key_of(cache))
-    return None if host is None or host.engine.closing else host
+    return None if host is None or host.service.engine.closing else host
 
 
 def _key_of(cache: FeatureCache) -> Any:
@@ -108,9 +109,9 @@ def _key_of(cache: FeatureCache) -> Any:
     return os.getpid(), str(cache.store.root), cache.codec, layers, cache.promote
 
 
-def _make_server(engine: Engine, *, standalone: bool) -> Server | None:
+def _make_server(service: Service, *, standalone: bool) -> Server | None:
     try:
-        return Server(engine, standalone=standalone)
+        return Server(service, standalone=standalone)
     except ServiceError as error:
         if standalone:
             raise
@@ -119,27 +120,13 @@ def _make_server(engine: Engine, *, standalone: bool) -> Server | None:
 
 
 def close_all() -> None:
-    """Commit what is computed, and end all that runs here; also when it is interrupted once.
-
-    In a thread: what a signal raises (Ctrl-C; torch, of a worker killed) comes to the main one.
-    """
+    """Commit what is computed, and end all that runs here; also when it is interrupted once."""
     hosts = list(_hosts.values())
-    if not hosts:
-        return
-    closing = threading.Thread(target=_close, args=(hosts,), daemon=True)
-    closing.start()
-    try:
-        closing.join()
-    except BaseException:
-        closing.join()
-        raise
-    finally:
-        _hosts.clear()
-
-
-def _close(hosts: Iterable[Host]) -> None:
-    for host in hosts:
-        host.close()
+    if hosts:
+        try:
+            finish(lambda: [host.close() for host in hosts])
+        finally:
+            _hosts.clear()
 
 
 def _close_at_exit() -> None:
@@ -152,6 +139,7 @@ def _close_at_exit() -> None:
     if not _closes_at_exit:
         multiprocessing.util.Finalize(None, close_all, exitpriority=20)
         getattr(threading, "_register_atexit", atexit.register)(close_all)
+        end_by_exit()
         _closes_at_exit = True
 
 
@@ -160,6 +148,7 @@ def _start_anew() -> None:
     global _opening, _closes_at_exit
     _hosts.clear()
     _opening, _closes_at_exit = threading.RLock(), False
+    forget_exit()
 
 
 os.register_at_fork(after_in_child=_start_anew)

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..cache import MovieFeatures
+from ..engine import Engine, Promise, request_frame
 from ..errors import FeatureCacheError, MissingRecordError, ServiceError
 from ..key import Record
 from ..spec import BackboneSpec
 from ..store import Usage
-from .client import Answer, Client, choose_pixels, read_jobs
-from .engine import Engine
+from .client import Answer, Client, choose_pixels
 from .hosting import Host, find_host, open_host
 from .place import Address, find_servers, identify
-from .tickets import Bench, Promise, Wanted
+from .service import Service
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -89,7 +89,7 @@ class Misses:
                 host = open_host(cache, [backbone], self, progress=self.progress)
                 hosts[id(host)] = host
         for host in hosts.values():
-            host.engine.progress.add(total=self.records // len(hosts))
+            host.service.progress.add(total=self.records // len(hosts))
         return bool(hosts)
 
     def fetch(
@@ -215,8 +215,8 @@ class _Route:
                 ask.movie, ask.block, ask.need, batch_size=ask.batch_size, ahead=ask.ahead,
                 hits=ask.hits,
             )  # fmt: skip
-        if host is not None and not (failed is not None and host.engine.closing):
-            return _compute_here(host.engine, ask)
+        if host is not None and not (failed is not None and host.service.engine.closing):
+            return _compute_here(host.service, ask)
         raise failed or _nobody(ask)
 
     def _connected(
@@ -269,7 +269,7 @@ def _raise_errors(records: list[Record | FeatureCacheError]) -> list[Record]:
 
 def _own_host(cache: FeatureCache, backbone: str) -> Host | None:
     host = None if get_worker_info() is not None else find_host(cache)
-    return host if host is not None and backbone in host.engine.backbones else None
+    return host if host is not None and backbone in host.service.backbones else None
 
 
 def _nobody(ask: _Ask) -> MissingRecordError:
@@ -284,35 +284,22 @@ def _nobody(ask: _Ask) -> MissingRecordError:
     )
 
 
-def _compute_here(engine: Engine, ask: _Ask) -> Answer:
+def _compute_here(service: Service, ask: _Ask) -> Answer:
     """Have the engine of this process compute; wait for what is needed."""
-    bench = engine.bench(ask.movie.spec)
-    promises = engine.find(bench, [ask.movie.key(t) for t in ask.block])
+    movie, engine = ask.movie, service.engine
+    model = service.model(movie.spec.backbone)
+    promises = engine.find(movie.space, [movie.key(t) for t in ask.block])
     lacking = [i for i, promise in enumerate(promises) if promise is None]
-    engine.progress.add(hits=ask.hits, misses=sum(i < ask.need for i in lacking))
+    service.progress.add(hits=ask.hits, misses=sum(i < ask.need for i in lacking))
     numbers = choose_pixels(lacking, ask.need, ask.batch_size)
-    for i, promise in _submit(engine, bench, ask, numbers).items():
-        promises[i] = promise
+    requests = []
+    for i in numbers:
+        promises[i] = promise = Promise()
+        request = request_frame(model, ask.block[i], {movie: promise}, ask.batch_size)
+        request.ahead = ask.ahead
+        requests.append(request)
+    engine.submit(requests)
     return Answer([_wait(engine, promise) for promise in promises[: ask.need]], numbers)
-
-
-def _submit(engine: Engine, bench: Bench, ask: _Ask, numbers: Sequence[int]) -> dict[int, Promise]:
-    movie = ask.movie
-    jobs = read_jobs(movie, ask.block, numbers, ask.need)
-    wanted = {
-        i: Wanted(movie.key(t), job, movie.draw, movie.provenance(t))
-        for i, job in jobs.items()
-        for t in [ask.block[i]]
-    }
-    size = sum(one.nbytes for one in wanted.values())
-    while size and not engine.reserve(size, _LOOK_SECONDS, ahead=ask.ahead):
-        engine.check()
-    try:
-        promises = engine.submit(bench, wanted.values(), batch_size=ask.batch_size, ahead=ask.ahead)
-    except FeatureCacheError:
-        engine.give_back(size)
-        raise
-    return dict(zip(wanted, promises, strict=True))
 
 
 def _wait(engine: Engine, promise: Promise | None) -> Record | FeatureCacheError:

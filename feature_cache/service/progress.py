@@ -50,6 +50,10 @@ class Progress:
                 if self.shown:
                     self._show()
 
+    def count(self) -> None:
+        """Count one record as computed."""
+        self.add(computed=1)
+
     @property
     def text(self) -> str:
         """The line as it is now."""

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from ..augment import Draw
-from ..compute import Job
+from ..engine import Frame, Promise, Request, Wanted
 from ..errors import FeatureCacheError, FrameError, MissingRecordError, ServiceError
 from ..hashing import DIGEST_BYTES, Digest, frame_digest, mask_digest
 from ..key import Record, record_key
 from ..spec import SpaceSpec
 from . import wire
-from .engine import Engine
 from .place import (
     Address,
     identify,
@@ -34,7 +33,7 @@ from .place import (
     this_process,
     withdraw,
 )
-from .tickets import Bench, Promise, Wanted
+from .service import Service
 from .wire import GONE, Connection
 
 TELL_SECONDS = 2.0
@@ -50,7 +49,7 @@ class Server:
 
     Parameters
     ----------
-    engine : Engine
+    service : Service
     standalone : bool
         Whether this process does nothing else.
 
@@ -60,14 +59,14 @@ class Server:
         The runtime folder is not this user's alone.
     """
 
-    def __init__(self, engine: Engine, *, standalone: bool = False) -> None:
-        self.engine, self._closing = engine, False
+    def __init__(self, service: Service, *, standalone: bool = False) -> None:
+        self.service, self._closing = service, False
         self._connections: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
         self.used = time.monotonic()
         make_runtime_folder()
         list(list_servers())  # removes what dead ones left
-        process, root = this_process(), engine.cache.store.root
+        process, root = this_process(), service.cache.store.root
         self.address = Address(
             f"{os.getpid()}-{secrets.token_hex(4)}", process.pid, process.started, process.host,
             identify(root), str(root), frozenset(), "", standalone, secrets.token_bytes(32),
@@ -90,7 +89,7 @@ class Server:
 
     def publish(self) -> None:
         """Say which backbones there are now."""
-        backbones = dict(self.engine.backbones)
+        backbones = dict(self.service.backbones)
         devices = {str(getattr(b, "device", "cpu")) for b in backbones.values()}
         self.address = replace(
             self.address, backbones=frozenset(backbones), device=",".join(sorted(devices))
@@ -173,10 +172,8 @@ class Server:
 
     def _answer(self, connection: Connection, header: dict[str, Any]) -> None:
         try:
-            if header.get("do") == "hurry":
-                self.engine.hurry(_read_keys(header))
-            elif header.get("do") == "want":
-                _Conversation(self.engine, connection, header).run()
+            if header.get("do") == "want":
+                _Conversation(self.service, connection, header).run()
             else:
                 raise ServiceError(f"unknown message {str(header.get('do'))[:40]!r}")
         except GONE as error:
@@ -192,22 +189,23 @@ class Server:
 class _Conversation:
     """One client asks for some records."""
 
-    def __init__(self, engine: Engine, connection: Connection, header: dict[str, Any]) -> None:
-        self.engine, self.connection = engine, connection
+    def __init__(self, service: Service, connection: Connection, header: dict[str, Any]) -> None:
+        self.service, self.engine, self.connection = service, service.engine, connection
         self.keys = _read_keys(header)
         self.need, self.batch_size = int(header["need"]), int(header["batch_size"])
         self.is_ahead = bool(header.get("ahead"))
         if not (0 <= self.need <= len(self.keys) and 1 <= self.batch_size <= _MOST_KEYS):
             raise ServiceError(f"{self.need} of {len(self.keys)} keys, {self.batch_size} at once")
         self.draw = Draw.from_json(header["draw"])
-        self.bench = _find_bench(engine, header)
-        engine.progress.add(hits=int(header.get("hits", 0)))
+        self.spec = _find_spec(service, header)
+        self.space = service.cache.space(self.spec)
+        service.progress.add(hits=int(header.get("hits", 0)))
 
     def run(self) -> None:
-        promises = self.engine.find(self.bench, self.keys)
+        promises = self.engine.find(self.space, self.keys)
         lacking = [i for i, promise in enumerate(promises) if promise is None]
         wire.send(self.connection, {"pixels": lacking})
-        self.engine.progress.add(misses=sum(i < self.need for i in lacking))
+        self.service.progress.add(misses=sum(i < self.need for i in lacking))
         if lacking:
             for i, promise in self._receive_pixels(set(lacking)):
                 promises[i] = promise
@@ -224,16 +222,18 @@ class _Conversation:
             wire.send(self.connection, {"wait": True})
         try:
             wire.send(self.connection, {"go": True})
-            wanted = [self._receive_frame(frame) for frame in described]
-            promises = self.engine.submit(
-                self.bench, wanted, batch_size=self.batch_size, ahead=self.is_ahead
-            )
+            promises = [Promise() for _ in described]
+            received = [
+                self._receive_frame(frame, size, promise)
+                for frame, size, promise in zip(described, sizes, promises, strict=True)
+            ]
+            self.engine.submit(received)
             held = 0
         finally:
             self.engine.give_back(held)
         yield from zip(numbers, promises, strict=True)
 
-    def _receive_frame(self, header: dict[str, Any]) -> Wanted:
+    def _receive_frame(self, header: dict[str, Any], size: int, promise: Promise) -> Request:
         """Read a frame and its mask, and check that they are those of the key."""
         frame = wire.receive_array(self.connection, header["frame"], "<f4")
         mask = None
@@ -242,12 +242,17 @@ class _Conversation:
         key, where = self.keys[int(header["number"])], str(header["where"])
         digest = frame_digest(frame, where)
         masked = None if mask is None else mask_digest(mask, where)
-        if record_key(self.bench.spec.digest, digest, masked, self.draw) != key:
+        if record_key(self.spec.digest, digest, masked, self.draw) != key:
             raise FrameError(f"{where} came with other pixels than its key stands for")
         provenance = header["provenance"]
         if not isinstance(provenance, dict):
             raise ServiceError(f"the provenance of {where} is no object")
-        return Wanted(key, Job(frame, mask, digest, where), self.draw, provenance)
+        read = Frame(frame, mask, digest, where)
+        wanted = Wanted(key, self.space, self.spec, self.draw, lambda: provenance, promise)
+        model = self.service.model(self.spec.backbone)
+        request = Request(model, digest, lambda: read, [wanted], self.batch_size, self.is_ahead)
+        request.nbytes = size
+        return request
 
     def _wait(self, promise: Promise | None) -> Record | Exception:
         if promise is None:
@@ -282,8 +287,8 @@ def _read_keys(header: dict[str, Any]) -> list[Digest]:
     return keys
 
 
-def _find_bench(engine: Engine, header: dict[str, Any]) -> Bench:
-    backbone = engine.backbones.get(str(header["backbone"]))
+def _find_spec(service: Service, header: dict[str, Any]) -> SpaceSpec:
+    backbone = service.backbones.get(str(header["backbone"]))
     if backbone is None:
         raise MissingRecordError("this server has no such backbone (any more)")
     spec = SpaceSpec(backbone.spec, header["pooling"], header["dtype"])
@@ -292,7 +297,7 @@ def _find_bench(engine: Engine, header: dict[str, Any]) -> Bench:
             f"space {spec.folder_name} is another one for the client: do both run the same "
             "version of feature_cache?"
         )
-    return engine.bench(spec)
+    return spec
 
 
 def _pixel_bytes(header: dict[str, Any]) -> int:

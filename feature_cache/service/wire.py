@@ -12,8 +12,6 @@ A conversation is one of
     <- {"records": [{"features": shape, "labels": length} or {"error": [class, message]}, …]}
     <- the arrays: features, labels, …
 
-    -> {"do": "hurry", "keys"}: commit these soon, another process waits for them
-
 Sizes in headers are checked before anything is allocated. While a client waits, it is told so every
 few seconds, so that silence means that the server hangs.
 """

@@ -1,17 +1,20 @@
 """Warming: a plan of what is missing, and a run of it, on this machine or on a Dask cluster."""
 
+from ..engine import Failure
 from ..movies import Source
-from .grids import StoredGrids
 from .plan import DENSE, PlannedMovie, PlanRow, Task, Unit, WarmPlan, plan_warm
-from .report import Failure, WarmReport
+from .report import WarmReport
 from .run import run_warm
 from .sources import find_sources, open_movies
+from .stored import StoredGrids
+from .worker import Recipe
 
 __all__ = [
     "DENSE",
     "Failure",
     "PlanRow",
     "PlannedMovie",
+    "Recipe",
     "Source",
     "StoredGrids",
     "Task",

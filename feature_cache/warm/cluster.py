@@ -14,20 +14,19 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 from ..cache import Progress, check_batch_size
+from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MovieError, SchedulerGoneError
 from ..hashing import digest_bytes
 from ..movies import Source
 from ..store import Usage
-from .commits import Budget
-from .plan import UNIT_FRAMES, Task, Unit, WarmPlan
+from .plan import UNIT_EMBEDDINGS, Task, Unit, WarmPlan
 from .push import Pushing
-from .report import Failure, FailureListener, Tally, WarmReport
-from .run import check_writable, finish_push, make_report, over_budget
+from .report import WarmReport
+from .run import check_writable, finish_push, make_report, open_budget, over_budget
 from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 
 Client: TypeAlias = Any
@@ -54,7 +53,7 @@ def run_on_cluster(
     failed: FailureListener | None = None,
     max_bytes: int | None = None,
     push: str | None = None,
-    unit_frames: int = UNIT_FRAMES,
+    unit_embeddings: int = UNIT_EMBEDDINGS,
 ) -> WarmReport:
     """Have workers compute and commit what a plan found missing.
 
@@ -70,8 +69,8 @@ def run_on_cluster(
     client : distributed.Client
     batch_size, progress, failed, max_bytes, push
         As `run_warm`. Each worker sends the packs that it writes.
-    unit_frames : int
-        Frames that a worker is given at once.
+    unit_embeddings : int
+        About how many frames and copies a worker is given at once.
 
     Raises
     ------
@@ -92,9 +91,9 @@ def run_on_cluster(
         (unit, _order(plan, unit, source, recipe, batch_size, push))
         for task in plan.tasks
         for source in [_source_of(task)]
-        for unit in task.units(unit_frames)
+        for unit in task.units(unit_embeddings)
     ]
-    budget = None if max_bytes is None else Budget.of(plan.cache, max_bytes)
+    budget = None if max_bytes is None else open_budget(plan.cache, max_bytes)
     _Run(plan, client, tally, budget, orders[::-1]).work_off()
     if budget is not None and budget.spent:
         tally.fail(over_budget(plan, budget.max_bytes, tally))
@@ -120,7 +119,7 @@ def _order(
     push: str | None,
 ) -> Order:
     task, cache = unit.task, plan.cache
-    frames = [t for t, _ in unit.wanted]
+    frames = {t for t, _ in unit.wanted}
     return Order(
         root=str(cache.store.root),
         codec=cache.codec,
@@ -128,11 +127,10 @@ def _order(
         recipe=recipe,
         source=source,
         specs=task.specs,
-        draw=task.movie.draw,
-        origin=task.movie.origin,
+        copies=tuple((copy.draw, copy.origin) for copy in task.copies),
         digests={t: task.movie.digests(t) for t in frames},
         wanted=unit.wanted,
-        grids=task.grids.intersection(frames),
+        grids=frozenset((t, copy) for t, copy in task.grids if t in frames),
         batch_size=batch_size,
         push=push,
     )
@@ -140,9 +138,7 @@ def _order(
 
 def unit_key(unit: Unit) -> str:
     """Name a unit by its content: a digest of the keys of its records."""
-    views = unit.task.views()
-    keys = [views[number].key(t) for t, numbers in unit.wanted for number in numbers]
-    return f"warm-{digest_bytes(*keys).hex()}"
+    return f"warm-{digest_bytes(*unit.keys()).hex()}"
 
 
 @dataclass(eq=False)
@@ -193,7 +189,7 @@ class _Run:
 
     def _allowance(self, window: int) -> int:
         """Share out the bytes that are left among the units that can run at once."""
-        budget = Budget.of(self.plan.cache, self.budget.max_bytes if self.budget else 0)
+        budget = open_budget(self.plan.cache, self.budget.max_bytes if self.budget else 0)
         reserved = sum(order.max_bytes or 0 for _, order in self.running.values())
         return max(0, budget.max_bytes - budget.used - reserved) // (window - len(self.running))
 
@@ -235,8 +231,8 @@ class _Run:
         """Have the rest of a unit computed, if there is room for any of it."""
         if self.budget is not None and not outcome.computed:
             self.budget.spent = True
-        elif not outcome.failures and (rest := _missing_of(unit)):
-            self.waiting.append((Unit(unit.task, rest), replace(order, wanted=rest)))
+        elif not outcome.failures and (rest := unit.missing()).wanted:
+            self.waiting.append((rest, replace(order, wanted=rest.wanted)))
 
     def _check(self) -> None:
         if self.client.status not in ("running", "connecting"):
@@ -245,7 +241,7 @@ class _Run:
     def _give_up(self, units: Sequence[tuple[Unit, Order]], reason: str) -> None:
         """Report units that nobody will do; what is there by now is not among them."""
         for unit, _ in units:
-            left = sum(len(numbers) for _, numbers in _missing_of(unit))
+            left = unit.missing().records
             self.tally.add(elsewhere=unit.records - left)
             if left:
                 self.tally.fail(Failure(unit.where, reason, left))
@@ -272,15 +268,6 @@ def _gone(client: Client) -> str:
     )
 
 
-def _missing_of(unit: Unit) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """List what of a unit is not in the cache now."""
-    views = unit.task.views()
-    pairs = [(t, number) for t, numbers in unit.wanted for number in numbers]
-    there = {pair for pair in pairs if views[pair[1]].contains([pair[0]])[0]}
-    rest = ((t, tuple(n for n in numbers if (t, n) not in there)) for t, numbers in unit.wanted)
-    return tuple((t, numbers) for t, numbers in rest if numbers)
-
-
 @contextmanager
 def _reaching(client: Client) -> Iterator[None]:
     from distributed.comm.core import CommClosedError
@@ -300,7 +287,7 @@ def open_client(scheduler: str | None = None, local_workers: int | None = None) 
     scheduler : str, optional
         Such as ``tcp://10.0.0.1:8786``.
     local_workers : int, optional
-        Processes to start; on machines with GPUs and dask-cuda, each has one.
+        Processes to start; on machines with GPUs, each has one.
 
     Raises
     ------
@@ -326,16 +313,11 @@ def open_client(scheduler: str | None = None, local_workers: int | None = None) 
 
 
 def _local_cluster(workers: int) -> Any:
-    preload = ["feature_cache.warm.worker"]  # for its `dask_setup`
-    if find_spec("dask_cuda") is not None:
-        return import_module("dask_cuda").LocalCUDACluster(
-            n_workers=workers, dashboard_address=None, preload=preload
-        )
     return import_module("distributed").LocalCluster(
         n_workers=workers,
         threads_per_worker=2,
         processes=True,
         dashboard_address=None,
         host="127.0.0.1",
-        preload=preload,
+        preload=["feature_cache.warm.worker"],  # for its `dask_setup`
     )

@@ -5,30 +5,30 @@ from __future__ import annotations
 import contextvars
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..augment import Augmentations, Draw
+from ..augment import Augmentations
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
+from ..engine import PART_FAILS, Failure
 from ..errors import MovieError, UnknownNameError
 from ..hashing import JSON, Digest
 from ..key import Keys
 from ..movies import Given, Movie, Row, Series, Source
 from ..spec import SpaceSpec
-from .grids import StoredGrids
 from .rates import recall_rate
-from .report import PART_FAILS, Failure
 from .sources import open_sources
+from .stored import StoredGrids
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
-UNIT_FRAMES = 64
-"""Frames of a unit: what a worker is given at once."""
+UNIT_EMBEDDINGS = 64
+"""Frames and copies of a unit: what a worker is given at once."""
 
 DENSE = ("none", "original", "all")
 """Of what to keep grids too: nothing, the movies themselves, all copies."""
@@ -38,49 +38,63 @@ _RECORD_BYTES = 600
 """About what a record takes beside its features: key, offsets, checksum, provenance."""
 
 
+Spot = tuple[int, int]
+"""Numbers of a copy and of a space."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The missing records of one movie under one draw.
+    """The missing records of one movie.
 
     Attributes
     ----------
-    movie : MovieFeatures
-        Hashed.
+    copies : tuple of MovieFeatures
+        The movie under each draw; hashed.
     specs : tuple of SpaceSpec
-    missing : tuple of tuples of int
-        Frames, for each of `specs`.
-    grids : frozenset of int
-        Frames whose grid is stored, in float32.
+    wanted : mapping of int to tuple of (int, int)
+        Frames, each with the copies and spaces of which its record is missing.
+    grids : frozenset of (int, int)
+        Frames and copies whose grid is stored, in float32.
     """
 
-    movie: MovieFeatures
+    copies: tuple[MovieFeatures, ...]
     specs: tuple[SpaceSpec, ...]
-    missing: tuple[tuple[int, ...], ...]
-    grids: frozenset[int] = frozenset()
+    wanted: Mapping[int, tuple[Spot, ...]]
+    grids: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def movie(self) -> MovieFeatures:
+        """The movie itself."""
+        return self.copies[0]
 
     @property
     def records(self) -> int:
         """Count the missing records."""
-        return sum(map(len, self.missing))
+        return sum(map(len, self.wanted.values()))
 
     @property
     def embeddings(self) -> int:
         """Count the frames that must go through the backbone."""
-        pairs = zip(self.specs, self.missing, strict=True)
-        dense = {t for spec, missing in pairs if spec.pooling is None for t in missing}
-        return len(dense | {t for missing in self.missing for t in missing} - self.grids)
+        return sum(
+            len({copy for copy, space in spots if not self._is_pooled(t, copy, space)})
+            for t, spots in self.wanted.items()
+        )
 
-    def views(self) -> tuple[MovieFeatures, ...]:
-        """Give the movie in each of its spaces."""
-        return tuple(map(self.movie.in_space, self.specs))
+    def _is_pooled(self, t: int, copy: int, space: int) -> bool:
+        return (t, copy) in self.grids and self.specs[space].pooling is not None
 
-    def units(self, frames: int = UNIT_FRAMES) -> Iterator[Unit]:
-        """Cut the work into runs of missing frames."""
-        wanted: dict[int, list[int]] = defaultdict(list)
-        for number, missing in enumerate(self.missing):
-            for t in missing:
-                wanted[t].append(number)
-        ordered = [(t, tuple(wanted[t])) for t in sorted(wanted)]
+    def views(self) -> Mapping[Spot, MovieFeatures]:
+        """Give the movie under each draw in each of its spaces."""
+        return {
+            (number, space): copy.in_space(spec)
+            for number, copy in enumerate(self.copies)
+            for space, spec in enumerate(self.specs)
+        }
+
+    def units(self, embeddings: int = UNIT_EMBEDDINGS) -> Iterator[Unit]:
+        """Cut the work into runs of missing frames, each of about so many embeddings."""
+        ordered = sorted(self.wanted.items())
+        frames = max(1, embeddings // len(self.copies))
         for start in range(0, len(ordered), frames):
             yield Unit(self, tuple(ordered[start : start + frames]))
 
@@ -92,24 +106,43 @@ class Unit:
     Attributes
     ----------
     task : Task
-    wanted : tuple of (int, tuple of int)
-        Each frame, with the numbers of the spaces where its record is missing.
+    wanted : tuple of (int, tuple of (int, int))
+        Each frame, with the copies and spaces of which its record is missing.
     """
 
     task: Task
-    wanted: tuple[tuple[int, tuple[int, ...]], ...]
+    wanted: tuple[tuple[int, tuple[Spot, ...]], ...]
 
     @property
     def records(self) -> int:
         """Count the records to compute."""
-        return sum(len(spaces) for _, spaces in self.wanted)
+        return sum(len(spots) for _, spots in self.wanted)
 
     @property
     def where(self) -> str:
         """Name the frames for people."""
         first, last = self.wanted[0][0], self.wanted[-1][0]
-        origin = f", {self.task.movie.origin}" if self.task.movie.origin else ""
-        return f"frames {first} to {last} of {self.task.movie.name}{origin}"
+        origin = self.task.movie.origin if len(self.task.copies) == 1 else ""
+        copies = f", {origin}" if origin else ""
+        return f"frames {first} to {last} of {self.task.movie.name}{copies}"
+
+    def keys(self) -> list[Digest]:
+        """Give the keys of its records."""
+        views = self.task.views()
+        return [views[spot].key(t) for t, spots in self.wanted for spot in spots]
+
+    def missing(self) -> Unit:
+        """Give what of it is not in the cache now."""
+        asked: dict[Spot, list[int]] = defaultdict(list)
+        for t, spots in self.wanted:
+            for spot in spots:
+                asked[spot].append(t)
+        views, absent = self.task.views(), set()
+        for spot, frames in asked.items():
+            there = views[spot].contains(frames)
+            absent.update((t, spot) for t, found in zip(frames, there, strict=True) if not found)
+        rest = ((t, tuple(s for s in spots if (t, s) in absent)) for t, spots in self.wanted)
+        return Unit(self.task, tuple((t, spots) for t, spots in rest if spots))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +249,9 @@ class WarmPlan:
         """Estimate the time on one device; None where this backbone never ran on such a one."""
         return None if self.rate is None else sum(t.embeddings for t in self.tasks) / self.rate
 
-    def units(self, frames: int = UNIT_FRAMES) -> list[Unit]:
-        """Cut all the work into runs of missing frames."""
-        return [unit for task in self.tasks for unit in task.units(frames)]
+    def units(self, embeddings: int = UNIT_EMBEDDINGS) -> list[Unit]:
+        """Cut all the work into runs of missing frames, as `Task.units`."""
+        return [unit for task in self.tasks for unit in task.units(embeddings)]
 
     def to_json(self) -> dict[str, JSON]:
         """Give counts, rows and failures."""
@@ -345,9 +378,22 @@ class _Planner:
         good, bad = hash_frames(features, sum(map(len, specs)), progress)
         self.failures += bad
         sizes, before = _Sizes(movie), len(self.tasks)
-        for number, draw in enumerate(self.copies.draws()):
-            copy = features.with_draw(draw, self.copies.name_of(number))
-            self._add_copy(copy, specs[number], number, draw, good, sizes)
+        copies = [
+            features.with_draw(draw, self.copies.name_of(number))
+            for number, draw in enumerate(self.copies.draws())
+        ]
+        every = tuple(dict.fromkeys(spec for group in specs for spec in group))
+        wanted: dict[int, list[Spot]] = defaultdict(list)
+        grids: set[tuple[int, int]] = set()
+        for number, copy in enumerate(copies):
+            missing, stored = self._add_copy(copy, specs[number], number, good, sizes)
+            grids.update((t, number) for t in stored)
+            for spec, frames in zip(specs[number], missing, strict=True):
+                for t in frames:
+                    wanted[t].append((number, every.index(spec)))
+        if wanted:
+            spots = {t: tuple(wanted[t]) for t in sorted(wanted)}
+            self.tasks.append(Task(tuple(copies), every, spots, frozenset(grids)))
         pooled = [spec for spec in self.specs if spec.pooling is not None]
         if pooled:
             self.originals.append((pooled[0], features.in_space(pooled[0]).keys(good)))
@@ -370,10 +416,10 @@ class _Planner:
         copy: MovieFeatures,
         specs: tuple[SpaceSpec, ...],
         number: int,
-        draw: Draw,
         good: list[int],
         sizes: _Sizes,
-    ) -> None:
+    ) -> tuple[list[tuple[int, ...]], frozenset[int]]:
+        """Count one copy; give its missing frames for each space, and whose grids are stored."""
         views = [copy.in_space(spec) for spec in specs]
         new = [self._unseen(view, good) for view in views]
         found = [view.contains(frames) for view, frames in zip(views, new, strict=True)]
@@ -387,14 +433,11 @@ class _Planner:
         for spec, there, frames in zip(specs, found, missing, strict=True):
             pooled = spec.pooling is not None
             from_grids = len(stored.intersection(frames)) if pooled else 0
-            size = sizes.estimate(spec, draw, len(frames))
+            size = sizes.estimate(spec, len(frames))
             row = (copy.name, number, spec.folder_name, int(there.sum()), len(frames))
             self.rows.append(PlanRow(*row, from_grids, size))
             self.present += int(there.sum())
-        if any(missing):
-            self.tasks.append(
-                Task(copy.with_draw(draw, copy.origin), specs, tuple(missing), stored)
-            )
+        return missing, stored
 
     def _unseen(self, view: MovieFeatures, frames: list[int]) -> list[int]:
         """Give one frame for each key that is not seen yet."""
@@ -470,7 +513,7 @@ class _Sizes:
         self._regions: float | None = None
         self._looked = False
 
-    def estimate(self, spec: SpaceSpec, draw: Draw, records: int) -> int | None:
+    def estimate(self, spec: SpaceSpec, records: int) -> int | None:
         """Estimate the bytes of some records; None where that can't be known."""
         if not records:
             return 0

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..cache import FeatureCache
+from ..engine import Failure
 from ..errors import StoreError
 from ..store import Space, remote
 from ..store.files import tree_bytes
-from .report import Failure
 
 _log = logging.getLogger(__name__)
 

@@ -2,40 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..cache import Progress
-from ..errors import BackboneError, FrameError, MovieError
+from ..engine import Failure
 from ..hashing import JSON
-
-PART_FAILS = (BackboneError, FrameError, MovieError)
-"""Errors that end one frame or movie, not the whole run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What could not be warmed, and why.
-
-    Parameters
-    ----------
-    what : str
-        A movie or a frame.
-    reason : str
-    records : int
-        How many records it stands for; 1 for a movie that can't be opened, 0 for what is
-        computed and could not be sent.
-    """
-
-    what: str
-    reason: str
-    records: int
-
-    def to_json(self) -> dict[str, JSON]:
-        """Give the fields by name."""
-        return {"what": self.what, "reason": self.reason, "records": self.records}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,53 +46,3 @@ class WarmReport:
             "regions": self.regions,
             "errors": [failure.to_json() for failure in self.failures],
         }
-
-
-FailureListener = Callable[[Failure], Any]
-"""Called with each failure as it comes."""
-
-
-class Tally:
-    """Counts records while a run goes on; may be shared by threads.
-
-    Parameters
-    ----------
-    progress : callable, optional
-        Called with the number of records just done, whoever computed them.
-    failed : callable, optional
-        Called with each failure.
-
-    Attributes
-    ----------
-    embedded : int
-        Frames that went through a backbone here.
-    """
-
-    def __init__(
-        self, progress: Progress | None = None, failed: FailureListener | None = None
-    ) -> None:
-        self._progress, self._failed = progress, failed
-        self.computed = self.elsewhere = self.embedded = 0
-        self.failures: list[Failure] = []
-        self._lock = threading.Lock()
-
-    @property
-    def done(self) -> int:
-        """Count the records of which the outcome is known."""
-        return self.computed + self.elsewhere + sum(f.records for f in self.failures)
-
-    def add(self, *, computed: int = 0, elsewhere: int = 0, embedded: int = 0) -> None:
-        """Count records computed here, and those that others computed; and frames embedded."""
-        with self._lock:
-            self.embedded += embedded
-            self.computed += computed
-            self.elsewhere += elsewhere
-            if self._progress is not None and computed + elsewhere:
-                self._progress(computed + elsewhere)
-
-    def fail(self, failure: Failure) -> None:
-        """Count what failed."""
-        with self._lock:
-            self.failures.append(failure)
-            if self._failed is not None:
-                self._failed(failure)

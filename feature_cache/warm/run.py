@@ -1,33 +1,20 @@
-"""A run of a plan on this machine, on one device or several."""
+"""A run of a plan on one device of this machine."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
-from ..cache import Progress, check_batch_size, fill
+from ..cache import FeatureCache, MovieFeatures, Progress, check_batch_size, request_all
+from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MissingRecordError
 from ..movies.check import summarize
 from ..store import Usage, count_regions
-from .commits import Budget
-from .pipeline import Pipeline
 from .plan import Unit, WarmPlan
 from .push import Pushing
 from .rates import remember_rate
-from .report import Failure, FailureListener, Tally, WarmReport
-
-if TYPE_CHECKING:
-    from ..backbones.base import Backbone
-    from ..cache import FeatureCache
-    from ..spec import BackboneSpec
-
-_log = logging.getLogger(__name__)
-_FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.02, 1.0
+from .report import WarmReport
 
 
 def run_warm(
@@ -36,7 +23,6 @@ def run_warm(
     batch_size: int = 8,
     progress: Progress | None = None,
     failed: FailureListener | None = None,
-    backbones: Sequence[Backbone] = (),
     max_bytes: int | None = None,
     push: str | None = None,
 ) -> WarmReport:
@@ -54,8 +40,6 @@ def run_warm(
         Called with the number of records just done.
     failed : callable, optional
         Called with each failure.
-    backbones : sequence of Backbone, optional
-        The same backbone on several devices, which share the work; by default the plan's.
     max_bytes : int, optional
         Stop before the packs of the cache take more.
     push : str, optional
@@ -77,14 +61,20 @@ def run_warm(
     tally = Tally(progress, failed)
     pushing = None if push is None else Pushing(plan.cache, push)
     if plan.tasks:
-        budget = None if max_bytes is None else Budget.of(plan.cache, max_bytes)
-        models = list(backbones) or [plan.tasks[0].movie.backbone]
-        work_off(plan.cache, plan.units(), models, batch_size, tally, budget, pushing)
-        remember_rate(models[0], tally.embedded // len(models), time.monotonic() - started)
+        budget = None if max_bytes is None else open_budget(plan.cache, max_bytes)
+        compute_units(plan.cache, plan.units(), batch_size, tally, budget, pushing)
+        share = tally.computed / plan.missing
+        embedded = int(share * sum(task.embeddings for task in plan.tasks))
+        remember_rate(plan.tasks[0].movie.backbone, embedded, time.monotonic() - started)
         if budget is not None and budget.spent:
             tally.fail(over_budget(plan, budget.max_bytes, tally))
     finish_push(pushing, tally)
     return make_report(plan, tally, started)
+
+
+def open_budget(cache: FeatureCache, max_bytes: int) -> Budget:
+    """Look at what the packs of a cache take now."""
+    return Budget(max_bytes, sum(space.disk_bytes() for space in cache.store.spaces()))
 
 
 def finish_push(pushing: Pushing | None, tally: Tally) -> None:
@@ -131,72 +121,29 @@ def over_budget(plan: WarmPlan, max_bytes: int, tally: Tally) -> Failure:
     )
 
 
-def work_off(
+def compute_units(
     cache: FeatureCache,
-    units: Sequence[Unit],
-    backbones: Sequence[Backbone],
+    units: Iterable[Unit],
     batch_size: int,
     tally: Tally,
     budget: Budget | None = None,
     pushing: Pushing | None = None,
 ) -> None:
     """Compute units; those that other processes are at are waited for, as long as these live."""
-    left, pause, since = list(units), _FIRST_WAIT_SECONDS, time.monotonic()
-    while left and not (budget is not None and budget.is_over):
-        before, waited = sum(unit.records for unit in left), time.monotonic() - since
-        claim = waited < fill.PATIENCE_SECONDS
-        if not claim:
-            _log.warning(
-                "no record came from other processes for %.0f s: computing %d here", waited, before
-            )
 
-        spec = left[0].task.specs[0].backbone
+    def is_over() -> bool:
+        return tally.fatal is not None or (budget is not None and budget.is_over)
 
-        def pipeline(
-            backbone: Backbone, spec: BackboneSpec = spec, claim: bool = claim
-        ) -> Pipeline:
-            return Pipeline(
-                cache, backbone, spec, batch_size=batch_size, tally=tally, budget=budget,
-                pushing=pushing, claim=claim,
-            )  # fmt: skip
-
-        left = _run_all([pipeline(backbone) for backbone in backbones], left)
-        if sum(unit.records for unit in left) < before:
-            pause, since = _FIRST_WAIT_SECONDS, time.monotonic()
-        elif left:
-            if pause == _FIRST_WAIT_SECONDS:
-                _log.info("waiting for %d records that others compute: %s", before, left[0].where)
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_WAIT_SECONDS)
+    written = None if pushing is None else pushing.send
+    with cache.open_engine(budget=budget, written=written) as engine:
+        engine.run(request_all(_frames_of(units), tally, batch_size), until=is_over)
+    if tally.fatal is not None:
+        raise tally.fatal
 
 
-def _run_all(pipelines: Sequence[Pipeline], units: Sequence[Unit]) -> list[Unit]:
-    """Let pipelines share units, each taking the next; one of them in this very thread."""
-    if len(pipelines) == 1:
-        return pipelines[0].run(units)
-    shared = _share(units)
-    with ThreadPoolExecutor(len(pipelines), "feature_cache device") as threads:
-        futures = [threads.submit(pipeline.run, shared()) for pipeline in pipelines]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:
-            for pipeline, future in zip(pipelines, futures, strict=True):
-                if not future.done():
-                    pipeline.halt()
-    return [unit for future in futures for unit in future.result()]
-
-
-def _share(units: Iterable[Unit]) -> Callable[[], Iterator[Unit]]:
-    """Make iterators, one for each thread, that together give each unit once."""
-    remaining, lock = iter(units), threading.Lock()
-
-    def take() -> Iterator[Unit]:
-        with suppress(StopIteration):
-            while True:
-                with lock:
-                    unit = next(remaining)
-                yield unit
-
-    return take
+def _frames_of(units: Iterable[Unit]) -> Iterator[tuple[int, list[MovieFeatures]]]:
+    for task, group in groupby(units, key=lambda unit: unit.task):
+        views = task.views()
+        for unit in group:
+            for t, spots in unit.wanted:
+                yield t, [views[spot] for spot in spots]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..engine import Failure
 from ..errors import MovieError, MovieNotFoundError, NoMasksError, UnknownNameError
 from ..movies import Movie, Source
 from ..movies.formats import is_pattern
 from ..movies.tracks import read_text
-from .report import Failure
 
 _log = logging.getLogger(__name__)
 _LISTS = (".txt", ".yaml", ".yml")

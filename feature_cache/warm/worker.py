@@ -5,22 +5,25 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..backbones import load_backbone
 from ..cache import FeatureCache
+from ..engine import PART_FAILS, Budget, Failure, Tally
 from ..errors import BackboneError
 from ..hashing import Digest
 from ..movies import Movie, Source
 from ..spec import BackboneSpec, SpaceSpec
-from .commits import Budget
-from .grids import StoredGrids
-from .plan import Task, Unit
+from .plan import Spot, Task, Unit
 from .push import Pushing
-from .report import PART_FAILS, Failure, Tally
-from .run import work_off
+from .run import compute_units
+from .stored import StoredGrids
 
 if TYPE_CHECKING:
     from ..augment import Draw
@@ -33,8 +36,11 @@ class Recipe:
 
     Parameters
     ----------
-    name, weights, device, dtype, options
+    name, weights, dtype, options
         As `load_backbone`; options as pairs.
+    device : str, optional
+        As `load_backbone`. Of several, apart by commas, a worker started on this machine takes one,
+        by its number; by default, of the GPUs there are.
     """
 
     name: str
@@ -45,7 +51,34 @@ class Recipe:
 
     def load(self) -> Backbone:
         """Load it; errors as `load_backbone`."""
-        return load_backbone(self.name, self.weights, self.device, self.dtype, **dict(self.options))
+        device = choose_device(self.device, _own_number())
+        return load_backbone(self.name, self.weights, device, self.dtype, **dict(self.options))
+
+
+def choose_device(devices: str | None, number: int | None) -> str | None:
+    """Choose a worker's device: of those named, or else of the GPUs; None for the best there is.
+
+    Examples
+    --------
+    >>> choose_device("cuda:0,cuda:1", 1)
+    'cuda:1'
+    """
+    names = devices.split(",") if devices else [f"cuda:{i}" for i in range(_count_gpus())]
+    if number is None:
+        return names[0] if devices else None
+    return names[number % len(names)] if names else None
+
+
+def _count_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _own_number() -> int | None:
+    """Give the number of this worker among those started together; None for any other."""
+    with suppress(ValueError, ImportError):
+        name = import_module("distributed").get_worker().name
+        return int(name) if isinstance(name, int) or str(name).isdecimal() else None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +89,8 @@ class Order:
     ----------
     recipe : Recipe or None
         None where all is pooled from stored grids.
+    copies : tuple of (Draw, str)
+        Each draw, and how people call it.
     digests : mapping
         Of each frame and its mask, as the plan found them.
     push : str or None
@@ -72,11 +107,10 @@ class Order:
     recipe: Recipe | None
     source: Source
     specs: tuple[SpaceSpec, ...]
-    draw: Draw
-    origin: str
+    copies: tuple[tuple[Draw, str], ...]
     digests: Mapping[int, tuple[Digest, Digest | None]]
-    wanted: tuple[tuple[int, tuple[int, ...]], ...]
-    grids: frozenset[int]
+    wanted: tuple[tuple[int, tuple[Spot, ...]], ...]
+    grids: frozenset[tuple[int, int]]
     batch_size: int
     push: str | None = None
     max_bytes: int | None = None
@@ -123,7 +157,7 @@ def compute_order(order: Order) -> Outcome:
     )
     try:
         units = [Unit(task, order.wanted)]
-        work_off(cache, units, [backbone], order.batch_size, tally, budget, pushing)
+        compute_units(cache, units, order.batch_size, tally, budget, pushing)
     finally:
         _at_work.pop(order.name, None)
     cache.counter.save()
@@ -153,7 +187,8 @@ def _bind(cache: FeatureCache, backbone: Backbone, order: Order) -> Task:
     pooled = next((one for one in order.specs if one.pooling is not None), spec)
     features = cache.movie(movie, None, backbone, pooling=pooled.pooling, dtype=pooled.dtype)
     features.know(order.digests)
-    return Task(features.with_draw(order.draw, order.origin), order.specs, (), order.grids)
+    copies = tuple(features.with_draw(draw, origin) for draw, origin in order.copies)
+    return Task(copies, order.specs, dict(order.wanted), order.grids)
 
 
 @lru_cache(maxsize=8)
@@ -172,7 +207,7 @@ def _open_movie(source: Source) -> Movie:
 
 
 _loading = threading.Lock()
-_loaded: dict[Recipe, _OneAtATime] = {}
+_loaded: dict[Recipe, Backbone] = {}
 
 
 def _backbone_of(order: Order) -> Backbone:
@@ -181,7 +216,7 @@ def _backbone_of(order: Order) -> Backbone:
         return StoredGrids(wanted)
     with _loading:
         if order.recipe not in _loaded:
-            _loaded[order.recipe] = _OneAtATime(order.recipe.load())
+            _loaded[order.recipe] = order.recipe.load()
         backbone = _loaded[order.recipe]
         found = backbone.spec
     if found != wanted:
@@ -192,18 +227,3 @@ def _backbone_of(order: Order) -> Backbone:
         )
     return backbone
 
-
-class _OneAtATime:
-    """A backbone for several threads of a worker: one embeds while others read and write."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone, self._lock = backbone, threading.Lock()
-        self.device = getattr(backbone, "device", "cpu")
-
-    @property
-    def spec(self) -> BackboneSpec:
-        return self._backbone.spec
-
-    def embed(self, frames: Any) -> Any:
-        with self._lock:
-            return self._backbone.embed(frames)

@@ -1,0 +1,56 @@
+"""The only place that computes: frames in, records out, each once, whoever asks."""
+
+from .batches import choose_batch
+from .commit import Budget, Commits, Written
+from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
+from .frame import Frame
+from .interrupt import end_by_exit, finish, forget_exit
+from .memory import trim
+from .model import (
+    GRID_DTYPE,
+    Embedding,
+    Grid,
+    Model,
+    Progress,
+    compute_each,
+    compute_records,
+    cut_batches,
+    grid_spec,
+)
+from .outcome import PART_FAILS, Failure, FailureListener, FrameAnswer, Tally
+from .request import Answer, Promise, Request, View, Wanted, request_frame
+
+__all__ = [
+    "GRID_DTYPE",
+    "MEMORY_BYTES",
+    "PART_FAILS",
+    "PATIENCE_SECONDS",
+    "Answer",
+    "Budget",
+    "Commits",
+    "Embedding",
+    "Engine",
+    "Failure",
+    "FailureListener",
+    "Frame",
+    "FrameAnswer",
+    "Grid",
+    "Model",
+    "Progress",
+    "Promise",
+    "Request",
+    "Tally",
+    "View",
+    "Wanted",
+    "Written",
+    "choose_batch",
+    "compute_each",
+    "compute_records",
+    "cut_batches",
+    "end_by_exit",
+    "finish",
+    "forget_exit",
+    "grid_spec",
+    "request_frame",
+    "trim",
+]

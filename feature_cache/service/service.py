@@ -1,0 +1,64 @@
+"""An engine and its backbones, at the service of this process and others of its host."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from ..cache import FeatureCache
+from ..engine import Model
+from ..errors import MissingRecordError
+from ..spec import BackboneSpec
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+
+class Service:
+    """Computes what is missed in one cache, as long as somebody uses it.
+
+    Parameters
+    ----------
+    cache : FeatureCache
+    memory_bytes : int, optional
+        Pixels that may wait to be computed.
+    progress : bool
+        Whether to show a line on stderr, where that is a terminal.
+
+    Attributes
+    ----------
+    engine : Engine
+    backbones : dict of str to Backbone
+        By the hex digest of their spec.
+    """
+
+    def __init__(
+        self, cache: FeatureCache, *, memory_bytes: int | None = None, progress: bool = False
+    ) -> None:
+        self.cache, self.progress = cache, Progress(progress)
+        self.engine = cache.open_engine(memory_bytes=memory_bytes, computed=self.progress.count)
+        self.backbones: dict[str, Backbone] = {}
+        self._models: dict[str, Model] = {}
+        self._lock = threading.RLock()
+
+    def add_backbone(self, backbone: Backbone) -> None:
+        """Serve a backbone."""
+        with self._lock:
+            self.backbones.setdefault(backbone.spec.digest.hex(), backbone)
+
+    def model(self, spec: BackboneSpec) -> Model:
+        """Give what computes with a backbone. MissingRecordError where it is not served."""
+        digest = spec.digest.hex()
+        with self._lock:
+            if digest not in self._models:
+                backbone = self.backbones.get(digest)
+                if backbone is None:
+                    raise MissingRecordError(f"{spec.name} is not served here")
+                self._models[digest] = self.cache.open_model(backbone, spec)
+            return self._models[digest]
+
+    def close(self) -> None:
+        """Commit what is computed, and end."""
+        self.engine.close()
+        self.progress.close()
