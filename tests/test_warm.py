@@ -20,9 +20,9 @@ from aging import age, hurry
 from crowd import content
 from feature_cache import Augmentations, FeatureCache, Movie, movies
 from feature_cache import backbones as registry
-from feature_cache.cache import commits
 from feature_cache.cli import main, progress
-from feature_cache.errors import MissingRecordError, StoreError, UnknownNameError
+from feature_cache.engine import commit
+from feature_cache.errors import BackboneError, MissingRecordError, StoreError, UnknownNameError
 from feature_cache.store.remote import Remote
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import (
@@ -314,20 +314,14 @@ class TestRun:
         grids = plan_warm(cache, [(frames, None)], FakeBackbone(), pooling=None)
         assert run_warm(grids).regions is None
 
-    def test_several_devices_share_the_work(self, cache, small_folder, tmp_path):
-        logs = [tmp_path / "log0", tmp_path / "log1"]
-        models = [FakeBackbone(seconds_per_frame=0.001, log=log) for log in logs]
-        plan = plan_warm(cache, [Movie.open(small_folder(frames=200))], models[0])
-        assert run_warm(plan, backbones=models).computed == 200
-        embedded = [log.read_text().splitlines() for log in logs]
-        assert min(map(len, embedded)) >= 8
-        assert len({*embedded[0], *embedded[1]}) == sum(map(len, embedded)) == 200
-
-    def test_command_with_several_devices(self, command, small_folder):
-        words = ("warm", small_folder(frames=20), "--cache", "cache", "--backbone", "debug/random")
+    def test_several_devices_have_a_process_each(self, command, small_folder):
+        words = ("warm", small_folder(frames=200), "--cache", "cache", "--backbone", "debug/random")
         code, out, _ = command(*words, "--device", "cpu,cpu", "--json")
-        assert (code, json.loads(out)["computed"]) == (0, 20)
-        code, _, err = command(*words, "--device", "cpu,cpu", "--local-workers", 2)
+        assert (code, json.loads(out)["computed"]) == (0, 200)
+        spaces = FeatureCache("cache", "r").spaces()
+        writers = {name.rsplit("-", 1)[0] for space in spaces for name in space.pack_names()}
+        assert len(writers) >= 1
+        code, _, err = command(*words, "--device", "cpu,cpu", "--scheduler", "tcp://127.0.0.1:1")
         assert (code, "workers of a cluster have one each" in err) == (2, True)
 
     def test_stacks(self, cache, tmp_path):
@@ -419,11 +413,10 @@ class TestFailures:
                 return super().embed(frames)
 
         plan = plan_warm(cache, [Movie.open(small_folder(frames=150))], Broken())
-        with pytest.raises(ZeroDivisionError, match="a mistake"):
+        with pytest.raises(BackboneError, match="ZeroDivisionError: a mistake") as caught:
             run_warm(plan, batch_size=4)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert cache.stats()["records"] == 12
-        with pytest.raises(ZeroDivisionError):
-            run_warm(plan, batch_size=4, backbones=[FakeBackbone(seconds_per_frame=0.2), Broken()])
         assert not list((cache.store.root / "claims").iterdir())
 
     def test_a_report_and_a_log(self, command, small_folder, monkeypatch):
@@ -517,7 +510,7 @@ class TestPush:
     ):
         url, movie = f"file://{tmp_path}/remote", Movie.open(small_folder())
         run_warm(plan_warm(cache, [movie], FakeBackbone()))
-        monkeypatch.setattr(commits, "COMMIT_BYTES", 1)
+        monkeypatch.setattr(commit, "COMMIT_BYTES", 1)
         there, embed = list[int](), FakeBackbone.embed
 
         def look(*words: Any) -> torch.Tensor:

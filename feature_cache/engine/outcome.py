@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..augment import Draw
-from ..errors import BackboneError, FeatureCacheError, FrameError, MovieError
+from ..errors import BackboneError, FeatureCacheError, FrameError, MovieError, ServiceError
 from ..hashing import JSON
 from ..key import Record
 from .model import Progress
@@ -73,6 +73,7 @@ class Tally:
         self.failures: list[Failure] = []
         self.errors: list[Exception] = []
         self.fatal: Exception | None = None
+        self._strange = 0
         self._lock = threading.RLock()
 
     @property
@@ -85,6 +86,7 @@ class Tally:
         with self._lock:
             self.computed += computed
             self.elsewhere += elsewhere
+            self._strange = 0
             if self._progress is not None and computed + elsewhere:
                 self._progress(computed + elsewhere)
 
@@ -94,6 +96,9 @@ class Tally:
             self.failures.append(failure)
             if error is not None:
                 self.errors.append(error)
+                self._strange = self._strange + 1 if error.__cause__ is not None else 0
+                if self._strange >= _MOST_STRANGE:
+                    self.fatal = self.fatal or error
             if self._failed is not None:
                 self._failed(failure)
 
@@ -128,6 +133,8 @@ class Tally:
 
 
 _MOST_REASONS = 20
+_MOST_STRANGE = 32
+"""So many failures in a row, of errors that nobody expects, are not the frames' own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -159,6 +166,8 @@ class FrameAnswer:
 
     def failed(self, error: Exception, wanted: Sequence[Wanted]) -> None:
         """Take note of a failure, or of what ends more than the frame."""
+        if isinstance(error, ServiceError):
+            return  # the engine has ended, and whoever ran it knows why
         if not isinstance(error, PART_FAILS):
             self.tally.fatal = self.tally.fatal or error
             return
