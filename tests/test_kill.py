@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from crowd import Scene, apart, beat_fast, finish, fork, no_sync, start
-from feature_cache.cache import commits
+from feature_cache.engine import commit
 from feature_cache.store import Space, Store, claims
 from feature_cache.store.files import TEMPORARY_PREFIX
 from feature_cache.store.maintenance import compact_space, plan_gc, run_gc, verify
@@ -46,7 +46,7 @@ def write(scene: Scene, rng: random.Random, report: Report) -> None:
 
 def warm(scene: Scene, rng: random.Random, report: Report) -> None:
     """Warm pieces of the movie, with a commit every few records, and say so after each."""
-    commits.COMMIT_BYTES = rng.choice([1, 3, 8]) * scene.records[0].features.nbytes
+    commit.COMMIT_BYTES = rng.choice([1, 3, 8]) * scene.records[0].features.nbytes
     numbers = {key: number for number, key in enumerate(scene.keys)}
     real = Space.write
 
@@ -157,7 +157,7 @@ def kill_many(root: Path, pooling: str | None, kills: int, seed: int) -> dict[st
 
 def complete(scene: Scene) -> None:
     """Compute what is missing, after all that: as if nothing had happened."""
-    commits.COMMIT_BYTES, claims.NAMELESS_SECONDS = 1 << 26, 0.5
+    commit.COMMIT_BYTES, claims.NAMELESS_SECONDS = 1 << 26, 0.5
     scene.movie().warm()
     assert all(scene.check(scene.space(), range(scene.count)))
     while compact_space(scene.space()).busy:  # a claim that was left without a name

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from crowd import Scene, apart, beat_fast, content, finish, fork, no_sync, start
-from feature_cache.cache import commits
+from feature_cache.engine import commit
 from feature_cache.store.maintenance import compact_space, plan_gc, run_gc, verify
 
 PROCESSES, FRAMES, BATCH = 8, 200, 4
@@ -33,7 +33,7 @@ def race(root: Path, logs: Path, unit: int, kill: bool) -> None:
     """Let all warm, and the first be killed when it is at it."""
     no_sync()
     scene, barrier, first = Scene(root, FRAMES), fork.Barrier(PROCESSES), logs / "0"
-    commits.COMMIT_BYTES = unit * scene.records[0].features.nbytes
+    commit.COMMIT_BYTES = unit * scene.records[0].features.nbytes
     warmers = [start(warm, scene, logs / str(i), barrier) for i in range(PROCESSES)]
     while kill and len(lines(first)) < 15:
         time.sleep(0.001)
@@ -133,7 +133,7 @@ def live(root: Path, seconds: float, evict: bool) -> tuple[int, int]:
     no_sync()
     beat_fast()
     scene = Scene(root, 300)
-    commits.COMMIT_BYTES = 6 * scene.records[0].features.nbytes
+    commit.COMMIT_BYTES = 6 * scene.records[0].features.nbytes
     stop, merged, freed = fork.Event(), fork.Value("q", 0), fork.Value("q", 0)
     crowd = [
         *(start(write, scene, stop, seed) for seed in range(2)),

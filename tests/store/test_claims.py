@@ -14,7 +14,7 @@ import pytest
 
 from crowd import apart, finish, fork, start
 from feature_cache import FeatureCache
-from feature_cache.cache import fill
+from feature_cache.engine import engine
 from feature_cache.store import Claims, Store
 from feature_cache.store.claims import NAMELESS_SECONDS
 from feature_cache.store.process import SILENT_SECONDS, Process, join, this_host
@@ -263,7 +263,7 @@ def claim_and_stay(root: Path, claimed: Any, stop: Any) -> None:
 
 def wait_for_another(root: Path, patience: float) -> list[tuple[str, str]]:
     """Fill a movie of which a process that does nothing has claimed a half; give the log."""
-    claimed, stop, fill.PATIENCE_SECONDS = fork.Event(), fork.Event(), patience
+    claimed, stop, engine.PATIENCE_SECONDS = fork.Event(), fork.Event(), patience
     idle = start(claim_and_stay, root, claimed, stop)
     assert claimed.wait(60)
     logged: list[tuple[str, str]] = []
