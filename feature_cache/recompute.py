@@ -239,9 +239,7 @@ class _Comparison:
             for _, group in groupby(sorted(rows, key=_order), _order):
                 self._of_movie(folder, list(group), spec, model)
 
-    def _of_movie(
-        self, pack: Path, rows: Sequence[_Row], spec: SpaceSpec, model: Model
-    ) -> None:
+    def _of_movie(self, pack: Path, rows: Sequence[_Row], spec: SpaceSpec, model: Model) -> None:
         try:
             how = {name: rows[0].source.get(name) for name in ("source", "movie")}
             movie = self._open(canonical_json(how), spec.pooling is not None)
@@ -326,9 +324,7 @@ def _read_rows(chosen: Chosen) -> list[_Row]:
     return [_Row(pack.keys[row].tobytes(), pack.record(row), sources[row]) for row in chosen.rows]
 
 
-def _read_frame(
-    movie: Movie, row: _Row, spec: SpaceSpec, draw: Draw
-) -> tuple[Frame, Digest]:
+def _read_frame(movie: Movie, row: _Row, spec: SpaceSpec, draw: Draw) -> tuple[Frame, Digest]:
     """Read the frame of a record, and give the key that it has now; the memo is not asked."""
     t = _find_frame(movie, row.source)
     pixels = frame_pixels(movie.frames[t], row.name)

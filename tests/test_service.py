@@ -578,7 +578,9 @@ def test_a_server_ends_when_its_last_user_is_gone(monkeypatch):
         used = 1.0
 
     server = Server()
-    host = SimpleNamespace(server=server, service=SimpleNamespace(engine=SimpleNamespace(closing=False)))
+    host = SimpleNamespace(
+        server=server, service=SimpleNamespace(engine=SimpleNamespace(closing=False))
+    )
     monkeypatch.setattr(serve, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(serve, "_ALONE_SECONDS", 0.05)
     waiting = threading.Thread(target=serve._wait, args=(host, None), daemon=True)

@@ -30,10 +30,11 @@ class OpenCache:
         *,
         layers: Sequence[str | os.PathLike[str]] = (),
         promote: bool = False,
+        create: bool = True,
     ) -> None:
         if codec not in CODECS:
             raise UnknownNameError("codec", codec, CODECS)
-        self.store = Store(root, mode)
+        self.store = Store(root, mode, create=create)
         self.codec, self.promote = codec, promote
         self.layers = open_layers(layers)
         self._spaces: dict[Digest, Space] = {}
@@ -47,7 +48,7 @@ class OpenCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the same folder elsewhere; the counters belong to this process."""
         layers = tuple(layer.place for layer in self.layers)
-        open_again = partial(type(self), layers=layers, promote=self.promote)
+        open_again = partial(type(self), layers=layers, promote=self.promote, create=False)
         return open_again, (str(self.store.root), self.store.mode, self.codec)
 
     def space(self, spec: SpaceSpec) -> Space:

@@ -472,7 +472,10 @@ def explain(
     from ..movies import Movie
 
     augmentations = Augmentations(policy, copies=copy, seed=seed)
-    model, pooled = load_backbone(backbone, weights, dtype=compute_dtype), None if pooling == "none" else pooling
+    model, pooled = (
+        load_backbone(backbone, weights, dtype=compute_dtype),
+        None if pooling == "none" else pooling,
+    )
     _check_names(model, [pooled], dtype)
     opened = Movie.open(
         movie,

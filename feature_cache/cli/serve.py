@@ -16,7 +16,6 @@ from .options import (
     ComputeDtypeOption,
     WeightsOption,
     age_option,
-    complete,
     size_option,
 )
 

@@ -139,6 +139,7 @@ class FrameClaims:
         with self._lock:
             left = list(self._of_key)
         self.settle(left)
+        self._claims.ask_no_more()
 
 
 def _name_all(request: Request) -> tuple[str, dict[str, list[Wanted]]]:

@@ -132,7 +132,7 @@ class Commits:
         return False
 
     def seconds_left(self, seconds: float) -> float | None:
-        """Give in how many seconds to commit what waits at most so long; None where nothing does."""
+        """Give in how many seconds to commit what may wait so long; None where nothing waits."""
         if not self.pending:
             return None
         if self._bytes >= COMMIT_BYTES:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -184,7 +185,7 @@ class Engine:
 
     def _feed(self, requests: Iterable[Request], until: Callable[[], bool]) -> None:
         for request in requests:
-            self._tick_until(lambda: self._has_room(request.batch_size), until)
+            self._tick_until(partial(self._has_room, request.batch_size), until)
             if until() or self.error is not None:
                 return
             self.submit([request])
@@ -442,7 +443,9 @@ class Engine:
             self._pool_up(self._read, request)
 
     def _may_claim(self) -> bool:
-        return self.closing or bool(self._queue or self._ahead or self._due()) and self._room() > 0
+        if self.closing:
+            return True
+        return bool(self._queue or self._ahead or self._due()) and self._room() > 0
 
     def _room(self) -> int:
         """Give how many frames more may be on their way: by number, and by bytes."""
@@ -521,7 +524,9 @@ class Engine:
                 there.update((w.key, record) for w, record in records if record is not None)
             else:
                 found = space.contains(rows).tolist()
-                there.update((w.key, None) for w, is_there in zip(group, found, strict=True) if is_there)
+                there.update(
+                    (w.key, None) for w, is_there in zip(group, found, strict=True) if is_there
+                )
         if there:
             self._news = time.monotonic()
         left = []
@@ -600,9 +605,7 @@ class Engine:
             if self.closing:
                 return
             self._changed.wait_for(lambda: self.closing or is_full(self._ready), GATHER_SECONDS)
-            self._changed.wait_for(
-                lambda: self.closing or is_full(self._ready) or not self._coming
-            )
+            self._changed.wait_for(lambda: self.closing or is_full(self._ready) or not self._coming)
             batch = choose_batch(self._ready)
             chosen = set(map(id, batch))
             self._ready = [part for part in self._ready if id(part) not in chosen]

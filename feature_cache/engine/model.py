@@ -19,7 +19,7 @@ from ..backbones.witness import Witness
 from ..errors import BackboneError, FeatureCacheError, StoreError
 from ..hashing import DIGEST_BYTES
 from ..key import Record, record_key
-from ..pooling import Regions, pool_regions
+from ..pooling import pool_frame
 from ..spec import BackboneSpec, Bounds, SpaceSpec
 from .frame import Frame
 
@@ -158,7 +158,7 @@ class Model:
         ]
 
     def _draw_all(self, batch: Sequence[Embedding]) -> torch.Tensor:
-        """Give what the backbone sees, (B, H', W') float32; frames of one draw are drawn at once."""
+        """Give what the backbone sees, (B, H', W'); frames of one draw are drawn at once."""
         parts = []
         for draw, group in groupby(batch, key=lambda each: each.draw):
             frames = [each.frame for each in group]
@@ -242,9 +242,7 @@ class Model:
         if modes:
             regions = frame.regions()
             labels = regions.labels
-            pooled.update(
-                zip(modes, pool_frame(grid, regions, embedding.draw, modes), strict=True)
-            )
+            pooled.update(zip(modes, pool_frame(grid, regions, embedding.draw, modes), strict=True))
         return [
             Record(
                 _store_as(pooled[spec.pooling], spec, frame),
@@ -349,19 +347,3 @@ def cut_batches(wanted: Iterable[Embedding], batch_size: int) -> Iterator[list[E
 
 Progress = Callable[[int], None]
 """Called with the number of frames or records just done."""
-
-
-def pool_frame(
-    grid: NDArray[np.floating], regions: Regions, draw: Draw, modes: Sequence[str]
-) -> list[NDArray[np.float32]]:
-    """Pool a frame's grid under a draw, in several modes."""
-    drawn, centroids = regions, None
-    if not draw.is_identity:
-        mask = np.zeros(regions.shape, np.int32)
-        mask.reshape(-1)[regions.places] = regions.labels[regions.index]
-        planes = np.stack([draw.apply_mask(plane) for plane in mask])
-        points = regions.centroids()
-        mapped = draw.map_points(points[:, 1:], shape=regions.shape[1:])
-        centroids = np.column_stack([points[:, 0], mapped])
-        drawn = Regions.of_mask(planes, regions.labels)
-    return [pool_regions(grid, drawn, mode, centroids=centroids) for mode in modes]

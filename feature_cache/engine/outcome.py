@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..augment import Draw
-from ..errors import BackboneError, FeatureCacheError, FrameError, MovieError, ServiceError
+from ..errors import BackboneError, FrameError, MovieError, ServiceError
 from ..hashing import JSON
 from ..key import Record
 from .model import Progress

@@ -128,9 +128,7 @@ class View(Protocol):
         """Read frame `t` and its mask."""
 
 
-def request_frame(
-    model: Model, t: int, views: Mapping[View, Answer], batch_size: int
-) -> Request:
+def request_frame(model: Model, t: int, views: Mapping[View, Answer], batch_size: int) -> Request:
     """Ask for a frame's records in several views of one movie: draws, and spaces of a backbone."""
     masked = next((view for view in views if view.spec.pooling is not None), next(iter(views)))
     wanted = [

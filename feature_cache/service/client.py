@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,9 @@ from numpy.typing import NDArray
 from ..cache import MovieFeatures
 from ..engine import Frame
 from ..errors import FeatureCacheError, ServiceError
-from ..hashing import Digest
 from ..key import Record
 from . import wire
-from .place import Address, identify, list_servers, withdraw
+from .place import Address, withdraw
 from .wire import GONE, Connection
 
 SILENT_SECONDS = 60.0

@@ -41,6 +41,7 @@ class Claims:
 
     def __init__(self, root: Path) -> None:
         self.folder, self._root = root / "claims", root
+        self._asks: set[Path] = set()
 
     def take(self, names: Iterable[str]) -> list[bool]:
         """Claim many things; tell for each whether it is now this call's.
@@ -108,7 +109,16 @@ class Claims:
         for holder in {self.holder(name) for name in names} - {None, ""}:
             if holder is not None and "/" not in holder:
                 with suppress(OSError):
-                    create_exclusive(self.folder / f"{_ASKED}{holder}", holder)
+                    file = self.folder / f"{_ASKED}{holder}"
+                    create_exclusive(file, holder)
+                    self._asks.add(file)
+
+    def ask_no_more(self) -> None:
+        """Take back what was asked, of whoever has not seen it: nobody waits here."""
+        asks, self._asks = self._asks, set()
+        for file in asks:
+            with suppress(OSError):
+                file.unlink()
 
     def asked(self) -> float:
         """Give when this process was last asked to commit soon, by `time.monotonic`."""

@@ -19,7 +19,7 @@ from ..engine import PART_FAILS, Budget, Failure, Tally
 from ..errors import BackboneError
 from ..hashing import Digest
 from ..movies import Movie, Source
-from ..spec import BackboneSpec, SpaceSpec
+from ..spec import SpaceSpec
 from .plan import Spot, Task, Unit
 from .push import Pushing
 from .run import compute_units
@@ -226,4 +226,3 @@ def _backbone_of(order: Order) -> Backbone:
             "use the same weights and the same version of feature-cache"
         )
     return backbone
-
