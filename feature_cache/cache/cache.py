@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..augment import IDENTITY, Draw
 from ..errors import DrawError
+from ..engine import Progress
 from ..explain import Explanation
 from ..key import Record
 from ..movies import Given, Movie
@@ -15,7 +16,7 @@ from ..recompute import choose_records
 from ..recompute import recompute as compute_again
 from ..spec import SpaceSpec
 from ..store import maintenance, read_runs, remote, sum_usage
-from .movie import MovieFeatures, Progress
+from .movie import MovieFeatures
 from .opened import OpenCache
 
 if TYPE_CHECKING:

@@ -520,8 +520,8 @@ def request_all(
             models[id(first.backbone)] = model
         where, origins = first.where(t), {view.draw: view.origin for view in views}
         heard, unheard = (FrameAnswer(counts, where, origins) for counts in (tally, silent))
-        answers = {view: unheard if view in uncounted else heard for view in views}
-        yield request_frame(model, t, answers, batch_size)
+        told = [(view, unheard if view in uncounted else heard) for view in views]
+        yield request_frame(model, t, told, batch_size)
 
 
 def check_batch_size(batch_size: int) -> None:

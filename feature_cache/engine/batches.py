@@ -18,7 +18,8 @@ def choose_batch(ready: Sequence[Part]) -> list[Part]:
     others = [part for part in alike if part.draw != first.draw]
     same = alike[: len(alike) - len(others)]
     order = {part.draw: n for n, part in reversed(list(enumerate(others)))}
-    chosen, slices = [], 0
+    chosen: list[Part] = []
+    slices = 0
     for part in [*same, *sorted(others, key=lambda part: order[part.draw])]:
         if chosen and slices >= first.request.batch_size:
             break

@@ -610,8 +610,6 @@ class Engine:
             chosen = set(map(id, batch))
             self._ready = [part for part in self._ready if id(part) not in chosen]
             self._changed.wait_for(lambda: self.closing or self._pooling <= 2 * len(batch))
-            if self.closing:
-                return
         grids = batch[0].request.model.embed([part.embedding for part in batch])
         for part, grid in zip(batch, grids, strict=True):
             if isinstance(grid, Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -128,12 +128,14 @@ class View(Protocol):
         """Read frame `t` and its mask."""
 
 
-def request_frame(model: Model, t: int, views: Mapping[View, Answer], batch_size: int) -> Request:
+def request_frame(
+    model: Model, t: int, views: Sequence[tuple[View, Answer]], batch_size: int
+) -> Request:
     """Ask for a frame's records in several views of one movie: draws, and spaces of a backbone."""
-    masked = next((view for view in views if view.spec.pooling is not None), next(iter(views)))
+    masked = next((view for view, _ in views if view.spec.pooling is not None), views[0][0])
     wanted = [
         Wanted(view.key(t), view.space, view.spec, view.draw, partial(view.provenance, t), answer)
-        for view, answer in views.items()
+        for view, answer in views
     ]
     return Request(model, masked.digests(t)[0], partial(masked.read, t), wanted, batch_size)
 

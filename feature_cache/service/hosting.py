@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..cache import FeatureCache
+from ..cache import OpenCache
 from ..engine import end_by_exit, finish, forget_exit
 from ..errors import ServiceError
 from .server import Server
@@ -74,7 +74,7 @@ _closes_at_exit = False
 
 
 def open_host(
-    cache: FeatureCache, backbones: Iterable[Backbone], user: object, *,
+    cache: OpenCache, backbones: Iterable[Backbone], user: object, *,
     standalone: bool = False, memory_bytes: int | None = None, progress: bool = False,
 ) -> Host:  # fmt: skip
     """Give this process's host for a cache, with some backbones, as long as `user` lives."""
@@ -98,13 +98,13 @@ def open_host(
         return host
 
 
-def find_host(cache: FeatureCache) -> Host | None:
+def find_host(cache: OpenCache) -> Host | None:
     """Give this process's host for a cache, where there is one."""
     host = _hosts.get(_key_of(cache))
     return None if host is None or host.service.engine.closing else host
 
 
-def _key_of(cache: FeatureCache) -> Any:
+def _key_of(cache: OpenCache) -> Any:
     layers = tuple(layer.place for layer in cache.layers)
     return os.getpid(), str(cache.store.root), cache.codec, layers, cache.promote
 
@@ -124,9 +124,14 @@ def close_all() -> None:
     hosts = list(_hosts.values())
     if hosts:
         try:
-            finish(lambda: [host.close() for host in hosts])
+            finish(partial(_close, hosts))
         finally:
             _hosts.clear()
+
+
+def _close(hosts: Iterable[Host]) -> None:
+    for host in hosts:
+        host.close()
 
 
 def _close_at_exit() -> None:

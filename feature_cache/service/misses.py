@@ -27,7 +27,7 @@ from .service import Service
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
-    from ..cache import FeatureCache
+    from ..cache import OpenCache
 
 AHEAD_BLOCKS = 256
 """Blocks that may wait to be read ahead; more are passed over."""
@@ -70,7 +70,7 @@ class Misses:
     """
 
     def __init__(
-        self, caches: Sequence[tuple[FeatureCache, Backbone]], records: int, *, progress: bool
+        self, caches: Sequence[tuple[OpenCache, Backbone]], records: int, *, progress: bool
     ) -> None:
         self.caches, self.records, self.progress = caches, records, progress
         self.hits = 0
@@ -220,7 +220,7 @@ class _Route:
         raise failed or _nobody(ask)
 
     def _connected(
-        self, cache: FeatureCache, backbone: str, failed: ServiceError | None, *, own: bool
+        self, cache: OpenCache, backbone: str, failed: ServiceError | None, *, own: bool
     ) -> Client | None:
         """Connect to the best server there is; None where this process does it itself."""
         place = identify(cache.store.root)
@@ -267,7 +267,7 @@ def _raise_errors(records: list[Record | FeatureCacheError]) -> list[Record]:
     return [record for record in records if isinstance(record, Record)]
 
 
-def _own_host(cache: FeatureCache, backbone: str) -> Host | None:
+def _own_host(cache: OpenCache, backbone: str) -> Host | None:
     host = None if get_worker_info() is not None else find_host(cache)
     return host if host is not None and backbone in host.service.backbones else None
 
@@ -295,7 +295,7 @@ def _compute_here(service: Service, ask: _Ask) -> Answer:
     requests = []
     for i in numbers:
         promises[i] = promise = Promise()
-        request = request_frame(model, ask.block[i], {movie: promise}, ask.batch_size)
+        request = request_frame(model, ask.block[i], [(movie, promise)], ask.batch_size)
         request.ahead = ask.ahead
         requests.append(request)
     engine.submit(requests)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from ..cache import FeatureCache
+from ..cache import OpenCache
 from ..engine import Model
 from ..errors import MissingRecordError
 from ..spec import BackboneSpec
@@ -20,7 +20,7 @@ class Service:
 
     Parameters
     ----------
-    cache : FeatureCache
+    cache : OpenCache
     memory_bytes : int, optional
         Pixels that may wait to be computed.
     progress : bool
@@ -34,7 +34,7 @@ class Service:
     """
 
     def __init__(
-        self, cache: FeatureCache, *, memory_bytes: int | None = None, progress: bool = False
+        self, cache: OpenCache, *, memory_bytes: int | None = None, progress: bool = False
     ) -> None:
         self.cache, self.progress = cache, Progress(progress)
         self.engine = cache.open_engine(memory_bytes=memory_bytes, computed=self.progress.count)

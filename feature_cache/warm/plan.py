@@ -137,7 +137,8 @@ class Unit:
         for t, spots in self.wanted:
             for spot in spots:
                 asked[spot].append(t)
-        views, absent = self.task.views(), set()
+        views = self.task.views()
+        absent: set[tuple[int, Spot]] = set()
         for spot, frames in asked.items():
             there = views[spot].contains(frames)
             absent.update((t, spot) for t, found in zip(frames, there, strict=True) if not found)
