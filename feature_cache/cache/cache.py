@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ..augment import IDENTITY, Draw
-from ..errors import DrawError
 from ..engine import Progress
+from ..errors import DrawError
 from ..explain import Explanation
 from ..key import Record
 from ..movies import Given, Movie

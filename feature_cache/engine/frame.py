@@ -55,7 +55,7 @@ class Frame:
         return self.pixels.nbytes + (0 if self.mask is None else self.mask.nbytes)
 
     def normalized(self, normalization: Normalization) -> NDArray[np.float32]:
-        """Normalise the pixels, once: (Z, H, W), of which all draws are made. Errors as `normalize`."""
+        """Normalise the pixels, once: (Z, H, W) float32. Errors as `normalize`."""
         if self.image is None:
             image = normalize(self.pixels, normalization, self.where)
             self.image = image[None] if image.ndim == 2 else image
