@@ -512,14 +512,14 @@ def request_all(
     """Give requests for frames, each as it is taken; parameters as `compute_wanted`."""
     models: dict[int, Model] = {}
     silent = Tally()
-    for t, views in wanted:
+    for number, (t, views) in enumerate(wanted):
         first = views[0]
         model = models.get(id(first.backbone))
         if model is None:
             model = first.cache.open_model(first.backbone, first.spec.backbone)
             models[id(first.backbone)] = model
         where, origins = first.where(t), {view.draw: view.origin for view in views}
-        heard, unheard = (FrameAnswer(counts, where, origins) for counts in (tally, silent))
+        heard, unheard = (FrameAnswer(counts, where, origins, number) for counts in (tally, silent))
         told = [(view, unheard if view in uncounted else heard) for view in views]
         yield request_frame(model, t, told, batch_size)
 

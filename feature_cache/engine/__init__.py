@@ -8,8 +8,6 @@ from .interrupt import end_by_exit, finish, forget_exit
 from .memory import trim
 from .model import (
     GRID_DTYPE,
-    Embedding,
-    Grid,
     Model,
     Progress,
     compute_each,
@@ -18,6 +16,7 @@ from .model import (
     grid_spec,
 )
 from .outcome import PART_FAILS, Failure, FailureListener, FrameAnswer, Tally
+from .plain import Embedding, Grid
 from .request import Answer, Promise, Request, View, Wanted, request_frame
 
 __all__ = [

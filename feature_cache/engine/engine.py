@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ from .claims import LOOK_SECONDS, FrameClaims
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
 from .interrupt import finish, terminable
 from .memory import trim
-from .model import Embedding, Grid
+from .plain import Embedding
 from .request import Answer, Part, Promise, Request, Wanted
 
 PATIENCE_SECONDS = 600.0
@@ -620,7 +621,7 @@ class Engine:
                     self._pooling += 1
                 self._pool_up(self._make_records, part, grid)
 
-    def _make_records(self, part: Part, grid: Grid) -> None:
+    def _make_records(self, part: Part, grid: Any) -> None:
         try:
             records = part.request.model.make_records(part.embedding, grid)
         except FeatureCacheError as error:

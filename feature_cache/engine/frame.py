@@ -37,6 +37,8 @@ class Frame:
     digest: Digest
     where: str
     image: NDArray[np.float32] | None = field(default=None, init=False)
+    on_device: Any = field(default=None, init=False)
+    """What of it lies on the device, where it is computed there."""
     _regions: Regions | None = field(default=None, init=False)
 
     @property

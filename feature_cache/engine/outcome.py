@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from ..augment import Draw
@@ -59,8 +60,8 @@ class Tally:
     ----------
     computed, elsewhere : int
         Records computed here, and those that others computed meanwhile.
-    errors : list of Exception
-        Of `failures`, one each.
+    errors : list of (int, Exception)
+        What frames failed of, with their numbers in the order they were asked for.
     fatal : Exception or None
         An error that ends more than a frame.
     """
@@ -71,7 +72,7 @@ class Tally:
         self._progress, self._failed = progress, failed
         self.computed = self.elsewhere = 0
         self.failures: list[Failure] = []
-        self.errors: list[Exception] = []
+        self.errors: list[tuple[int, Exception]] = []
         self.fatal: Exception | None = None
         self._strange = 0
         self._lock = threading.RLock()
@@ -90,25 +91,20 @@ class Tally:
             if self._progress is not None and computed + elsewhere:
                 self._progress(computed + elsewhere)
 
-    def fail(self, failure: Failure, error: Exception | None = None) -> None:
-        """Count what failed."""
+    def fail(self, failure: Failure, error: Exception | None = None, number: int = 0) -> None:
+        """Count what failed: a frame of an error, or anything else."""
         with self._lock:
             self.failures.append(failure)
             if error is not None:
-                self.errors.append(error)
+                self.errors.append((number, error))
                 self._strange = self._strange + 1 if error.__cause__ is not None else 0
                 if self._strange >= _MOST_STRANGE:
                     self.fatal = self.fatal or error
             if self._failed is not None:
                 self._failed(failure)
 
-    def check(self, kept: str = "") -> None:
-        """Raise what failed.
-
-        Parameters
-        ----------
-        kept : str
-            What to say of the records that did not.
+    def check(self) -> None:
+        """Raise what failed, and say what is kept.
 
         Raises
         ------
@@ -119,12 +115,13 @@ class Tally:
             raise self.fatal
         if not self.errors:
             return
-        kind = next(kind for kind in PART_FAILS if isinstance(self.errors[0], kind))
-        reasons = list(dict.fromkeys(map(str, self.errors)))
+        errors = [error for _, error in sorted(self.errors, key=itemgetter(0))]
+        kind = next(kind for kind in PART_FAILS if isinstance(errors[0], kind))
+        reasons = list(dict.fromkeys(map(str, errors)))
         some = "; ".join(reasons[:_MOST_REASONS])
         more = f"; and {len(reasons) - _MOST_REASONS} more" if reasons[_MOST_REASONS:] else ""
         error = kind(f"{some}{more}. {self._count()}")
-        raise error from self.errors[0]
+        raise error from errors[0]
 
     def _count(self) -> str:
         failed = sum(failure.records for failure in self.failures)
@@ -148,11 +145,14 @@ class FrameAnswer:
         What to call the frame.
     origins : mapping of Draw to str
         What to call each of its draws.
+    number : int
+        In the order that frames were asked for.
     """
 
     tally: Tally
     where: str
     origins: Mapping[Draw, str]
+    number: int = 0
 
     reads = False
 
@@ -175,4 +175,4 @@ class FrameAnswer:
         is_whole = len(self.origins) > 1 and len(draws) == len(self.origins)
         names = [] if is_whole else [self.origins[one] for one in draws if self.origins[one]]
         what = ", ".join([self.where, *names[:1]])
-        self.tally.fail(Failure(what, str(error), len(wanted)), error)
+        self.tally.fail(Failure(what, str(error), len(wanted)), error, self.number)

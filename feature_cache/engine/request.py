@@ -18,7 +18,8 @@ from ..store import Space
 from .frame import Frame
 
 if TYPE_CHECKING:
-    from .model import Embedding, Model
+    from .model import Model
+    from .plain import Embedding
 
 
 _numbers = count()

@@ -1,0 +1,222 @@
+"""From frames to records on the device of the backbone: only what is stored comes back.
+
+A frame is uploaded as it is stored, from pinned memory, and normalised there by the thread that
+reads it, on a stream of its own. All else is put on one other stream, whichever thread asks for it:
+draws, network, pooling, rounding, and the copy back, for which the thread that makes the records
+waits. `OnDevice` owns both streams. What a frame has on the device is its
+``on_device``, and goes with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..backbones.state import undisturbed
+from ..errors import FrameError
+from ..key import Record
+from ..normalize import normalize_on
+from ..pooling_torch import pool_on
+from ..spec import BackboneSpec, SpaceSpec
+from .frame import Frame
+from .plain import (
+    Embedding,
+    check_finite,
+    check_range,
+    check_shape,
+    count_slices,
+    split_stacks,
+    too_large,
+)
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+PLAIN = "FEATURE_CACHE_PLAIN"
+"""Set to 1, everything but the network is computed on the CPU; to 0, on any device there is."""
+
+
+def is_plain(device: object) -> bool:
+    """Tell whether frames are normalised and pooled on the CPU: everywhere but on CUDA."""
+    chosen = os.environ.get(PLAIN, "")
+    return chosen != "0" if chosen else torch.device(str(device)).type != "cuda"
+
+
+@dataclass(slots=True, eq=False)
+class DeviceImage:
+    """A frame on the device: (Z, H, W) float32 normalised, and (Z, H, W) rows of its regions."""
+
+    pixels: torch.Tensor
+    rows: torch.Tensor | None
+
+
+@dataclass(slots=True, eq=False)
+class DeviceGrid:
+    """A frame's grid on the device, and what is to be checked before anything of it is stored.
+
+    Attributes
+    ----------
+    grid : (gh, gw, C) or (Z, gh, gw, C) float32
+    seen : (2,) float32
+        The least and the largest pixel of the batch, as the backbone saw them.
+    where : str
+        Names the first frame of the batch.
+    """
+
+    grid: torch.Tensor
+    seen: torch.Tensor
+    where: str
+
+
+class OnDevice:
+    """Computes all on the device of the backbone.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    spec : BackboneSpec
+    """
+
+    def __init__(self, backbone: Backbone, spec: BackboneSpec) -> None:
+        self.backbone, self.spec = backbone, spec
+        self.device = torch.device(getattr(backbone, "device", "cpu"))
+        self._has_streams = self.device.type == "cuda"
+        self._uploads, self._computing = (
+            torch.cuda.Stream(self.device) if self._has_streams else None  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+
+    @contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        """Put what follows on a stream, with nothing of what the process has set."""
+        with undisturbed(self.device), torch.cuda.stream(stream):
+            yield
+
+    def prepare(self, frame: Frame) -> None:
+        """Upload a frame and normalise it there, once for all its draws; waits for its upload.
+
+        Raises
+        ------
+        FrameError
+            As `feature_cache.normalize.normalize`.
+        """
+        if frame.on_device is not None:
+            return
+        rows = None if frame.mask is None else self._pin(frame.regions().rows)
+        stored = self._pin(frame.pixels if frame.pixels.ndim == 3 else frame.pixels[None])
+        with self._on(self._uploads):
+            put = stored.to(self.device, non_blocking=True)
+            normalized = normalize_on(put[None], self.spec.normalization)
+            image = DeviceImage(
+                normalized.pixels[0],
+                None if rows is None else rows.to(self.device, non_blocking=True),
+            )
+            normalized.check([frame.where])
+            if self._has_streams:
+                torch.cuda.current_stream(self.device).synchronize()
+        frame.on_device = image
+
+    def _pin(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        tensor = torch.from_numpy(np.ascontiguousarray(native))
+        return tensor.pin_memory() if self._has_streams else tensor
+
+    def embed(self, batch: Sequence[Embedding]) -> list[DeviceGrid]:
+        """Embed frames that the backbone sees in one shape, as one batch; waits for nothing."""
+        with self._on(self._computing):
+            images = self._draw_all(batch)
+            seen = torch.stack(torch.aminmax(images))
+            grids = torch.as_tensor(self.backbone.embed(images)).float()
+            check_shape(grids, self.spec, batch)
+            stacks = split_stacks(grids.to(self.device), batch)
+        return [DeviceGrid(stack, seen, batch[0].frame.where) for stack in stacks]
+
+    def _draw_all(self, batch: Sequence[Embedding]) -> torch.Tensor:
+        bounds, parts = self.spec.normalization.range, []
+        for draw, group in groupby(batch, key=lambda each: each.draw):
+            frames = [each.frame for each in group]
+            images = torch.cat([self._image_of(frame).pixels for frame in frames])
+            if not draw.is_identity:
+                digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
+                images = draw.apply(images, digests=digests, bounds=bounds)
+            parts.append(images)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _image_of(self, frame: Frame) -> DeviceImage:
+        self.prepare(frame)
+        image: DeviceImage = frame.on_device
+        if self._has_streams:  # its memory was taken on the stream of the uploads
+            for tensor in (image.pixels, image.rows):
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+        return image
+
+    def make_records(self, embedding: Embedding, found: DeviceGrid) -> list[Record]:
+        """Make a frame's records of its grid; waits until they are here. Errors as `Plain`'s."""
+        frame, modes, grid = embedding.frame, embedding.modes, found.grid
+        fallback = None
+        if modes:
+            depth, height, width = (grid if grid.ndim == 4 else grid[None]).shape[:3]
+            cells = frame.regions().cells_of_centroids(embedding.draw, (depth, height, width))
+            fallback = self._pin(np.asarray(cells, np.int64))
+        with self._on(self._computing):
+            finite = torch.isfinite(grid).view(-1, grid.shape[-3:].numel()).all(dim=1)
+            pooled: dict[str | None, torch.Tensor] = {None: grid}
+            if fallback is not None:
+                rows = embedding.draw.apply_rows(self._rows_of(frame))
+                put = fallback.to(self.device, non_blocking=True)
+                pooled.update(zip(modes, pool_on(grid, rows, put, modes), strict=True))
+            stored = {s: pooled[s.pooling].to(_DTYPES[s.dtype]) for s in embedding.specs}
+            checks = [finite.to(torch.float32), found.seen, *map(_reach, stored.values())]
+            here = [self._bring(tensor) for tensor in (torch.cat(checks), *stored.values())]
+            if self._has_streams:
+                torch.cuda.current_stream(self.device).record_event().synchronize()
+        self._check(here[0], found, embedding, stored, pooled)
+        return [
+            Record(array.numpy(), None if spec.pooling is None else frame.regions().labels)
+            for spec, array in zip(stored, here[1:], strict=True)
+        ]
+
+    def _rows_of(self, frame: Frame) -> torch.Tensor:
+        rows = self._image_of(frame).rows
+        if rows is None:
+            raise FrameError(f"{frame.where} has no mask, and pooling needs one")
+        return rows
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy to pinned memory, without waiting."""
+        if not self._has_streams:
+            return tensor.contiguous()
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return here.copy_(tensor, non_blocking=True)
+
+    def _check(
+        self,
+        checks: torch.Tensor,
+        found: DeviceGrid,
+        embedding: Embedding,
+        stored: dict[SpaceSpec, torch.Tensor],
+        pooled: dict[str | None, torch.Tensor],
+    ) -> None:
+        depth = count_slices([embedding])
+        check_range(checks[depth : depth + 2], self.spec, found.where)
+        check_finite(checks[:depth] > 0, self.spec, [embedding])
+        for spec, fits in zip(stored, checks[depth + 2 :].tolist(), strict=True):
+            if not fits:
+                largest = float(pooled[spec.pooling].abs().max())
+                raise too_large(largest, spec, embedding.frame)
+
+
+def _reach(tensor: torch.Tensor) -> torch.Tensor:
+    """Tell, as (1,) float32, whether all of a tensor is finite."""
+    return torch.isfinite(tensor).all().to(torch.float32)[None]
+
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}

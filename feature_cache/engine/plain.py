@@ -1,0 +1,193 @@
+"""From frames to records with all but the network on the CPU: what other ways are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..augment import Draw
+from ..backbones.state import undisturbed
+from ..errors import BackboneError
+from ..key import Record
+from ..pooling import pool_frame
+from ..spec import BackboneSpec, SpaceSpec
+from .frame import Frame
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+Grid: TypeAlias = NDArray[np.float32]
+"""(gh, gw, C), or (Z, gh, gw, C) for a stack."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """A frame under one draw, which goes through the backbone once for all its records.
+
+    Attributes
+    ----------
+    specs : tuple of SpaceSpec
+        The spaces of these records.
+    """
+
+    frame: Frame
+    draw: Draw
+    specs: tuple[SpaceSpec, ...]
+    shape: tuple[int, int] = field(init=False)
+    """(H, W) that the backbone sees."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.draw.output_shape(self.frame.shape))
+
+    @property
+    def modes(self) -> list[str]:
+        """The poolings of its records, each once."""
+        return list(dict.fromkeys(s.pooling for s in self.specs if s.pooling is not None))
+
+
+class Plain:
+    """Normalises and pools on the CPU; draws on the device of the backbone, and waits for it.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    spec : BackboneSpec
+    """
+
+    def __init__(self, backbone: Backbone, spec: BackboneSpec) -> None:
+        self.backbone, self.spec = backbone, spec
+        self.device = torch.device(getattr(backbone, "device", "cpu"))
+
+    def prepare(self, frame: Frame) -> None:
+        """Normalise a frame, once for all its draws. FrameError where that can't be."""
+        frame.normalized(self.spec.normalization)
+
+    def embed(self, batch: Sequence[Embedding]) -> list[Any]:
+        """Embed frames that the backbone sees in one shape, as one batch.
+
+        Returns
+        -------
+        list of (gh, gw, C), or (Z, gh, gw, C) for stacks, float32
+
+        Raises
+        ------
+        BackboneError
+            The pixels are beyond what the normalisation promises, or the embedding has a wrong
+            shape, or NaN.
+        """
+        with undisturbed(self.device):
+            images = self._draw_all(batch)
+            grids = torch.as_tensor(self.backbone.embed(images)).float().cpu()
+        check_shape(grids, self.spec, batch)
+        check_finite(torch.isfinite(grids).flatten(1).all(dim=1), self.spec, batch)
+        return split_stacks(grids.numpy(), batch)
+
+    def _draw_all(self, batch: Sequence[Embedding]) -> torch.Tensor:
+        """Give what the backbone sees, (B, H', W'); frames of one draw are drawn at once."""
+        bounds, parts = self.spec.normalization.range, []
+        for draw, group in groupby(batch, key=lambda each: each.draw):
+            frames = [each.frame for each in group]
+            images = self._images_of(frames)
+            self._check_range(images, frames[0])
+            if not draw.is_identity:
+                digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
+                images = draw.apply(images.to(self.device), digests=digests, bounds=bounds)
+                self._check_range(images, frames[0])
+            parts.append(images)
+        return parts[0] if len(parts) == 1 else torch.cat([p.to(self.device) for p in parts])
+
+    def _images_of(self, frames: Sequence[Frame]) -> torch.Tensor:
+        rule = self.spec.normalization
+        return torch.from_numpy(np.concatenate([frame.normalized(rule) for frame in frames]))
+
+    def _check_range(self, images: torch.Tensor, first: Frame) -> None:
+        if self.spec.normalization.range is not None:
+            check_range(torch.stack(torch.aminmax(images)), self.spec, first.where)
+
+    def make_records(self, embedding: Embedding, grid: Any) -> list[Record]:
+        """Make a frame's records of its grid, one for each space: pooled, rounded and checked.
+
+        Raises
+        ------
+        BackboneError
+            A number does not fit the storage dtype.
+        FrameError
+            There is no mask, and a pooling needs one.
+        """
+        frame, modes = embedding.frame, embedding.modes
+        pooled: dict[str | None, NDArray[np.floating[Any]]] = {None: grid}
+        if modes:
+            found = pool_frame(grid, frame.regions(), embedding.draw, modes)
+            pooled.update(zip(modes, found, strict=True))
+        return [_make_record(pooled[spec.pooling], spec, frame) for spec in embedding.specs]
+
+
+def _make_record(features: NDArray[np.floating[Any]], spec: SpaceSpec, frame: Frame) -> Record:
+    with np.errstate(over="ignore"):
+        stored = features.astype(spec.dtype)
+    if not np.isfinite(stored).all():
+        raise too_large(float(np.abs(features).max()), spec, frame)
+    return Record(stored, None if spec.pooling is None else frame.regions().labels)
+
+
+def too_large(largest: float, spec: SpaceSpec, frame: Frame) -> BackboneError:
+    """Give the error for a number that the storage dtype can't hold."""
+    return BackboneError(
+        f"an embedding of {frame.where} reaches {largest:.4g}, too large for storage dtype "
+        f"{spec.dtype}: use dtype float32"
+    )
+
+
+def check_range(seen: torch.Tensor, spec: BackboneSpec, where: str) -> None:
+    """Check that the least and the largest pixel are within what the normalisation promises."""
+    low, high = seen.tolist()
+    bounds = spec.normalization.range
+    if bounds is not None and not bounds[0] <= low <= high <= bounds[1]:
+        raise BackboneError(
+            f"{where}, or a frame of its batch, has pixels from {low:.6g} to {high:.6g} for "
+            f"{spec.name}: its normalisation promises {bounds[0]:g} to {bounds[1]:g}"
+        )
+
+
+def check_shape(grids: torch.Tensor, spec: BackboneSpec, batch: Sequence[Embedding]) -> None:
+    """Check that there is a grid for each slice."""
+    count, first = count_slices(batch), batch[0].frame.where
+    if grids.ndim != 4 or grids.shape[0] != count or grids.shape[3] != spec.width:
+        raise BackboneError(
+            f"{spec.name} gave shape {tuple(grids.shape)} for {count} frames from {first} on: "
+            f"expected ({count}, gh, gw, {spec.width})"
+        )
+
+
+def check_finite(finite: torch.Tensor, spec: BackboneSpec, batch: Sequence[Embedding]) -> None:
+    """Check that no grid has NaN or infinity; (slices,) bool."""
+    if not finite.all():
+        bad = int((~finite).nonzero()[0])
+        owners = np.repeat(range(len(batch)), [each.frame.depth for each in batch])
+        advice = "look at the frame" if spec.dtype == "float32" else "try dtype float32"
+        raise BackboneError(
+            f"{spec.name} gave NaN or infinity for {batch[owners[bad]].frame.where} (compute dtype "
+            f"{spec.dtype}): nothing of it is stored; {advice}"
+        )
+
+
+def split_stacks(slices: Any, batch: Sequence[Embedding]) -> list[Any]:
+    """Give each frame its grid, or the grids of its slices."""
+    ends = np.cumsum([each.frame.depth for each in batch]).tolist()
+    starts = [0, *ends[:-1]]
+    stacks = [slices[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [
+        stack[0] if each.frame.pixels.ndim == 2 else stack
+        for stack, each in zip(stacks, batch, strict=True)
+    ]
+
+
+def count_slices(batch: Sequence[Embedding]) -> int:
+    """Count the slices of a batch's frames."""
+    return sum(each.frame.depth for each in batch)

@@ -1,0 +1,111 @@
+"""All on the device, against all but the network on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from feature_cache import Augmentations, BackboneError, Draw, FeatureCache, FrameError
+from feature_cache.augment import Affine, Noise, Scale, hflip
+from feature_cache.engine import device
+from feature_cache.normalize import ConstantFrameWarning
+from feature_cache.pooling import POOLINGS
+from feature_cache.rounding import records_agree
+from feature_cache.spec import SpaceSpec
+from feature_cache.testing import FakeBackbone
+from synthetic import make_movie
+
+DRAWS = (
+    Draw(),
+    Draw.of(hflip(), Noise(0.02, 3)),
+    Draw.of(Affine(degrees=20, scale=0.1)),  # regions vanish
+    Draw.of(Scale(0.5)),
+    Augmentations(copies=1).draw(1),
+)
+
+
+@pytest.fixture(params=["frames", "stacks", "frames of real numbers"])
+def movie(request):
+    images, masks, _ = make_movie(3)
+    if request.param == "stacks":
+        return images.reshape(1, 3, *images.shape[1:]), masks.reshape(1, 3, *masks.shape[1:])
+    return (images.astype(np.float32) + 0.25 if "real" in request.param else images), masks
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Take the way of a device on whatever there is."""
+    monkeypatch.setenv(device.PLAIN, "0")
+
+
+@pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: str(draw.to_json())[:40])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_records_agree_within_rounding(tmp_path, monkeypatch, movie, draw, dtype):
+    backbone, found = FakeBackbone(dim=8, stride=8), []
+    for plain in "01":
+        monkeypatch.setenv(device.PLAIN, plain)
+        cache = FeatureCache(tmp_path / plain)
+        options = {"draw": draw, "dtype": dtype}
+        found.append(
+            [
+                (SpaceSpec(backbone.spec, pooling, dtype), record)
+                for pooling in (*POOLINGS, None)
+                for record in cache.get_or_compute(*movie, backbone, pooling=pooling, **options)
+            ]
+        )
+    assert len(found[0]) == len(movie[0]) * (len(POOLINGS) + 1)
+    for (spec, one), (_, other) in zip(*found, strict=True):
+        assert records_agree(one, other, spec), spec.pooling
+
+
+def test_numbers_that_differ_are_an_error_and_never_stored(tmp_path, monkeypatch, on_device):
+    real = device.pool_on
+    monkeypatch.setattr(device, "pool_on", lambda *a: [p * 1.01 for p in real(*a)])
+    images, masks, _ = make_movie(3)
+    cache = FeatureCache(tmp_path / "cache")
+    with pytest.raises(BackboneError, match=r"gives other numbers.*set FEATURE_CACHE_PLAIN=1"):
+        cache.get_or_compute(images, masks, FakeBackbone(dim=4))
+    assert cache.stats()["records"] == 0
+    monkeypatch.setenv(device.PLAIN, "1")
+    assert len(cache.get_or_compute(images, masks, FakeBackbone(dim=4))) == 3
+
+
+def test_what_fails_is_said_as_on_the_cpu(tmp_path, on_device):
+    images, masks, _ = make_movie(3)
+    cache = FeatureCache(tmp_path / "cache")
+
+    class Wrong(FakeBackbone):
+        value = float("nan")
+
+        def embed(self, frames):
+            grids = super().embed(frames)
+            grids[:, 0, 0, 0] = self.value
+            return grids
+
+    with pytest.raises(BackboneError, match=r"gave NaN or infinity for frame 0.*frame 1.*frame 2"):
+        cache.get_or_compute(images, masks, Wrong(dim=4))
+    Wrong.value = 1e6
+    with pytest.raises(BackboneError, match=r"reaches 1e\+06, too large for storage dtype float16"):
+        cache.get_or_compute(images, None, Wrong(dim=4), pooling=None)
+    with pytest.warns(ConstantFrameWarning, match="frame 0 is constant"):
+        [record] = cache.get_or_compute(np.ones((1, 48, 64)), masks[:1], FakeBackbone(dim=4))
+    assert np.isfinite(record.features).all()
+    far = np.zeros((1, 48, 64), np.float32)
+    far[0, :, ::2], far[0, 0, 0] = 3e38, -3e38
+    with pytest.raises(FrameError, match="too far for float32"):
+        cache.get_or_compute(far, masks[:1], FakeBackbone(dim=4))
+
+
+def test_more_pixels_than_the_backbone_may_see_are_an_error(tmp_path, monkeypatch, on_device):
+    real = device.normalize_on
+
+    def too_bright(*args):
+        normalized = real(*args)
+        normalized.pixels.add_(torch.tensor(0.5))
+        return normalized
+
+    monkeypatch.setattr(device, "normalize_on", too_bright)
+    images, masks, _ = make_movie(2)
+    with pytest.raises(BackboneError, match=r"to 1.5 for fake: its normalisation promises 0 to 1"):
+        FeatureCache(tmp_path / "cache").get_or_compute(images, masks, FakeBackbone(dim=4))
