@@ -91,8 +91,8 @@ def test_what_fails_is_said_as_on_the_cpu(tmp_path, on_device):
     with pytest.warns(ConstantFrameWarning, match="frame 0 is constant"):
         [record] = cache.get_or_compute(np.ones((1, 48, 64)), masks[:1], FakeBackbone(dim=4))
     assert np.isfinite(record.features).all()
-    far = np.zeros((1, 48, 64), np.float32)
-    far[0, :, ::2], far[0, 0, 0] = 3e38, -3e38
+    far = np.full((1, 48, 64), 3e38, np.float32)
+    far[0, :, ::2] = -3e38
     with pytest.raises(FrameError, match="too far for float32"):
         cache.get_or_compute(far, masks[:1], FakeBackbone(dim=4))
 
