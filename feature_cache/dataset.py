@@ -200,7 +200,7 @@ class TokenFeatures:
 
     def warm(self) -> int:
         """Compute all that is missing, in every copy; give the number of records computed."""
-        return warm_movies(self.variants, batch_size=self.batch_size)
+        return warm_tokens([self])
 
     def prefetch(self, movie: int, times: Sequence[int], copy: int = 0) -> None:
         """Have records computed in the background that will be asked for; waits for nothing.
@@ -248,6 +248,18 @@ class TokenFeatures:
         """Count hits; misses are counted where it is known whether they are on their way."""
         movie.cache.counter.add(Usage(hits=hits, bytes_read=nbytes))
         self._misses.hits += hits
+
+
+def warm_tokens(tokens: Sequence[TokenFeatures]) -> int:
+    """Compute all that is missing of several, in one run; give the number of records computed.
+
+    Raises
+    ------
+    As `feature_cache.FeatureCache.get_or_compute`.
+    """
+    batch_size = max((one.batch_size for one in tokens), default=1)
+    movies = [copies for one in tokens for copies in one.variants]
+    return warm_movies(movies, batch_size=batch_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from trackastra.data import distributed as _distributed
 from ..augment import Augmentations
 from ..backbones import load_backbone
 from ..cache import FeatureCache
-from ..dataset import OnMiss
+from ..dataset import OnMiss, warm_tokens
 from ..service import ReadAhead
 from .collation import collate
 from .dataset import Geometry, wrap
@@ -153,8 +153,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         """Warm the cache, if that was asked for."""
         if self.warm:
             self.setup("fit")
-            for dataset in self.datasets.values():
-                dataset.warm()
+            warm_tokens([tokens for data in self.datasets.values() for tokens in data.all_tokens])
 
     def setup(self, stage: str) -> None:
         """Load both datasets, if this process has not loaded them; their names are checked first.

@@ -16,7 +16,7 @@ from ..augment import Augmentations, Draw
 from ..backbones import load_backbone
 from ..batch import Batch
 from ..cache import FeatureCache, MovieFeatures
-from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish
+from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish, warm_tokens
 from ..errors import UnknownNameError
 from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
@@ -145,7 +145,12 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
 
     def warm(self) -> int:
         """Compute all that is missing, in every copy; give the number of records computed."""
-        return self.feature_cache_extras.tokens.warm()
+        return warm_tokens(self.all_tokens)
+
+    @property
+    def all_tokens(self) -> list[TokenFeatures]:
+        """What looks up its features."""
+        return [self.feature_cache_extras.tokens]
 
 
 class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
@@ -176,7 +181,12 @@ class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
 
     def warm(self) -> int:
         """Compute all that is missing in all of them; give the number of records computed."""
-        return sum(dataset.warm() for dataset in self.datasets)  # type: ignore[attr-defined]
+        return warm_tokens(self.all_tokens)
+
+    @property
+    def all_tokens(self) -> list[TokenFeatures]:
+        """What looks up the features of each."""
+        return [tokens for one in self.datasets for tokens in cast(CachedCTCData, one).all_tokens]
 
 
 def wrap(
