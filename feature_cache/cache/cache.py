@@ -119,7 +119,7 @@ class FeatureCache(OpenCache):
         pooling: str | None = "mean_patches_exact",
         draw: Draw | None = None,
         dtype: str = "float16",
-        batch_size: int = 8,
+        batch_size: int | None = 8,
         keep_grids: bool = False,
     ) -> list[Record]:
         """Give one record a frame, in order; compute and commit what is missing.

@@ -236,7 +236,7 @@ class MovieFeatures:
         self,
         indices: Sequence[int] | None = None,
         *,
-        batch_size: int = 8,
+        batch_size: int | None = 8,
         keep_grids: bool = False,
     ) -> list[Record]:
         """Read records of some frames, by default all; compute and commit what is missing.
@@ -257,7 +257,7 @@ class MovieFeatures:
             records = [fresh[t] if r is None else r for t, r in zip(wanted, records, strict=True)]
         return [self.expect(t, record) for t, record in zip(wanted, records, strict=True)]
 
-    def warm(self, *, batch_size: int = 8, keep_grids: bool = False) -> int:
+    def warm(self, *, batch_size: int | None = 8, keep_grids: bool = False) -> int:
         """Compute and commit all that is missing; give the number of records computed.
 
         Parameters as `compute`.
@@ -285,7 +285,7 @@ class MovieFeatures:
         self,
         indices: Sequence[int],
         *,
-        batch_size: int = 8,
+        batch_size: int | None = 8,
         keep_grids: bool = False,
         progress: Progress | None = None,
     ) -> int:
@@ -298,8 +298,9 @@ class MovieFeatures:
         Parameters
         ----------
         indices : sequence of int
-        batch_size : int
-            Frames embedded at once; fewer where the device's memory does not suffice.
+        batch_size : int or None
+            Frames embedded at once, fewer where the device's memory does not suffice; None for as
+            many as fit.
         keep_grids : bool
             Store the grid of what is computed too, in float32: other poolings and other masks
             then need no backbone.
@@ -434,7 +435,7 @@ def compute_wanted(
     wanted: Iterable[tuple[int, Sequence[MovieFeatures]]],
     tally: Tally,
     *,
-    batch_size: int,
+    batch_size: int | None,
     uncounted: Sequence[MovieFeatures] = (),
 ) -> None:
     """Compute and commit what is missing, of any movies of one cache, in one run of an engine.
@@ -444,7 +445,7 @@ def compute_wanted(
     wanted : iterable of (int, sequence of MovieFeatures)
         A frame, and views of its movie: draws, and spaces of one backbone.
     tally : Tally
-    batch_size : int
+    batch_size : int or None
     uncounted : sequence of MovieFeatures
         Views whose records are not counted.
 
@@ -469,14 +470,14 @@ def compute_wanted(
     tally.check()
 
 
-def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int) -> int:
+def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int | None) -> int:
     """Compute and commit all that is missing of movies, in one run for each cache.
 
     Parameters
     ----------
     movies : iterable of sequence of MovieFeatures
         Each movie's copies.
-    batch_size : int
+    batch_size : int or None
         Frames embedded at once.
 
     Returns
@@ -506,7 +507,7 @@ def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int) -
 def request_all(
     wanted: Iterable[tuple[int, Sequence[MovieFeatures]]],
     tally: Tally,
-    batch_size: int,
+    batch_size: int | None,
     uncounted: Sequence[MovieFeatures] = (),
 ) -> Iterator[Request]:
     """Give requests for frames, each as it is taken; parameters as `compute_wanted`."""
@@ -524,7 +525,7 @@ def request_all(
         yield request_frame(model, t, told, batch_size)
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise ValueError for a number of frames that makes no batch."""
-    if batch_size < 1:
+def check_batch_size(batch_size: int | None) -> None:
+    """Raise ValueError for a number of frames that makes no batch; None is as many as fit."""
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected 1 or more")

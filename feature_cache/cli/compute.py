@@ -41,6 +41,7 @@ from .options import (
     complete,
     complete_backbone,
     complete_pooling,
+    parse_batch_size,
     size_option,
 )
 from .output import count_text, print_table, regions_text, size_text
@@ -138,7 +139,7 @@ def warm(
     axes: AxesOption = None,
     device: DeviceOption = None,
     compute_dtype: ComputeDtypeOption = None,
-    batch_size: BatchOption = 8,
+    batch_size: BatchOption = "auto",
     dtype: DtypeOption = "float16",
     codec: CodecOption = "raw",
     copies: CopiesOption = 0,
@@ -166,6 +167,7 @@ def warm(
 
     where = _Where(backbone, weights, device, compute_dtype, scheduler, local_workers)
     where.check(from_grids, dense)
+    at_once = parse_batch_size(batch_size)
     augmentations = Augmentations(policy, copies, seed)
     poolings = [None if name == "none" else name for name in pooling]
     with LogFile(log):
@@ -196,7 +198,7 @@ def warm(
         if plan:
             _show_plan(work, as_json, report)
         else:
-            done = _run(work, where, model, batch_size, max_size, push)
+            done = _run(work, where, model, at_once, max_size, push)
             store.counter.save()
             _show_report(done, as_json, report)
 
@@ -263,7 +265,7 @@ def _run(
     plan: WarmPlan,
     where: _Where,
     model: Backbone,
-    batch_size: int,
+    batch_size: int | None,
     max_bytes: int | None,
     push: str | None,
 ) -> WarmReport:

@@ -16,6 +16,7 @@ from .options import (
     JsonOption,
     SpacesOption,
     age_option,
+    parse_batch_size,
     size_option,
 )
 from .output import count_text, make_bar, print_table, size_text, time_text
@@ -72,7 +73,7 @@ def verify(
         str | None,
         typer.Option(help="Such as cuda:0; default: the best.", rich_help_panel=COMPUTING),
     ] = None,
-    batch_size: BatchOption = 8,
+    batch_size: BatchOption = "8",
     seed: Annotated[
         int, typer.Option(help="Another one chooses other records.", rich_help_panel=COMPUTING)
     ] = 0,
@@ -97,7 +98,9 @@ def verify(
         maintenance.repair(cache, findings)
     again = None
     if recompute is not None:
-        again = _compute_again(cache, space, count, seed, weights, device, batch_size)
+        again = _compute_again(
+            cache, space, count, seed, weights, device, parse_batch_size(batch_size) or 8
+        )
         findings += again.wrong
         if repair:
             maintenance.repair(cache, again.wrong)

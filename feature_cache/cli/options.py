@@ -124,8 +124,24 @@ WeightsOption = Annotated[
         rich_help_panel=FEATURES,
     ),
 ]
+
+
+def parse_batch_size(text: str) -> int | None:
+    """Read a number of frames; None for auto."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"--batch-size {text!r}: expected auto, or a number from 1 on")
+    return int(text)
+
+
 BatchOption = Annotated[
-    int, typer.Option(min=1, help="Frames embedded at once.", rich_help_panel=COMPUTING)
+    str,
+    typer.Option(
+        help="Frames embedded at once; auto: as many as fit.",
+        autocompletion=complete(lambda: ("auto", "8", "16", "32")),
+        rich_help_panel=COMPUTING,
+    ),
 ]
 PoolingOption = Annotated[
     str,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..store import Space
 
+FIRST_BATCH, MOST_AT_ONCE = 8, 64
+"""Slices of the first batch, and of any, where nobody says how many."""
 PROOFS = 8
 """How many records of each space are computed in the plain way too, on any device but a CPU."""
 GRID_DTYPE = "float32"
@@ -50,6 +52,12 @@ class Model:
         Of which the keys were made; the backbone is compared with it before each batch.
     grids : Space, optional
         Where its float32 grids are; what is pooled from them needs no backbone.
+
+    Attributes
+    ----------
+    fitting : int
+        Slices that are embedded at once where nobody says how many: by the memory that the first
+        batch took on a GPU.
     """
 
     def __init__(self, backbone: Backbone, spec: BackboneSpec, grids: Space | None = None) -> None:
@@ -58,6 +66,7 @@ class Model:
         self._witness = Witness(backbone, spec)
         self._grid_space = grid_spec(spec).digest
         self._most_slices: int | None = None
+        self.fitting, self._is_measured = FIRST_BATCH, False
         self._lock = _locks.setdefault((spec.digest, str(self.device)), threading.RLock())
         self._plain = Plain(backbone, spec)
         self._way = self._plain if is_plain(self.device) else OnDevice(backbone, spec)
@@ -119,11 +128,25 @@ class Model:
         try:
             with self._lock:
                 self._witness.check()
-                return self._way.embed(batch)
+                return self._measure(batch)
         except Exception as error:  # noqa: BLE001 - it goes to those who asked for the frame
             if _is_out_of_memory(error):
                 return self._lower(batch, error)
             return _as_ours(error, self.spec.name, batch[0].frame.where)
+
+    def _measure(self, batch: Sequence[Embedding]) -> list[Any]:
+        """Embed a batch; see how many fit by what the first takes, where that can be seen."""
+        device = torch.device(self.device)
+        if self._is_measured or device.type != "cuda":
+            return self._way.embed(batch)
+        self._is_measured = True
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        grids = self._way.embed(batch)
+        taken = torch.cuda.max_memory_allocated(device) - before
+        free = torch.cuda.mem_get_info(device)[0]
+        self.fitting = count_fitting(free, taken, count_slices(batch))
+        return grids
 
     def _lower(self, batch: Sequence[Embedding], error: Exception) -> BackboneError:
         """Take fewer frames at once from now on; say what to lower where it was only one."""
@@ -185,6 +208,18 @@ class Model:
                 )
             self._proofs[spec] = self._proofs.get(spec, 0) + 1
         embedding.frame.image = None
+
+
+def count_fitting(free: int, taken: int, slices: int) -> int:
+    """Give how many slices to embed at once, given what some of them took; half is left to others.
+
+    Examples
+    --------
+    >>> count_fitting(free=40 << 30, taken=8 << 30, slices=8)
+    20
+    """
+    fitting = free // 2 * slices // max(1, taken)
+    return min(MOST_AT_ONCE, max(FIRST_BATCH, fitting))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

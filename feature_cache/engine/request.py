@@ -72,8 +72,8 @@ class Request:
     read : callable
         Reads frame and mask. Raises FrameError or MovieError where they can't be, or changed.
     wanted : sequence of Wanted
-    batch_size : int
-        Slices embedded at once, at most (but always a whole frame).
+    at_most : int or None
+        Slices embedded at once, at most (but always a whole frame); None for as many as fit.
     ahead : bool
         Nobody waits for it yet: it comes after all others.
     nbytes : int
@@ -84,7 +84,7 @@ class Request:
     digest: Digest
     read: Callable[[], Frame]
     wanted: Sequence[Wanted]
-    batch_size: int
+    at_most: int | None
     ahead: bool = False
     nbytes: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
@@ -93,6 +93,11 @@ class Request:
     """When to look again for what another process computes."""
     held_since: float | None = field(default=None, init=False)
     pause: float = field(default=0.02, init=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Slices embedded at once."""
+        return self.model.fitting if self.at_most is None else self.at_most
 
     def of(self, wanted: Sequence[Wanted]) -> Request:
         """Give a request for a part of the records."""
@@ -130,7 +135,7 @@ class View(Protocol):
 
 
 def request_frame(
-    model: Model, t: int, views: Sequence[tuple[View, Answer]], batch_size: int
+    model: Model, t: int, views: Sequence[tuple[View, Answer]], batch_size: int | None
 ) -> Request:
     """Ask for a frame's records in several views of one movie: draws, and spaces of a backbone."""
     masked = next((view for view, _ in views if view.spec.pooling is not None), views[0][0])

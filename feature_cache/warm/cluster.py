@@ -48,7 +48,7 @@ def run_on_cluster(
     recipe: Recipe | None,
     client: Client,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     progress: Progress | None = None,
     failed: FailureListener | None = None,
     max_bytes: int | None = None,
@@ -115,7 +115,7 @@ def _order(
     unit: Unit,
     source: Source,
     recipe: Recipe | None,
-    batch_size: int,
+    batch_size: int | None,
     push: str | None,
 ) -> Order:
     task, cache = unit.task, plan.cache

@@ -20,7 +20,7 @@ from .report import WarmReport
 def run_warm(
     plan: WarmPlan,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     progress: Progress | None = None,
     failed: FailureListener | None = None,
     max_bytes: int | None = None,
@@ -34,8 +34,8 @@ def run_warm(
     Parameters
     ----------
     plan : WarmPlan
-    batch_size : int
-        Frames embedded at once.
+    batch_size : int or None
+        Frames embedded at once; None for as many as fit.
     progress : callable, optional
         Called with the number of records just done.
     failed : callable, optional
@@ -124,7 +124,7 @@ def over_budget(plan: WarmPlan, max_bytes: int, tally: Tally) -> Failure:
 def compute_units(
     cache: FeatureCache,
     units: Iterable[Unit],
-    batch_size: int,
+    batch_size: int | None,
     tally: Tally,
     budget: Budget | None = None,
     pushing: Pushing | None = None,

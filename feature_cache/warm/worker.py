@@ -111,7 +111,7 @@ class Order:
     digests: Mapping[int, tuple[Digest, Digest | None]]
     wanted: tuple[tuple[int, tuple[Spot, ...]], ...]
     grids: frozenset[tuple[int, int]]
-    batch_size: int
+    batch_size: int | None
     push: str | None = None
     max_bytes: int | None = None
     name: str = ""
