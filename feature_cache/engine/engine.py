@@ -568,7 +568,7 @@ class Engine:
             for group in draws.values():
                 specs = tuple(wanted.spec for wanted in group)
                 parts.append(Part(request, Embedding(frame, group[0].draw, specs), tuple(group)))
-            found = [request.model.find_grid(part.embedding) for part in parts]
+            found = request.model.find_grids([part.embedding for part in parts])
             if any(grid is None for grid in found):
                 request.model.prepare(frame)
         except Exception as error:  # noqa: BLE001 - it goes to those who asked for the frame

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,21 +77,30 @@ class Model:
         """Normalise a frame, once for all its draws. FrameError where that can't be."""
         self._way.prepare(frame)
 
-    def find_grid(self, embedding: Embedding) -> Grid | None:
-        """Read the grid of a frame under a draw, verified, where it is stored in float32.
+    def find_grids(self, embeddings: Sequence[Embedding]) -> list[Grid | None]:
+        """Read the grids of frames under draws, verified, where they are stored in float32.
 
         Only for what is pooled. One that is damaged, or can't be read, counts as none, with a
         warning in the log.
         """
-        if self.grids is None or any(spec.pooling is None for spec in embedding.specs):
-            return None
-        key = record_key(self._grid_space, embedding.frame.digest, None, embedding.draw)
+        found: list[Grid | None] = [None] * len(embeddings)
+        pooled = [i for i, each in enumerate(embeddings) if None not in map(_pooling, each.specs)]
+        if self.grids is None or not pooled:
+            return found
+        keys = [
+            record_key(self._grid_space, each.frame.digest, None, each.draw)
+            for each in (embeddings[i] for i in pooled)
+        ]
         try:
-            [found] = self.grids.read(np.frombuffer(key, np.uint8).reshape(1, DIGEST_BYTES))
+            rows = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)
+            records = self.grids.read(rows)
         except StoreError as error:
             _log.warning("grids that are stored are not used: %s", error)
-            return None
-        return None if found is None else found.features.astype(np.float32, copy=False)
+            return found
+        for i, record in zip(pooled, records, strict=True):
+            if record is not None:
+                found[i] = record.features.astype(np.float32, copy=False)
+        return found
 
     # Embedding
 
@@ -208,6 +218,9 @@ class Model:
                 )
             self._proofs[spec] = self._proofs.get(spec, 0) + 1
         embedding.frame.image = None
+
+
+_pooling = attrgetter("pooling")
 
 
 def count_fitting(free: int, taken: int, slices: int) -> int:
