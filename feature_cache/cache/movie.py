@@ -12,7 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..augment import IDENTITY, Augmentations, Draw
-from ..engine import Frame, FrameAnswer, Model, Progress, Request, Tally, grid_spec, request_frame
+from ..engine import (
+    PART_FAILS,
+    Failure,
+    Frame,
+    FrameAnswer,
+    Model,
+    Progress,
+    Request,
+    Tally,
+    grid_spec,
+    request_frame,
+)
 from ..errors import FrameError, MissingRecordError, MovieError
 from ..explain import Explanation, Stored, explain_miss
 from ..hashing import (
@@ -248,14 +259,35 @@ class MovieFeatures:
         As `FeatureCache.get_or_compute`.
         """
         check_batch_size(batch_size)
-        wanted = list(range(len(self)) if indices is None else indices)
-        records = self.get(wanted)
-        absent = [t for t, record in zip(wanted, records, strict=True) if record is None]
+        wanted, tally = list(range(len(self)) if indices is None else indices), Tally()
+        good = self.hash_frames(wanted, tally)
+        records = dict(zip(good, self.get(good), strict=True))
+        absent = [t for t, record in records.items() if record is None]
         if absent:
-            self.compute(absent, batch_size=batch_size, keep_grids=keep_grids)
-            fresh = dict(zip(absent, self.space.read(self.keys(absent)), strict=True))
-            records = [fresh[t] if r is None else r for t, r in zip(wanted, records, strict=True)]
-        return [self.expect(t, record) for t, record in zip(wanted, records, strict=True)]
+            self._compute(absent, tally, batch_size=batch_size, keep_grids=keep_grids)
+            records.update(zip(absent, self.space.read(self.keys(absent)), strict=True))
+        tally.check()
+        return [self.expect(t, records[t]) for t in wanted]
+
+    def hash_frames(self, indices: Sequence[int], tally: Tally, copies: int = 1) -> list[int]:
+        """Hash frames and masks; give those whose keys are known by now.
+
+        Parameters
+        ----------
+        indices : sequence of int
+        tally : Tally
+            Takes the failures.
+        copies : int
+            How many records each frame stands for.
+        """
+        good = []
+        for t in dict.fromkeys(indices):
+            try:
+                self.digests(t)
+                good.append(t)
+            except PART_FAILS as error:
+                tally.fail(Failure(self.where(t), str(error), copies), error, t)
+        return good
 
     def warm(self, *, batch_size: int | None = 8, keep_grids: bool = False) -> int:
         """Compute and commit all that is missing; give the number of records computed.
@@ -266,11 +298,14 @@ class MovieFeatures:
         ------
         As `FeatureCache.get_or_compute`.
         """
-        absent = np.flatnonzero(~self.contains()).tolist()
-        self.cache.counter.add(Usage(hits=len(self) - len(absent), misses=len(absent)))
-        if not absent:
-            return 0
-        return self.compute(absent, batch_size=batch_size, keep_grids=keep_grids)
+        tally = Tally()
+        good = self.hash_frames(range(len(self)), tally)
+        absent = [t for t, there in zip(good, self.contains(good), strict=True) if not there]
+        self.cache.counter.add(Usage(hits=len(good) - len(absent), misses=len(absent)))
+        if absent:
+            self._compute(absent, tally, batch_size=batch_size, keep_grids=keep_grids)
+        tally.check()
+        return tally.computed
 
     def expect(self, t: int, record: Record | None) -> Record:
         """Give the record of frame `t` just computed or read, or raise if it is gone."""
@@ -318,15 +353,19 @@ class MovieFeatures:
         As `FeatureCache.get_or_compute`; FrameError also where a frame changed since it was hashed.
         An error that is a frame's own is raised when all others are computed, and names all such.
         """
-        views = [self]
-        grids = grid_spec(self.spec.backbone)
+        tally = Tally(progress)
+        self._compute(indices, tally, batch_size=batch_size, keep_grids=keep_grids)
+        tally.check()
+        return tally.computed
+
+    def _compute(
+        self, indices: Sequence[int], tally: Tally, *, batch_size: int | None, keep_grids: bool
+    ) -> None:
+        views, grids = [self], grid_spec(self.spec.backbone)
         if keep_grids and self.spec != grids:
             views.append(self.in_space(grids))
-        tally = Tally(progress)
-        compute_wanted(
-            ((t, views) for t in indices), tally, batch_size=batch_size, uncounted=views[1:]
-        )
-        return tally.computed
+        wanted = ((t, views) for t in indices)
+        compute_wanted(wanted, tally, batch_size=batch_size, uncounted=views[1:])
 
     def explain(
         self,
@@ -451,7 +490,7 @@ def compute_wanted(
 
     Raises
     ------
-    As `MovieFeatures.compute`.
+    As `MovieFeatures.compute`, but for what is a frame's own: that is in the tally.
     """
     check_batch_size(batch_size)
     frames = list(wanted)
@@ -467,7 +506,8 @@ def compute_wanted(
     with cache.open_engine() as engine:
         requests = request_all(frames, tally, batch_size, uncounted)
         engine.run(requests, until=lambda: tally.fatal is not None)
-    tally.check()
+    if tally.fatal is not None:
+        raise tally.fatal
 
 
 def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int | None) -> int:
@@ -490,17 +530,20 @@ def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int | 
     As `MovieFeatures.compute`.
     """
     missing: dict[OpenCache, list[tuple[int, Sequence[MovieFeatures]]]] = {}
-    for copies in movies:
-        there = np.stack([copy.contains() for copy in copies])
-        hits = int(there.sum())
-        cache = copies[0].cache
-        cache.counter.add(Usage(hits=hits, misses=there.size - hits))
-        for t in np.flatnonzero(~there.all(axis=0)).tolist():
-            absent = [copy for copy, found in zip(copies, there[:, t], strict=True) if not found]
-            missing.setdefault(cache, []).append((t, absent))
     tally = Tally()
+    for copies in movies:
+        first = copies[0]
+        good = first.hash_frames(range(len(first)), tally, len(copies))
+        there = np.stack([copy.contains(good) for copy in copies])
+        hits = int(there.sum())
+        first.cache.counter.add(Usage(hits=hits, misses=there.size - hits))
+        for t, found in zip(good, there.T, strict=True):
+            absent = [copy for copy, is_there in zip(copies, found, strict=True) if not is_there]
+            if absent:
+                missing.setdefault(first.cache, []).append((t, absent))
     for wanted in missing.values():
         compute_wanted(wanted, tally, batch_size=batch_size)
+    tally.check()
     return tally.computed
 
 
@@ -522,7 +565,10 @@ def request_all(
         where, origins = first.where(t), {view.draw: view.origin for view in views}
         heard, unheard = (FrameAnswer(counts, where, origins, number) for counts in (tally, silent))
         told = [(view, unheard if view in uncounted else heard) for view in views]
-        yield request_frame(model, t, told, batch_size)
+        try:
+            yield request_frame(model, t, told, batch_size)
+        except PART_FAILS as error:  # it can't be hashed
+            tally.fail(Failure(where, str(error), len(views)), error, number)
 
 
 def check_batch_size(batch_size: int | None) -> None:

@@ -57,6 +57,7 @@ def serve(
     """
     from ..backbones import load_backbone
     from ..cache import FeatureCache
+    from ..engine import say_kept
     from ..service import open_host
 
     model = load_backbone(backbone, weights, device, compute_dtype)
@@ -70,7 +71,8 @@ def serve(
     try:
         _wait(host, idle)
     except KeyboardInterrupt:
-        pass
+        host.close()
+        say_kept(host.service.engine.kept)
     finally:
         host.close()
         opened.counter.save()

@@ -4,7 +4,7 @@ from .batches import choose_batch
 from .commit import Budget, Commits, Written
 from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
 from .frame import Frame
-from .interrupt import end_by_exit, finish, forget_exit
+from .interrupt import end_by_exit, finish, forget_exit, say_kept, was_interrupted
 from .memory import trim
 from .model import (
     GRID_DTYPE,
@@ -51,5 +51,7 @@ __all__ = [
     "forget_exit",
     "grid_spec",
     "request_frame",
+    "say_kept",
     "trim",
+    "was_interrupted",
 ]

@@ -37,7 +37,7 @@ from ..store.claims import Claims
 from .batches import choose_batch, is_full
 from .claims import LOOK_SECONDS, FrameClaims
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
-from .interrupt import finish, terminable
+from .interrupt import finish, say_kept, terminable
 from .memory import trim
 from .plain import Embedding
 from .request import Answer, Part, Promise, Request, Wanted
@@ -174,10 +174,7 @@ class Engine:
                 self._feed(requests, until)
         except (KeyboardInterrupt, SystemExit):
             finish(self.close)
-            _log.warning(
-                "interrupted: %d records computed until now are kept; the same again goes on there",
-                self.kept,
-            )
+            say_kept(self.kept)
             raise
         finally:
             finish(self.close)

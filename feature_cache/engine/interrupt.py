@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+_log = logging.getLogger(__name__)
+_terminated = False
+
+
+def say_kept(records: int) -> None:
+    """Say, to whoever interrupted, what is kept."""
+    _log.warning(
+        "interrupted: the %d records computed until now are kept; the same again goes on there",
+        records,
+    )
+
+
+def was_interrupted() -> bool:
+    """Tell whether this process ends by Ctrl-C or by a SIGTERM that was handled here."""
+    return _terminated or getattr(sys, "last_type", None) is KeyboardInterrupt
 
 
 @contextmanager
@@ -41,6 +58,8 @@ def forget_exit() -> None:
 
 
 def _exit(number: int, _: object) -> NoReturn:
+    global _terminated
+    _terminated = True
     sys.exit(128 + number)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..augment import Draw
 from ..backbones.witness import Witness
-from ..errors import BackboneError, FeatureCacheError, StoreError
+from ..errors import BackboneError, FeatureCacheError, FrameError, StoreError
 from ..hashing import DIGEST_BYTES
 from ..key import Record, record_key
 from ..rounding import difference, rounding_bound
@@ -138,6 +138,10 @@ class Model:
         try:
             with self._lock:
                 self._witness.check()
+        except BackboneError as error:
+            return error  # whatever the frame
+        try:
+            with self._lock:
                 return self._measure(batch)
         except Exception as error:  # noqa: BLE001 - it goes to those who asked for the frame
             if _is_out_of_memory(error):
@@ -247,7 +251,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _as_ours(error: Exception, name: str, where: str) -> FeatureCacheError:
     """Give an error of ours for whatever a backbone raises; it names the frame."""
     if isinstance(error, FeatureCacheError):
-        return error
+        is_named = where in str(error) or not isinstance(error, BackboneError | FrameError)
+        return error if is_named else type(error)(f"{where}: {error}")
     ours = BackboneError(f"{name} failed for {where}: {type(error).__name__}: {error}")
     ours.__cause__ = error
     return ours

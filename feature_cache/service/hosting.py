@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..cache import OpenCache
-from ..engine import end_by_exit, finish, forget_exit
+from ..engine import end_by_exit, finish, forget_exit, say_kept, was_interrupted
 from ..errors import ServiceError
 from .server import Server
 from .service import Service
@@ -127,6 +127,9 @@ def close_all() -> None:
             finish(partial(_close, hosts))
         finally:
             _hosts.clear()
+        kept = sum(host.service.engine.kept for host in hosts)
+        if was_interrupted() and kept:
+            say_kept(kept)
 
 
 def _close(hosts: Iterable[Host]) -> None:

@@ -141,8 +141,6 @@ def packs_of(work: Work) -> int:
 
 @each(
     *without(GET_OR_COMPUTE, COMPUTE, MAIN, LOADER, SERVE),
-    failing=(DATASET, DATAMODULE, DASK),
-    why="a pack, or on a cluster a unit, for each movie in each copy",
     slow=(),
 )
 def test_a_job_that_fits_one_commit_becomes_one_pack(
@@ -181,15 +179,6 @@ BAD = {
 }
 """What is bad about a frame: how its file is spoiled, and what the backbone does with it."""
 ONE_BY_ONE = (GET_OR_COMPUTE, COMPUTE, DATASET, DATAMODULE)
-COSTS_MORE = {
-    "NaN pixels": ONE_BY_ONE,
-    "a cut file": ONE_BY_ONE,
-    "a model's error": (*ONE_BY_ONE, MAIN, LOADER, SERVE),
-    "a model's crash": (*ONE_BY_ONE, RUN_WARM, COMMAND, DASK),
-    "NaN in the grid": ONE_BY_ONE,
-    "a grid of another shape": ONE_BY_ONE,
-}
-"""Callers whose other frames are lost with it, or that don't name it."""
 
 
 def cases_of_bad_frames() -> Iterator[Any]:
@@ -199,9 +188,6 @@ def cases_of_bad_frames() -> Iterator[Any]:
             if caller is DATAMODULE and kind == "a cut file":
                 continue  # upstream's dataset reads it before us
             marks = [] if quick and caller not in SLOW else [pytest.mark.slow]
-            if caller in COSTS_MORE[kind]:
-                reason = "all is lost with it, or it is not named"
-                marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(kind, caller, id=f"{kind}, {caller}", marks=marks)
 
 
@@ -223,7 +209,7 @@ def test_a_bad_frame_costs_itself_alone(
     assert work.claims() == []
 
 
-@each(*ONE_BY_ONE, failing=ONE_BY_ONE, why="it raises the first one, and says no more")
+@each(*ONE_BY_ONE)
 def test_the_error_at_the_end_names_all_that_failed(make_work: MakeWork, caller: Caller) -> None:
     work = make_work("worse two-valued", mood="error")
     [outcome] = run(caller, work)
@@ -236,8 +222,6 @@ def test_the_error_at_the_end_names_all_that_failed(make_work: MakeWork, caller:
 
 @each(
     *(RUN_WARM, COMMAND, DASK, MAIN, LOADER, SERVE),
-    failing=(MAIN, LOADER, SERVE),
-    why="a backbone's own error goes on as it is",
 )
 def test_every_frame_that_failed_is_named(
     make_work: MakeWork, settle: Settle, caller: Caller
@@ -255,8 +239,6 @@ def test_every_frame_that_failed_is_named(
 
 @each(
     *without(MAIN, LOADER, SERVE),  # a training asks for a record at a time, each with its claim
-    failing=(RUN_WARM, COMMAND, DASK),
-    why="a claim for each record that is on its way",
 )
 def test_claims_are_at_most_one_a_frame(
     make_work: MakeWork, settle: Settle, caller: Caller
@@ -281,8 +263,6 @@ PATIENCE_SECONDS = 10.0
 
 @each(
     *without(COMPUTE, DASK),
-    failing=(GET_OR_COMPUTE, DATASET, DATAMODULE, RUN_WARM, COMMAND),
-    why="it commits every 30 s, or at its end",
 )
 @pytest.mark.parametrize(
     "waiting",
@@ -444,7 +424,7 @@ def lines_that_say_what_is_kept(said: str) -> list[str]:
     return re.findall(r"^.*\b(\d+) records\b.*\bkept\b.*\bsame\b.*$", said, re.MULTILINE)
 
 
-@each(*without(DASK), failing=without(DASK), why="it says nothing of what is kept")
+@each(*without(DASK))
 def test_ctrl_c_is_answered_in_a_line(make_work: MakeWork, caller: Caller) -> None:
     work = make_work("long", seconds=0.05, batch_size=2)
     started = Started(caller, [work])
@@ -454,8 +434,7 @@ def test_ctrl_c_is_answered_in_a_line(make_work: MakeWork, caller: Caller) -> No
         assert "Traceback" not in started.said
 
 
-# A library leaves SIGTERM to whose process it is.
-@each(COMMAND, failing=(COMMAND,), why="it says nothing of what is kept")
+@each(*without(DASK, LOADER))  # a SIGTERM to the parent ends a DataLoader's workers by torch's way
 def test_sigterm_is_as_ctrl_c(make_work: MakeWork, right_records: Right, caller: Caller) -> None:
     work = make_work("long", seconds=0.05, batch_size=2)
     started = Started(caller, [work])
