@@ -551,6 +551,7 @@ def test_a_server_of_its_own_serves_first_and_commits_when_it_is_stopped(tmp_pat
     serving.send_signal(number)
     _, err = outcome(serving, 30)
     assert f"computed {FRAMES}" in err
+    assert f"interrupted: the {FRAMES} records computed until now are kept" in err
     assert dataset.tokens.movies[0].contains().all()
     warm = debug_dataset(tmp_path / "warm")
     check(make_loader(warm, 0, None), samples)

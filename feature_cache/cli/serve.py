@@ -70,9 +70,11 @@ def serve(
     typer.echo(f"serving {model.spec.name} for {opened.store.root}; Ctrl-C ends it", err=True)
     try:
         _wait(host, idle)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         host.close()
         say_kept(host.service.engine.kept)
+        if isinstance(end, SystemExit):
+            raise
     finally:
         host.close()
         opened.counter.save()

@@ -24,7 +24,8 @@ def say_kept(records: int) -> None:
 
 def was_interrupted() -> bool:
     """Tell whether this process ends by Ctrl-C or by a SIGTERM that was handled here."""
-    return _terminated or getattr(sys, "last_type", None) is KeyboardInterrupt
+    last = getattr(sys, "last_type", None), sys.exc_info()[0]
+    return _terminated or KeyboardInterrupt in last
 
 
 @contextmanager

@@ -163,9 +163,7 @@ def call_compute(work: Work) -> None:
         for pooling in work.poolings:
             movie = cache.movie(path, None, backbone, pooling=pooling)
             for draw in work.augmentations.draws():
-                absent = np.flatnonzero(~movie.with_draw(draw).contains()).tolist()
-                if absent:
-                    movie.with_draw(draw).compute(absent, batch_size=work.batch_size)
+                movie.with_draw(draw).compute(range(len(movie)), batch_size=work.batch_size)
 
 
 def make_dataset(work: Work, pooling: str | None, backbone: Any) -> CachedFeatureDataset:

@@ -1,7 +1,4 @@
-"""One contract for everyone who has features computed: see `callers`.
-
-What a caller does not hold yet is an expected failure, with what it does instead.
-"""
+"""One contract for everyone who has features computed: see `callers`."""
 
 from __future__ import annotations
 
@@ -61,12 +58,11 @@ SLOW = (DATAMODULE, DASK)
 """Callers that take their time: most of their tests run with the slow ones."""
 
 
-def each(*callers: Caller, failing: Any = (), why: str = "", slow: Any = SLOW) -> Any:
-    """Parametrize by callers; those `failing` are expected to fail, for a reason."""
+def each(*callers: Caller, slow: Any = SLOW) -> Any:
+    """Parametrize by callers."""
     parameters = []
     for caller in callers:
-        marks = [pytest.mark.xfail(strict=True, reason=why)] if caller in failing else []
-        marks += [pytest.mark.slow] if caller in slow else []
+        marks = [pytest.mark.slow] if caller in slow else []
         parameters.append(pytest.param(caller, id=name_of(caller), marks=marks))
     return pytest.mark.parametrize("caller", parameters)
 
@@ -424,17 +420,19 @@ def lines_that_say_what_is_kept(said: str) -> list[str]:
     return re.findall(r"^.*\b(\d+) records\b.*\bkept\b.*\bsame\b.*$", said, re.MULTILINE)
 
 
-@each(*without(DASK))
+@each(*without(DASK, SERVE))  # the line of `serve` is in tests/test_service.py
 def test_ctrl_c_is_answered_in_a_line(make_work: MakeWork, caller: Caller) -> None:
     work = make_work("long", seconds=0.05, batch_size=2)
     started = Started(caller, [work])
     stop(started, work, signal.SIGINT)
-    assert lines_that_say_what_is_kept(started.said) == [str(len(contents(work.cache)))]
+    assert lines_that_say_what_is_kept(started.said) == [str(len(contents(work.cache)))], (
+        started.said
+    )
     if caller is COMMAND:
         assert "Traceback" not in started.said
 
 
-@each(*without(DASK, LOADER))  # a SIGTERM to the parent ends a DataLoader's workers by torch's way
+@each(*without(DASK, SERVE))  # of its own in tests/test_service.py
 def test_sigterm_is_as_ctrl_c(make_work: MakeWork, right_records: Right, caller: Caller) -> None:
     work = make_work("long", seconds=0.05, batch_size=2)
     started = Started(caller, [work])
