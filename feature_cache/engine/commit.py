@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from ..hashing import JSON, Digest
@@ -169,17 +171,19 @@ class Commits:
 
 def versions() -> dict[str, JSON]:
     """Say who writes: for people who ask where a record comes from."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed() -> Iterator[tuple[str, JSON]]:
-        for package in ("feature-cache", "torch", "zarr", "numpy"):
-            try:
-                yield package, version(package)
-            except PackageNotFoundError:
-                continue
-
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
-        "versions": dict(installed()),
+        "versions": dict(_installed()),
     }
+
+
+@cache
+def _installed() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("feature-cache", "torch", "zarr", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -19,10 +19,9 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -37,10 +36,11 @@ from ..store.claims import Claims
 from .batches import choose_batch, is_full
 from .claims import LOOK_SECONDS, FrameClaims
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
+from .flights import Flights
 from .interrupt import finish, say_kept, terminable
 from .memory import trim
 from .plain import Embedding
-from .request import Answer, Part, Promise, Request, Wanted
+from .request import Part, Promise, Request, Wanted
 
 PATIENCE_SECONDS = 600.0
 """How long others may take without a new record before their work is done here as well."""
@@ -58,14 +58,6 @@ _MOST_HELD = 4096
 """Frames that others compute, and that are waited for at once."""
 _TRIM_FRAMES = 64
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A record on its way, for all who ask for it; kept until it is committed."""
-
-    answers: list[tuple[Answer, Wanted | None]]
-    record: Record | None = None
 
 
 class Engine:
@@ -112,7 +104,6 @@ class Engine:
         self.memory_bytes, self._computed = memory_bytes, computed
         self._claims = FrameClaims(claims)
         self._commits = Commits(counter, codec, self._let_go, budget, written)
-        self._flight: dict[Digest, _Flight] = {}
         self._queue: deque[Request] = deque()
         self._ahead: deque[Request] = deque()
         self._elsewhere: list[Request] = []
@@ -120,7 +111,7 @@ class Engine:
         self._collected: deque[tuple[Part, list[Record]]] = deque()
         self._left: dict[Request, int] = {}
         """How many parts of each frame on its way are not done."""
-        self._coming = self._pooling = self._unanswered = 0
+        self._coming = self._pooling = 0
         self._frame_bytes = self._reserved = self._frames = 0
         self._batch_size = 1
         self._news = time.monotonic()
@@ -129,6 +120,7 @@ class Engine:
         # A lock of C's: that of a Condition's own `with` may be left held by a Ctrl-C.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._flights = Flights(self._lock)
         self._ticks: SimpleQueue[None] | None = None
         self._thread: threading.Thread | None = None
         self.closing = self.ended = False
@@ -187,7 +179,7 @@ class Engine:
             if until() or self.error is not None:
                 return
             self.submit([request])
-        self._tick_until(lambda: not self._unanswered, until)
+        self._tick_until(lambda: not self._flights.unanswered, until)
 
     def _tick_until(self, done: Callable[[], bool], until: Callable[[], bool]) -> None:
         # No condition of threading: Ctrl-C may come while its lock is let go.
@@ -204,9 +196,10 @@ class Engine:
         found: list[Promise | None] = [None] * len(keys)
         with self._lock:
             for i, key in enumerate(keys):
-                if key in self._flight:
-                    found[i] = promise = Promise()
-                    self._join(key, promise, None, ahead=False)
+                promise = Promise()
+                if self._flights.join(key, promise):
+                    found[i] = promise
+            self._hasten({k for k, promise in zip(keys, found, strict=True) if promise})
         absent = [i for i, promise in enumerate(found) if promise is None]
         records = space.read(_as_rows([keys[i] for i in absent])) if absent else []
         for i, record in zip(absent, records, strict=True):
@@ -302,62 +295,27 @@ class Engine:
     # Requests
 
     def _enqueue(self, request: Request) -> None:
-        new = []
-        for wanted in request.wanted:
-            if wanted.key in self._flight:
-                self._join(wanted.key, wanted.answer, wanted, ahead=request.ahead)
-            else:
-                self._flight[wanted.key] = _Flight([(wanted.answer, wanted)])
-                self._unanswered += 1
-                new.append(wanted)
+        new = [wanted for wanted in request.wanted if self._flights.begin(wanted)]
+        if not request.ahead:
+            self._hasten({wanted.key for wanted in request.wanted})
         if new:
             (self._ahead if request.ahead else self._queue).append(request.of(new))
         else:
             self._reserved -= request.nbytes
 
-    def _join(self, key: Digest, answer: Answer, wanted: Wanted | None, *, ahead: bool) -> None:
-        """Tell one more what becomes of a record; what somebody waits for is read ahead no more."""
-        flight = self._flight[key]
-        if flight.record is not None:
-            answer.computed(flight.record)
-            return
-        flight.answers.append((answer, wanted))
-        if not ahead:
-            for request in self._ahead:
-                if any(wanted.key == key for wanted in request.wanted):
-                    self._ahead.remove(request)
-                    request.ahead = False
-                    self._queue.append(request)
-                    break
-
-    def _take_answers(
-        self, keys: Iterable[Digest], record: Record | None = None
-    ) -> list[tuple[Answer, Wanted | None]]:
-        """Take who waits for some records; with a record, its flight goes on until a commit."""
-        answers: list[tuple[Answer, Wanted | None]] = []
-        with self._lock:
-            for key in keys:
-                flight = self._flight.get(key)
-                if flight is not None and flight.record is None:
-                    answers += flight.answers
-                    flight.answers, flight.record = [], record
-                    self._unanswered -= 1
-                    if record is None:
-                        del self._flight[key]
-            self._tell()
-        return answers
+    def _hasten(self, keys: Collection[Digest]) -> None:
+        """Read ahead no more what somebody waits for now."""
+        for request in [one for one in self._ahead if any(w.key in keys for w in one.wanted)]:
+            self._ahead.remove(request)
+            request.ahead = False
+            self._queue.append(request)
 
     def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
         keys = [one.key for one in wanted]
         self._claims.settle(keys)
-        self._tell_failure(keys, error)
-
-    def _tell_failure(self, keys: Iterable[Digest], error: Exception) -> None:
-        failed: dict[Answer, list[Wanted]] = {}
-        for answer, wanted in self._take_answers(keys):
-            failed.setdefault(answer, []).extend([] if wanted is None else [wanted])
-        for answer, group in failed.items():
-            answer.failed(error, group)
+        self._flights.fail(keys, error)
+        with self._lock:
+            self._tell()
 
     def _tell(self) -> None:
         self._changed.notify_all()
@@ -368,8 +326,7 @@ class Engine:
 
     def _work(self) -> None:
         """Collect and commit; the other stages run beside it as long as it does."""
-        cores = max(2, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(cores, "feature_cache read")
+        self._pool = ThreadPoolExecutor(max(2, _count_cores()), "feature_cache read")
         stages = [
             threading.Thread(target=self._guard, args=(step,), name=f"feature_cache {name}")
             for name, step in (("claim", self._claim_some), ("embed", self._embed_some))
@@ -411,10 +368,7 @@ class Engine:
             self._collect()
             self._commit()
         finally:
-            with self._lock:
-                left = [key for key, flight in self._flight.items() if flight.record is None]
-            closed = ServiceError("the process that computes has closed")
-            self._tell_failure(left, closed)
+            self._flights.fail_all(ServiceError("the process that computes has closed"))
             self._claims.close()
 
     # Claim
@@ -443,14 +397,19 @@ class Engine:
     def _may_claim(self) -> bool:
         if self.closing:
             return True
-        return bool(self._queue or self._ahead or self._due()) and self._room() > 0
+        if self._queue or self._due():
+            return self._room() > 0
+        return bool(self._ahead) and self._room(ahead=True) > 0
 
-    def _room(self) -> int:
-        """Give how many frames more may be on their way: by number, and by bytes."""
+    def _room(self, *, ahead: bool = False) -> int:
+        """Give how many frames more may be on their way: by number, and by bytes.
+
+        What is read ahead is in nobody's way who waits.
+        """
         most = _BATCHES_AHEAD * self._batch_size
         if self._frame_bytes:
             most = min(most, max(1, self.memory_bytes // self._frame_bytes))
-        return most - len(self._left)
+        return most - sum(ahead or not request.ahead for request in self._left)
 
     def _due(self) -> list[Request]:
         now = time.monotonic()
@@ -464,8 +423,10 @@ class Engine:
     def _take_requests(self) -> list[Request]:
         """Take a batch of what is due, what is waited for, or else what is ahead of time."""
         due = self._due()
-        source = [*due, *self._queue] or list(self._ahead)
-        count = min(self._room(), source[0].batch_size) if source else 0
+        source = [*due, *self._queue]
+        room = self._room(ahead=not source)
+        source = source or list(self._ahead)
+        count = min(room, source[0].batch_size) if source else 0
         batch = source[: max(0, count)]
         taken = set(map(id, batch))
         self._elsewhere = [one for one in self._elsewhere if id(one) not in taken]
@@ -536,8 +497,10 @@ class Engine:
                 self._free(request)
         self._claims.settle(list(there))
         for key, record in there.items():
-            for answer, _ in self._take_answers([key]):
-                answer.found(record)
+            for one in self._flights.take([key]):
+                one.answer.found(record)
+        with self._lock:
+            self._tell()
         return left
 
     def _free(self, request: Request) -> None:
@@ -653,12 +616,12 @@ class Engine:
                     self._lose(error)
                     has_room = True
                 if has_room:
-                    for answer, _ in self._take_answers([wanted.key], record):
-                        answer.computed(record)
+                    for one in self._flights.take([wanted.key], record):
+                        one.answer.computed(record)
                     self._computed()
                 else:
                     self._claims.settle([wanted.key])
-                    self._take_answers([wanted.key])
+                    self._flights.take([wanted.key])
             self._done(part.request)
             if self._frames >= _TRIM_FRAMES:
                 self._frames = 0
@@ -702,10 +665,16 @@ class Engine:
     def _let_go(self, keys: Sequence[Digest]) -> None:
         """Let go of records that are committed, or lost."""
         self._claims.settle(keys)
+        self._flights.let_go(keys)
         with self._lock:
-            for key in keys:
-                self._flight.pop(key, None)
             self._tell()
+
+
+def _count_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _as_rows(keys: Sequence[Digest]) -> Keys:

@@ -85,7 +85,8 @@ class Plain:
             images = self._draw_all(batch)
             grids = torch.as_tensor(self.backbone.embed(images)).float().cpu()
         check_shape(grids, self.spec, batch)
-        check_finite(torch.isfinite(grids).flatten(1).all(dim=1), self.spec, batch)
+        if not torch.isfinite(grids.sum()):  # cheap, and never finite where one of them is not
+            check_finite(torch.isfinite(grids).flatten(1).all(dim=1), self.spec, batch)
         return split_stacks(grids.numpy(), batch)
 
     def _draw_all(self, batch: Sequence[Embedding]) -> torch.Tensor:
