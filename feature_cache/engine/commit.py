@@ -18,8 +18,8 @@ COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 30.0
 """How long what is computed may wait while more is being computed."""
 
-RECORD_BYTES = 1024
-PACK_BYTES = 16 << 10
+RECORD_BYTES, GRID_BYTES = 1024, 8 << 10
+PACK_BYTES = 96 << 10
 """At most about what a record, and a pack, take on disk beside the features."""
 
 Written = Callable[[Sequence[tuple[Space, Path]]], None]
@@ -109,8 +109,9 @@ class Commits:
         StoreError
             As `flush`.
         """
-        labels = 0 if entry.record.labels is None else entry.record.labels.nbytes
-        if not self._reserve(space, entry.record.features.nbytes + labels + RECORD_BYTES):
+        labels = entry.record.labels
+        beside = GRID_BYTES if labels is None else RECORD_BYTES + labels.nbytes
+        if not self._reserve(space, entry.record.features.nbytes + beside):
             return False
         if not self.pending:
             self._since = time.monotonic()
