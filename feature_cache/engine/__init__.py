@@ -1,6 +1,7 @@
 """The only place that computes: frames in, records out, each once, whoever asks."""
 
 from .batches import choose_batch
+from .claims import claim_name
 from .commit import Budget, Commits, Written
 from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
 from .frame import Frame
@@ -43,6 +44,7 @@ __all__ = [
     "Wanted",
     "Written",
     "choose_batch",
+    "claim_name",
     "compute_each",
     "compute_records",
     "cut_batches",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ..augment import Draw
 from ..hashing import Digest, digest_bytes, digest_json
+from ..spec import BackboneSpec
 from ..store.claims import Claims
 from .request import Request, Wanted
 
@@ -111,6 +112,10 @@ class FrameClaims:
             self._claims.release([top])
         return Share(mine, others, held)
 
+    def holder(self, name: str) -> str:
+        """Name who holds a claim, for people."""
+        return self._claims.holder(name) or "nobody any more"
+
     def ask(self, names: Sequence[str]) -> None:
         """Ask whoever holds claims to commit soon."""
         self._claims.ask(names)
@@ -142,13 +147,20 @@ class FrameClaims:
         self._claims.ask_no_more()
 
 
+def claim_name(backbone: BackboneSpec, frame: Digest, draw: Draw | None = None) -> str:
+    """Name the claim of a frame with all its draws, or under one of them."""
+    unit = digest_bytes(backbone.digest, frame).hex()
+    return unit if draw is None else f"{unit}.{digest_json(draw.to_json()).hex()[:16]}"
+
+
 def _name_all(request: Request) -> tuple[str, dict[str, list[Wanted]]]:
     """Name a request's frame, and each of its draws with what is wanted of it."""
-    unit = digest_bytes(request.model.spec.digest, request.digest).hex()
+    spec = request.model.spec
+    unit = claim_name(spec, request.digest)
     names: dict[Draw, str] = {}
     draws: dict[str, list[Wanted]] = defaultdict(list)
     for wanted in request.wanted:
         if wanted.draw not in names:
-            names[wanted.draw] = f"{unit}.{digest_json(wanted.draw.to_json()).hex()[:16]}"
+            names[wanted.draw] = claim_name(spec, request.digest, wanted.draw)
         draws[names[wanted.draw]].append(wanted)
     return unit, draws

@@ -444,7 +444,14 @@ class Engine:
             )  # fmt: skip
         asked = [request for request in batch if request not in impatient]
         mine = list(impatient)
-        for request, share in zip(asked, self._claims.take(asked), strict=True):
+        shares = self._claims.take(asked)
+        new = [s for r, s in zip(asked, shares, strict=True) if s.others and r.held_since is None]
+        if new:
+            _log.info(
+                "waiting for %d records that other processes compute, the first by %s",
+                sum(len(share.others) for share in new), self._claims.holder(new[0].held[0]),
+            )  # fmt: skip
+        for request, share in zip(asked, shares, strict=True):
             if share.mine:
                 mine.append(request.of(share.mine))
             if share.others:
@@ -462,7 +469,6 @@ class Engine:
         now = time.monotonic()
         if request.held_since is None:
             request.held_since = now
-            _log.info("waiting for a frame that another process computes: %s", held[0])
         request.due = now + request.pause
         request.pause = min(2 * request.pause, _LAST_PAUSE_SECONDS)
         self._claims.ask(held)

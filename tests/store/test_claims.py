@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from crowd import apart, finish, fork, start
-from feature_cache import FeatureCache
-from feature_cache.engine import engine
+from feature_cache import BackboneError, FeatureCache
+from feature_cache.cache import MovieFeatures
+from feature_cache.engine import claim_name, engine
 from feature_cache.store import Claims, Store
 from feature_cache.store.claims import NAMELESS_SECONDS
 from feature_cache.store.process import SILENT_SECONDS, Process, join, this_host
@@ -256,9 +258,14 @@ def test_an_error_halfway_leaves_nothing_claimed(claims: Claims) -> None:
 def claim_and_stay(root: Path, claimed: Any, stop: Any) -> None:
     cache = FeatureCache(root)
     movie = cache.movie(*make_movie()[:2], FakeBackbone())
-    assert all(cache.store.claims.take(key.tobytes().hex() for key in movie.keys()[:3]))
+    assert all(cache.store.claims.take(claims_of(movie, range(3))))
     claimed.set()
     stop.wait()
+
+
+def claims_of(movie: MovieFeatures, frames: Iterable[int]) -> list[str]:
+    spec = movie.spec.backbone
+    return sorted(claim_name(spec, movie.digests(t)[0], movie.draw) for t in frames)
 
 
 def wait_for_another(root: Path, patience: float) -> list[tuple[str, str]]:
@@ -285,10 +292,10 @@ def wait_for_another(root: Path, patience: float) -> list[tuple[str, str]]:
 def test_one_that_lives_and_does_nothing_is_waited_for_and_then_passed_over(root: Path) -> None:
     info, warning = apart(wait_for_another, root, 0.3)
     assert info[0] == "INFO"
-    assert "waiting for 3 records of the movie that other processes compute" in info[1]
+    assert "waiting for 3 records that other processes compute" in info[1]
     assert this_host() in info[1]
     assert warning[0] == "WARNING"
-    assert "computing 3 here" in warning[1]
+    assert "computing 3 frames here" in warning[1]
     cache = FeatureCache(root, "r")
     assert all(cache.contains(*make_movie()[:2], FakeBackbone()))
 
@@ -306,8 +313,7 @@ def test_claims_are_released_when_the_records_are_committed(
 
     monkeypatch.setattr(type(movie.space), "write", write)
     movie.warm()
-    keys = movie.keys()
-    assert held == [sorted(key.tobytes().hex() for key in keys)]
+    assert held == [claims_of(movie, range(6))]
     assert os.listdir(cache.store.claims.folder) == []
 
 
@@ -317,6 +323,6 @@ def test_claims_are_released_when_the_computation_fails(root: Path) -> None:
             raise RuntimeError("out of order")
 
     cache = FeatureCache(root)
-    with pytest.raises(RuntimeError, match="out of order"):
+    with pytest.raises(BackboneError, match="RuntimeError: out of order"):
         cache.movie(*make_movie()[:2], Broken()).warm()
     assert os.listdir(cache.store.claims.folder) == []
