@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def measure(root: Path, space: Space, title: str, rounds: int) -> list[Case]:
     Store(root).spaces()  # writes the table
     store, packs = Store(root, "r"), str(space.packs_folder)
     [opened] = store.spaces()
+    time.sleep(2.5)
+    opened.refresh()  # from here on the folder is known not to have changed meanwhile
     cache = FeatureCache(root, "r")
     opening = {"reading each pack": lambda: without(reopen), OURS: lambda: seconds_of(reopen)}
     news = {
