@@ -116,12 +116,10 @@ class Tally:
         if not self.errors:
             return
         errors = [error for _, error in sorted(self.errors, key=itemgetter(0))]
-        kind = next(kind for kind in PART_FAILS if isinstance(errors[0], kind))
         reasons = list(dict.fromkeys(map(str, errors)))
         some = "; ".join(reasons[:_MOST_REASONS])
         more = f"; and {len(reasons) - _MOST_REASONS} more" if reasons[_MOST_REASONS:] else ""
-        error = kind(f"{some}{more}. {self._count()}")
-        raise error from errors[0]
+        raise type(errors[0])(f"{some}{more}. {self._count()}") from errors[0]
 
     def _count(self) -> str:
         failed = sum(failure.records for failure in self.failures)
