@@ -280,7 +280,7 @@ MISTAKES = [
     Mistake(
         "a cache of a newer version",
         "ls --cache cache",
-        "error: {here}/cache has format version 99, this feature_cache reads up to 2: upgrade "
+        "error: {here}/cache has format version 99, this feature_cache reads up to 3: upgrade "
         "feature-cache, or name another folder",
         take_a_newer_cache,
     ),
@@ -504,11 +504,13 @@ def score(result: str) -> None:
         ),
         (
             lambda: give_masks_of(np.float32, 0.5),
-            "FrameTypeError: mask 0 has dtype float32: expected integer labels",
+            "FrameTypeError: mask 0 has dtype float32: expected integer labels; and 5 other frames "
+            "failed",
         ),
         (
             lambda: give_masks_of(np.int16, -1),
-            "FrameError: mask 0 has labels from -1 to -1: expected 0 to 2147483647",
+            "FrameError: mask 0 has labels from -1 to -1: expected 0 to 2147483647; and 5 other "
+            "frames failed",
         ),
         (
             lambda: FeatureCache("cache").movie(*make_movie()[:2], "efficientnet-lite0"),

@@ -117,6 +117,9 @@ class Tally:
             return
         errors = [error for _, error in sorted(self.errors, key=itemgetter(0))]
         reasons = list(dict.fromkeys(map(str, errors)))
+        if not self.computed + self.elsewhere:
+            others = f"; and {len(errors) - 1} other frames failed" if errors[1:] else ""
+            raise type(errors[0])(f"{reasons[0]}{others}") from errors[0]
         some = "; ".join(reasons[:_MOST_REASONS])
         more = f"; and {len(reasons) - _MOST_REASONS} more" if reasons[_MOST_REASONS:] else ""
         raise type(errors[0])(f"{some}{more}. {self._count()}") from errors[0]

@@ -193,7 +193,7 @@ def _bind(cache: FeatureCache, backbone: Backbone, order: Order) -> Task:
 
 @lru_cache(maxsize=8)
 def _open_cache(root: str, codec: str, layers: tuple[str, ...]) -> FeatureCache:
-    return FeatureCache(root, codec=codec, layers=layers)
+    return FeatureCache(root, codec=codec, layers=layers, create=False)
 
 
 @lru_cache(maxsize=8)
