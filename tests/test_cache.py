@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +322,25 @@ class TestFailure:
             cache.get_or_compute(**request)
         assert cache.stats()["records"] == 0
         assert not list(cache.store.root.glob("spaces/*"))
+
+    def test_an_error_that_is_kept_keeps_no_pixels(self, cache, small):
+        read = []
+
+        class Frames(list):
+            def __getitem__(self, t):
+                frame = super().__getitem__(t).copy()
+                read.append(weakref.ref(frame))
+                return frame
+
+        class Broken(FakeBackbone):
+            def embed(self, frames):
+                raise ZeroDivisionError("a mistake")
+
+        with pytest.raises(BackboneError, match="a mistake") as caught:
+            cache.get_or_compute(Frames(small[0]), small[1], Broken(dim=4))
+        gc.collect()
+        assert len(read) == 12
+        assert not any(frame() is not None for frame in read), caught.value
 
     def test_a_nan_pixel_names_its_frame(self, cache, small):
         frames = small[0].astype(np.float32)

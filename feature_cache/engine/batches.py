@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from .request import Part
 
@@ -31,7 +32,8 @@ def choose_batch(ready: Sequence[Part]) -> list[Part]:
 def is_full(ready: Sequence[Part]) -> bool:
     """Tell whether there is a whole batch."""
     first = _first_of(ready)
-    return sum(part.depth for part in _alike(ready, first)) >= first.request.batch_size
+    slices = (part.depth for part in ready if _goes_with(part, first))
+    return any(total >= first.request.batch_size for total in accumulate(slices))
 
 
 def _first_of(ready: Sequence[Part]) -> Part:
@@ -39,7 +41,11 @@ def _first_of(ready: Sequence[Part]) -> Part:
 
 
 def _alike(ready: Sequence[Part], first: Part) -> list[Part]:
-    """Give what can be in one batch with a part, in order: of one backbone, seen in one shape."""
-    model = first.request.model
-    alike = [part for part in ready if part.request.model is model and part.shape == first.shape]
+    """Give what can be in one batch with a part, in order."""
+    alike = [part for part in ready if _goes_with(part, first)]
     return sorted(alike, key=lambda part: (part.request.ahead, part.request.number))
+
+
+def _goes_with(part: Part, first: Part) -> bool:
+    """Tell whether two parts can be in one batch: of one backbone, seen in one shape."""
+    return part.request.model is first.request.model and part.shape == first.shape

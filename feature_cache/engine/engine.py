@@ -311,6 +311,7 @@ class Engine:
             self._queue.append(request)
 
     def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
+        error = error.with_traceback(None)  # with which who keeps it would keep the frames' pixels
         keys = [one.key for one in wanted]
         self._claims.settle(keys)
         self._flights.fail(keys, error)

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -254,7 +255,9 @@ def _as_ours(error: Exception, name: str, where: str) -> FeatureCacheError:
         is_named = where in str(error) or not isinstance(error, BackboneError | FrameError)
         return error if is_named else type(error)(f"{where}: {error}")
     ours = BackboneError(f"{name} failed for {where}: {type(error).__name__}: {error}")
-    ours.__cause__ = error
+    # A traceback holds on to all the frames' pixels, for as long as somebody keeps the error.
+    ours.add_note("".join(format_exception(error)))
+    ours.__cause__ = error.with_traceback(None)
     return ours
 
 
