@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,10 @@ class OnDevice:
     @contextmanager
     def _on(self, stream: Any) -> Iterator[None]:
         """Put what follows on a stream, with nothing of what the process has set."""
-        with undisturbed(self.device), torch.cuda.stream(stream):
+        with (
+            undisturbed(self.device),
+            nullcontext() if stream is None else torch.cuda.stream(stream),
+        ):
             yield
 
     def prepare(self, frame: Frame) -> None:
@@ -118,15 +121,23 @@ class OnDevice:
                 normalized.pixels[0],
                 None if rows is None else rows.to(self.device, non_blocking=True),
             )
+            self._wait()
             normalized.check([frame.where])
-            if self._has_streams:
-                torch.cuda.current_stream(self.device).synchronize()
         frame.on_device = image
 
     def _pin(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        native = array.astype(array.dtype.newbyteorder("="), copy=False)
-        tensor = torch.from_numpy(np.ascontiguousarray(native))
-        return tensor.pin_memory() if self._has_streams else tensor
+        """Copy an array of any layout and byte order to where the device reads it by itself."""
+        native = torch.from_numpy(np.empty(0, array.dtype.newbyteorder("=")))
+        pinned = torch.empty(array.shape, dtype=native.dtype, pin_memory=self._has_streams)
+        pinned.numpy()[...] = array
+        return pinned
+
+    def _wait(self) -> None:
+        """Wait for the stream that is in use; without the option, a core would spin meanwhile."""
+        if self._has_streams:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record()
+            event.synchronize()
 
     def embed(self, batch: Sequence[Embedding]) -> list[DeviceGrid]:
         """Embed frames that the backbone sees in one shape, as one batch; waits for nothing."""
@@ -167,7 +178,7 @@ class OnDevice:
             cells = frame.regions().cells_of_centroids(embedding.draw, (depth, height, width))
             fallback = self._pin(np.asarray(cells, np.int64))
         with self._on(self._computing):
-            finite = torch.isfinite(grid).view(-1, grid.shape[-3:].numel()).all(dim=1)
+            finite = torch.isfinite(grid).flatten(-3).all(dim=-1).view(-1)
             pooled: dict[str | None, torch.Tensor] = {None: grid}
             if fallback is not None:
                 rows = embedding.draw.apply_rows(self._rows_of(frame))
@@ -176,11 +187,10 @@ class OnDevice:
             stored = {s: pooled[s.pooling].to(_DTYPES[s.dtype]) for s in embedding.specs}
             checks = [finite.to(torch.float32), found.seen, *map(_reach, stored.values())]
             here = [self._bring(tensor) for tensor in (torch.cat(checks), *stored.values())]
-            if self._has_streams:
-                torch.cuda.current_stream(self.device).record_event().synchronize()
+            self._wait()
         self._check(here[0], found, embedding, stored, pooled)
-        return [
-            Record(array.numpy(), None if spec.pooling is None else frame.regions().labels)
+        return [  # copied: pinned memory is scarce, and the grids of a batch are one tensor
+            Record(array.numpy().copy(), None if spec.pooling is None else frame.regions().labels)
             for spec, array in zip(stored, here[1:], strict=True)
         ]
 

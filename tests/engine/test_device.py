@@ -8,7 +8,7 @@ import torch
 
 from feature_cache import Augmentations, BackboneError, Draw, FeatureCache, FrameError
 from feature_cache.augment import Affine, Noise, Scale, hflip
-from feature_cache.engine import device
+from feature_cache.engine import Frame, compute_records, device
 from feature_cache.normalize import ConstantFrameWarning
 from feature_cache.pooling import POOLINGS
 from feature_cache.rounding import records_agree
@@ -57,6 +57,41 @@ def test_records_agree_within_rounding(tmp_path, monkeypatch, movie, draw, dtype
     assert len(found[0]) == len(movie[0]) * (len(POOLINGS) + 1)
     for (spec, one), (_, other) in zip(*found, strict=True):
         assert records_agree(one, other, spec), spec.pooling
+
+
+def test_memory_may_lie_in_any_way(tmp_path, on_device):
+    class ChannelsFirst(FakeBackbone):
+        def embed(self, frames):
+            return super().embed(frames).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+    images, masks, _ = make_movie(3)
+    strange = np.asfortranarray(images[::-1].astype(">u2"))[::-1]
+    strange.flags.writeable = False
+    found = []
+    torch.set_warn_always(True)  # not only for the first array that can't be written
+    try:
+        for n, frames in enumerate((images.astype(np.uint16), strange)):
+            backbone, cache = ChannelsFirst(dim=4), FeatureCache(tmp_path / str(n))
+            found.append(
+                [
+                    record
+                    for pooling in (None, "mean_patches_exact")
+                    for record in cache.get_or_compute(frames, masks, backbone, pooling=pooling)
+                ]
+            )
+    finally:
+        torch.set_warn_always(False)
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one.features, other.features)
+
+
+def test_a_record_holds_on_to_no_more_than_itself(on_device):
+    images, masks, _ = make_movie(3)
+    backbone = FakeBackbone(dim=4)
+    frames = [Frame(image, mask, b"", "a frame") for image, mask in zip(images, masks, strict=True)]
+    spec = SpaceSpec(backbone.spec, None, "float32")
+    for record in compute_records(frames, spec, backbone, Draw(), batch_size=3):
+        assert record.features.flags.owndata
 
 
 def test_numbers_that_differ_are_an_error_and_never_stored(tmp_path, monkeypatch, on_device):
