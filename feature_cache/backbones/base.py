@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -244,10 +244,7 @@ class TorchBackbone(Frozen, ABC):
 
     def _as_input(self, images: Tensor) -> Tensor:
         """Map frames (B, H, W) to the network's input: three channels, standardised."""
-        spec = self.spec
-        stacked = images[:, None].expand(-1, 3, -1, -1)
-        mean, std = images.new_tensor(spec.mean), images.new_tensor(spec.std)
-        return (stacked - mean[:, None, None]) / std[:, None, None]
+        return standardize(images, self.spec.mean, self.spec.std)
 
     def _weights_file(self) -> Path | None:
         """Name the file the weights come from, where they come from one."""
@@ -390,6 +387,18 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: object) ->
 
 def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Map frames (B, H, W) to (B, 3, H, W), less the mean and divided by the deviation of each.
+
+    The host does not wait for the device, as it would for a tensor made of numbers there.
+    """
+    subtracted, divisor = (
+        torch.stack([images.new_full((1, 1), number) for number in numbers])
+        for numbers in (mean, std)
+    )
+    return (images[:, None].expand(-1, 3, -1, -1) - subtracted) / divisor
 
 
 def resize_frames(images: Tensor, size: tuple[int, int], rule: str) -> Tensor:

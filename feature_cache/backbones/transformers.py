@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from ..errors import MissingDependencyError
 from ..hashing import Digest
 from ..spec import BackboneSpec
-from .base import TorchBackbone, load_into, resize_frames, seeded, state_dict_digest
+from .base import (
+    TorchBackbone,
+    load_into,
+    resize_frames,
+    seeded,
+    standardize,
+    state_dict_digest,
+)
 from .checkpoint import check_config, model_file, read_tensors
 from .hub import hub_file
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_input_size
@@ -79,11 +86,9 @@ class HubBackbone(TorchBackbone):
 
     def _to_channels(self, images: Tensor) -> Tensor:
         """Map resized frames (B, H, W) to (B, 3, H, W), standardised where that was asked for."""
-        stacked = images[:, None].expand(-1, 3, -1, -1)
         if not self.mean:
-            return stacked
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
-        return (stacked - mean[:, None, None]) / std[:, None, None]
+            return images[:, None].expand(-1, 3, -1, -1)
+        return standardize(images, self.mean, self.std)
 
 
 class _Stretched(HubBackbone):
