@@ -32,6 +32,15 @@ def images():
     return torch.from_numpy(rng.random((3, 70, 111), dtype=np.float32))
 
 
+def test_a_cuda_device_has_its_number(monkeypatch):
+    """One without is another in each thread, and the engine has several."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_backbone("efficientnet-lite0").device == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert load_backbone("efficientnet-lite0").device == torch.device("cuda", 1)
+
+
 class TestEfficientNet:
     def test_has_the_real_weights(self, lite0):
         assert lite0.spec.weights == "7014692703eb818d9b03915ad2cbd1ce"

@@ -56,16 +56,26 @@ class Backbone(Protocol):
 def find_device(device: str | None = None) -> torch.device:
     """Give the device asked for, or the best there is: cuda, mps, cpu.
 
+    A CUDA device has its number: which one has none is another in each thread.
+
     Raises
     ------
     BackboneError
         There is no such device here.
     """
     if device is not None:
-        return _check_device(device)
+        return _number(_check_device(device))
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return _number(torch.device("cuda"))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _number(device: torch.device) -> torch.device:
+    """Give a CUDA device its number: this thread's, where CUDA is in use, else the first."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.device("cuda", torch.cuda.current_device() if in_use else 0)
 
 
 def _check_device(name: str) -> torch.device:
