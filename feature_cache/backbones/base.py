@@ -72,7 +72,7 @@ def find_device(device: str | None = None) -> torch.device:
 
 def _number(device: torch.device) -> torch.device:
     """Give a CUDA device its number: this thread's, where CUDA is in use, else the first."""
-    if device.type != "cuda" or device.index is not None:
+    if str(device) != "cuda":
         return device
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return torch.device("cuda", torch.cuda.current_device() if in_use else 0)

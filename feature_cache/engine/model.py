@@ -75,8 +75,21 @@ class Model:
         self._proofs: dict[SpaceSpec, int] = {}
 
     def prepare(self, frame: Frame) -> None:
-        """Normalise a frame, once for all its draws. FrameError where that can't be."""
-        self._way.prepare(frame)
+        """Normalise a frame, once for all its draws.
+
+        Raises
+        ------
+        BackboneError
+            There is no memory for it on the device.
+        FrameError
+            That can't be.
+        """
+        try:
+            self._way.prepare(frame)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _as_ours(error, self.spec.name, frame.where) from error
 
     def find_grids(self, embeddings: Sequence[Embedding]) -> list[Grid | None]:
         """Read the grids of frames under draws, verified, where they are stored in float32.

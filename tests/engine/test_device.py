@@ -132,6 +132,20 @@ def test_what_fails_is_said_as_on_the_cpu(tmp_path, on_device):
         cache.get_or_compute(far, masks[:1], FakeBackbone(dim=4))
 
 
+def test_a_frame_for_which_there_is_no_memory_costs_itself(tmp_path, monkeypatch, on_device):
+    real, calls = device.normalize_on, iter(range(9))
+
+    def allocate(*args):
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(device, "normalize_on", allocate)
+    images, masks, _ = make_movie(3)
+    with pytest.raises(BackboneError, match=r"for frame .*out of memory.*the other 2 are kept"):
+        FeatureCache(tmp_path / "cache").get_or_compute(images, masks, FakeBackbone(dim=4))
+
+
 def test_more_pixels_than_the_backbone_may_see_are_an_error(tmp_path, monkeypatch, on_device):
     real = device.normalize_on
 
