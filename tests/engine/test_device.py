@@ -118,7 +118,9 @@ def test_what_fails_is_said_as_on_the_cpu(tmp_path, on_device):
             grids[:, 0, 0, 0] = self.value
             return grids
 
-    with pytest.raises(BackboneError, match=r"gave NaN or infinity for frame 0.*; and 2 other frames"):
+    with pytest.raises(
+        BackboneError, match=r"gave NaN or infinity for frame 0.*; and 2 other frames"
+    ):
         cache.get_or_compute(images, masks, Wrong(dim=4))
     Wrong.value = 1e6
     with pytest.raises(BackboneError, match=r"reaches 1e\+06, too large for storage dtype float16"):
