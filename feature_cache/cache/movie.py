@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -44,6 +46,10 @@ from .opened import OpenCache
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
+
+
+_READERS = 4
+"""Threads that hash frames and masks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,25 +275,56 @@ class MovieFeatures:
         tally.check()
         return [self.expect(t, records[t]) for t in wanted]
 
-    def hash_frames(self, indices: Sequence[int], tally: Tally, copies: int = 1) -> list[int]:
-        """Hash frames and masks; give those whose keys are known by now.
+    def hash_frames(
+        self,
+        indices: Sequence[int],
+        tally: Tally,
+        records: int = 1,
+        progress: Progress | None = None,
+    ) -> list[int]:
+        """Hash frames and masks, several at once; give those whose keys are known by now.
 
         Parameters
         ----------
         indices : sequence of int
         tally : Tally
             Takes the failures.
-        copies : int
-            How many records each frame stands for.
+        records : int
+            How many a frame that fails stands for.
+        progress : callable, optional
+            Called with the number of frames just hashed.
         """
-        good = []
-        for t in dict.fromkeys(indices):
+
+        def hash_one(t: int) -> Exception | None:
             try:
                 self.digests(t)
-                good.append(t)
             except PART_FAILS as error:
-                tally.fail(Failure(self.where(t), str(error), copies), error, t)
+                return error
+            return None
+
+        good, frames = [], list(dict.fromkeys(indices))
+        for t, error in zip(frames, self._map_unknown(hash_one, frames), strict=True):
+            if error is None:
+                good.append(t)
+            else:
+                tally.fail(Failure(self.where(t), str(error), records), error, t)
+            if progress is not None:
+                progress(1)
         return good
+
+    def _map_unknown(
+        self, hash_one: Callable[[int], Exception | None], frames: Sequence[int]
+    ) -> Iterator[Exception | None]:
+        """Call a function for each frame in order; by several threads where much is to be read."""
+        if all(t in self._digests for t in frames[1:]):
+            yield from map(hash_one, frames)
+            return
+        with self.memo, ThreadPoolExecutor(_READERS, "feature_cache hash") as readers:
+            yield hash_one(frames[0])  # alone: it opens the memo's pages, which the others share
+            contexts = [contextvars.copy_context() for _ in frames[1:]]
+            yield from readers.map(
+                lambda context, t: context.run(hash_one, t), contexts, frames[1:]
+            )
 
     def warm(self, *, batch_size: int | None = 8, keep_grids: bool = False) -> int:
         """Compute and commit all that is missing; give the number of records computed.

@@ -1,10 +1,10 @@
 """The only place that computes: frames in, records out, each once, whoever asks."""
 
 from .batches import choose_batch
-from .claims import claim_name
 from .commit import Budget, Commits, Written
 from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
 from .frame import Frame
+from .frame_claims import claim_name
 from .interrupt import end_by_exit, finish, forget_exit, say_kept, was_interrupted
 from .memory import trim
 from .model import (

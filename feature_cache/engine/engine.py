@@ -34,9 +34,9 @@ from ..key import Keys, Record
 from ..store import Counter, Entry, Space
 from ..store.claims import Claims
 from .batches import choose_batch, is_full
-from .claims import LOOK_SECONDS, FrameClaims
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
 from .flights import Flights
+from .frame_claims import LOOK_SECONDS, FrameClaims
 from .interrupt import finish, say_kept, terminable
 from .memory import trim
 from .plain import Embedding

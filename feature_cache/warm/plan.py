@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,7 @@ import numpy as np
 
 from ..augment import Augmentations
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
-from ..engine import PART_FAILS, Failure
+from ..engine import Failure, Tally
 from ..errors import MovieError, UnknownNameError
 from ..hashing import JSON, Digest
 from ..key import Keys
@@ -33,7 +31,6 @@ UNIT_EMBEDDINGS = 64
 DENSE = ("none", "original", "all")
 """Of what to keep grids too: nothing, the movies themselves, all copies."""
 
-_READERS = 4
 _RECORD_BYTES = 600
 """About what a record takes beside its features: key, offsets, checksum, provenance."""
 
@@ -376,8 +373,9 @@ class _Planner:
             records = len(movie) * sum(map(len, specs))
             self.failures.append(Failure(movie.name, str(error), records))
             return
-        good, bad = hash_frames(features, sum(map(len, specs)), progress)
-        self.failures += bad
+        tally = Tally()
+        good = features.hash_frames(range(len(movie)), tally, sum(map(len, specs)), progress)
+        self.failures += tally.failures
         sizes, before = _Sizes(movie), len(self.tasks)
         copies = [
             features.with_draw(draw, self.copies.name_of(number))
@@ -465,44 +463,6 @@ class _Planner:
             )
             self.failures.append(Failure(copy.name, reason, left))
         return kept
-
-
-def hash_frames(
-    movie: MovieFeatures, records: int, progress: Progress | None
-) -> tuple[list[int], list[Failure]]:
-    """Hash all frames and masks, several at once; a frame that fails stands for `records`.
-
-    Returns
-    -------
-    good : list of int
-        The frames whose keys are known.
-    bad : list of Failure
-    """
-
-    def hash_one(t: int) -> Failure | None:
-        try:
-            movie.digests(t)
-        except PART_FAILS as error:
-            return Failure(movie.where(t), str(error), records)
-        return None
-
-    good, bad = [], []
-    with movie.memo, ThreadPoolExecutor(_READERS, "feature_cache hash") as readers:
-        # The first alone: it opens the memo's pages, which the others share.
-        outcomes = [hash_one(t) for t in range(min(1, len(movie)))]
-        contexts = [contextvars.copy_context() for _ in range(1, len(movie))]
-        futures = [
-            readers.submit(context.run, hash_one, t) for t, context in enumerate(contexts, start=1)
-        ]
-        for t in range(len(movie)):
-            outcome = outcomes[0] if t == 0 else futures[t - 1].result()
-            if outcome is None:
-                good.append(t)
-            else:
-                bad.append(outcome)
-            if progress is not None:
-                progress(1)
-    return good, bad
 
 
 class _Sizes:
