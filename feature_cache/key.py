@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,7 +36,12 @@ def record_key(space: Digest, frame: Digest, mask: Digest | None, draw: Draw) ->
     bytes, 16
     """
     masked = b"\0" if mask is None else b"\1" + mask
-    return digest_bytes(space, frame, masked, canonical_json(draw.to_json()).encode())
+    return digest_bytes(space, frame, masked, _text_of(draw))
+
+
+@lru_cache(maxsize=1024)
+def _text_of(draw: Draw) -> bytes:
+    return canonical_json(draw.to_json()).encode()
 
 
 @dataclass(frozen=True, slots=True)

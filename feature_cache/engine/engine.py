@@ -52,7 +52,7 @@ MEMORY_BYTES = 2 << 30
 """Pixels that may wait to be computed; who sends more waits."""
 CLOSING_SECONDS = 120.0
 
-_LAST_PAUSE_SECONDS = 1.0
+_LAST_PAUSE_SECONDS = _LOOK_SECONDS = 1.0
 _BATCHES_AHEAD = 3
 _MOST_HELD = 4096
 """Frames that others compute, and that are waited for at once."""
@@ -119,7 +119,10 @@ class Engine:
         self.error: BaseException | None = None
         # A lock of C's: that of a Condition's own `with` may be left held by a Ctrl-C.
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._claimable, self._embeddable, self._committable, self._changed = (
+            threading.Condition(self._lock) for _ in range(4)
+        )
+        """What each stage waits for, and what those outside do."""
         self._flights = Flights(self._lock)
         self._ticks: SimpleQueue[None] | None = None
         self._thread: threading.Thread | None = None
@@ -200,6 +203,7 @@ class Engine:
                 if self._flights.join(key, promise):
                     found[i] = promise
             self._hasten({k for k, promise in zip(keys, found, strict=True) if promise})
+            self._claimable.notify_all()
         absent = [i for i, promise in enumerate(found) if promise is None]
         records = space.read(_as_rows([keys[i] for i in absent])) if absent else []
         for i, record in zip(absent, records, strict=True):
@@ -236,7 +240,7 @@ class Engine:
         """Take back what was reserved and not submitted."""
         with self._lock:
             self._reserved -= nbytes
-            self._tell()
+            self._changed.notify_all()
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Have frames computed; each record's answer is told. Waits for nothing.
@@ -261,7 +265,7 @@ class Engine:
                     target=self._work, name="feature_cache engine", daemon=True
                 )
                 self._thread.start()
-            self._tell()
+            self._claimable.notify_all()
 
     def stop(self) -> None:
         """Commit and end, soon, without waiting for it."""
@@ -270,7 +274,7 @@ class Engine:
                 return
             self.closing = True
             self.ended = self._thread is None
-            self._tell()
+            self._wake_all()
 
     def close(self) -> None:
         """Commit what is computed and end; what is not computed fails for those who wait."""
@@ -315,11 +319,19 @@ class Engine:
         keys = [one.key for one in wanted]
         self._claims.settle(keys)
         self._flights.fail(keys, error)
-        with self._lock:
-            self._tell()
+        self._tick_at_end()
 
-    def _tell(self) -> None:
-        self._changed.notify_all()
+    def _tick_at_end(self) -> None:
+        if not self._flights.unanswered:
+            self._tick()
+
+    def _wake_all(self) -> None:
+        for one in (self._claimable, self._embeddable, self._committable, self._changed):
+            one.notify_all()
+        self._tick()
+
+    def _tick(self) -> None:
+        """Have `run` look whether there is room, or all is answered."""
         if self._ticks is not None and self._ticks.empty():
             self._ticks.put(None)
 
@@ -344,7 +356,7 @@ class Engine:
         finally:
             with self._lock:
                 self.ended = True
-                self._tell()
+                self._wake_all()
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Repeat a step until the engine closes; what it did not expect ends the engine."""
@@ -359,7 +371,7 @@ class Engine:
             with self._lock:
                 self.error = self.error or error
                 self.closing = True
-                self._tell()
+                self._wake_all()
             return False
         return True
 
@@ -376,7 +388,7 @@ class Engine:
 
     def _claim_some(self) -> None:
         with self._lock:
-            self._changed.wait_for(self._may_claim, self._seconds_to_look())
+            self._claimable.wait_for(self._may_claim, self._seconds_to_look())
             batch = [] if self.closing else self._take_requests()
             self._coming += bool(batch)
         if not batch:
@@ -391,7 +403,7 @@ class Engine:
         with self._lock:
             self._coming += len(mine) - 1
             self._left.update((request, 1) for request in mine)
-            self._tell()
+            self._embeddable.notify_all()
         for request in mine:
             self._pool_up(self._read, request)
 
@@ -416,10 +428,9 @@ class Engine:
         now = time.monotonic()
         return [request for request in self._elsewhere if request.due <= now]
 
-    def _seconds_to_look(self) -> float | None:
-        if not self._elsewhere:
-            return None
-        return max(0.0, min(request.due for request in self._elsewhere) - time.monotonic())
+    def _seconds_to_look(self) -> float:
+        now = time.monotonic()
+        return max(0.0, min([now + _LOOK_SECONDS, *(r.due for r in self._elsewhere)]) - now)
 
     def _take_requests(self) -> list[Request]:
         """Take a batch of what is due, what is waited for, or else what is ahead of time."""
@@ -433,6 +444,7 @@ class Engine:
         self._elsewhere = [one for one in self._elsewhere if id(one) not in taken]
         self._queue = deque(one for one in self._queue if id(one) not in taken)
         self._ahead = deque(one for one in self._ahead if id(one) not in taken)
+        self._tick()
         return batch
 
     def _claim(self, batch: Sequence[Request]) -> list[Request]:
@@ -506,14 +518,13 @@ class Engine:
         for key, record in there.items():
             for one in self._flights.take([key]):
                 one.answer.found(record)
-        with self._lock:
-            self._tell()
+        self._tick_at_end()
         return left
 
     def _free(self, request: Request) -> None:
         with self._lock:
             self._reserved -= request.nbytes
-            self._tell()
+            self._changed.notify_all()
 
     # Read
 
@@ -542,6 +553,7 @@ class Engine:
             self._fail(request.wanted, error)
             with self._lock:
                 self._coming -= 1
+                self._embeddable.notify_all()
                 self._done(request)
             return
         with self._lock:
@@ -550,7 +562,7 @@ class Engine:
             self._frame_bytes = max(self._frame_bytes, 4 * frame.nbytes)
             self._ready += [p for p, grid in zip(parts, found, strict=True) if grid is None]
             self._pooling += sum(grid is not None for grid in found)
-            self._tell()
+            self._embeddable.notify_all()
         for part, grid in zip(parts, found, strict=True):
             if grid is not None:
                 self._make_records(part, grid)
@@ -563,21 +575,25 @@ class Engine:
                 del self._left[request]
                 self._reserved -= request.nbytes
                 self._frames += 1
-            self._tell()
+                self._claimable.notify_all()
+                self._changed.notify_all()
 
     # Embed
 
     def _embed_some(self) -> None:
         with self._lock:
-            self._changed.wait_for(lambda: self.closing or self._ready)
-            if self.closing:
+            wait_for = self._embeddable.wait_for
+            wait_for(lambda: self.closing or self._ready, _LOOK_SECONDS)
+            if self.closing or not self._ready:
                 return
-            self._changed.wait_for(lambda: self.closing or is_full(self._ready), GATHER_SECONDS)
-            self._changed.wait_for(lambda: self.closing or is_full(self._ready) or not self._coming)
+            wait_for(lambda: self.closing or is_full(self._ready), GATHER_SECONDS)
+            wait_for(
+                lambda: self.closing or not self._coming or is_full(self._ready), _LOOK_SECONDS
+            )
             batch = choose_batch(self._ready)
             chosen = set(map(id, batch))
             self._ready = [part for part in self._ready if id(part) not in chosen]
-            self._changed.wait_for(lambda: self.closing or self._pooling <= 2 * len(batch))
+            wait_for(lambda: self.closing or self._pooling <= 2 * len(batch), _LOOK_SECONDS)
         grids = batch[0].request.model.embed([part.embedding for part in batch])
         for part, grid in zip(batch, grids, strict=True):
             if isinstance(grid, Exception):
@@ -597,15 +613,16 @@ class Engine:
         else:
             with self._lock:
                 self._collected.append((part, records))
+                self._committable.notify_all()
         with self._lock:
             self._pooling -= 1
-            self._tell()
+            self._embeddable.notify_all()
 
     # Commit
 
     def _commit_some(self) -> None:
         with self._lock:
-            self._changed.wait_for(lambda: self.closing or self._collected, self._nap())
+            self._committable.wait_for(lambda: self.closing or self._collected, self._nap())
         self._collect()
         left = self._seconds_to_commit()
         if left is not None and left <= 0:
@@ -626,9 +643,11 @@ class Engine:
                     for one in self._flights.take([wanted.key], record):
                         one.answer.computed(record)
                     self._computed()
+                    self._tick_at_end()
                 else:
                     self._claims.settle([wanted.key])
                     self._flights.take([wanted.key])
+                    self._tick_at_end()
             self._done(part.request)
             if self._frames >= _TRIM_FRAMES:
                 self._frames = 0
@@ -673,8 +692,6 @@ class Engine:
         """Let go of records that are committed, or lost."""
         self._claims.settle(keys)
         self._flights.let_go(keys)
-        with self._lock:
-            self._tell()
 
 
 def _count_cores() -> int:

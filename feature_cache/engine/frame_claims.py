@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..augment import Draw
 from ..hashing import Digest, digest_bytes, digest_json
@@ -150,7 +151,12 @@ class FrameClaims:
 def claim_name(backbone: BackboneSpec, frame: Digest, draw: Draw | None = None) -> str:
     """Name the claim of a frame with all its draws, or under one of them."""
     unit = digest_bytes(backbone.digest, frame).hex()
-    return unit if draw is None else f"{unit}.{digest_json(draw.to_json()).hex()[:16]}"
+    return unit if draw is None else f"{unit}.{_name_of(draw)}"
+
+
+@lru_cache(maxsize=1024)
+def _name_of(draw: Draw) -> str:
+    return digest_json(draw.to_json()).hex()[:16]
 
 
 def _name_all(request: Request) -> tuple[str, dict[str, list[Wanted]]]:
