@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 from ..hashing import JSON, Digest
@@ -22,6 +23,8 @@ RECORD_BYTES, GRID_BYTES = 1024, 8 << 10
 PACK_BYTES = 96 << 10
 """At most about what a record, and a pack, take on disk beside the features."""
 
+Order = tuple[int, int]
+"""A record's place in its pack: by draw, then by frame, so that windows in time lie together."""
 Written = Callable[[Sequence[tuple[Space, Path]]], None]
 """Called with the packs that were just committed."""
 
@@ -95,14 +98,16 @@ class Commits:
     ) -> None:
         self._counter, self._codec, self._settled = counter, codec, settled
         self._budget, self._written = budget, written
-        self.pending: dict[Digest, tuple[Space, Entry]] = {}
+        self.pending: dict[Digest, tuple[Order, Space, Entry]] = {}
         self._spaces: set[Space] = set()
         self._bytes = self._reserved = 0
         self._since = 0.0
         self.committed = 0
 
-    def add(self, space: Space, entry: Entry) -> bool:
+    def add(self, space: Space, entry: Entry, order: Order = (0, 0)) -> bool:
         """Take a record; False where the budget has no room for it, even when all is written.
+
+        In a pack records lie in the order given, in which they came where that is equal.
 
         Raises
         ------
@@ -115,7 +120,7 @@ class Commits:
             return False
         if not self.pending:
             self._since = time.monotonic()
-        self.pending[entry.key] = space, entry
+        self.pending[entry.key] = order, space, entry
         self._spaces.add(space)
         self._bytes += entry.record.features.nbytes
         self._counter.add(Usage(computed=1))
@@ -154,9 +159,10 @@ class Commits:
         spaces, self._spaces = self._spaces, set()
         reserved, self._reserved = self._reserved, 0
         packs: list[tuple[Space, Path]] = []
+        ordered = sorted(pending.values(), key=itemgetter(0))
         try:
             for space in sorted(spaces, key=lambda space: space.name):
-                entries = [entry for one, entry in pending.values() if one is space]
+                entries = [entry for _, one, entry in ordered if one is space]
                 names = space.write(entries, versions(), self._codec)
                 packs += [(space, space.packs_folder / name) for name in names]
                 size = sum(entry.record.features.nbytes for entry in entries)

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ..augment import Draw
 from ..errors import FeatureCacheError, ServiceError, StoreError
 from ..hashing import DIGEST_BYTES, Digest
 from ..key import Keys, Record
@@ -114,6 +115,7 @@ class Engine:
         self._coming = self._pooling = 0
         self._frame_bytes = self._reserved = self._frames = 0
         self._batch_size = 1
+        self._draws: dict[Draw, int] = {}
         self._news = time.monotonic()
         self._lost: StoreError | None = None
         self.error: BaseException | None = None
@@ -632,10 +634,11 @@ class Engine:
         """Take what was computed, and answer; it is committed later."""
         while self._collected:
             part, records = self._collected.popleft()
+            order = self._draws.setdefault(part.draw, len(self._draws)), part.request.number
             for wanted, record in zip(part.wanted, records, strict=True):
                 entry = Entry(wanted.key, record, wanted.describe())
                 try:
-                    has_room = self._commits.add(wanted.space, entry)
+                    has_room = self._commits.add(wanted.space, entry, order)
                 except StoreError as error:
                     self._lose(error)
                     has_room = True

@@ -317,7 +317,7 @@ def _local_cluster(workers: int) -> Any:
         n_workers=workers,
         threads_per_worker=2,
         processes=True,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
         host="127.0.0.1",
         preload=["feature_cache.warm.worker"],  # for its `dask_setup`
     )
