@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each worker of pytest
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -114,3 +116,15 @@ def public_folder() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_sockets_of_the_dead() -> Iterator[None]:
+    """Remove what killed processes left in the runtime folder, so that no later test sees it."""
+    yield
+    if "feature_cache.service.place" in sys.modules:
+        folder = sys.modules["feature_cache.service.place"].runtime_folder()
+        for file in folder.glob("*-*") if folder.exists() else ():
+            pid = file.name.partition("-")[0]
+            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+                file.unlink(missing_ok=True)
