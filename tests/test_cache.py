@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,24 @@ class TestFailure:
             cache.get_or_compute(**request)
         assert cache.stats()["records"] == 0
         assert not list(cache.store.root.glob("spaces/*"))
+
+    def test_masks_that_change_while_they_are_computed_change_no_record(self, cache, small):
+        frames, masks = small[0], small[1].astype(np.int32)
+        right = masks.copy()
+
+        class Disturbing(FakeBackbone):
+            def embed(self, images):
+                masks[masks > 0] = 1
+                return super().embed(images)
+
+        with suppress(FrameError):
+            cache.get_or_compute(frames, masks, Disturbing(dim=4))
+        there = [record for record in cache.get(frames, right, FakeBackbone(dim=4)) if record]
+        assert there
+        expected = FeatureCache(cache.store.root.parent / "other").get_or_compute(
+            frames, right, FakeBackbone(dim=4)
+        )
+        assert {content(record) for record in there} <= {content(one) for one in expected}
 
     def test_an_error_that_is_kept_keeps_no_pixels(self, cache, small):
         read = []

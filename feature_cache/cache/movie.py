@@ -448,9 +448,11 @@ class MovieFeatures:
 
     def read(self, t: int) -> Frame:
         """Read frame `t` and its mask, to be computed. FrameError where they changed."""
-        given = self.frames[t]
-        pixels = frame_pixels(given, self.where(t))
-        mask = None if self.masks is None else mask_labels(self.masks[t], self.where(t, "mask"))
+        # Copies: an array that changes later must not change what was compared with the digests.
+        given = _copy_of(self.frames[t])
+        pixels, mask = frame_pixels(given, self.where(t)), None
+        if self.masks is not None:
+            mask = mask_labels(_copy_of(self.masks[t]), self.where(t, "mask"))
         digest, masked = self.digests(t)
         if frame_digest(pixels) != digest or (mask is not None and mask_digest(mask) != masked):
             self._forget(t)
@@ -505,6 +507,10 @@ def _in_files(images: Series, t: int, kind: str) -> dict[str, Any] | None:
         return None
     purpose = f"{kind}, key version {KEY_VERSION}, {images.recipe}"
     return {"files": files, "purpose": purpose, "part": images.part_of(t)}
+
+
+def _copy_of(image: Any) -> Any:
+    return image.copy() if isinstance(image, np.ndarray) else image
 
 
 def compute_wanted(
