@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,6 @@ from ..hashing import Digest, digest_bytes
 from ..normalize import normalize
 from ..pooling import Regions
 from ..spec import Normalization
-
-Pixels: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(slots=True, eq=False)
