@@ -143,7 +143,11 @@ def unit_key(unit: Unit) -> str:
 
 @dataclass(eq=False)
 class _Run:
-    """Keeps a window of units on the cluster; `waiting` are the others, the next one last."""
+    """Keeps a window of units on the cluster; `waiting` are the others, the next one last.
+
+    A budget is shared out among the units of a window; where a share was too small for anything,
+    one unit at a time gets all that is left (`narrow`).
+    """
 
     plan: WarmPlan
     client: Client
@@ -152,6 +156,7 @@ class _Run:
     waiting: list[tuple[Unit, Order]]
     running: dict[Future, tuple[Unit, Order]] = field(default_factory=dict)
     finished: SimpleQueue[Future] = field(default_factory=SimpleQueue)
+    narrow: bool = False
 
     def work_off(self) -> None:
         """Run units until each is done or has failed."""
@@ -168,8 +173,7 @@ class _Run:
             raise
 
     def _submit(self) -> None:
-        threads = self._threads()
-        window = max(1, threads) if self.budget else max(4, _UNITS_PER_THREAD * threads)
+        window = self._window()
         while self.waiting and len(self.running) < window:
             if self.budget is not None and self.budget.spent:
                 return
@@ -189,13 +193,19 @@ class _Run:
 
     def _allowance(self, window: int) -> int:
         """Share out the bytes that are left among the units that can run at once."""
-        budget = open_budget(self.plan.cache, self.budget.max_bytes if self.budget else 0)
         reserved = sum(order.max_bytes or 0 for _, order in self.running.values())
-        return max(0, budget.max_bytes - budget.used - reserved) // (window - len(self.running))
+        return max(0, self._left() - reserved) // (window - len(self.running))
 
-    def _threads(self) -> int:
+    def _left(self) -> int:
+        budget = open_budget(self.plan.cache, self.budget.max_bytes if self.budget else 0)
+        return budget.max_bytes - budget.used
+
+    def _window(self) -> int:
         with _reaching(self.client):
-            return sum(self.client.ncores().values())
+            threads = sum(self.client.ncores().values())
+        if self.budget is None:
+            return max(4, _UNITS_PER_THREAD * threads)
+        return 1 if self.narrow else max(1, threads)
 
     def _collect(self) -> None:
         try:
@@ -230,8 +240,9 @@ class _Run:
     def _go_on(self, unit: Unit, order: Order, outcome: Outcome) -> None:
         """Have the rest of a unit computed, if there is room for any of it."""
         if self.budget is not None and not outcome.computed:
-            self.budget.spent = True
-        elif not outcome.failures and (rest := unit.missing()).wanted:
+            self.budget.spent = (order.max_bytes or 0) >= self._left()
+            self.narrow = True
+        if not outcome.failures and (rest := unit.missing()).wanted:
             self.waiting.append((rest, replace(order, wanted=rest.wanted)))
 
     def _check(self) -> None:
