@@ -221,11 +221,41 @@ class TorchBackbone(Frozen, ABC):
         FrameError
             The frames have channels, or are smaller than a cell.
         """
-        images = torch.as_tensor(frames, dtype=torch.float32).to(self.device)
-        self._check_frames(images)
+        [grids] = self.embed_parts([frames])
+        return grids
+
+    def embed_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Embed frames of several sizes in one pass, where the network's input has a fixed one.
+
+        Parameters
+        ----------
+        parts : sequence of (B, H, W) float32
+
+        Returns
+        -------
+        list of (B, gh, gw, C) float32
+            One for each part, on the device.
+
+        Raises
+        ------
+        FrameError
+            As `embed`.
+        """
+        images = [torch.as_tensor(part, dtype=torch.float32).to(self.device) for part in parts]
+        for part in images:
+            self._check_frames(part)
         with torch.inference_mode(), exact_float32(), self._autocast():
-            grid = self._forward(self._as_input(images))
-        return grid.float()
+            inputs = [self._as_input(part) for part in images]
+            grids = self._forward(inputs[0] if len(inputs) == 1 else torch.cat(inputs)).float()
+        slices = torch.split(grids, [len(part) for part in images])
+        return [
+            self._crop(own, (part.shape[1], part.shape[2]))
+            for own, part in zip(slices, images, strict=True)
+        ]
+
+    def _crop(self, grids: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Cut grids to what spans frames of a shape."""
+        return grids
 
     def _check_frames(self, images: Tensor) -> None:
         spec = self.spec
@@ -307,6 +337,12 @@ def _name_subclass(kind: type) -> dict[str, str]:
     if kind is describing or _is_ours(kind):
         return {}
     return {"class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def mixes_sizes(backbone: Backbone) -> bool:
+    """Tell whether a backbone embeds frames of several sizes in one pass (`embed_parts`)."""
+    is_ours = isinstance(backbone, TorchBackbone) and type(backbone).embed is TorchBackbone.embed
+    return is_ours and backbone.spec.input_size is not None
 
 
 def _is_ours(kind: type) -> bool:

@@ -138,12 +138,10 @@ class SegmentAnything(HubBackbone):
         content = self._to_channels(resize_frames(images, (height, width), _RESIZE))
         return nn.functional.pad(content, (0, _INPUT - width, 0, _INPUT - height))
 
-    def embed(self, frames: Tensor) -> Tensor:
-        """Embed frames (B, H, W) float32 into grids (B, gh, gw, 256) float32, on the device."""
-        grids = super().embed(frames)
+    def _crop(self, grids: Tensor, shape: tuple[int, int]) -> Tensor:
         if self.fit == "stretch":
             return grids
-        rows, columns = map(_cells, fit_longest(frames.shape[-2], frames.shape[-1]))
+        rows, columns = map(_cells, fit_longest(*shape))
         return grids[:, :rows, :columns]
 
     def _forward(self, inputs: Tensor) -> Tensor:

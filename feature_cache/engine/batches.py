@@ -11,22 +11,21 @@ from .request import Part
 def choose_batch(ready: Sequence[Part]) -> list[Part]:
     """Choose the next batch: what is waited for first, and what goes with it.
 
-    Frames under one draw come first, as they are drawn at once; others of the same shape fill the
-    batch, whatever their draw and movie.
+    Frames under one draw come first, as they are drawn at once; others that go through the network
+    with them fill the batch, whatever their draw and movie.
     """
     first = _first_of(ready)
-    alike = sorted(_alike(ready, first), key=lambda part: part.draw != first.draw)
-    others = [part for part in alike if part.draw != first.draw]
-    same = alike[: len(alike) - len(others)]
-    order = {part.draw: n for n, part in reversed(list(enumerate(others)))}
+    alike = _alike(ready, first)
+    draws = dict.fromkeys([first.draw, *(part.draw for part in alike)])
+    rank = {draw: n for n, draw in enumerate(draws)}
     chosen: list[Part] = []
     slices = 0
-    for part in [*same, *sorted(others, key=lambda part: order[part.draw])]:
+    for part in sorted(alike, key=lambda part: rank[part.draw]):
         if chosen and slices >= first.request.batch_size:
             break
         chosen.append(part)
         slices += part.depth
-    return chosen
+    return sorted(chosen, key=lambda part: (rank[part.draw], part.embedding.frame.shape))
 
 
 def is_full(ready: Sequence[Part]) -> bool:
@@ -47,5 +46,6 @@ def _alike(ready: Sequence[Part], first: Part) -> list[Part]:
 
 
 def _goes_with(part: Part, first: Part) -> bool:
-    """Tell whether two parts can be in one batch: of one backbone, seen in one shape."""
-    return part.request.model is first.request.model and part.shape == first.shape
+    """Tell whether two parts can be in one batch: of one backbone, which sees them in one shape."""
+    model = first.request.model
+    return part.request.model is model and (model.mixes_sizes or part.shape == first.shape)

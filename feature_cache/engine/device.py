@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +29,9 @@ from .plain import (
     Embedding,
     check_finite,
     check_range,
-    check_shape,
     count_slices,
+    draw_groups,
+    embed_groups,
     split_stacks,
     too_large,
 )
@@ -140,25 +140,19 @@ class OnDevice:
             event.synchronize()
 
     def embed(self, batch: Sequence[Embedding]) -> list[DeviceGrid]:
-        """Embed frames that the backbone sees in one shape, as one batch; waits for nothing."""
+        """Embed frames as one batch, as `Plain.embed`; waits for nothing."""
         with self._on(self._computing):
-            images = self._draw_all(batch)
-            seen = torch.stack(torch.aminmax(images))
-            grids = torch.as_tensor(self.backbone.embed(images)).float()
-            check_shape(grids, self.spec, batch)
-            stacks = split_stacks(grids.to(self.device), batch)
-        return [DeviceGrid(stack, seen, batch[0].frame.where) for stack in stacks]
+            groups = draw_groups(batch, self._images_of, self.spec)
+            found = embed_groups(self.backbone, self.spec, groups)
+            return [
+                DeviceGrid(stack, seen, group.first.where)
+                for group, grids in zip(groups, found, strict=True)
+                for seen in [torch.stack(torch.aminmax(group.images))]
+                for stack in split_stacks(grids.to(self.device), group.members)
+            ]
 
-    def _draw_all(self, batch: Sequence[Embedding]) -> torch.Tensor:
-        bounds, parts = self.spec.normalization.range, []
-        for draw, group in groupby(batch, key=lambda each: each.draw):
-            frames = [each.frame for each in group]
-            images = torch.cat([self._image_of(frame).pixels for frame in frames])
-            if not draw.is_identity:
-                digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
-                images = draw.apply(images, digests=digests, bounds=bounds)
-            parts.append(images)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _images_of(self, frames: Sequence[Frame]) -> torch.Tensor:
+        return torch.cat([self._image_of(frame).pixels for frame in frames])
 
     def _image_of(self, frame: Frame) -> DeviceImage:
         self.prepare(frame)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..augment import Draw
+from ..backbones.base import mixes_sizes
 from ..backbones.witness import Witness
 from ..errors import BackboneError, FeatureCacheError, FrameError, StoreError
 from ..hashing import DIGEST_BYTES
@@ -70,6 +71,7 @@ class Model:
         self._most_slices: int | None = None
         self.fitting, self._is_measured = FIRST_BATCH, False
         self._lock = _locks.setdefault((spec.digest, str(self.device)), threading.RLock())
+        self.mixes_sizes = mixes_sizes(backbone)
         self._plain = Plain(backbone, spec)
         self._way = self._plain if is_plain(self.device) else OnDevice(backbone, spec)
         self._proofs: dict[SpaceSpec, int] = {}
@@ -119,7 +121,7 @@ class Model:
     # Embedding
 
     def embed(self, batch: Sequence[Embedding]) -> Iterator[Any]:
-        """Embed frames that the backbone sees in one shape, as one batch if that can be.
+        """Embed frames that can go through the backbone together, as one batch if there is room.
 
         Where a batch fails it is halved, down to the frame that is to blame.
 
@@ -309,7 +311,7 @@ def compute_each(
         Slices in a batch, at most (but always a whole frame).
     """
     wanted = (Embedding(frame, draw, (spec,)) for frame in frames)
-    for batch in cut_batches(wanted, batch_size):
+    for batch in cut_batches(wanted, batch_size, model.mixes_sizes):
         for each, grid in zip(batch, model.embed(batch), strict=True):
             try:
                 if isinstance(grid, Exception):
@@ -319,12 +321,14 @@ def compute_each(
                 yield each.frame, error
 
 
-def cut_batches(wanted: Iterable[Embedding], batch_size: int) -> Iterator[list[Embedding]]:
-    """Cut embeddings into batches of one shape, in order."""
+def cut_batches(
+    wanted: Iterable[Embedding], batch_size: int, mixes_sizes: bool
+) -> Iterator[list[Embedding]]:
+    """Cut embeddings into batches, in order; of one shape unless sizes are mixed."""
     batch: list[Embedding] = []
     for each in wanted:
         full = batch and count_slices(batch) >= batch_size
-        if batch and (full or batch[0].shape != each.shape):
+        if batch and (full or not (mixes_sizes or batch[0].shape == each.shape)):
             yield batch
             batch = []
         batch.append(each)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..augment import Draw
+from ..backbones.base import TorchBackbone, mixes_sizes
 from ..backbones.state import undisturbed
 from ..errors import BackboneError
 from ..key import Record
@@ -69,7 +70,7 @@ class Plain:
         frame.normalized(self.spec.normalization)
 
     def embed(self, batch: Sequence[Embedding]) -> list[Any]:
-        """Embed frames that the backbone sees in one shape, as one batch.
+        """Embed frames as one batch: of one shape, where the backbone does not mix sizes.
 
         Returns
         -------
@@ -82,30 +83,25 @@ class Plain:
             shape, or NaN.
         """
         with undisturbed(self.device):
-            images = self._draw_all(batch)
-            grids = torch.as_tensor(self.backbone.embed(images)).float().cpu()
-        check_shape(grids, self.spec, batch)
-        if not torch.isfinite(grids.sum()):  # cheap, and never finite where one of them is not
-            check_finite(torch.isfinite(grids).flatten(1).all(dim=1), self.spec, batch)
-        return split_stacks(grids.numpy(), batch)
-
-    def _draw_all(self, batch: Sequence[Embedding]) -> torch.Tensor:
-        """Give what the backbone sees, (B, H', W'); frames of one draw are drawn at once."""
-        bounds, parts = self.spec.normalization.range, []
-        for draw, group in groupby(batch, key=lambda each: each.draw):
-            frames = [each.frame for each in group]
-            images = self._images_of(frames)
-            self._check_range(images, frames[0])
-            if not draw.is_identity:
-                digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
-                images = draw.apply(images.to(self.device), digests=digests, bounds=bounds)
-                self._check_range(images, frames[0])
-            parts.append(images)
-        return parts[0] if len(parts) == 1 else torch.cat([p.to(self.device) for p in parts])
+            groups = draw_groups(batch, self._images_of, self.spec)
+            for group in groups:
+                self._check_range(group.images, group.first)
+            found = [grids.cpu() for grids in embed_groups(self.backbone, self.spec, groups)]
+        for group, grids in zip(groups, found, strict=True):
+            if not torch.isfinite(grids.sum()):  # cheap, and never finite where one of them is not
+                finite = torch.isfinite(grids).flatten(1).all(dim=1)
+                check_finite(finite, self.spec, group.members)
+        return [
+            stack
+            for group, grids in zip(groups, found, strict=True)
+            for stack in split_stacks(grids.numpy(), group.members)
+        ]
 
     def _images_of(self, frames: Sequence[Frame]) -> torch.Tensor:
         rule = self.spec.normalization
-        return torch.from_numpy(np.concatenate([frame.normalized(rule) for frame in frames]))
+        images = torch.from_numpy(np.concatenate([frame.normalized(rule) for frame in frames]))
+        self._check_range(images, frames[0])
+        return images.to(self.device)
 
     def _check_range(self, images: torch.Tensor, first: Frame) -> None:
         if self.spec.normalization.range is not None:
@@ -156,13 +152,80 @@ def check_range(seen: torch.Tensor, spec: BackboneSpec, where: str) -> None:
         )
 
 
-def check_shape(grids: torch.Tensor, spec: BackboneSpec, batch: Sequence[Embedding]) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Frames of one size under one draw, drawn at once.
+
+    Attributes
+    ----------
+    members : sequence of Embedding
+    images : (B, H', W') float32
+        What the backbone sees of them.
+    """
+
+    members: Sequence[Embedding]
+    images: torch.Tensor
+
+    @property
+    def first(self) -> Frame:
+        """The first frame."""
+        return self.members[0].frame
+
+
+def draw_groups(
+    batch: Sequence[Embedding],
+    images_of: Callable[[Sequence[Frame]], torch.Tensor],
+    spec: BackboneSpec,
+) -> list[Group]:
+    """Draw the frames of a batch; in its order.
+
+    Parameters
+    ----------
+    batch : sequence of Embedding
+    images_of : callable
+        Gives frames of one size, normalised and on the device: (B, H, W) float32.
+    spec : BackboneSpec
+    """
+    groups = []
+    for (draw, _), group in groupby(batch, key=lambda each: (each.draw, each.frame.shape)):
+        members = list(group)
+        frames = [each.frame for each in members]
+        images = images_of(frames)
+        if not draw.is_identity:
+            digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
+            images = draw.apply(images, digests=digests, bounds=spec.normalization.range)
+        groups.append(Group(members, images))
+    return groups
+
+
+def embed_groups(
+    backbone: Backbone, spec: BackboneSpec, groups: Sequence[Group]
+) -> list[torch.Tensor]:
+    """Embed groups in one pass: the grids (B, gh, gw, C) float32 of each.
+
+    Raises
+    ------
+    BackboneError
+        A wrong shape.
+    """
+    images = [group.images for group in groups]
+    counts = [len(part) for part in images]
+    if isinstance(backbone, TorchBackbone) and mixes_sizes(backbone):
+        found = backbone.embed_parts(images)
+        for grids, count, group in zip(found, counts, groups, strict=True):
+            check_shape(grids, count, spec, group.first)
+        return found
+    whole = torch.as_tensor(backbone.embed(images[0] if len(images) == 1 else torch.cat(images)))
+    check_shape(whole, sum(counts), spec, groups[0].first)
+    return list(torch.split(whole.float(), counts))
+
+
+def check_shape(grids: torch.Tensor, count: int, spec: BackboneSpec, first: Frame) -> None:
     """Check that there is a grid for each slice."""
-    count, first = count_slices(batch), batch[0].frame.where
     if grids.ndim != 4 or grids.shape[0] != count or grids.shape[3] != spec.width:
         raise BackboneError(
-            f"{spec.name} gave shape {tuple(grids.shape)} for {count} frames from {first} on: "
-            f"expected ({count}, gh, gw, {spec.width})"
+            f"{spec.name} gave shape {tuple(grids.shape)} for {count} frames from {first.where} "
+            f"on: expected ({count}, gh, gw, {spec.width})"
         )
 
 
