@@ -473,6 +473,34 @@ def test_backbones(run):
     )
 
 
+def test_options_of_a_backbone(run):
+    code, out, _ = run("backbones", "facebook/sam-vit-base")
+    assert code == 0
+    assert re.search(r"^fit +pad +pad, stretch$", out, re.MULTILINE)
+    code, _, err = run("backbones", "facebook/sam-vit-bas")
+    assert code == 2
+    assert "did you mean 'facebook/sam-vit-base'" in err
+
+
+def test_a_name_with_options_is_the_same_everywhere(run, small_folder):
+    """What is warmed by a string is found by it, and by the option that stands for a part of it."""
+    movie, cache = (str(small_folder()), "--cache", "cache"), ("--weights", "random:0")
+    named = "efficientnet-lite0?layer=stride-8&dtype=bfloat16"
+    assert run("warm", *movie, "--backbone", named, *cache)[0] == 0
+    for short in (["--backbone", named], ["--backbone", named.rpartition("&")[0],
+                                          "--compute-dtype", "bfloat16"]):  # fmt: skip
+        code, out, _ = run("explain", *movie, *short, *cache)
+        assert code == 0
+        assert out.count("hit ") == 6
+        assert run("show", *movie, *short, "--frame", "0", "-o", "a.png")[0] == 0
+    code, _, err = run("show", *movie, "--backbone", f"{named}&weights=random:1", "--frame", "0")
+    assert code == 1
+    assert "--backbone 'efficientnet-lite0?layer=stride-8&dtype=bfloat16&weights=" in err
+    code, _, err = run("warm", *movie, "--backbone", named, "--compute-dtype", "float16")
+    assert code == 2
+    assert "option 'dtype'" in err
+
+
 COMMANDS = sorted(typer.main.get_command(app).commands)
 
 
@@ -534,6 +562,7 @@ def small_version(example: str, folder: Path) -> str:
         ("zsh", "explain data/01 --dtype float3", "float32"),
         ("bash", "serve --codec zs", "zstd"),
         ("zsh", "serve --compute-dtype bf", "bfloat16"),
+        ("zsh", "warm --backbone facebook/sam-vit-base?dtype=float16&fit=st", "stretch"),
         ("bash", "warm --dense orig", "original"),
         ("bash", "unp", "unpin"),
     ],

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import BackboneError, UnknownNameError
 from .catalogue import BACKBONES, BackboneInfo
+from .name import ANY_OPTION, OptionInfo, options_of_factory, split_name
 
 if TYPE_CHECKING:
     from .base import Backbone
 
-__all__ = ["ENTRY_POINTS", "BackboneInfo", "list_backbones", "load_backbone"]
+__all__ = [
+    "ENTRY_POINTS",
+    "BackboneInfo",
+    "OptionInfo",
+    "list_backbones",
+    "list_options",
+    "load_backbone",
+]
 
 ENTRY_POINTS = "feature_cache.backbones"
 """Group of entry points by which other packages add backbones."""
@@ -52,7 +59,8 @@ def load_backbone(
     Parameters
     ----------
     name : str
-        One of `list_backbones`.
+        One of `list_backbones`. Options may follow, as ``"timm/test_vit?layer=2&dtype=bfloat16"``:
+        all that follows here but `device`, typed as `list_options` says.
     weights : str, Path or None
         None for the model's own, a path to a checkpoint, or ``"random:<seed>"``.
     device : str, optional
@@ -69,18 +77,38 @@ def load_backbone(
     MissingDependencyError
         Its package is not installed (raised when the weights are asked for).
     BackboneError
-        Another package's entry point can't be loaded, or gives no backbone.
+        An option has no such value, or is given twice, in the name and here. Another package's
+        entry point can't be loaded, or gives no backbone.
     """
-    factory = find_factory(name)
-    _check_options(name, factory, options)
-    backbone = factory(name, weights, device, dtype, **options)
+    bare, told = split_name(name)
+    factory = find_factory(bare)
+    given = {"weights": weights, "dtype": dtype, **options}
+    given = {option: value for option, value in given.items() if value is not None}
+    for option in told.keys() & given.keys():
+        raise BackboneError(
+            f"{option} of {bare} is given twice: {told[option]} in its name, and "
+            f"{given[option]!r} beside it; leave one out"
+        )
+    wanted = {**options, **_read_options(bare, factory, told, options)}
+    weights, dtype = wanted.pop("weights", weights), wanted.pop("dtype", dtype)
+    backbone = factory(bare, weights, device, dtype, **wanted)
     if not callable(getattr(backbone, "embed", None)):
-        raise BackboneError(f"{factory} gave no backbone for {name!r}: it has no embed()")
+        raise BackboneError(f"{factory} gave no backbone for {bare!r}: it has no embed()")
     return cast("Backbone", backbone)
 
 
+def list_options(name: str) -> tuple[OptionInfo, ...]:
+    """List what a backbone's name may be followed by, with kinds and defaults.
+
+    Raises
+    ------
+    As `load_backbone`, where there is no such backbone.
+    """
+    return options_of_factory(find_factory(split_name(name)[0])) or ()
+
+
 def find_factory(name: str) -> Callable[..., object]:
-    """Give what makes a backbone of this name; errors as `load_backbone`."""
+    """Give what makes a backbone of this bare name; errors as `load_backbone`."""
     known = list_backbones()
     info = next((info for info in known if info.fits(name)), None)
     if info is None:
@@ -95,11 +123,16 @@ def find_factory(name: str) -> Callable[..., object]:
     return cast("Callable[..., object]", factory)
 
 
-def _check_options(name: str, factory: Callable[..., object], options: dict[str, Any]) -> None:
-    parameters = inspect.signature(factory).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    own = list(parameters)[4:]
-    for option in options:
-        if option not in own:
-            raise UnknownNameError(f"option of {name}", option, own)
+def _read_options(
+    name: str, factory: Callable[..., object], told: Mapping[str, str], given: Iterable[str]
+) -> dict[str, Any]:
+    """Read the options in a name; those given beside it must be known, too."""
+    options = options_of_factory(factory)
+    if options is None:
+        return {option: ANY_OPTION.read(text, name) for option, text in told.items()}
+    known = {option.name: option for option in options}
+    for option in (*told, *given):
+        if option not in known:
+            listing = f"feature-cache backbones {name}"
+            raise UnknownNameError(f"option of {name}", option, known, listing)
+    return {option: known[option].read(text, name) for option, text in told.items()}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FeatureCacheError
 from ..spec import BackboneSpec
 from . import find_factory, load_backbone
+from .name import join_name, split_name
 
 if TYPE_CHECKING:
     from .base import Backbone
@@ -53,3 +56,38 @@ def options_of(spec: BackboneSpec, factory: Callable[..., object]) -> dict[str, 
     }
     options = list(inspect.signature(factory).parameters)[4:]
     return {name: told[name] for name in options if name in told}
+
+
+def name_in_full(spec: BackboneSpec) -> str:
+    """Write the name of a spec's backbone, with the options that are not its defaults.
+
+    The bare name where that can't be told, as its package is not installed.
+    """
+    try:
+        factory = find_factory(spec.name)
+        plain = _describe(load_backbone(spec.name), spec.weights)
+        defaults, told = ({"dtype": s.dtype, **options_of(s, factory)} for s in (plain, spec))
+    except FeatureCacheError:
+        return spec.name
+    differing = {name: told[name] for name in told if told[name] != defaults.get(name)}
+    return join_name(spec.name, differing)
+
+
+def is_named(spec: BackboneSpec, text: str) -> bool:
+    """Tell whether a spec is that of a name: with its options, or any where none are told.
+
+    Raises
+    ------
+    As `load_backbone`.
+    """
+    name, told = split_name(text)
+    if name != spec.name or not told:
+        return name == spec.name
+    made = load_backbone(text)
+    return spec == (made.spec if "weights" in told else _describe(made, spec.weights))
+
+
+def _describe(backbone: Backbone, weights: str) -> BackboneSpec:
+    """Give a backbone's spec with weights that need not be there."""
+    describe: Callable[[str], BackboneSpec] | None = getattr(backbone, "describe", None)
+    return replace(backbone.spec, weights=weights) if describe is None else describe(weights)

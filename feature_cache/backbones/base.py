@@ -19,13 +19,8 @@ from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import Digest, state_digest
 from ..memo import Memo, remembered_digest
 from ..spec import BackboneSpec
+from .name import COMPUTE_DTYPES
 from .state import NetworkState, exact_float32
-
-COMPUTE_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @runtime_checkable
@@ -167,7 +162,11 @@ class TorchBackbone(Frozen, ABC):
     @cached_property
     def spec(self) -> BackboneSpec:
         """Everything that changes this backbone's numbers; loads no weights that are known."""
-        spec = self._describe(self._weights_digest().hex())
+        return self.describe(self._weights_digest().hex())
+
+    def describe(self, weights: str) -> BackboneSpec:
+        """Give the spec that this backbone has with weights of such a digest; loads none."""
+        spec = self._describe(weights)
         extra = {**spec.extra, **_name_subclass(type(self))}
         return replace(spec, extra=extra)
 
@@ -326,7 +325,7 @@ class TorchBackbone(Frozen, ABC):
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        dtype = COMPUTE_DTYPES[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             yield
 

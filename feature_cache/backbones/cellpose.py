@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class CellposeSam(HubBackbone):
         device: str | None = None,
         dtype: str | None = None,
         *,
-        checkpoint: str = "cpsam",
+        checkpoint: Literal["cpsam", "cpsam_v2"] = "cpsam",
     ) -> None:
         super().__init__(name, weights, device, dtype)
         if checkpoint not in _CHECKPOINTS:

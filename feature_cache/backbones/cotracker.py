@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class CoTracker(TorchBackbone):
         weights: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
-        input_range: str = "0..1",
+        input_range: Literal["0..1", "-1..1"] = "0..1",
     ) -> None:
         super().__init__(name, weights, device, dtype)
         if input_range not in _RANGES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class EfficientNetLite0(TorchBackbone):
         weights: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
-        layer: str = "stride-16",
+        layer: Literal["stride-4", "stride-8", "stride-16", "stride-32"] = "stride-16",
     ) -> None:
         super().__init__(name, weights, device, dtype)
         if layer not in _LAYERS:

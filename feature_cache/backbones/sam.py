@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .weights import micro_sam_file
 
 _INPUT, _PATCH = 1024, 16
 _RESIZE = "bilinear-antialias"
-_FITS = ("pad", "stretch")
+Fit: TypeAlias = Literal["pad", "stretch"]
 _POSITION_STD = 0.02
 
 ENCODER_SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -95,12 +95,12 @@ class SegmentAnything(HubBackbone):
         device: str | None = None,
         dtype: str | None = None,
         *,
-        fit: str = "pad",
+        fit: Fit = "pad",
         standardize: bool = False,
     ) -> None:
         super().__init__(name, weights, device, dtype, standardize=standardize)
-        if fit not in _FITS:
-            raise UnknownNameError(f"fit of {name}", fit, _FITS)
+        if fit not in get_args(Fit):
+            raise UnknownNameError(f"fit of {name}", fit, get_args(Fit))
         self.fit = fit
 
     def _describe(self, weights: str) -> BackboneSpec:
@@ -194,7 +194,7 @@ class MicroSam(SegmentAnything):
         device: str | None = None,
         dtype: str | None = None,
         *,
-        fit: str = "pad",
+        fit: Fit = "pad",
         standardize: bool = True,
     ) -> None:
         super().__init__(name, weights, device, dtype, fit=fit, standardize=standardize)

@@ -63,7 +63,7 @@ PoolingsOption = Annotated[
 GridsBackboneOption = Annotated[
     str | None,
     typer.Option(
-        help="See: feature-cache backbones.",
+        help="See feature-cache backbones; options behind it, as NAME?dtype=bfloat16.",
         autocompletion=complete_backbone,
         rich_help_panel=FEATURES,
     ),
@@ -163,9 +163,11 @@ def warm(
     Example: feature-cache warm data/01 data/02 --cache features --backbone efficientnet-lite0
     """
     from ..augment import Augmentations
+    from ..backbones.name import name_with_dtype
     from ..warm import plan_warm
 
-    where = _Where(backbone, weights, device, compute_dtype, scheduler, local_workers)
+    named = backbone and name_with_dtype(backbone, compute_dtype)
+    where = _Where(named, weights, device, scheduler, local_workers)
     where.check(from_grids, dense)
     at_once = parse_batch_size(batch_size)
     augmentations = Augmentations(policy, copies, seed)
@@ -210,7 +212,6 @@ class _Where:
     backbone: str | None
     weights: str | None
     device: str | None
-    compute_dtype: str | None
     scheduler: str | None
     local_workers: int | None
 
@@ -241,7 +242,7 @@ class _Where:
     def recipe(self) -> Recipe:
         from ..warm import Recipe
 
-        return Recipe(str(self.backbone), self.weights, self.device, self.compute_dtype)
+        return Recipe(str(self.backbone), self.weights, self.device)
 
     def load(self) -> Backbone:
         return self.recipe().load()
@@ -469,15 +470,14 @@ def explain(
     """
     from ..augment import Augmentations
     from ..backbones import load_backbone
+    from ..backbones.name import name_with_dtype
     from ..cache import FeatureCache
     from ..errors import MovieError
     from ..movies import Movie
 
     augmentations = Augmentations(policy, copies=copy, seed=seed)
-    model, pooled = (
-        load_backbone(backbone, weights, dtype=compute_dtype),
-        None if pooling == "none" else pooling,
-    )
+    model = load_backbone(name_with_dtype(backbone, compute_dtype), weights)
+    pooled = None if pooling == "none" else pooling
     _check_names(model, [pooled], dtype)
     opened = Movie.open(
         movie,

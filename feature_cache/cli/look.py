@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import CacheOption, JsonOption, OptionalCacheOption
+from .options import CacheOption, JsonOption, OptionalCacheOption, complete_backbone
 from .output import print_table, size_text
 
 
@@ -107,13 +107,23 @@ def doctor(
         raise typer.Exit(1)
 
 
-def backbones(as_json: JsonOption = False) -> None:
-    """List the backbones, and how to install those that are not.
+def backbones(
+    name: Annotated[
+        str, typer.Argument(help="List the options of this one.", autocompletion=complete_backbone)
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the backbones, and how to install those that are not; or the options of one.
 
-    Example: feature-cache backbones
+    Options follow the name wherever a backbone is named: NAME?OPTION=VALUE&OPTION=VALUE.
+
+    Example: feature-cache backbones efficientnet-lite0
     """
     from ..backbones import list_backbones
 
+    if name:
+        _list_options(name, as_json)
+        return
     rows = [
         {
             "name": info.name,
@@ -124,5 +134,16 @@ def backbones(as_json: JsonOption = False) -> None:
             "installed": "yes" if info.installed else info.install,
         }
         for info in list_backbones()
+    ]
+    print_table(rows, as_json)
+
+
+def _list_options(name: str, as_json: bool) -> None:
+    from ..backbones import list_options
+    from ..backbones.name import write_value
+
+    rows = [
+        {"option": one.name, "default": write_value(one.default), "values": one.expected}
+        for one in list_options(name)
     ]
     print_table(rows, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,10 +58,29 @@ def complete(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     return find
 
 
-def _backbone_names() -> list[str]:
+def complete_backbone(incomplete: str) -> list[str]:
+    """Complete a backbone's name; behind its ``?``, options and their values."""
     from ..backbones import list_backbones
 
-    return [info.name.partition("<")[0] for info in list_backbones()]
+    if "?" not in incomplete:
+        names = [info.name.partition("<")[0] for info in list_backbones()]
+        return [name for name in names if name.startswith(incomplete)]
+    head, mark = max(incomplete.rpartition(mark)[:2] for mark in "?&")
+    return [one for one in _options_after(f"{head}{mark}") if one.startswith(incomplete)]
+
+
+def _options_after(typed: str) -> Iterator[str]:
+    """Give a name that ends in ``?`` or ``&`` with each option, and with each of its values."""
+    from ..backbones import list_options
+    from ..errors import FeatureCacheError
+
+    try:
+        options = list_options(typed.partition("?")[0])
+    except FeatureCacheError:
+        return
+    for option in options:
+        yield f"{typed}{option.name}="
+        yield from (f"{typed}{option.name}={word}" for word in option.words)
 
 
 def _pooling_names() -> list[str]:
@@ -88,7 +107,6 @@ def _policies() -> Iterable[str]:
     return PRESETS
 
 
-complete_backbone = complete(_backbone_names)
 complete_pooling = complete(_pooling_names)
 
 
@@ -112,7 +130,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BackboneOption = Annotated[
     str,
     typer.Option(
-        help="See: feature-cache backbones.",
+        help="See feature-cache backbones; options behind it, as NAME?dtype=bfloat16.",
         autocompletion=complete_backbone,
         rich_help_panel=FEATURES,
     ),
@@ -189,7 +207,7 @@ DtypeOption = Annotated[
 ComputeDtypeOption = Annotated[
     str | None,
     typer.Option(
-        help="Of the computation: float32 (default), bfloat16 or float16.",
+        help="Of the computation, as ?dtype= in the name: float32 (default), bfloat16, float16.",
         autocompletion=complete(lambda: ("float32", "bfloat16", "float16")),
         rich_help_panel=COMPUTING,
     ),

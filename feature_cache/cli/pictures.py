@@ -18,6 +18,7 @@ from .options import (
     AxesOption,
     CacheOption,
     ChannelOption,
+    ComputeDtypeOption,
     DetectionsOption,
     DtypeOption,
     LayersOption,
@@ -70,6 +71,7 @@ def report(
     masks: MasksOption = None,
     channel: ChannelOption = None,
     axes: AxesOption = None,
+    compute_dtype: ComputeDtypeOption = None,
     dtype: DtypeOption = "float16",
     copy: CopyOption = 0,
     seed: SeedOption = 0,
@@ -83,6 +85,7 @@ def report(
 
     Example: feature-cache report cache.html --cache features
     """
+    from ..backbones.name import name_with_dtype
     from ..cache import FeatureCache
     from ..movies import Source
     from ..report import Choice, render_page, survey_cache
@@ -91,7 +94,8 @@ def report(
     strips: list[Strip] = []
     failed: dict[str, str] = {}
     if movie:
-        name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
+        pooled = _pooling_of(pooling)
+        name = name_with_dtype(backbone or _only_backbone(opened), compute_dtype)
         choice = Choice(name, weights, pooled, dtype, policy, seed, copy)
         if masks is not None and len(movie) > 1:
             raise typer.BadParameter("--masks is for one --movie")
@@ -161,6 +165,7 @@ def show(
     masks: MasksOption = None,
     channel: ChannelOption = None,
     axes: AxesOption = None,
+    compute_dtype: ComputeDtypeOption = None,
     dtype: DtypeOption = "float16",
     copy: CopyOption = 0,
     seed: SeedOption = 0,
@@ -173,13 +178,15 @@ def show(
     Exit status 1 where its record is not in the cache.
     Example: feature-cache show data/01 --cache features --frame 3
     """
+    from ..backbones.name import name_with_dtype
     from ..cache import FeatureCache
     from ..movies import Source
     from ..report import Choice, compose_picture, draw_in_terminal, fit_palette, look_at
     from ..report.images import encode_png
 
     opened = FeatureCache(cache, "r", layers=layer)
-    name, pooled = backbone or _only_backbone(opened), _pooling_of(pooling)
+    pooled = _pooling_of(pooling)
+    name = name_with_dtype(backbone or _only_backbone(opened), compute_dtype)
     choice = Choice(name, weights, pooled, dtype, policy, seed, copy)
     source = Source(movie, detections, masks=masks, channel=channel, axes=axes)
     strip = look_at(opened, source, choice, [frame])

@@ -56,11 +56,12 @@ def serve(
     Example: feature-cache serve --cache features --backbone efficientnet-lite0 --idle 10m
     """
     from ..backbones import load_backbone
+    from ..backbones.name import name_with_dtype
     from ..cache import FeatureCache
     from ..engine import say_kept
     from ..service import open_host
 
-    model = load_backbone(backbone, weights, device, compute_dtype)
+    model = load_backbone(name_with_dtype(backbone, compute_dtype), weights, device)
     opened = FeatureCache(cache, codec=codec)
     user = _User()
     host = open_host(

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..backbones.alike import name_in_full
 from ..movies import Source
+from ..spec import KEY_VERSION, BackboneSpec
 
 _DEFAULTS = {
     "pooling": "mean_patches_exact",
@@ -49,6 +51,8 @@ class WarmOptions:
         """Give the options for a space, by its spec as JSON."""
         pooling = (spec["pooling"] or {}).get("name")
         backbone = str(spec["backbone"]["name"])
+        if spec["key_version"] == KEY_VERSION:
+            backbone = name_in_full(BackboneSpec.from_json(spec["backbone"]))
         return cls(cache, backbone, pooling, str(spec["dtype"]), None, copies, seed, policy)
 
     @property

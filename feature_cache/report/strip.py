@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..augment import Augmentations
+from ..backbones import load_backbone
+from ..backbones.alike import is_named
+from ..backbones.name import split_name
 from ..cache import FeatureCache, MovieFeatures
 from ..errors import CorruptRecordError, MovieError
 from ..hashing import DIGEST_BYTES, canonical_json
@@ -138,13 +141,13 @@ def find_backbone(cache: FeatureCache, choice: Choice) -> Backbone | StoredGrids
     found = {
         canonical_json(space.spec["backbone"]): space.spec["backbone"]
         for space in cache.spaces()
-        if space.spec["backbone"]["name"] == choice.backbone
+        if space.spec["backbone"]["name"] == split_name(choice.backbone)[0]
         and space.spec["key_version"] == KEY_VERSION
     }
-    if choice.weights is None and len(found) == 1:
-        return StoredGrids(BackboneSpec.from_json(next(iter(found.values()))))
-    from ..backbones import load_backbone
-
+    specs = [BackboneSpec.from_json(plain) for plain in found.values()]
+    specs = [spec for spec in specs if is_named(spec, choice.backbone)]
+    if choice.weights is None and len(specs) == 1:
+        return StoredGrids(specs[0])
     return load_backbone(choice.backbone, choice.weights)
 
 

@@ -23,7 +23,7 @@ from trackastra.data import wrfeat as _wrfeat
 from trackastra.model import model_api as _api
 
 from ..backbones import load_backbone
-from ..backbones.alike import load_alike
+from ..backbones.alike import is_named, load_alike
 from ..cache import FeatureCache, MovieFeatures, check_batch_size
 from ..dataset import TokenFeatures
 from ..errors import BackboneError, MissingDependencyError, MovieError
@@ -342,7 +342,7 @@ class _Inference:
             return self.backbone
         spec = None if trained is None else trained.backbone
         name = self.backbone or (args["pretrained_feats_model"] if spec is None else spec.name)
-        alike = spec if spec is not None and spec.name == name else None
+        alike = spec if spec is not None and is_named(spec, name) else None
         wanted = digest_json([name, device, alike and alike.to_json()])
         if wanted not in self._loaded:
             if alike is None or trained is None:

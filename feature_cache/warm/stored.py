@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from ..backbones.alike import is_named
 from ..cache import GRID_DTYPE, FeatureCache
 from ..errors import BackboneError, MissingRecordError, UnknownNameError
 from ..spec import KEY_VERSION, BackboneSpec, describe
@@ -31,7 +32,8 @@ class StoredGrids:
         ----------
         cache : FeatureCache
         name : str, optional
-            Of the backbone, or the beginning of the space's folder; needed where there are several.
+            Of the backbone, with options, or the beginning of the space's folder; needed where
+            there are several.
 
         Raises
         ------
@@ -56,7 +58,9 @@ class StoredGrids:
         wanted = {
             folder: plain
             for folder, plain in found.items()
-            if name is None or plain["name"] == name or folder.startswith(name)
+            if name is None
+            or folder.startswith(name)
+            or is_named(BackboneSpec.from_json(plain), name)
         }
         if len(wanted) != 1:
             raise UnknownNameError("space of grids", name or "(not named)", sorted(found))

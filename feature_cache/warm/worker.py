@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,8 +36,8 @@ class Recipe:
 
     Parameters
     ----------
-    name, weights, dtype, options
-        As `load_backbone`; options as pairs.
+    name, weights
+        As `load_backbone`; options are in the name.
     device : str, optional
         As `load_backbone`. Of several, apart by commas, a worker started on this machine takes one,
         by its number; by default, of the GPUs there are.
@@ -46,13 +46,11 @@ class Recipe:
     name: str
     weights: str | None = None
     device: str | None = None
-    dtype: str | None = None
-    options: tuple[tuple[str, Any], ...] = ()
 
     def load(self) -> Backbone:
         """Load it; errors as `load_backbone`."""
         device = choose_device(self.device, _own_number())
-        return load_backbone(self.name, self.weights, device, self.dtype, **dict(self.options))
+        return load_backbone(self.name, self.weights, device)
 
 
 def choose_device(devices: str | None, number: int | None) -> str | None:
