@@ -26,6 +26,8 @@ from .errors import ReadOnlyCacheError as ReadOnlyCacheError
 from .errors import ServiceError as ServiceError
 from .errors import StoreError as StoreError
 from .errors import UnknownNameError as UnknownNameError
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
 from .key import Record as Record
 from .movies import Movie as Movie
 from .pooling import POOLINGS as POOLINGS

@@ -24,7 +24,8 @@ LAYERS = [
     {"recompute"},
     {"cache"},
     {"warm", "geometry", "doctor", "service", "batch"},
-    {"dataset", "report"},
+    {"dataset", "evaluation"},
+    {"report"},
     {"cli"},
     {"trackastra"},
 ]

@@ -560,7 +560,7 @@ class TestPage:
 
     def test_a_missing_extra_is_named(self, cache, monkeypatch):
         monkeypatch.setitem(sys.modules, "jinja2", None)
-        page._load_templates.cache_clear()
+        page.load_templates.cache_clear()
         with pytest.raises(MissingDependencyError, match=r"feature-cache\[report\]"):
             render_page(survey_cache(cache.store))
 

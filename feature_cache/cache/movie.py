@@ -553,7 +553,12 @@ def compute_wanted(
         raise tally.fatal
 
 
-def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int | None) -> int:
+def warm_movies(
+    movies: Iterable[Sequence[MovieFeatures]],
+    *,
+    batch_size: int | None,
+    progress: Progress | None = None,
+) -> int:
     """Compute and commit all that is missing of movies, in one run for each cache.
 
     Parameters
@@ -562,6 +567,8 @@ def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int | 
         Each movie's copies.
     batch_size : int or None
         Frames embedded at once.
+    progress : callable, optional
+        Called with the number of records that were there, or are just done.
 
     Returns
     -------
@@ -573,13 +580,15 @@ def warm_movies(movies: Iterable[Sequence[MovieFeatures]], *, batch_size: int | 
     As `MovieFeatures.compute`.
     """
     missing: dict[OpenCache, list[tuple[int, Sequence[MovieFeatures]]]] = {}
-    tally = Tally()
+    tally = Tally(progress)
     for copies in movies:
         first = copies[0]
         good = first.hash_frames(range(len(first)), tally, len(copies))
         there = np.stack([copy.contains(good) for copy in copies])
         hits = int(there.sum())
         first.cache.counter.add(Usage(hits=hits, misses=there.size - hits))
+        if progress is not None:
+            progress(hits)
         for t, found in zip(good, there.T, strict=True):
             absent = [copy for copy, is_there in zip(copies, found, strict=True) if not is_there]
             if absent:

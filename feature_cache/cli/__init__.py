@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError
-from . import check, compute, keep, look, pictures, serve
+from . import check, compute, evaluate, keep, look, pictures, serve
 
 app = typer.Typer(
     name="feature-cache",
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=True,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(check.check, compute.warm, serve.serve, compute.explain),
+    *(check.check, compute.warm, evaluate.evaluate, serve.serve, compute.explain),
     *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
     *(pictures.report, pictures.show),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),

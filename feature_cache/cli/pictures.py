@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import FeatureCacheError
 from .options import (
     COPIES,
     FEATURES,
@@ -30,7 +29,7 @@ from .options import (
     WeightsOption,
     complete_backbone,
 )
-from .output import count_text, make_bar
+from .output import count_text, make_bar, write_file
 
 if TYPE_CHECKING:
     from ..cache import FeatureCache
@@ -105,7 +104,7 @@ def report(
         strips, failed = _look_at_all(opened, sources, choice, frames)
     findings = _verify(cache) if verify else None
     page = render_page(survey_cache(opened.store, findings), strips)
-    _write(out, page.encode())
+    write_file(out, page.encode())
     typer.echo(f"{out}, {len(page) / 1e6:.1f} MB")
     if findings:
         found = count_text(len(findings), "problem")
@@ -199,7 +198,7 @@ def show(
         raise typer.Exit(1)
     picture = compose_picture(strip.frames[0], fit_palette(strip))
     file = output or Path(_default_name(movie, frame, copy))
-    _write(file, encode_png(picture))
+    write_file(file, encode_png(picture))
     if _has_colours():
         columns, _ = shutil.get_terminal_size()
         typer.echo(draw_in_terminal(picture, columns), nl=False)
@@ -215,14 +214,3 @@ def _has_colours() -> bool:
     """Tell whether someone looks, at a terminal with 24-bit colours."""
     said = os.environ.get("COLORTERM", "")
     return sys.stdout.isatty() and said in ("truecolor", "24bit") and "NO_COLOR" not in os.environ
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise _NotWrittenError(f"can't write {file}: {error.strerror or error}") from error
-
-
-class _NotWrittenError(FeatureCacheError):
-    """The page or picture can't be written."""

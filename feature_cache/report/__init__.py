@@ -1,8 +1,9 @@
-"""A look at a cache: one page of HTML that needs nothing else, and pictures of single frames.
+"""Pages of HTML that need nothing else, on a cache or an evaluation, and pictures of frames.
 
 Nothing here computes an embedding or changes the cache.
 """
 
+from .evaluation import render_evaluation
 from .page import fit_palette, render_page
 from .picture import compose_picture, draw_in_terminal
 from .strip import Choice, FrameView, Strip, look_at
@@ -17,6 +18,7 @@ __all__ = [
     "draw_in_terminal",
     "fit_palette",
     "look_at",
+    "render_evaluation",
     "render_page",
     "survey_cache",
 ]

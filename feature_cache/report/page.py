@@ -55,7 +55,7 @@ def render_page(report: Report, strips: Sequence[Strip] = ()) -> str:
     MissingDependencyError
         The extra ``report`` is not installed.
     """
-    environment = _load_templates()
+    environment = load_templates()
     script = (_TEMPLATES / "script.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
     return environment.get_template("report.html").render(
@@ -67,12 +67,18 @@ def render_page(report: Report, strips: Sequence[Strip] = ()) -> str:
         strips=[_Drawing(strip).page_strip() for strip in strips],
         script=script,
         script_digest=base64.b64encode(digest).decode(),
-        style=(_TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        style=load_style(),
     )
 
 
+def load_style() -> str:
+    """Read the style of our pages."""
+    return (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
 @cache
-def _load_templates() -> Environment:
+def load_templates() -> Environment:
+    """Make what fills in our pages; MissingDependencyError without the extra ``report``."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:

@@ -1,0 +1,215 @@
+"""What an evaluation found: shares, gains, and a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..hashing import JSON
+from ..units import count_text
+from .intervals import Share
+
+_ENOUGH = 0.95
+"""A share that leaves little to gain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Features that are compared: a backbone with its layer and weights, and a pooling.
+
+    Attributes
+    ----------
+    name : str
+        Of the backbone.
+    layer, pooling : str
+    random : bool
+        Whether the weights are random: what the network brings without having learnt anything.
+    width : int
+    bytes : float
+        Of a frame's record, on average.
+    seconds : float or None
+        Of embedding a frame, for all poolings at once; None where all was in the cache, and it is
+        not known from before.
+    """
+
+    name: str
+    layer: str
+    pooling: str
+    random: bool
+    width: int
+    bytes: float
+    seconds: float | None
+
+    def __str__(self) -> str:
+        """Name it in full."""
+        return f"{self.features}, {self.pooling}"
+
+    @property
+    def features(self) -> str:
+        """Name backbone, layer and weights."""
+        weights = " with random weights" if self.random else ""
+        return f"layer {self.layer} of {self.name}{weights}"
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all of it."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a setup finds at a step.
+
+    Attributes
+    ----------
+    setup : Setup
+    alone : Share
+        Of the cells whose parent is found by the features alone.
+    combined : Share
+        By place, shape and features.
+    gain : Share
+        Of `combined` over place, or place and shape, whichever finds more; the intervals of all
+        gains of an evaluation hold at once.
+    behind : Share
+        What the setup that finds most at this step finds more; these hold at once, too.
+    """
+
+    setup: Setup
+    alone: Share
+    combined: Share
+    gain: Share
+    behind: Share
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give the setup and the shares."""
+        names = ("alone", "combined", "gain", "behind")
+        return {**self.setup.to_json(), **{name: getattr(self, name).to_json() for name in names}}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is found so many frames later.
+
+    Attributes
+    ----------
+    step : int
+    cells, frames : int
+        With a parent in the frame `step` before; the frames that these are in.
+    candidates : float
+        Within reach of a cell, on average.
+    chance : float
+        The share that is found by choosing any candidate.
+    position, shape : Share
+        By place alone; by place and shape.
+    shape_gain : Share
+        Of the latter over the former.
+    scores : tuple of Score
+        In the order in which the setups were named.
+    """
+
+    step: int
+    cells: int
+    frames: int
+    candidates: float
+    chance: float
+    position: Share
+    shape: Share
+    shape_gain: Share
+    scores: tuple[Score, ...]
+
+    @property
+    def best(self) -> Score | None:
+        """The setup that surely gains most, learnt weights before random ones; None for none."""
+        sure = [score for score in self.scores if score.gain.is_positive]
+        return max(sure, key=lambda s: (not s.setup.random, s.gain.value), default=None)
+
+    @property
+    def ranking(self) -> list[Score]:
+        """The setups, that which finds most with place and shape first."""
+        return sorted(self.scores, key=lambda score: -score.combined.value)
+
+    def describe(self) -> str:
+        """Say what is looked at."""
+        return (
+            f"step {self.step}: {count_text(self.cells, 'cell')} in "
+            f"{count_text(self.frames, 'frame')}, {self.candidates:.1f} candidates each "
+            f"(chance {self.chance:.3f})"
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Say in a sentence whether features help at this step, and which."""
+        best = self.best
+        if best is not None:
+            return f"{best.setup}: {best.gain.value:+.3f}{self._beside(best)}"
+        base, simple = self.shape, "position and shape"
+        if not self.shape_gain.is_positive:
+            simple = "position"
+        if base.value >= _ENOUGH:
+            verb = "is" if simple == "position" else "are"
+            return f"{simple} {verb} enough here: features add nothing"
+        if base.low <= self.chance:
+            return "nothing tells these cells apart: features add nothing, all is at chance"
+        most = max((score.gain.high for score in self.scores), default=0.0)
+        return (
+            f"features add nothing here to {simple} that {self.cells:,} cells in {self.frames} "
+            f"frames could show ({most:+.3f} at most)"
+        )
+
+    def _beside(self, best: Score) -> str:
+        """Say what random weights of the same network bring, and what is not surely worse."""
+        parts = []
+        for score in self.scores:
+            is_twin = replace(score.setup, random=False, seconds=best.setup.seconds) == best.setup
+            if score.setup.random and is_twin:
+                parts.append(f"random weights: {score.gain.value:+.3f}")
+        peers = [
+            str(score.setup)
+            for score in self.scores
+            if score is not best and score.gain.is_positive and not score.behind.is_positive
+        ]
+        parts += [f"as good: {'; '.join(peers)}"] if peers else []
+        return f" ({', '.join(parts)})" if parts else ""
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all of it."""
+        return {
+            "step": self.step,
+            "cells": self.cells,
+            "frames": self.frames,
+            "candidates": self.candidates,
+            "chance": self.chance,
+            "position": self.position.to_json(),
+            "position_and_shape": self.shape.to_json(),
+            "shape_gain": self.shape_gain.to_json(),
+            "setups": [score.to_json() for score in self.scores],
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Which features tell the cells of movies apart.
+
+    Attributes
+    ----------
+    movies : dict of str to str
+        Where the links of each movie come from: ``"man_track.txt"`` or ``"overlap"``.
+    steps : tuple of Step
+    """
+
+    movies: dict[str, str]
+    steps: tuple[Step, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of the step at which features surely bring most, or that they bring none."""
+        helped = [(step.best.gain.low, step) for step in self.steps if step.best is not None]
+        if helped:
+            _, step = max(helped, key=lambda one: one[0])
+            return f"at step {step.step}, {step.verdict}"
+        last = self.steps[-1]
+        return f"at step {last.step}, {last.verdict}"
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all of it."""
+        steps: list[JSON] = [step.to_json() for step in self.steps]
+        return {"movies": dict(self.movies), "steps": steps, "verdict": self.verdict}

@@ -1,0 +1,249 @@
+"""Which features tell the cells of a movie apart, before any training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backbones import load_backbone
+from ..backbones.base import TorchBackbone
+from ..backbones.name import join_name, split_name
+from ..cache import FeatureCache, MovieFeatures
+from ..cache.movie import warm_movies
+from ..errors import MovieError
+from ..movies import Given, Movie
+from ..spec import SpaceSpec
+from ..warm.rates import recall_rate, remember_rate
+from .cells import Cells, Floats
+from .intervals import Bootstrap
+from .linker import Terms, compare_features, compare_places, compare_shapes, find_parents
+from .links import link_movies
+from .result import Evaluation, Score, Setup, Step
+
+if TYPE_CHECKING:
+    from ..backbones.base import Backbone
+
+RANDOM = "random:0"
+"""The weights that every network is compared with."""
+
+
+def evaluate(
+    movies: Given | Sequence[Movie | str | Path],
+    backbones: Sequence[str | Backbone],
+    cache: FeatureCache | str | Path,
+    *,
+    layers: Sequence[str] = (),
+    poolings: Sequence[str] = ("mean_patches_exact",),
+    steps: Sequence[int] = (1,),
+    random_weights: bool = True,
+    device: str | None = None,
+    dtype: str = "float16",
+    batch_size: int | None = 8,
+    progress: Callable[[str, int], AbstractContextManager[Any]] | None = None,
+) -> Evaluation:
+    """Find out which features tell the cells of movies apart, without training a tracker.
+
+    For each cell whose parent is known, the parent is to be found among the cells within reach, so
+    many frames before: by place, by place and shape, by features alone, and by all of it. A linear
+    linker is fitted on one half of the time and tested on the other, both ways. Whatever is
+    embedded is in the cache afterwards.
+
+    Parameters
+    ----------
+    movies : movie, path, or sequence of these
+        With masks. Links come from man_track.txt beside the masks; where there is none, cells that
+        overlap most in consecutive frames are linked.
+    backbones : sequence of str or Backbone
+        Names, with options behind them if need be.
+    cache : FeatureCache or path
+    layers : sequence of str
+        Each backbone that is named is compared at each of these, in place of its own.
+    poolings : sequence of str
+    steps : sequence of int
+        How many frames lie between a cell and its candidates.
+    random_weights : bool
+        Also compare each network that is named with itself with random weights.
+    device : str, optional
+    dtype : str
+        Storage dtype.
+    batch_size : int or None
+        As `MovieFeatures.compute`.
+    progress : callable, optional
+        Called with each backbone's name and the number of its records; gives a context whose
+        ``update(n)`` counts them.
+
+    Raises
+    ------
+    ValueError
+        No movie, backbone, pooling or step; a step below 1.
+    MovieError
+        A movie has no masks or no cells; there are too few links; some movies are flat, others not.
+    BackboneError, UnknownNameError, FrameError, StoreError
+        As `FeatureCache.get_or_compute`.
+    """
+    _check_given(backbones, poolings, steps)
+    made = _make_all(backbones, layers, random_weights, device)
+    store = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
+    given = [movies] if isinstance(movies, Movie | str | Path) else movies
+    opened = [Movie.of(movie) for movie in given]
+    cells = [Cells.of(movie) for movie in opened]
+    if len({one.places.shape[1] for one in cells}) != 1:
+        raise MovieError(f"{len(cells)} movies, some of stacks, some flat: evaluate them apart")
+    trials = [_Trial(cells, step) for step in dict.fromkeys(steps)]
+    setups: list[Setup] = []
+    for model, is_random in _take_each(made):
+        specs = [SpaceSpec(model.spec, pooling, dtype) for pooling in dict.fromkeys(poolings)]
+        views = [_open_views(store, movie, model, specs) for movie in opened]
+        total = sum(map(len, opened)) * len(specs)
+        with nullcontext() if progress is None else progress(model.spec.name, total) as bar:
+            seconds = _warm(model, views, batch_size, getattr(bar, "update", None))
+        for number, spec in enumerate(specs):
+            records = [view[number].get_or_compute(batch_size=batch_size) for view in views]
+            stored = [record for movie in records for record in movie]
+            setups.append(Setup(
+                name=spec.backbone.name,
+                layer=spec.backbone.layer,
+                pooling=str(spec.pooling),
+                random=is_random,
+                width=spec.backbone.width,
+                bytes=sum(record.features.nbytes for record in stored) / len(stored),
+                seconds=seconds,
+            ))  # fmt: skip
+            features = np.concatenate(
+                [one.select(found) for one, found in zip(cells, records, strict=True)]
+            )
+            for trial in trials:
+                trial.add(features)
+    found = tuple(trial.finish(setups, len(trials)) for trial in trials)
+    return Evaluation({one.movie: one.truth for one in cells}, found)
+
+
+def _check_given(*given: Sequence[Any]) -> None:
+    for what, values in zip(("backbone", "pooling", "step"), given, strict=True):
+        if not values or isinstance(values, str):
+            raise ValueError(f"{what}s are {values!r}: expected a list of one or more")
+    low = [step for step in given[-1] if step < 1]
+    if low:
+        raise ValueError(f"step {low[0]}: expected 1 or more, the frames that lie between")
+
+
+def _open_views(
+    cache: FeatureCache, movie: Movie, backbone: Backbone, specs: Sequence[SpaceSpec]
+) -> list[MovieFeatures]:
+    """Bind a movie to each space of a backbone."""
+    first = cache.movie(movie, None, backbone, pooling=specs[0].pooling, dtype=specs[0].dtype)
+    return [first, *map(first.in_space, specs[1:])]
+
+
+def _make_all(
+    backbones: Sequence[str | Backbone], layers: Sequence[str], twins: bool, device: str | None
+) -> list[tuple[Backbone, bool]]:
+    """Make each backbone, and whether its weights are random; its twin with such weights next.
+
+    No weights are loaded yet, so that all mistakes in names are found before anything is embedded.
+    """
+    return [
+        pair
+        for one in backbones
+        for layer in (layers if isinstance(one, str) else ()) or (None,)
+        for pair in _make_pair(one, layer, twins, device)
+    ]
+
+
+def _take_each(made: list[tuple[Backbone, bool]]) -> Iterator[tuple[Backbone, bool]]:
+    """Take one after the other out of the list, each spec once: one network is in memory."""
+    seen = set()
+    while made:
+        model, is_random = made.pop(0)
+        if model.spec.digest not in seen:
+            seen.add(model.spec.digest)
+            yield model, is_random
+
+
+def _make_pair(
+    one: str | Backbone, layer: str | None, twins: bool, device: str | None
+) -> Iterator[tuple[Backbone, bool]]:
+    if not isinstance(one, str):
+        yield one, False
+        return
+    name, told = split_name(one)
+    if layer is not None:
+        told["layer"] = layer
+    model = load_backbone(join_name(name, told), device=device)
+    is_random = told.pop("weights", "").startswith("random:")
+    yield model, is_random
+    if twins and not is_random and isinstance(model, TorchBackbone):
+        yield load_backbone(join_name(name, told), RANDOM, device), True
+
+
+def _warm(
+    backbone: Backbone,
+    views: Sequence[Sequence[MovieFeatures]],
+    batch_size: int | None,
+    progress: Callable[[int], Any] | None,
+) -> float | None:
+    """Compute what is missing; give the seconds a frame, of this run or of the last."""
+    started = time.perf_counter()
+    computed = warm_movies(views, batch_size=batch_size, progress=progress)
+    seconds = time.perf_counter() - started
+    frames = -(-computed // len(views[0]))
+    if frames:
+        remember_rate(backbone, frames, seconds)
+        return seconds / frames
+    rate = recall_rate(backbone)
+    return None if rate is None else 1 / rate
+
+
+class _Trial:
+    """One step: what is found by place and shape, and by each space of features."""
+
+    def __init__(self, cells: Sequence[Cells], step: int) -> None:
+        self.step, self.links = step, link_movies(cells, step)
+        self._shapes = compare_shapes(np.concatenate([one.shapes for one in cells]))
+        self._place = find_parents(self.links, [compare_places])
+        self._shape = find_parents(self.links, [compare_places, self._shapes])
+        self._found: list[tuple[Floats, Floats]] = []
+
+    def add(self, features: NDArray[np.float32]) -> None:
+        """Link by features (N, C) of all cells."""
+        terms: Terms = compare_features(features)
+        alone = find_parents(self.links, [terms])
+        combined = find_parents(self.links, [compare_places, self._shapes, terms])
+        self._found.append((alone, combined))
+
+    def finish(self, setups: Sequence[Setup], steps: int) -> Step:
+        """Say what was found, given the setups in the order in which their features came.
+
+        Intervals of gains hold at once, for so many steps as well.
+        """
+        links, frames = self.links, Bootstrap(self.links.units)
+        base = max(self._place, self._shape, key=np.mean)
+        best = max((combined for _, combined in self._found), key=np.mean)
+        gains = [combined - base for _, combined in self._found]
+        comparisons = frames.count_independent(gains) * steps
+        return Step(
+            step=self.step,
+            cells=len(links),
+            frames=len(np.unique(links.units)),
+            candidates=len(links.earlier) / len(links),
+            chance=links.chance,
+            position=frames.share(self._place),
+            shape=frames.share(self._shape),
+            shape_gain=frames.share(self._shape - self._place),
+            scores=tuple(
+                Score(
+                    setup=setup,
+                    alone=frames.share(alone),
+                    combined=frames.share(combined),
+                    gain=frames.share(gain, comparisons),
+                    behind=frames.share(best - combined, comparisons),
+                )
+                for setup, gain, (alone, combined) in zip(setups, gains, self._found, strict=True)
+            ),
+        )

@@ -1,0 +1,177 @@
+"""Which features tell cells apart: on movies of which it is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from feature_cache import Evaluation, FeatureCache, Movie, MovieError, evaluate, load_backbone
+from feature_cache.cli import app
+from feature_cache.movies import write_movie
+from feature_cache.testing import FakeBackbone
+
+STEP, CELLS, FRAMES = 24, 16, 12
+
+
+def tiles(seed: int = 0) -> np.ndarray:
+    """Give each cell a pattern (CELLS, 8, 8) of its own; brightness and contrast are all alike."""
+    rng = np.random.default_rng(seed)
+    plain = np.repeat([0, 1], 32)
+    return np.stack([rng.permutation(plain) for _ in range(CELLS)]).reshape(CELLS, 8, 8)
+
+
+def textured(
+    places: np.ndarray, patterns: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw squares of 16 pixels at places (T, CELLS, 2); without patterns, noise all over."""
+    rng = np.random.default_rng(1)
+    size = 4 * STEP
+    frames = rng.random((len(places), size, size)).astype(np.float32)
+    masks = np.zeros(frames.shape, np.int32)
+    for t, cells in enumerate(places):
+        for number, (y, x) in enumerate(cells):
+            square = np.s_[t, y : y + 16, x : x + 16]
+            masks[square] = number + 1
+            if patterns is not None:
+                frames[square] = np.tile(patterns[number], (2, 2)) + 0.1 * frames[square]
+    return frames, masks
+
+
+def resting() -> np.ndarray:
+    """Give each cell its slot of a 4x4 grid in all frames: (FRAMES, CELLS, 2)."""
+    slots = np.stack(np.divmod(np.arange(CELLS), 4), axis=1) * STEP
+    return np.tile(slots, (FRAMES, 1, 1))
+
+
+def swapping() -> np.ndarray:
+    """Deal out the slots anew in each frame, so that places tell nothing."""
+    rng = np.random.default_rng(2)
+    return np.stack([slots[rng.permutation(CELLS)] for slots in resting()])
+
+
+def tracked(root: Path, frames: np.ndarray, masks: np.ndarray) -> Path:
+    tracks = np.array([[n, 0, len(frames) - 1, 0] for n in range(1, CELLS + 1)])
+    write_movie(root, frames, masks, tracks)
+    return root
+
+
+def shares(found: Evaluation, step: int = 0) -> dict[str, float]:
+    one = found.steps[step]
+    return {score.setup.name: score.combined.value for score in one.scores} | {
+        "position": one.position.value
+    }
+
+
+def test_features_that_tell_are_found_ranked_and_kept(tmp_path: Path) -> None:
+    movie = tracked(tmp_path / "01", *textured(swapping(), tiles()))
+    knows, noise = FakeBackbone(dim=8), load_backbone("debug/random", stride=7)
+    found = evaluate(movie, [noise, knows], tmp_path / "cache", steps=[1, 3])
+    assert found.movies == {f"{movie} TRA": "man_track.txt"}
+    for step, result in enumerate(found.steps):
+        assert result.cells == CELLS * (FRAMES - (1, 3)[step])
+        assert abs(shares(found, step)["position"] - result.chance) < 0.1
+        assert [score.setup.name for score in result.ranking] == ["fake", "debug/random"]
+        assert result.best is result.scores[1]
+        assert result.scores[1].alone.value > 0.95
+        assert not result.scores[0].gain.is_positive
+        assert "layer projection of fake, mean_patches_exact: +0." in result.verdict
+    opened = Movie.open(movie)
+    assert all(FeatureCache(tmp_path / "cache", "r").contains(opened, backbone=knows))
+
+
+def test_nothing_helps_where_cells_rest(tmp_path: Path) -> None:
+    movie = tracked(tmp_path / "01", *textured(resting(), tiles()))
+    found = evaluate(movie, [FakeBackbone(dim=8)], tmp_path / "cache")
+    assert shares(found)["position"] == 1.0
+    assert found.verdict == "at step 1, position is enough here: features add nothing"
+
+
+@pytest.mark.parametrize("places", [resting(), swapping()], ids=["resting", "swapping"])
+def test_in_noise_nothing_helps(tmp_path: Path, places: np.ndarray) -> None:
+    movie = tracked(tmp_path / "01", *textured(places))
+    backbones = [FakeBackbone(dim=8, seed=seed) for seed in range(2)]
+    found = evaluate(movie, backbones, tmp_path / "cache", poolings=["nearest_patch"], steps=[1, 2])
+    assert [step.best for step in found.steps] == [None, None]
+    assert all("features add nothing" in step.verdict for step in found.steps)
+
+
+def test_with_shuffled_truth_every_arm_is_at_chance(tmp_path: Path) -> None:
+    frames, masks = textured(resting(), tiles())
+    rng = np.random.default_rng(3)
+    dealt = np.stack([np.r_[0, 1 + rng.permutation(CELLS)][mask] for mask in masks])
+    movie = tracked(tmp_path / "01", frames, dealt)
+    found = evaluate(movie, [FakeBackbone(dim=8)], tmp_path / "cache")
+    [step], [score] = found.steps, found.steps[0].scores
+    for share in (step.position, step.shape, score.alone, score.combined):
+        assert share.value == pytest.approx(step.chance, abs=0.05)  # chance is 1 in 16
+    assert step.best is None
+    assert "all is at chance" in step.verdict
+
+
+def test_equal_features_are_chance_not_luck(tmp_path: Path) -> None:
+    _, masks = textured(swapping())
+    movie = tracked(tmp_path / "01", np.where(masks > 0, 1.0, 0.0), masks)
+    found = evaluate(movie, [FakeBackbone(dim=8)], tmp_path / "cache")
+    assert found.steps[0].scores[0].alone.value == pytest.approx(found.steps[0].chance, abs=0.01)
+
+
+def test_links_by_overlap_of_stacks_with_divisions_and_gaps(cache: FeatureCache) -> None:
+    """Two cells; one divides at time 3, and one is not there at time 5."""
+    masks = np.zeros((8, 3, 24, 48), np.int32)
+    masks[:, :, 4:20, 4:20] = 9
+    masks[3:, :, 11:13, 4:20] = 0
+    masks[3:, :, 13:20, 4:20] = 8
+    masks[:, :, 8:16, 32:40] = 5
+    masks[5, :, 8:16, 32:40] = 0
+    frames = np.random.default_rng(0).random(masks.shape)
+    found = evaluate(Movie.of(frames, masks), [FakeBackbone(dim=4)], cache, steps=[1, 2])
+    assert list(found.movies.values()) == ["overlap"]
+    # 7 links of the one that divides and 5 of its daughters' further ones; 5 of the other.
+    assert found.steps[0].cells == 7 + 5 + 5
+    assert found.steps[1].cells == 6 + 5 + 3
+    assert found.steps[0].position.value > 0.8
+
+
+def test_a_network_is_compared_with_its_random_twin(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.save(load_backbone("timm/test_vit", "random:7").module.state_dict(), weights)
+    movie = tracked(tmp_path / "01", *textured(swapping()[:4], tiles()))
+    name = f"timm/test_vit?weights={weights}"
+    found = evaluate(movie, [name], tmp_path / "cache", layers=["0", "1"], device="cpu")
+    setups = [score.setup for score in found.steps[0].scores]
+    layers = ["blocks.0", "blocks.0", "blocks.1", "blocks.1"]
+    assert [setup.layer for setup in setups] == layers
+    assert [setup.random for setup in setups] == [False, True, False, True]
+    spaces = FeatureCache(tmp_path / "cache", "r").spaces()
+    assert len({space.spec["backbone"]["weights"] for space in spaces}) == 2
+    assert len(spaces) == 4
+
+
+def test_command(tmp_path: Path) -> None:
+    movie = tracked(tmp_path / "01", *textured(resting(), tiles()))
+    page = tmp_path / "page.html"
+    words = ["evaluate", str(movie), "--cache", str(tmp_path / "cache"), "--step", "1",
+             "--backbone", "debug/random", "--backbone", "debug/encoded_labels"]  # fmt: skip
+    shown = CliRunner().invoke(app, [*words, "--step", "2", "--page", str(page)])
+    assert shown.exit_code == 0, shown.output
+    assert "links from man_track.txt" in shown.stdout
+    assert "position is enough here: features add nothing" in shown.stdout
+    assert "layer noise of debug/random, mean_patches_exact" in page.read_text()
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    [step] = told["steps"]
+    assert [one["name"] for one in step["setups"]] == ["debug/random", "debug/encoded_labels"]
+    assert step["position"]["value"] == 1.0
+    assert step["setups"][0]["bytes"] == CELLS * 128 * 2
+
+
+def test_too_few_frames(cache: FeatureCache) -> None:
+    frames, masks = textured(resting()[:2], tiles())
+    with pytest.raises(MovieError, match="16 links at step 1, in too few frames"):
+        evaluate(Movie.of(frames, masks), [FakeBackbone()], cache)
+    with pytest.raises(ValueError, match="step 0"):
+        evaluate(Movie.of(frames, masks), [FakeBackbone()], cache, steps=[0])
