@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -57,9 +57,17 @@ class Draw:
     """
 
     operations: tuple[Operation, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", canonical(self.operations))
+        object.__setattr__(self, "_hash", hash(self.operations))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Draw], tuple[tuple[Operation, ...]]]:
+        return Draw, (self.operations,)  # a hash is another in each process
 
     @classmethod
     def of(cls, *operations: Operation) -> Draw:

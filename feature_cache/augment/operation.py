@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -46,7 +47,8 @@ class Operation(ABC):
 
     def to_json(self) -> dict[str, JSON]:
         """Give name and parameters, as they enter a key."""
-        return {"name": self.name, **{field: getattr(self, field) for field in field_names(self)}}
+        names = field_names(type(self))
+        return {"name": self.name, **{field: getattr(self, field) for field in names}}
 
     def simplify(self) -> Operation | None:
         """Give the canonical operation with the same pixels; None if there is nothing to do."""
@@ -86,6 +88,7 @@ class Operation(ABC):
         """Map frames (B, H, W) float32 within `bounds`; `digests` is used where `needs_digests`."""
 
 
-def field_names(operation: Operation | type[Operation]) -> tuple[str, ...]:
+@cache
+def field_names(kind: type[Operation]) -> tuple[str, ...]:
     """Give the names of an operation's parameters."""
-    return tuple(field.name for field in fields(operation))  # type: ignore[arg-type]
+    return tuple(field.name for field in fields(kind))  # type: ignore[arg-type]

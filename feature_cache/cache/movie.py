@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..augment import IDENTITY, Augmentations, Draw
+from ..cores import count_cores
 from ..engine import (
     PART_FAILS,
     Failure,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 
-_READERS = 4
 """Threads that hash frames and masks."""
 
 
@@ -110,6 +110,7 @@ class MovieFeatures:
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
     _space: Space | None = field(default=None, repr=False)
     _places: Places | None = field(default=None, repr=False)
+    _about: dict[str, JSON] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading."""
@@ -135,7 +136,7 @@ class MovieFeatures:
 
     def with_draw(self, draw: Draw, origin: str = "") -> MovieFeatures:
         """Give the same movie under another draw; what is hashed stays hashed."""
-        return replace(self, draw=draw, origin=origin, _keys={}, _places=None)
+        return replace(self, draw=draw, origin=origin, _keys={}, _places=None, _about=None)
 
     def in_space(self, spec: SpaceSpec) -> MovieFeatures:
         """Give the same movie in another space; what is hashed stays hashed."""
@@ -319,7 +320,7 @@ class MovieFeatures:
         if all(t in self._digests for t in frames[1:]):
             yield from map(hash_one, frames)
             return
-        with self.memo, ThreadPoolExecutor(_READERS, "feature_cache hash") as readers:
+        with self.memo, ThreadPoolExecutor(max(4, count_cores()), "feature_cache hash") as readers:
             yield hash_one(frames[0])  # alone: it opens the memo's pages, which the others share
             contexts = [contextvars.copy_context() for _ in frames[1:]]
             yield from readers.map(
@@ -473,13 +474,17 @@ class MovieFeatures:
     def provenance(self, t: int) -> dict[str, JSON]:
         """Say where the record of frame `t` comes from."""
         frame, mask = self.digests(t)
+        if self._about is None:
+            self._about = {
+                "movie": self.name,
+                "source": None if self.source is None else self.source.absolute().to_json(),
+                "draw": self.draw.to_json(),
+                "origin": self.origin,
+            }
         return {
-            "movie": self.name,
+            **self._about,
             "frame": t,
             "file": self.frames.name_of(t) if self.frames.place else "",
-            "source": None if self.source is None else self.source.absolute().to_json(),
-            "draw": self.draw.to_json(),
-            "origin": self.origin,
             "frame_digest": frame.hex(),
             "mask_digest": mask.hex() if mask is not None else None,
         }

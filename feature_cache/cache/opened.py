@@ -76,7 +76,7 @@ class OpenCache:
         budget: Budget | None = None,
         written: Written | None = None,
         memory_bytes: int | None = None,
-        computed: Callable[[], None] = lambda: None,
+        computed: Callable[[int], None] = lambda _: None,
     ) -> Engine:
         """Make an engine that computes for this cache; parameters as `Engine`."""
         return Engine(

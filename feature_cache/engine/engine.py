@@ -15,20 +15,21 @@ not grow with the number of frames.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
+from bisect import insort
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from ..augment import Draw
+from ..cores import count_cores
 from ..errors import FeatureCacheError, ServiceError, StoreError
 from ..hashing import DIGEST_BYTES, Digest
 from ..key import Keys, Record
@@ -36,6 +37,7 @@ from ..store import Counter, Entry, Space
 from ..store.claims import Claims
 from .batches import choose_batch, is_full
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
+from .crew import Crew
 from .flights import Flights
 from .frame_claims import LOOK_SECONDS, FrameClaims
 from .interrupt import finish, say_kept, terminable
@@ -59,6 +61,7 @@ _MOST_HELD = 4096
 """Frames that others compute, and that are waited for at once."""
 _TRIM_FRAMES = 64
 _log = logging.getLogger(__name__)
+_rank = attrgetter("rank")
 
 
 class Engine:
@@ -81,7 +84,7 @@ class Engine:
     memory_bytes : int
         Pixels that may wait to be computed.
     computed : callable, optional
-        Called after each record that is computed.
+        Called with how many records are computed more.
 
     Attributes
     ----------
@@ -100,7 +103,7 @@ class Engine:
         budget: Budget | None = None,
         written: Written | None = None,
         memory_bytes: int = MEMORY_BYTES,
-        computed: Callable[[], None] = lambda: None,
+        computed: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.memory_bytes, self._computed = memory_bytes, computed
         self._claims = FrameClaims(claims)
@@ -341,7 +344,7 @@ class Engine:
 
     def _work(self) -> None:
         """Collect and commit; the other stages run beside it as long as it does."""
-        self._pool = ThreadPoolExecutor(max(2, _count_cores()), "feature_cache read")
+        self._crew = Crew(max(2, count_cores()), "feature_cache read")
         stages = [
             threading.Thread(target=self._guard, args=(step,), name=f"feature_cache {name}")
             for name, step in (("claim", self._claim_some), ("embed", self._embed_some))
@@ -353,7 +356,7 @@ class Engine:
         try:
             for stage in stages:
                 stage.join()
-            self._pool.shutdown()  # what is embedded is pooled
+            self._crew.close()  # what is embedded is pooled
             self._guard_once(self._finish)
         finally:
             with self._lock:
@@ -407,7 +410,7 @@ class Engine:
             self._left.update((request, 1) for request in mine)
             self._embeddable.notify_all()
         for request in mine:
-            self._pool_up(self._read, request)
+            self._have_done(self._read, request)
 
     def _may_claim(self) -> bool:
         if self.closing:
@@ -530,11 +533,10 @@ class Engine:
 
     # Read
 
-    def _pool_up(self, function: Callable[..., None], *args: object) -> None:
-        """Have a thread of the pool do something, unless the engine ends."""
-        with suppress(RuntimeError):  # it is shut down
-            if self._pool is not None:
-                self._pool.submit(self._guard_once, lambda: function(*args))
+    def _have_done(self, function: Callable[..., None], *args: object) -> None:
+        """Have a thread of the crew do something, unless the engine ends."""
+        with self._lock:
+            self._crew.submit(lambda: self._guard_once(lambda: function(*args)))
 
     def _read(self, request: Request) -> None:
         if self.closing:
@@ -562,7 +564,9 @@ class Engine:
             self._coming -= 1
             self._left[request] = len(parts)
             self._frame_bytes = max(self._frame_bytes, 4 * frame.nbytes)
-            self._ready += [p for p, grid in zip(parts, found, strict=True) if grid is None]
+            for part, grid in zip(parts, found, strict=True):
+                if grid is None:
+                    insort(self._ready, part, key=_rank)
             self._pooling += sum(grid is not None for grid in found)
             self._embeddable.notify_all()
         for part, grid in zip(parts, found, strict=True):
@@ -604,7 +608,7 @@ class Engine:
             else:
                 with self._lock:
                     self._pooling += 1
-                self._pool_up(self._make_records, part, grid)
+                self._have_done(self._make_records, part, grid)
 
     def _make_records(self, part: Part, grid: Any) -> None:
         try:
@@ -612,11 +616,11 @@ class Engine:
         except FeatureCacheError as error:
             self._fail(part.wanted, error)
             self._done(part.request)
-        else:
-            with self._lock:
+            records = []
+        with self._lock:
+            if records:
                 self._collected.append((part, records))
                 self._committable.notify_all()
-        with self._lock:
             self._pooling -= 1
             self._embeddable.notify_all()
 
@@ -645,12 +649,11 @@ class Engine:
                 if has_room:
                     for one in self._flights.take([wanted.key], record):
                         one.answer.computed(record)
-                    self._computed()
-                    self._tick_at_end()
                 else:
                     self._claims.settle([wanted.key])
                     self._flights.take([wanted.key])
-                    self._tick_at_end()
+                self._computed(int(has_room))
+            self._tick_at_end()
             self._done(part.request)
             if self._frames >= _TRIM_FRAMES:
                 self._frames = 0
@@ -695,13 +698,6 @@ class Engine:
         """Let go of records that are committed, or lost."""
         self._claims.settle(keys)
         self._flights.let_go(keys)
-
-
-def _count_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _as_rows(keys: Sequence[Digest]) -> Keys:

@@ -11,7 +11,6 @@ from functools import lru_cache
 
 from ..augment import Draw
 from ..hashing import Digest, digest_bytes, digest_json
-from ..spec import BackboneSpec
 from ..store.claims import Claims
 from .request import Request, Wanted
 
@@ -148,9 +147,9 @@ class FrameClaims:
         self._claims.ask_no_more()
 
 
-def claim_name(backbone: BackboneSpec, frame: Digest, draw: Draw | None = None) -> str:
+def claim_name(backbone: Digest, frame: Digest, draw: Draw | None = None) -> str:
     """Name the claim of a frame with all its draws, or under one of them."""
-    unit = digest_bytes(backbone.digest, frame).hex()
+    unit = digest_bytes(backbone, frame).hex()
     return unit if draw is None else f"{unit}.{_name_of(draw)}"
 
 
@@ -161,12 +160,8 @@ def _name_of(draw: Draw) -> str:
 
 def _name_all(request: Request) -> tuple[str, dict[str, list[Wanted]]]:
     """Name a request's frame, and each of its draws with what is wanted of it."""
-    spec = request.model.spec
-    unit = claim_name(spec, request.digest)
-    names: dict[Draw, str] = {}
+    unit = claim_name(request.model.digest, request.digest)
     draws: dict[str, list[Wanted]] = defaultdict(list)
     for wanted in request.wanted:
-        if wanted.draw not in names:
-            names[wanted.draw] = claim_name(spec, request.digest, wanted.draw)
-        draws[names[wanted.draw]].append(wanted)
+        draws[f"{unit}.{_name_of(wanted.draw)}"].append(wanted)
     return unit, draws

@@ -58,6 +58,8 @@ class Model:
 
     Attributes
     ----------
+    digest : bytes
+        Of the spec.
     fitting : int
         Slices that are embedded at once where nobody says how many: by the memory that the first
         batch took on a GPU.
@@ -65,12 +67,13 @@ class Model:
 
     def __init__(self, backbone: Backbone, spec: BackboneSpec, grids: Space | None = None) -> None:
         self.backbone, self.spec, self.grids = backbone, spec, grids
+        self.digest = spec.digest
         self.device = getattr(backbone, "device", "cpu")
         self._witness = Witness(backbone, spec)
         self._grid_space = grid_spec(spec).digest
         self._most_slices: int | None = None
         self.fitting, self._is_measured = FIRST_BATCH, False
-        self._lock = _locks.setdefault((spec.digest, str(self.device)), threading.RLock())
+        self._lock = _locks.setdefault((self.digest, str(self.device)), threading.RLock())
         self.mixes_sizes = mixes_sizes(backbone)
         self._plain = Plain(backbone, spec)
         self._way = self._plain if is_plain(self.device) else OnDevice(backbone, spec)

@@ -153,21 +153,18 @@ class Part:
     request: Request
     embedding: Embedding
     wanted: Sequence[Wanted]
+    draw: Draw = field(init=False)
+    shape: tuple[int, int] = field(init=False)
+    """(H, W) that the backbone sees."""
+    depth: int = field(init=False)
+    """How many slices it has."""
+    rank: tuple[bool, int] = field(init=False)
+    """Where it stands: what is ahead of time is last, else who came first is first."""
 
-    @property
-    def draw(self) -> Draw:
-        """The draw."""
-        return self.embedding.draw
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(H, W) that the backbone sees."""
-        return self.embedding.shape
-
-    @property
-    def depth(self) -> int:
-        """How many slices it has."""
-        return self.embedding.frame.depth
+    def __post_init__(self) -> None:
+        each, request = self.embedding, self.request
+        self.draw, self.shape, self.depth = each.draw, each.shape, each.frame.depth
+        self.rank = request.ahead, request.number
 
 
 class Promise:

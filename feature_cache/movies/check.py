@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ..cores import count_cores
 from ..errors import FrameError, MovieError
 from ..hashing import JSON, frame_pixels, mask_labels
 from .images import Images
@@ -43,7 +44,6 @@ _FEW_LABELS, _PARTS_OF_A_CLASS = 4, 4
 """So many separate parts a label, and a mask names classes, not cells; 2 if labels are few."""
 _MANY_CLASSES = 10
 """More are values of an image."""
-_READERS = 4
 
 _log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def _look(
     progress: Callable[[int], Any] | None,
 ) -> Iterator[_Look]:
     """Read some frames and their masks, several at once."""
-    with ThreadPoolExecutor(_READERS, "feature_cache check") as readers:
+    with ThreadPoolExecutor(max(4, count_cores()), "feature_cache check") as readers:
         for look in readers.map(lambda t: _look_at(frames, masks, t), wanted):
             yield look
             if progress is not None:

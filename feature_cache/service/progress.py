@@ -50,9 +50,9 @@ class Progress:
                 if self.shown:
                     self._show()
 
-    def count(self) -> None:
-        """Count one record as computed."""
-        self.add(computed=1)
+    def count(self, computed: int) -> None:
+        """Count records as computed."""
+        self.add(computed=computed)
 
     @property
     def text(self) -> str:

@@ -266,7 +266,7 @@ def claim_and_stay(root: Path, claimed: Any, stop: Any) -> None:
 
 def claims_of(movie: MovieFeatures, frames: Iterable[int]) -> list[str]:
     spec = movie.spec.backbone
-    return sorted(claim_name(spec, movie.digests(t)[0], movie.draw) for t in frames)
+    return sorted(claim_name(spec.digest, movie.digests(t)[0], movie.draw) for t in frames)
 
 
 def wait_for_another(root: Path, patience: float) -> list[tuple[str, str]]:
