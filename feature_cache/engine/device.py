@@ -27,6 +27,7 @@ from ..spec import BackboneSpec, SpaceSpec
 from .frame import Frame
 from .plain import (
     Embedding,
+    Group,
     check_finite,
     check_range,
     count_slices,
@@ -139,10 +140,14 @@ class OnDevice:
             event.record()
             event.synchronize()
 
-    def embed(self, batch: Sequence[Embedding]) -> list[DeviceGrid]:
-        """Embed frames as one batch, as `Plain.embed`; waits for nothing."""
+    def draw(self, batch: Sequence[Embedding]) -> list[Group]:
+        """Draw as `Plain.draw`; the pixels are checked with the records."""
         with self._on(self._computing):
-            groups = draw_groups(batch, self._images_of, self.spec)
+            return draw_groups(batch, self._images_of, self.spec)
+
+    def embed(self, groups: Sequence[Group]) -> list[DeviceGrid]:
+        """Embed what is drawn, as one batch; waits for nothing."""
+        with self._on(self._computing):
             found = embed_groups(self.backbone, self.spec, groups)
             return [
                 DeviceGrid(stack, seen, group.first.where)

@@ -4,11 +4,12 @@
 
     claim    frames that nobody else computes, and are not there by now; the others wait their time
     read     decode, check and normalise, once a frame; as many threads as the process has cores
-    embed    batches of one shape, of whatever draws and movies, one after the other on the device
+    embed    batches of one shape, of whatever draws and movies, one after the other on the device;
+             the next one is drawn meanwhile
     pool     by the threads that read
     commit   by bytes, by age, or when another process waits
 
-Each stage has a thread of its own; what lies between two of them is bounded, so that memory does
+Each stage has threads of its own; what lies between two of them is bounded, so that memory does
 not grow with the number of frames.
 """
 
@@ -347,7 +348,11 @@ class Engine:
         self._crew = Crew(max(2, count_cores()), "feature_cache read")
         stages = [
             threading.Thread(target=self._guard, args=(step,), name=f"feature_cache {name}")
-            for name, step in (("claim", self._claim_some), ("embed", self._embed_some))
+            for name, step in (
+                ("claim", self._claim_some),
+                ("embed", self._embed_some),
+                ("embed", self._embed_some),  # one draws while the other's batch is embedded
+            )
         ]
         for stage in stages:
             stage.daemon = True
@@ -596,6 +601,8 @@ class Engine:
             wait_for(
                 lambda: self.closing or not self._coming or is_full(self._ready), _LOOK_SECONDS
             )
+            if not self._ready:  # the other thread took it
+                return
             batch = choose_batch(self._ready)
             chosen = set(map(id, batch))
             self._ready = [part for part in self._ready if id(part) not in chosen]

@@ -22,7 +22,7 @@ from ..rounding import difference, rounding_bound
 from ..spec import BackboneSpec, SpaceSpec
 from .device import PLAIN, OnDevice, is_plain
 from .frame import Frame
-from .plain import Embedding, Grid, Plain, count_slices
+from .plain import Embedding, Grid, Group, Plain, count_slices
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -160,25 +160,26 @@ class Model:
         except BackboneError as error:
             return error  # whatever the frame
         try:
+            groups = self._way.draw(batch)
             with self._lock:
-                return self._measure(batch)
+                return self._measure(groups)
         except Exception as error:  # noqa: BLE001 - it goes to those who asked for the frame
             if _is_out_of_memory(error):
                 return self._lower(batch, error)
             return _as_ours(error, self.spec.name, batch[0].frame.where)
 
-    def _measure(self, batch: Sequence[Embedding]) -> list[Any]:
+    def _measure(self, groups: Sequence[Group]) -> list[Any]:
         """Embed a batch; see how many fit by what the first takes, where that can be seen."""
         device = torch.device(self.device)
         if self._is_measured or device.type != "cuda":
-            return self._way.embed(batch)
+            return self._way.embed(groups)
         self._is_measured = True
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        grids = self._way.embed(batch)
+        grids = self._way.embed(groups)
         taken = torch.cuda.max_memory_allocated(device) - before
         free = torch.cuda.mem_get_info(device)[0]
-        self.fitting = count_fitting(free, taken, count_slices(batch))
+        self.fitting = count_fitting(free, taken, sum(len(group.images) for group in groups))
         return grids
 
     def _lower(self, batch: Sequence[Embedding], error: Exception) -> BackboneError:
@@ -228,7 +229,7 @@ class Model:
         if not unproved:
             return
         with self._lock:
-            [again] = self._plain.embed([embedding])
+            [again] = self._plain.embed(self._plain.draw([embedding]))
         expected = self._plain.make_records(embedding, again)
         for spec, one, other in zip(embedding.specs, records, expected, strict=True):
             apart, bound = difference(one, other), rounding_bound(spec)

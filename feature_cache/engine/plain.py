@@ -69,8 +69,22 @@ class Plain:
         """Normalise a frame, once for all its draws. FrameError where that can't be."""
         frame.normalized(self.spec.normalization)
 
-    def embed(self, batch: Sequence[Embedding]) -> list[Any]:
-        """Embed frames as one batch: of one shape, where the backbone does not mix sizes.
+    def draw(self, batch: Sequence[Embedding]) -> list[Group]:
+        """Draw what can go through the backbone together.
+
+        Raises
+        ------
+        BackboneError
+            The pixels are beyond what the normalisation promises.
+        """
+        with undisturbed(self.device):
+            groups = draw_groups(batch, self._images_of, self.spec)
+            for group in groups:
+                self._check_range(group.images, group.first)
+            return groups
+
+    def embed(self, groups: Sequence[Group]) -> list[Any]:
+        """Embed what is drawn, as one batch.
 
         Returns
         -------
@@ -79,13 +93,9 @@ class Plain:
         Raises
         ------
         BackboneError
-            The pixels are beyond what the normalisation promises, or the embedding has a wrong
-            shape, or NaN.
+            The embedding has a wrong shape, or NaN.
         """
         with undisturbed(self.device):
-            groups = draw_groups(batch, self._images_of, self.spec)
-            for group in groups:
-                self._check_range(group.images, group.first)
             found = [grids.cpu() for grids in embed_groups(self.backbone, self.spec, groups)]
         for group, grids in zip(groups, found, strict=True):
             if not torch.isfinite(grids.sum()):  # cheap, and never finite where one of them is not
