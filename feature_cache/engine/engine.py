@@ -20,7 +20,7 @@ import threading
 import time
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter
@@ -40,10 +40,11 @@ from .batches import choose_batch, is_full
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
 from .crew import Crew
 from .flights import Flights
-from .frame_claims import LOOK_SECONDS, FrameClaims
+from .frame_claims import ASKED_SECONDS, FrameClaims
 from .interrupt import finish, say_kept, terminable
 from .memory import trim
 from .plain import Embedding
+from .queue import LAST_PAUSE_SECONDS, LOOK_SECONDS, Queue
 from .request import Part, Promise, Request, Wanted
 
 PATIENCE_SECONDS = 600.0
@@ -56,7 +57,6 @@ MEMORY_BYTES = 2 << 30
 """Pixels that may wait to be computed; who sends more waits."""
 CLOSING_SECONDS = 120.0
 
-_LAST_PAUSE_SECONDS = _LOOK_SECONDS = 1.0
 _BATCHES_AHEAD = 3
 _MOST_HELD = 4096
 """Frames that others compute, and that are waited for at once."""
@@ -109,9 +109,7 @@ class Engine:
         self.memory_bytes, self._computed = memory_bytes, computed
         self._claims = FrameClaims(claims)
         self._commits = Commits(counter, codec, self._let_go, budget, written)
-        self._queue: deque[Request] = deque()
-        self._ahead: deque[Request] = deque()
-        self._elsewhere: list[Request] = []
+        self._queue = Queue()
         self._ready: list[Part] = []
         self._collected: deque[tuple[Part, list[Record]]] = deque()
         self._left: dict[Request, int] = {}
@@ -198,7 +196,7 @@ class Engine:
                     self._ticks.get(timeout=0.2)
 
     def _has_room(self, batch_size: int) -> bool:
-        return len(self._queue) < 2 * batch_size and len(self._elsewhere) < _MOST_HELD
+        return len(self._queue) < 2 * batch_size and len(self._queue.elsewhere) < _MOST_HELD
 
     def find(self, space: Space, keys: Sequence[Digest]) -> list[Promise | None]:
         """Give what is there or on its way; None for what must be computed."""
@@ -208,7 +206,7 @@ class Engine:
                 promise = Promise()
                 if self._flights.join(key, promise):
                     found[i] = promise
-            self._hasten({k for k, promise in zip(keys, found, strict=True) if promise})
+            self._queue.hasten({k for k, promise in zip(keys, found, strict=True) if promise})
             self._claimable.notify_all()
         absent = [i for i, promise in enumerate(found) if promise is None]
         records = space.read(_as_rows([keys[i] for i in absent])) if absent else []
@@ -307,18 +305,11 @@ class Engine:
     def _enqueue(self, request: Request) -> None:
         new = [wanted for wanted in request.wanted if self._flights.begin(wanted)]
         if not request.ahead:
-            self._hasten({wanted.key for wanted in request.wanted})
+            self._queue.hasten({wanted.key for wanted in request.wanted})
         if new:
-            (self._ahead if request.ahead else self._queue).append(request.of(new))
+            self._queue.add(request.of(new))
         else:
             self._reserved -= request.nbytes
-
-    def _hasten(self, keys: Collection[Digest]) -> None:
-        """Read ahead no more what somebody waits for now."""
-        for request in [one for one in self._ahead if any(w.key in keys for w in one.wanted)]:
-            self._ahead.remove(request)
-            request.ahead = False
-            self._queue.append(request)
 
     def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
         error = error.with_traceback(None)  # with which who keeps it would keep the frames' pixels
@@ -398,8 +389,9 @@ class Engine:
 
     def _claim_some(self) -> None:
         with self._lock:
-            self._claimable.wait_for(self._may_claim, self._seconds_to_look())
-            batch = [] if self.closing else self._take_requests()
+            self._claimable.wait_for(self._may_claim, self._queue.seconds_to_look())
+            batch = [] if self.closing else self._queue.take(self._room(), self._room(ahead=True))
+            self._tick()
             self._coming += bool(batch)
         if not batch:
             return
@@ -420,9 +412,9 @@ class Engine:
     def _may_claim(self) -> bool:
         if self.closing:
             return True
-        if self._queue or self._due():
+        if len(self._queue):
             return self._room() > 0
-        return bool(self._ahead) and self._room(ahead=True) > 0
+        return self._queue.ahead > 0 and self._room(ahead=True) > 0
 
     def _room(self, *, ahead: bool = False) -> int:
         """Give how many frames more may be on their way: by number, and by bytes.
@@ -433,29 +425,6 @@ class Engine:
         if self._frame_bytes:
             most = min(most, max(1, self.memory_bytes // self._frame_bytes))
         return most - sum(ahead or not request.ahead for request in self._left)
-
-    def _due(self) -> list[Request]:
-        now = time.monotonic()
-        return [request for request in self._elsewhere if request.due <= now]
-
-    def _seconds_to_look(self) -> float:
-        now = time.monotonic()
-        return max(0.0, min([now + _LOOK_SECONDS, *(r.due for r in self._elsewhere)]) - now)
-
-    def _take_requests(self) -> list[Request]:
-        """Take a batch of what is due, what is waited for, or else what is ahead of time."""
-        due = self._due()
-        source = [*due, *self._queue]
-        room = self._room(ahead=not source)
-        source = source or list(self._ahead)
-        count = min(room, source[0].batch_size) if source else 0
-        batch = source[: max(0, count)]
-        taken = set(map(id, batch))
-        self._elsewhere = [one for one in self._elsewhere if id(one) not in taken]
-        self._queue = deque(one for one in self._queue if id(one) not in taken)
-        self._ahead = deque(one for one in self._ahead if id(one) not in taken)
-        self._tick()
-        return batch
 
     def _claim(self, batch: Sequence[Request]) -> list[Request]:
         """Give what is this engine's to compute; the rest is looked at again after a while."""
@@ -480,23 +449,15 @@ class Engine:
             if share.others:
                 rest = request.of(share.others)
                 rest.nbytes = 0 if share.mine else request.nbytes
-                self._set_aside(rest, share.held)
+                self._claims.ask(share.held)
+                with self._lock:
+                    self._queue.set_aside(rest)
         return mine
 
     def _waited(self, request: Request) -> float:
         if request.held_since is None:
             return 0.0
         return time.monotonic() - max(request.held_since, self._news)
-
-    def _set_aside(self, request: Request, held: Sequence[str]) -> None:
-        now = time.monotonic()
-        if request.held_since is None:
-            request.held_since = now
-        request.due = now + request.pause
-        request.pause = min(2 * request.pause, _LAST_PAUSE_SECONDS)
-        self._claims.ask(held)
-        with self._lock:
-            self._elsewhere.append(request)
 
     def _look_again(self, requests: Sequence[Request]) -> list[Request]:
         """Answer what is there by now; only who holds the claims can say that it is not."""
@@ -594,19 +555,17 @@ class Engine:
     def _embed_some(self) -> None:
         with self._lock:
             wait_for = self._embeddable.wait_for
-            wait_for(lambda: self.closing or self._ready, _LOOK_SECONDS)
+            wait_for(lambda: self.closing or self._ready, LOOK_SECONDS)
             if self.closing or not self._ready:
                 return
             wait_for(lambda: self.closing or is_full(self._ready), GATHER_SECONDS)
-            wait_for(
-                lambda: self.closing or not self._coming or is_full(self._ready), _LOOK_SECONDS
-            )
+            wait_for(lambda: self.closing or not self._coming or is_full(self._ready), LOOK_SECONDS)
             if not self._ready:  # the other thread took it
                 return
             batch = choose_batch(self._ready)
             chosen = set(map(id, batch))
             self._ready = [part for part in self._ready if id(part) not in chosen]
-            wait_for(lambda: self.closing or self._pooling <= 2 * len(batch), _LOOK_SECONDS)
+            wait_for(lambda: self.closing or self._pooling <= 2 * len(batch), LOOK_SECONDS)
         grids = batch[0].request.model.embed([part.embedding for part in batch])
         for part, grid in zip(batch, grids, strict=True):
             if isinstance(grid, Exception):
@@ -670,16 +629,16 @@ class Engine:
         """Give the seconds until there is something to look at."""
         left = self._seconds_to_commit()
         if self._claims.any:
-            return LOOK_SECONDS if left is None else min(LOOK_SECONDS, max(0.0, left))
+            return ASKED_SECONDS if left is None else min(ASKED_SECONDS, max(0.0, left))
         return left
 
     def _seconds_to_commit(self) -> float | None:
         if not self._commits.pending:
             return None
         asked = time.monotonic() - self._claims.asked()
-        if asked < 2 * _LAST_PAUSE_SECONDS:
-            return self._commits.seconds_left(LOOK_SECONDS)
-        is_idle = not (self._left or self._queue or self._ahead)
+        if asked < 2 * LAST_PAUSE_SECONDS:
+            return self._commits.seconds_left(ASKED_SECONDS)
+        is_idle = not (self._left or len(self._queue) or self._queue.ahead)
         return self._commits.seconds_left(IDLE_SECONDS if is_idle else COMMIT_SECONDS)
 
     def _commit(self) -> None:
@@ -692,8 +651,7 @@ class Engine:
         """Tell that what was computed could not be committed: those who wait, or who asks next."""
         _log.error("records that were computed are lost: %s", str(error))
         with self._lock:
-            waiting = [*self._queue, *self._ahead, *self._elsewhere]
-            self._queue, self._ahead, self._elsewhere = deque(), deque(), []
+            waiting = self._queue.clear()
             self._lost = None if waiting else error
         for request in waiting:
             self._fail(request.wanted, error)

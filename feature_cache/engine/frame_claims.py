@@ -14,7 +14,7 @@ from ..hashing import Digest, digest_bytes, digest_json
 from ..store.claims import Claims
 from .request import Request, Wanted
 
-LOOK_SECONDS = 0.25
+ASKED_SECONDS = 0.25
 """How often is looked whether another process waits."""
 
 
@@ -122,7 +122,7 @@ class FrameClaims:
 
     def asked(self) -> float:
         """Give when somebody asked this process to commit, by `time.monotonic`."""
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
+        if time.monotonic() - self._looked >= ASKED_SECONDS:
             self._asked, self._looked = self._claims.asked(), time.monotonic()
         return self._asked
 
