@@ -123,6 +123,7 @@ class Commits:
         self.pending[entry.key] = order, space, entry
         self._spaces.add(space)
         self._bytes += entry.record.features.nbytes
+        self._counter.add(Usage(computed=1))
         return True
 
     def _reserve(self, space: Space, size: int) -> bool:
@@ -159,7 +160,6 @@ class Commits:
         reserved, self._reserved = self._reserved, 0
         packs: list[tuple[Space, Path]] = []
         ordered = sorted(pending.values(), key=itemgetter(0))
-        self._counter.add(Usage(computed=len(ordered)))
         try:
             for space in sorted(spaces, key=lambda space: space.name):
                 entries = [entry for _, one, entry in ordered if one is space]
