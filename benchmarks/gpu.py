@@ -526,10 +526,10 @@ class Bench:
 def compute(way: Any, wanted: Sequence[Embedding], batch_size: int) -> list[list[Record]]:
     """Compute the records of embeddings in one way, errors as they come."""
     records: list[list[Record]] = []
-    for batch in cut_batches(wanted, batch_size):
+    for batch in cut_batches(wanted, batch_size, mixes_sizes=False):
         for each in batch:
             way.prepare(each.frame)
-        grids = way.embed(batch)
+        grids = way.embed(way.draw(batch))
         records += [way.make_records(each, grid) for each, grid in zip(batch, grids, strict=True)]
     return records
 
