@@ -162,7 +162,10 @@ def test_command(tmp_path: Path) -> None:
     assert "links from man_track.txt" in shown.stdout
     assert "position is enough here: features add nothing" in shown.stdout
     assert "layer noise of debug/random, mean_patches_exact" in page.read_text()
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    words[3] = str(tmp_path / "other")
+    below = ["--below", str(tmp_path / "cache")]
+    told = json.loads(CliRunner().invoke(app, [*words, *below, "--json"]).stdout)
+    assert not FeatureCache(tmp_path / "other", "r").stats()["records"]
     [step] = told["steps"]
     assert [one["name"] for one in step["setups"]] == ["debug/random", "debug/encoded_labels"]
     assert step["position"]["value"] == 1.0

@@ -87,18 +87,26 @@ def evaluate(
             metavar="OUT.html", help="Write a page with a plot, too.", rich_help_panel=OUTPUT
         ),
     ] = None,
+    below: Annotated[
+        list[str],
+        typer.Option(
+            envvar="FEATURE_CACHE_LAYERS",
+            help="A cache below, only read: a folder, or a pushed-to URL. May be repeated.",
+        ),
+    ] = [],
     no_memo: NoMemoOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say which features tell the cells of movies apart, before any training.
 
-    For each cell whose parent is known (by man_track.txt, else by overlap), the share found among
-    the cells within reach: by position; by position and shape; by features alone; by all of it.
-    What is embedded for it is in the cache afterwards.
+    The share of cells whose parent, by man_track.txt or else by overlap, is found among those
+    within reach: by position; by position and shape; by features alone; by all of it. What is
+    embedded for it is in the cache afterwards.
 
     Example: feature-cache evaluate data/01 --cache features --backbone efficientnet-lite0
     --step 1 --step 4
     """
+    from ..cache import FeatureCache
     from ..errors import MovieError
     from ..evaluation import evaluate as compare
 
@@ -109,7 +117,7 @@ def evaluate(
     found = compare(
         [movie for _, movie in opened],
         backbone,
-        cache,
+        FeatureCache(cache, layers=below),
         layers=layer,
         poolings=pooling,
         steps=step,
