@@ -139,7 +139,7 @@ class Step:
         """Say in a sentence whether features help at this step, and which."""
         best = self.best
         if best is not None:
-            return f"{best.setup}: {best.gain.value:+.3f}{self._beside(best)}"
+            return f"{best.setup}: {best.gain.signed()}{self._beside(best)}"
         base, simple = self.shape, "position and shape"
         if not self.shape_gain.is_positive:
             simple = "position"
@@ -166,8 +166,8 @@ class Step:
             for score in self.scores
             if score is not best and score.gain.is_positive and not score.behind.is_positive
         ]
-        parts += [f"as good: {'; '.join(peers)}"] if peers else []
-        return f" ({', '.join(parts)})" if parts else ""
+        parts += [f"as good: {', and '.join(peers)}"] if peers else []
+        return "".join(f"; {part}" for part in parts)
 
     def to_json(self) -> dict[str, JSON]:
         """Give all of it."""
