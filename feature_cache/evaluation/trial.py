@@ -16,6 +16,7 @@ from ..backbones.base import TorchBackbone
 from ..backbones.name import join_name, split_name
 from ..cache import FeatureCache, MovieFeatures
 from ..cache.movie import warm_movies
+from ..engine import Tally
 from ..errors import MovieError
 from ..movies import Given, Movie
 from ..spec import SpaceSpec
@@ -189,15 +190,22 @@ def _warm(
     progress: Callable[[int], Any] | None,
 ) -> float | None:
     """Compute what is missing; give the seconds a frame, of this run or of the last."""
+    frames = sum(map(_count_missing, views))
     started = time.perf_counter()
-    computed = warm_movies(views, batch_size=batch_size, progress=progress)
+    warm_movies(views, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - started
-    frames = -(-computed // len(views[0]))
     if frames:
         remember_rate(backbone, frames, seconds)
         return seconds / frames
     rate = recall_rate(backbone)
     return None if rate is None else 1 / rate
+
+
+def _count_missing(views: Sequence[MovieFeatures]) -> int:
+    """Count the frames of a movie that a space lacks; frames that fail are warming's to name."""
+    good = views[0].hash_frames(range(len(views[0])), Tally())
+    there = [view.contains(good) for view in views]
+    return int((~np.all(there, axis=0)).sum())
 
 
 class _Trial:
