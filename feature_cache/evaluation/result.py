@@ -140,18 +140,16 @@ class Step:
         best = self.best
         if best is not None:
             return f"{best.setup}: {best.gain.signed()}{self._beside(best)}"
-        base, simple = self.shape, "position and shape"
-        if not self.shape_gain.is_positive:
-            simple = "position"
-        if base.value >= _ENOUGH:
-            verb = "is" if simple == "position" else "are"
-            return f"{simple} {verb} enough here: features add nothing"
-        if base.low <= self.chance:
+        if self.position.value >= _ENOUGH:
+            return "position is enough here: features add nothing"
+        if self.shape.value >= _ENOUGH:
+            return "position and shape are enough here: features add nothing"
+        if max(self.position.low, self.shape.low) <= self.chance:
             return "nothing tells these cells apart: features add nothing, all is at chance"
         most = max((score.gain.high for score in self.scores), default=0.0)
         return (
-            f"features add nothing here to {simple} that {self.cells:,} cells in {self.frames} "
-            f"frames could show ({most:+.3f} at most)"
+            f"features add nothing here to position and shape that {self.cells:,} cells in "
+            f"{self.frames} frames could show ({most:+.3f} at most)"
         )
 
     def _beside(self, best: Score) -> str:
