@@ -123,6 +123,6 @@ def compare_pooling(home: Path, options: Options, frames: list[int]) -> Case:
 
 
 def keys_of(pack: Path) -> NDArray[np.uint8]:
-    from feature_cache.store.pack import read_keys
+    from feature_cache.store.contents import read_keys
 
     return read_keys(pack)

@@ -18,7 +18,7 @@ from feature_cache.key import Keys
 from feature_cache.spec import SpaceSpec
 from feature_cache.store import Space, Store
 from feature_cache.store.array import write_array
-from feature_cache.store.pack import pack_name
+from feature_cache.store.contents import Contents, pack_name, write_contents
 from feature_cache.store.writer import _write_metadata
 from feature_cache.testing import FakeBackbone
 
@@ -49,18 +49,17 @@ def write_packs(space: Space, keys: Keys) -> list[str]:
     names = []
     for start in range(0, len(keys), PACK_RECORDS):
         part = keys[start : start + PACK_RECORDS]
-        arrays = {
-            "keys": part,
-            "checksums": np.arange(start, start + len(part), dtype=np.uint64),
-            "offsets": np.arange(len(part) + 1, dtype=np.int64),
-            "labels": np.ones(len(part), np.int32),
-            "features": np.ones((len(part), 1), np.float16),
-        }
-        names.append(pack_name(arrays, 0))
+        contents = Contents(
+            part,
+            np.arange(start, start + len(part), dtype=np.uint64),
+            np.arange(len(part) + 1, dtype=np.int64),
+            np.ones(len(part), np.int32),
+        )
+        names.append(pack_name(part, contents.checksums, 0))
         folder = space.packs_folder / names[-1]
         folder.mkdir()
-        for name, array in arrays.items():
-            write_array(folder / name, array.shape, array.shape, array.dtype, [[array]])
+        write_contents(folder, contents)
+        write_array(folder / "features", np.ones((len(part), 1), np.float16))
         _write_metadata(folder, {"records": []}, "regions", 0)
     return names
 

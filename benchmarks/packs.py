@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from google_crc32c import value as crc32c
 
 from feature_cache import FeatureCache
 from feature_cache.spec import SpaceSpec
 from feature_cache.store import Space, Store
 from feature_cache.store.array import write_array
+from feature_cache.store.contents import Contents, join_parts, pack_name, write_contents
 from feature_cache.store.maintenance import last_uses, plan_gc
-from feature_cache.store.pack import pack_name
 from feature_cache.store.writer import _write_metadata
 from feature_cache.testing import FakeBackbone
 
@@ -46,28 +47,23 @@ def run(options: Options) -> list[Case]:
 def make_packs(space: Space, count: int) -> None:
     """Commit packs of one record, without fsync."""
     keys = np.random.default_rng(0).integers(0, 256, (count, 1, 16), np.uint8)
+    offsets, labels = np.array([0, 1], np.int64), np.ones(1, np.int32)
     for number, key in enumerate(keys):
-        arrays = {"keys": key, "checksums": np.array([number], np.uint64)}
-        folder = space.packs_folder / pack_name(arrays, 0)
+        contents = Contents(key, np.array([number], np.uint64), offsets, labels)
+        folder = space.packs_folder / pack_name(key, contents.checksums, 0)
+        folder.mkdir()
         if number % LINKS == 0:
             first = folder
-            folder.mkdir()
-            arrays["offsets"] = np.array([0, 1], np.int64)
-            arrays["labels"] = np.ones(1, np.int32)
-            arrays["features"] = np.ones((1, 1), np.float16)
-            write_arrays(folder, arrays)
+            write_contents(folder, contents)
+            write_array(folder / "features", np.ones((1, 1), np.float16))
             _write_metadata(folder, {"records": [{}]}, "regions", 0)
             continue
-        folder.mkdir()
-        write_arrays(folder, arrays)
-        for name in ("offsets", "labels", "features"):
-            shutil.copytree(first / name, folder / name, copy_function=os.link)
-        os.link(first / "zarr.json", folder / "zarr.json")
-
-
-def write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    for name, array in arrays.items():
-        write_array(folder / name, array.shape, array.shape, array.dtype, [[array]])
+        (folder / "index").mkdir()
+        index = join_parts(contents).tobytes()
+        (folder / "index" / "c.0").write_bytes(index + crc32c(index).to_bytes(4, "little"))
+        shutil.copytree(first / "features", folder / "features", copy_function=os.link)
+        for name in ("zarr.json", "index/zarr.json"):
+            os.link(first / name, folder / name)
 
 
 def measure(root: Path, space: Space, title: str, rounds: int) -> list[Case]:

@@ -40,8 +40,8 @@ from .movies import Movie, Source
 from .rounding import difference, rounding_bound
 from .spec import KEY_VERSION, BackboneSpec, SpaceSpec, describe, differences
 from .store import Pack, Space, read_provenance
+from .store.contents import read_keys
 from .store.maintenance import Finding, name_source
-from .store.pack import read_keys
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone

@@ -18,7 +18,7 @@ from typing import Any
 from crowd import content
 from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
-from feature_cache.store.pack import read_keys
+from feature_cache.store.contents import read_keys
 from processes import outcome
 from synthetic import make_movie
 

@@ -241,7 +241,7 @@ def test_pulling_from_nowhere(run, url, message):
 
 
 def test_damage_is_not_sent(run, warmed, tmp_path):
-    chunk = packs()[0] / "labels" / "c.0"
+    chunk = packs()[0] / "index" / "c.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     code, out, err = run("push", f"file://{tmp_path / 'there'}", "--cache", "cache")
     assert code == 1

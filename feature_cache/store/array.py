@@ -1,12 +1,10 @@
-"""One array of a pack: its metadata, checked before anything they say is believed; its chunks."""
+"""One array of a pack: its metadata, checked before anything they say is believed; its files."""
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError
+from ..hashing import JSON
 from .files import open_file, read_json
-from .maps import map_file
 
 AnyArray: TypeAlias = NDArray[Any]
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -28,11 +26,21 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
-CRC_BYTES = 4
-_DECODED_LIMIT = 1 << 30
-_MAPPED_LIMIT = 1 << 34
+CODECS = ("raw", "zstd", "blosc")
+"""How features are stored; all of them lossless, so none of them is in a key."""
+
+_CRC_BYTES, _PLACE_BYTES = 4, 16
+"""At the end of each chunk; of each chunk in the list at the end of a shard."""
+_DECODED_LIMIT, _CHUNKS_LIMIT = 1 << 30, 1 << 20
 _PIECE_BYTES = 1 << 24
 _COMPRESSORS: tuple[list[str], ...] = ([], ["zstd"], ["blosc"])
+_SHARD_INDEX = {
+    "index_codecs": [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "crc32c"},
+    ],
+    "index_location": "end",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +51,28 @@ class ArrayFile:
     ----------
     path : Path
     shape, chunk_shape : tuple of int
+    file_shape : tuple of int
+        What one file holds: a chunk, or a shard of several.
     dtype : dtype
     codec : str
-        ``"raw"``, ``"zstd"`` or ``"blosc"``.
-    raw : bool
-        Whether a chunk's bytes are those of the array, so that it can be mapped.
+        One of `CODECS`.
+    is_shard : bool
+        Whether files are shards, as Zarr's codec `sharding_indexed` writes them.
     separator : str
-        Between the parts of the name of a chunk's file; ``"/"`` in packs of version 1 and 2, where
-        each chunk has folders of its own.
+        Between the parts of a file's name; ``"/"`` in packs of version 1 and 2, where each chunk
+        has folders of its own.
+    attributes : mapping
     """
 
     path: Path
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     codec: str
-    raw: bool
-    separator: str = "."
+    is_shard: bool
+    separator: str
+    attributes: Mapping[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> ArrayFile:
@@ -73,30 +86,53 @@ class ArrayFile:
         if path.is_symlink() or (path / "c").is_symlink():
             raise CorruptRecordError(f"{path} is a link: no part of a pack lies elsewhere")
         try:
-            meta = read_json(path / "zarr.json")
-            shape = tuple(meta["shape"])
-            chunk_shape = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
-            dtype = DTYPES[meta["data_type"]]
-            plain = (meta["zarr_format"], meta["node_type"], meta["chunk_grid"]["name"])
-            separator = meta["chunk_key_encoding"]["configuration"]["separator"]
-            named = (meta["chunk_key_encoding"]["name"], separator)
-            codecs = [(c["name"], c.get("configuration", {})) for c in meta["codecs"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            array = cls._parse(path, read_json(path / "zarr.json"))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CorruptRecordError(f"{path / 'zarr.json'} is no metadata of a pack") from error
-        sound = (
-            plain == (3, "array", "regular")
-            and named in (("default", "."), ("default", "/"))
-            and len(shape) == len(chunk_shape)
-            and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-            and all(type(n) is int and 0 < n < 1 << 48 for n in chunk_shape)
-            and _are_ours(codecs)
-        )
-        codec = codecs[1][0] if sound and len(codecs) > 2 else "raw"
-        array = cls(path, shape, chunk_shape, dtype, codec, sound and _is_raw(codecs), separator)
-        limit = _MAPPED_LIMIT if array.raw else _DECODED_LIMIT
-        if not sound or array.chunk_bytes > limit:
+        if array is None:
             raise CorruptRecordError(f"{path / 'zarr.json'} describes no array of a pack")
         return array
+
+    @classmethod
+    def _parse(cls, path: Path, meta: Mapping[str, Any]) -> ArrayFile | None:
+        """Give what metadata say; None for an array that no pack has."""
+        shape, dtype = tuple(meta["shape"]), DTYPES[meta["data_type"]]
+        file_shape = chunk_shape = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+        naming, codecs = meta["chunk_key_encoding"], meta["codecs"]
+        separator = naming["configuration"]["separator"]
+        if is_shard := codecs[0]["name"] == "sharding_indexed":
+            shard = dict(codecs[0]["configuration"])
+            chunk_shape, inside = tuple(shard.pop("chunk_shape")), shard.pop("codecs")
+            if len(codecs) != 1 or shard != _SHARD_INDEX:
+                return None
+            codecs = inside
+        plain = (meta["zarr_format"], meta["node_type"], meta["chunk_grid"]["name"])
+        names = [codec["name"] for codec in codecs]
+        sound = (
+            plain == (3, "array", "regular")
+            and (naming["name"], separator) in (("default", "."), ("default", "/"))
+            and len(shape) == len(chunk_shape) == len(file_shape) > 0
+            and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+            and all(type(n) is int and 0 < n < 1 << 48 for n in (*chunk_shape, *file_shape))
+            and not any(n % m for n, m in zip(file_shape, chunk_shape, strict=True))
+            and [*names[:1], *names[-1:]] == ["bytes", "crc32c"]
+            and names[1:-1] in _COMPRESSORS  # no other is ever run
+            and codecs[0].get("configuration", {}) in ({}, {"endian": "little"})
+        )
+        if not sound:
+            return None
+        codec = "".join(names[1:-1]) or "raw"
+        array = cls(
+            *(path, shape, chunk_shape, file_shape, dtype, codec, is_shard, separator),
+            dict(meta.get("attributes", {})),
+        )
+        fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= _DECODED_LIMIT
+        return array if fits and array.chunks_in_file <= _CHUNKS_LIMIT else None
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of one step along the first axis, decoded."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def array_bytes(self) -> int:
@@ -104,169 +140,199 @@ class ArrayFile:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def chunk_bytes(self) -> int:
-        """The size of a chunk, decoded."""
-        return math.prod(self.chunk_shape) * self.dtype.itemsize
+    def chunks_in_file(self) -> int:
+        """How many chunks a file holds."""
+        return math.prod(self.file_shape) // math.prod(self.chunk_shape)
 
-    def map_chunk(self, pack: str, *index: int, whole: bool) -> tuple[AnyArray, mmap.mmap | None]:
-        """Map one raw chunk, read-only; read it where the process has many mapped already.
+    @property
+    def is_direct(self) -> bool:
+        """Whether one file holds the array's bytes as they are: a chunk, or one for each row."""
+        whole = (max(1, self.shape[0]), *self.shape[1:])
+        chunk = (1, *self.shape[1:]) if self.is_shard else whole
+        return self.codec == "raw" and (self.file_shape, self.chunk_shape) == (whole, chunk)
 
-        `whole` says whether all of it is going to be read.
+    def open_rows(self) -> int:
+        """Open the file of a direct array with rows; give its descriptor, for `read_rows`.
+
+        Raises
+        ------
+        CorruptRecordError
+            It has another size than it can have, or is no plain file.
+        FileNotFoundError
+            It is gone.
         """
-        data: mmap.mmap | bytes | None
-        with self._open_chunk(index) as file:
-            mapped = data = map_file(file.fileno(), self.chunk_bytes, pack, whole=whole)
-            if data is None:
-                data = file.read()
-                self.check_size(self.chunk_file(*index), len(data))
-        values = np.frombuffer(data, self.dtype, math.prod(self.chunk_shape))
-        return values.reshape(self.chunk_shape), mapped
+        with self._open_file(tuple(0 for _ in self.shape)) as file:
+            return os.dup(file.fileno())
+
+    def read_rows(self, descriptor: int, start: int, stop: int) -> AnyArray:
+        """Read rows of a direct array: (stop - start, …), of one with shards one row at a time.
+
+        Raises
+        ------
+        CorruptRecordError
+            The file was cut short.
+        """
+        place = start * (self.row_bytes + self.is_shard * _CRC_BYTES)
+        data = _read_at(descriptor, (stop - start) * self.row_bytes, place)
+        if len(data) != (stop - start) * self.row_bytes:
+            raise CorruptRecordError(f"{self.path} was cut short")
+        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
 
     def read_whole(self) -> AnyArray:
         """Read an array of one raw chunk, of at most 1 GiB, into memory, and check its CRC."""
-        if not self.raw or self.chunk_shape != tuple(max(1, n) for n in self.shape):
+        if not self.is_direct or self.is_shard:
             raise CorruptRecordError(f"{self.path} should be one raw chunk and isn't")
-        if math.prod(self.shape) == 0:
+        if self.array_bytes == 0:
             return np.frombuffer(b"", self.dtype).reshape(self.shape)
-        if self.chunk_bytes > _DECODED_LIMIT:
+        if self.array_bytes > _DECODED_LIMIT:
             raise CorruptRecordError(f"{self.path} is larger than it can be")
         from google_crc32c import value as crc32c
 
         index = tuple(0 for _ in self.shape)
-        with self._open_chunk(index) as file:
+        with self._open_file(index) as file:
             data = file.read()
-        self._check_crc(index, crc32c(data[:-CRC_BYTES]), data[-CRC_BYTES:])
+        self._check_crc(index, crc32c(data[:-_CRC_BYTES]), data[-_CRC_BYTES:])
         return np.frombuffer(data, self.dtype, math.prod(self.shape)).reshape(self.shape)
 
-    def check_chunk(self, *index: int) -> None:
-        """Read one chunk, piece by piece, and compare its CRC.
+    def check_file(self, *index: int) -> None:
+        """Read one file, piece by piece, and compare the CRC of each chunk in it.
 
         Raises
         ------
         CorruptRecordError
             They are not those that were written.
         FileNotFoundError
-            The chunk is gone.
+            The file is gone.
         """
+        with self._open_file(index) as file:
+            size = os.fstat(file.fileno()).st_size
+            sizes = self._read_places(file, index, size) if self.is_shard else [size]
+            for length in sizes:
+                self._check_part(file, index, length)
+
+    def _read_places(self, file: BinaryIO, index: tuple[int, ...], size: int) -> list[int]:
+        """Give the sizes of the chunks in a shard, and at last of the list of them."""
+        listed = self.chunks_in_file * _PLACE_BYTES + _CRC_BYTES
+        places = np.frombuffer(_read_at(file.fileno(), listed, max(0, size - listed)), "u1")
+        pairs = places[:-_CRC_BYTES].view("<u8").reshape(-1, 2).astype(np.int64)
+        sizes = [*pairs[pairs[:, 0] >= 0, 1].tolist(), listed]  # a place of -1: no chunk there
+        starts = np.sort(pairs[pairs[:, 0] >= 0, 0]).tolist()
+        if [*starts, size - listed] != np.cumsum([0, *sizes[:-1]]).tolist():
+            raise CorruptRecordError(f"the chunks in {self.chunk_file(*index)} don't fill it")
+        return sizes
+
+    def _check_part(self, file: BinaryIO, index: tuple[int, ...], length: int) -> None:
         from google_crc32c import extend
 
-        crc, last = 0, b""
-        with self._open_chunk(index) as file:
-            while piece := file.read(_PIECE_BYTES):
-                data = last + piece
-                crc, last = extend(crc, data[:-CRC_BYTES]), data[-CRC_BYTES:]
-        self._check_crc(index, crc, last)
+        crc, left = 0, length - _CRC_BYTES
+        while left > 0 and (piece := file.read(min(left, _PIECE_BYTES))):
+            crc, left = extend(crc, piece), left - len(piece)
+        self._check_crc(index, crc, file.read(_CRC_BYTES))
 
-    def check_chunk_files(self, start: int, stop: int) -> None:
+    def check_files(self, start: int, stop: int) -> None:
         """Look at the files of the chunks with some rows, before another reader opens them."""
-        length = self.chunk_shape[0]
+        length = self.file_shape[0]
         for first in range(start // length, -(-stop // length)):
-            self._open_chunk((first, *(0 for _ in self.shape[1:]))).close()
+            self._open_file((first, *(0 for _ in self.shape[1:]))).close()
 
-    def _open_chunk(self, index: tuple[int, ...]) -> BinaryIO:
-        """Open a chunk's file; it has a size that it can have."""
+    def _open_file(self, index: tuple[int, ...]) -> BinaryIO:
+        """Open a file of chunks; it has a size that it can have."""
         path = self.chunk_file(*index)
         try:
             file = open_file(path)
         except ValueError as error:
             raise CorruptRecordError(str(error)) from error
         try:
-            self.check_size(path, os.fstat(file.fileno()).st_size)
+            self._check_size(path, os.fstat(file.fileno()).st_size)
         except CorruptRecordError:
             file.close()
             raise
         return file
 
     def _check_crc(self, index: tuple[int, ...], crc: int, expected: bytes) -> None:
-        if crc.to_bytes(CRC_BYTES, "little") != expected:
+        if crc.to_bytes(_CRC_BYTES, "little") != expected:
             raise CorruptRecordError(
                 f"{self.chunk_file(*index)} fails its CRC: its bytes changed since it was written"
             )
 
-    def chunk_indices(self) -> Iterator[tuple[int, ...]]:
-        """Give the index of every chunk."""
-        counts = [-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True)]
+    def file_indices(self) -> Iterator[tuple[int, ...]]:
+        """Give the index of every file."""
+        counts = [-(-n // c) for n, c in zip(self.shape, self.file_shape, strict=True)]
         return product(*map(range, counts))
 
     def chunk_file(self, *index: int) -> Path:
-        """Name the file of a chunk."""
+        """Name the file of a chunk, or shard."""
         return self.path / self.separator.join(["c", *map(str, index)])
 
-    def check_size(self, file: Path, size: int) -> None:
-        """Raise CorruptRecordError where a chunk's file has another size than it can have."""
-        if self.raw and size != self.chunk_bytes + CRC_BYTES:
-            raise CorruptRecordError(
-                f"{file} has {size} bytes, expected {self.chunk_bytes + CRC_BYTES}"
-            )
-        if size > 2 * self.chunk_bytes + _PIECE_BYTES:
+    def _check_size(self, file: Path, size: int) -> None:
+        decoded = math.prod(self.file_shape) * self.dtype.itemsize
+        around = self.chunks_in_file * _CRC_BYTES
+        around += (self.chunks_in_file * _PLACE_BYTES + _CRC_BYTES) * self.is_shard
+        if self.codec == "raw" and self.is_direct and size != decoded + around:
+            raise CorruptRecordError(f"{file} has {size} bytes, expected {decoded + around}")
+        if size > 2 * decoded + around + _PIECE_BYTES:
             raise CorruptRecordError(f"{file} has {size} bytes, more than a compressed chunk can")
+
+
+def _read_at(descriptor: int, length: int, place: int) -> bytes:
+    """Read bytes from a place on, fewer where the file ends; the system gives 2 GiB at most."""
+    data = os.pread(descriptor, length, place)
+    while len(data) < length and (
+        more := os.pread(descriptor, length - len(data), place + len(data))
+    ):
+        data += more
+    return data
 
 
 def write_array(
     path: Path,
-    shape: tuple[int, ...],
-    chunk_shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    chunks: Iterable[Iterable[AnyArray]],
+    array: AnyArray,
+    *,
+    chunk_rows: int | None = None,
+    codec: str = "raw",
+    attributes: Mapping[str, JSON] | None = None,
 ) -> None:
-    """Write a Zarr array as raw chunks, each with its CRC. Copies nothing, syncs nothing.
+    """Write a Zarr array with one file of chunks. Syncs nothing.
 
     Parameters
     ----------
     path : Path
         The array's folder; it is made.
-    shape, chunk_shape : tuple of int
-        Chunks follow one another along the first axis.
-    dtype : dtype
-        One of `DTYPES`.
-    chunks : iterable of iterables of arrays
-        The pieces of each chunk in the order of their bytes, C-contiguous; asked for once, one
-        after the other, and written before the next is asked for.
+    array : array
+        Of one of `DTYPES`.
+    chunk_rows : int, optional
+        How many rows a chunk of a shard has; by default all is one chunk, and no shard.
+    codec : str
+        One of `CODECS`.
+    attributes : mapping, optional
     """
-    path.mkdir()
-    for number, pieces in enumerate(chunks if shape[0] else ()):
-        _write_chunk(path / ".".join(["c", str(number), *("0" for _ in shape[1:])]), pieces)
-    (path / "zarr.json").write_text(json.dumps(_describe(shape, chunk_shape, dtype)))
+    import zarr
+
+    rows = chunk_rows or max(1, len(array))
+    shard = -(-max(1, len(array)) // rows) * rows
+    target = zarr.create_array(
+        path,
+        zarr_format=3,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(rows, *array.shape[1:]),
+        shards=None if chunk_rows is None else (shard, *array.shape[1:]),
+        compressors=_compressors(codec, array.dtype),
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes=dict(attributes or {}),
+        config={"write_empty_chunks": True},
+    )
+    if array.size:
+        target[...] = array
 
 
-def _write_chunk(file: Path, pieces: Iterable[AnyArray]) -> None:
-    from google_crc32c import extend
+def _compressors(codec: str, dtype: np.dtype[Any]) -> Sequence[Any]:
+    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-    crc = 0
-    with open(file, "wb") as opened:
-        for piece in pieces:
-            data = piece.reshape(-1).view(np.uint8)
-            crc = extend(crc, data)
-            opened.write(data.data)
-        opened.write(crc.to_bytes(CRC_BYTES, "little"))
-
-
-def _describe(
-    shape: tuple[int, ...], chunk_shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> dict[str, Any]:
-    """Give the metadata of a raw array, as the specification of Zarr v3 has them."""
-    order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
-    return {
-        "shape": shape,
-        "data_type": dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0,
-        "codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
-        "attributes": {},
-        "zarr_format": 3,
-        "node_type": "array",
-        "storage_transformers": [],
+    chosen: dict[str, list[Any]] = {
+        "raw": [],
+        "zstd": [ZstdCodec(level=3)],
+        "blosc": [BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)],
     }
-
-
-def _are_ours(codecs: Sequence[tuple[str, Any]]) -> bool:
-    """Tell whether these are codecs that a pack may have; no other is ever run."""
-    names = [name for name, _ in codecs]
-    return [*names[:1], *names[-1:]] == ["bytes", "crc32c"] and names[1:-1] in _COMPRESSORS
-
-
-def _is_raw(codecs: Sequence[tuple[str, Any]]) -> bool:
-    if len(codecs) != 2:
-        return False
-    return codecs[0][1] in ({}, {"endian": "little"}) and codecs[1][1] == {}
+    return [*chosen[codec], Crc32cCodec()]

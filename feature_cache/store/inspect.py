@@ -11,7 +11,8 @@ import numpy as np
 from ..errors import CorruptRecordError, MissingRecordError, StoreError
 from ..hashing import JSON
 from ..key import Keys
-from .pack import Pack, read_keys, read_offsets, read_provenance
+from .contents import read_contents, read_keys
+from .pack import Pack, read_provenance
 from .space import Space
 from .store import Store
 
@@ -49,9 +50,9 @@ def record_regions(space: Space, names: Iterable[str] | None = None) -> Iterator
     """
     for name in space.pack_names() if names is None else names:
         try:
-            keys = read_keys(space.packs_folder / name)
-            counts = np.diff(read_offsets(space.packs_folder / name)).tolist()
-            yield from zip((key.tobytes() for key in keys), counts, strict=False)
+            found = read_contents(space.packs_folder / name)
+            counts = [] if found.offsets is None else np.diff(found.offsets).tolist()
+            yield from zip((key.tobytes() for key in found.keys), counts, strict=False)
         except FileNotFoundError:
             continue
         except CorruptRecordError as error:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptRecordError, ReadOnlyCacheError
 from ..hashing import JSON
 from ..key import Keys, Record
+from .contents import read_keys
 from .files import (
     check_there,
     list_folder,
@@ -34,7 +35,7 @@ from .files import (
 )
 from .index import Index
 from .listing import Listing
-from .pack import Pack, Span, read_keys
+from .pack import Pack, Span
 from .process import Presence, join
 from .table import read_row, read_table, write_table
 from .uses import Uses
@@ -302,8 +303,8 @@ class Space:
     def view(self, index: Index, pack: int, start: int, stop: int) -> Span | None:
         """Give records that lie side by side in one pack, verified, by their places in an index.
 
-        None where the index is not the newest, where the pack is not mapped yet, or damaged, and
-        for several grids: `read` them.
+        None where the index is not the newest, where the pack is not open yet, or damaged, for what
+        has a codec, and for several grids: `read` them.
 
         Parameters
         ----------
@@ -315,8 +316,7 @@ class Space:
         self._join()
         with self._lock, suppress(CorruptRecordError, OSError):
             opened = self._packs.get(index.packs[pack]) if self._index is index else None
-            if opened is not None and opened.has_mapped(start, stop):
-                opened.check_mapped()
+            if opened is not None and opened.is_span(start, stop):
                 return opened.spans(start, stop)[0]
         return None
 
@@ -325,20 +325,18 @@ class Space:
         packs, rows = index.find(keys)
         apart = (packs[1:] != packs[:-1]) | (rows[1:] != rows[:-1] + 1)
         bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(keys)]
-        last = -1
         for first, end in pairwise(bounds):
             if end == first or (number := int(packs[first])) < 0:
                 continue
             row, name = int(rows[first]), index.packs[number]
-            yield from self._read_spans(first, name, row, row + end - first, number != last)
-            last = number
+            yield from self._read_spans(first, name, row, row + end - first)
 
     def _read_spans(
-        self, place: int, name: str, start: int, stop: int, check_size: bool
+        self, place: int, name: str, start: int, stop: int
     ) -> Iterator[tuple[int, Span]]:
         """Read rows of one pack, those before a damaged one as well; give where each belongs."""
         try:
-            spans = self._spans_of(name, start, stop, check_size)
+            spans = self._spans_of(name, start, stop)
         except FileNotFoundError:
             self._forget(name)
         except CorruptRecordError as error:
@@ -346,24 +344,22 @@ class Space:
                 self.condemn(name, error)
             else:
                 for row in range(start, stop):
-                    yield from self._read_spans(place + row - start, name, row, row + 1, True)
+                    yield from self._read_spans(place + row - start, name, row, row + 1)
         else:
             for span in spans:
                 yield place, span
                 place += len(span)
 
-    def _spans_of(self, name: str, start: int, stop: int, check_size: bool) -> list[Span]:
+    def _spans_of(self, name: str, start: int, stop: int) -> list[Span]:
         if (pack := self._packs.get(name)) is not None:
             with suppress(OSError):  # CorruptRecordError too
-                if check_size:
-                    pack.check_mapped()
                 return pack.spans(start, stop)
             # Another process may have set this pack aside since, and written it anew.
         return self._open(name).spans(start, stop)
 
     def _open(self, name: str) -> Pack:
         self._packs.pop(name, None)
-        pack = Pack(self.packs_folder / name, keeps_maps=True)
+        pack = Pack(self.packs_folder / name)
         if pack.features.dtype != self.spec.get("dtype", pack.features.dtype):
             raise CorruptRecordError(f"{pack.path} holds {pack.features.dtype}: not its space's")
         while len(self._packs) >= _OPEN_PACKS:

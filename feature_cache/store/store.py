@@ -39,7 +39,7 @@ from .process import Presence, join
 from .space import Mode, Space
 from .url import find_folder
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 1 knew no retired packs and no digest of a pack's metadata, version 2 gave each chunk
 folders of its own. Both are read, and taken over by the first writer."""
 

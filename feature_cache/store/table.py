@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from ..errors import CorruptRecordError
 from ..hashing import DIGEST_BYTES
 from ..key import Keys
+from .contents import pack_name, read_contents
 from .files import TEMPORARY_PREFIX, make_folders, read_file, share_with_group, tree_bytes
-from .pack import find_salt, pack_name, read_checksums, read_keys
+from .pack import find_salt
 
 _MAGIC = b"feature_cache packs 1\n"
 _HEAD = struct.Struct(f"<{len(_MAGIC)}sQQ")
@@ -80,7 +81,7 @@ class PackTable:
         stops = np.cumsum(self.counts).tolist()
         rows = zip(self.names, [0, *stops], stops, self.packs[:, 2].tolist(), strict=False)
         kept = [
-            pack_name({"keys": self.keys[a:b], "checksums": self.checksums[a:b]}, salt) == name
+            pack_name(self.keys[a:b], self.checksums[a:b], salt) == name
             for name, a, b, salt in rows
         ]
         return self._keep(np.array(kept, bool))
@@ -111,9 +112,9 @@ _EMPTY = PackTable(
 def read_row(pack: Path) -> PackRow | None:
     """Read what a table says of a pack; None where it is gone or damaged."""
     try:
-        keys, checksums = read_keys(pack), read_checksums(pack)
-        salt = find_salt(pack, {"keys": keys, "checksums": checksums}, pack.name)
-        return PackRow(pack.name, salt, tree_bytes(pack), keys, checksums)
+        found = read_contents(pack)
+        salt = find_salt(pack, found, pack.name)
+        return PackRow(pack.name, salt, tree_bytes(pack), found.keys, found.checksums)
     except (FileNotFoundError, CorruptRecordError):
         return None
 

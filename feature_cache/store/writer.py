@@ -1,28 +1,24 @@
-"""Writing packs: under a temporary name, synced, renamed. zarr-python writes what has a codec."""
+"""Writing packs: under a temporary name, by zarr-python, synced, renamed."""
 
 from __future__ import annotations
 
-import collections
 import os
 import secrets
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..errors import UnknownNameError
 from ..hashing import DIGEST_BYTES, JSON, Digest
 from ..key import Record
-from .array import DTYPES, AnyArray, write_array
+from .array import CODECS, DTYPES, AnyArray, write_array
+from .contents import Contents, pack_name, write_contents
 from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_folder, sync_tree
-from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, pack_name, record_checksum
-
-CODECS = ("raw", "zstd", "blosc")
-"""How features are stored; all of them lossless, so none of them is in a key."""
+from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, record_checksum
 
 _COMPRESSED_CHUNK_BYTES = 1 << 20
 
@@ -93,12 +89,12 @@ def write_pack(
     temporary = folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
     temporary.mkdir()
     try:
-        arrays = _write_arrays(temporary, entries, codec)
-        salt, name = 0, pack_name(arrays, 0)
+        contents = _write_arrays(temporary, entries, codec)
+        salt, name = 0, pack_name(contents.keys, contents.checksums, 0)
         while name in unusable:
-            salt, name = salt + 1, pack_name(arrays, salt + 1)
+            salt, name = salt + 1, pack_name(contents.keys, contents.checksums, salt + 1)
         records: list[JSON] = [dict(entry.provenance) for entry in entries]
-        kind = "regions" if "labels" in arrays else "grid"
+        kind = "grid" if contents.labels is None else "regions"
         _write_metadata(temporary, {**provenance, "records": records}, kind, salt)
         install_pack(temporary, folder / name)
     finally:
@@ -150,43 +146,35 @@ def _shape_of(record: Record) -> tuple[int, ...]:
     return record.features.shape[record.labels is not None :]
 
 
-def _write_arrays(path: Path, entries: Sequence[Entry], codec: str) -> dict[str, AnyArray]:
-    """Write all arrays of a pack; give those that are no features."""
-    keys = np.frombuffer(b"".join(entry.key for entry in entries), np.uint8).reshape(-1, 16)
-    arrays: dict[str, AnyArray] = {"keys": keys}
-    labels = [e.record.labels for e in entries if e.record.labels is not None]
-    if labels:
-        arrays["offsets"] = np.cumsum([0, *map(len, labels)], dtype=np.int64)
-        arrays["labels"] = np.concatenate(labels).astype(np.int32)
-    sums = _write_features(path / "features", entries, codec)
-    arrays["checksums"] = np.array(sums, np.uint64)
-    for name, array in arrays.items():
-        chunk = (max(1, len(array)), *array.shape[1:])
-        write_array(path / name, array.shape, chunk, array.dtype, [[array]])
-    return arrays
-
-
-def _write_features(path: Path, entries: Sequence[Entry], codec: str) -> list[int]:
-    """Write the features; give the checksum of each record."""
-    sums: list[int] = []
-    features = _sum_up(entries, sums)
-    one, dtype = _shape_of(entries[0].record), entries[0].record.features.dtype
-    if codec != "raw":
-        _write_compressed(path, list(features), codec)
-    elif len(one) > 1:
-        write_array(path, (len(entries), *one), (1, *one), dtype, ([grid] for grid in features))
+def _write_arrays(path: Path, entries: Sequence[Entry], codec: str) -> Contents:
+    """Write the arrays of a pack; give what it holds beside the features."""
+    features = [entry.record.features for entry in entries]
+    if features[0].ndim > 2:
+        write_array(path / "features", np.stack(features), chunk_rows=1, codec=codec)
     else:
-        rows = sum(len(entry.record.features) for entry in entries)
-        write_array(path, (rows, *one), (max(1, rows), *one), dtype, [features])
-        collections.deque(features, maxlen=0)  # where there are no rows, nobody has asked for them
-    return sums
+        rows = np.concatenate(features)
+        write_array(path / "features", rows, chunk_rows=_rows_of_chunk(rows, codec), codec=codec)
+    contents = _list_contents(entries)
+    write_contents(path, contents)
+    return contents
 
 
-def _sum_up(entries: Sequence[Entry], sums: list[int]) -> Iterator[AnyArray]:
-    """Give the features of each record, summed up just before, so that they are read once."""
-    for entry in entries:
-        sums.append(record_checksum(entry.key, entry.record))
-        yield np.ascontiguousarray(entry.record.features)
+def _rows_of_chunk(rows: AnyArray, codec: str) -> int | None:
+    if codec == "raw" or not rows.size:
+        return None
+    return min(len(rows), max(1, _COMPRESSED_CHUNK_BYTES // rows[0].nbytes))
+
+
+def _list_contents(entries: Sequence[Entry]) -> Contents:
+    keys = np.frombuffer(b"".join(entry.key for entry in entries), np.uint8)
+    sums = np.array([record_checksum(entry.key, entry.record) for entry in entries], np.uint64)
+    labels = [e.record.labels for e in entries if e.record.labels is not None]
+    return Contents(
+        keys.reshape(-1, DIGEST_BYTES),
+        sums,
+        np.cumsum([0, *map(len, labels)], dtype=np.int64) if labels else None,
+        np.concatenate(labels).astype(np.int32) if labels else None,
+    )
 
 
 def _write_metadata(path: Path, provenance: Mapping[str, JSON], kind: str, salt: int) -> None:
@@ -194,38 +182,3 @@ def _write_metadata(path: Path, provenance: Mapping[str, JSON], kind: str, salt:
     text = group_text({"feature_cache": own, "provenance": dict(provenance)}, indent=None)
     digest = metadata_digest(path, text.encode())
     (path / "zarr.json").write_text(text.replace(NO_DIGEST, digest, 1))
-
-
-def _write_compressed(path: Path, features: Sequence[AnyArray], codec: str) -> None:
-    import zarr
-
-    array = np.stack(features) if features[0].ndim > 2 else np.concatenate(features)
-    target = zarr.create_array(
-        path,
-        zarr_format=3,
-        shape=array.shape,
-        dtype=array.dtype,
-        chunks=_chunk_shape(array),
-        compressors=_compressors(codec, array.dtype),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        config={"write_empty_chunks": True},
-    )
-    if array.size:
-        target[...] = array
-
-
-def _chunk_shape(array: AnyArray) -> tuple[int, ...]:
-    if array.ndim > 2:
-        return (1, *array.shape[1:])
-    rows, width = (max(1, length) for length in array.shape)
-    return (min(rows, max(1, _COMPRESSED_CHUNK_BYTES // (width * array.dtype.itemsize))), width)
-
-
-def _compressors(codec: str, dtype: np.dtype[Any]) -> list[Any]:
-    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-
-    chosen: dict[str, list[Any]] = {
-        "zstd": [ZstdCodec(level=3)],
-        "blosc": [BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)],
-    }
-    return [*chosen[codec], Crc32cCodec()]

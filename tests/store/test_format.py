@@ -15,7 +15,7 @@ from feature_cache.store.maintenance import compact_space, verify
 from samples import contents, expected, in_fork, make_entries, make_spec
 
 DATA = Path(__file__).with_name("data")
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 NUMBERS = {"regions": range(8), "grids": range(4)}
 
 

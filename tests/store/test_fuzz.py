@@ -108,7 +108,10 @@ class Damage:
         how(self.pick(metadata if how in (self.edit, self.text) else files))
 
     def edit(self, file: Path) -> None:
-        document = json.loads(file.read_bytes())
+        try:
+            document = json.loads(file.read_bytes())
+        except ValueError:  # damaged by another
+            return
         for _ in range(int(self.rng.integers(1, 4))):
             holder: Any = document
             while True:

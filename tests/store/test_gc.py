@@ -391,7 +391,7 @@ def test_a_network_file_system_has_a_grace(
 
 
 def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[str]) -> None:
-    chunk = next((space.packs_folder / packs[0]).glob("keys/c.0.0"))
+    chunk = next((space.packs_folder / packs[0]).glob("index/c.0"))
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
     repair(root, verify(root))
     assert len(os.listdir(root / "quarantine")) == 1

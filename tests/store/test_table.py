@@ -59,7 +59,7 @@ def all_right(space: Space) -> None:
 def test_packs_that_stand_in_it_are_not_opened(many: Space) -> None:
     table = read_table(table_of(many))
     assert len(table.names) > COUNT - 32
-    (many.packs_folder / table.names[0] / "keys" / "c.0.0").unlink()
+    (many.packs_folder / table.names[0] / "index" / "c.0").unlink()
     assert Store(many.root).space(make_spec()).contains(make_keys(range(2 * COUNT))).all()
     assert None in contents(Store(many.root).space(make_spec()), range(2 * COUNT))
 

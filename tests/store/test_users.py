@@ -108,7 +108,7 @@ def test_two_users_share_a_setgid_folder_whatever_their_umask(shared: Path, umas
     def alice_again() -> None:
         assert Store(shared).claims.take([f"claim of {BOB}"]) == [True]  # its process is gone
         space = Store(shared).space(make_spec())
-        flip(space.packs_folder / space.pack_names()[0] / "keys" / "c.0.0", 1)
+        flip(space.packs_folder / space.pack_names()[0] / "index" / "c.0", 1)
         repair(shared, verify(shared))
         assert contents(Store(shared).space(make_spec()), range(4)) == [None] * 4
         write(shared, 4)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ...errors import MissingRecordError, StoreError
 from ...hashing import JSON, canonical_json, digest_json
+from ..contents import read_keys
 from ..files import list_folder, make_folder, read_json, reading, write_text, writing
 from ..inspect import record_sources
-from ..pack import read_keys
 from ..space import Space
 from ..store import Store
 

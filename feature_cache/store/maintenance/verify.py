@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
 from ...hashing import JSON, digest_json
 from ..array import ArrayFile
+from ..contents import OLD_ARRAYS, join_parts, missing_is_corrupt, read_contents
 from ..files import (
     TRANSIENT,
     group_text,
@@ -26,7 +27,7 @@ from ..files import (
     write_text,
     writing,
 )
-from ..pack import Pack, missing_is_corrupt, read_provenance
+from ..pack import Pack, read_provenance
 from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
 from ..store import OWN_NAMES, ROOT_TEXT, ROOT_TEXTS, TAG, read_spec, read_version
@@ -259,8 +260,6 @@ def _look_at_pack(space: Space, name: str, deep: bool) -> list[Finding]:
             pack = Pack(folder)
             pack.check()
             unknown = _check_files(pack)
-            for index in pack.features.chunk_indices():
-                pack.features.check_chunk(*index)
             if len(read_provenance(folder)["records"]) != len(pack):
                 raise CorruptRecordError(f"{folder} says where other records come from")
             if deep:
@@ -276,13 +275,15 @@ def _look_at_pack(space: Space, name: str, deep: bool) -> list[Finding]:
 
 def _check_files(pack: Pack) -> list[Path]:
     """Compare the files of a pack with those that its metadata promise; list the others."""
-    arrays = {"keys", "checksums", "features"}
-    arrays |= {"offsets", "labels"} if len(pack.features.shape) == 2 else set()
+    arrays = {"features", "index"}
+    if not (pack.path / "index").exists():  # of version 1 to 3
+        regions = {"labels", "offsets"} if len(pack.features.shape) > 2 else set[str]()
+        arrays = {"features", *OLD_ARRAYS} - regions
     expected = {pack.path / "zarr.json"}
     for name in arrays:
         array = ArrayFile.read(pack.path / name)
         expected.add(pack.path / name / "zarr.json")
-        expected.update(array.chunk_file(*index) for index in array.chunk_indices())
+        expected.update(array.chunk_file(*index) for index in array.file_indices())
     found = {file for file in pack.path.rglob("*") if file.is_symlink() or not file.is_dir()}
     for file in sorted(expected - found):
         file.lstat()
@@ -297,8 +298,10 @@ def _check_as_zarr(pack: Pack) -> None:
     try:
         group = zarr.open_group(pack.path, mode="r", zarr_format=3, use_consolidated=False)
         features: Any = group["features"]
-        same = np.array_equal(np.asarray(group["keys"]), pack.keys)
-        offsets = np.asarray(group["offsets"]) if len(pack.features.shape) == 2 else None
+        contents = read_contents(pack.path)
+        is_old = not (pack.path / "index").exists()
+        name, ours = ("keys", contents.keys) if is_old else ("index", join_parts(contents))
+        same, offsets = np.array_equal(np.asarray(group[name]), ours), contents.offsets
         for row in range(len(pack)):
             rows = row if offsets is None else slice(int(offsets[row]), int(offsets[row + 1]))
             same = same and features[rows].tobytes() == pack.record(row).features.tobytes()

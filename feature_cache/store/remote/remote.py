@@ -20,8 +20,9 @@ from ...errors import (
 )
 from ...key import Keys
 from ..array import ArrayFile
+from ..contents import read_keys
 from ..files import TEMPORARY_PREFIX, group_text, make_folders, writing
-from ..pack import check_pack, read_keys
+from ..pack import check_pack
 from ..space import PACK_NAME
 from ..store import FORMAT_VERSION, ROOT_TEXT, TAG
 from ..url import SCHEMES, find_folder, parse_url
@@ -173,10 +174,8 @@ class Remote:
         """
         prefix = pack_prefix(space, pack)
         with tempfile.TemporaryDirectory(prefix="feature_cache-") as folder:
-            self._bring(prefix, Path(folder), f"keys/{GROUP}")
             try:
-                chunk = ArrayFile.read(Path(folder, "keys")).chunk_file(0, 0)
-                self._bring(prefix, Path(folder), str(chunk.relative_to(folder)))
+                self._bring_chunk(prefix, Path(folder))
                 return read_keys(Path(folder))
             except CorruptRecordError as error:
                 raise CorruptRecordError(f"damaged keys in {self.url}/{prefix}: {error}") from error
@@ -341,14 +340,25 @@ class Remote:
                 )
         return objects
 
-    def _bring(self, prefix: str, folder: Path, name: str) -> None:
-        """Fetch a small object into a folder."""
+    def _bring_chunk(self, prefix: str, folder: Path) -> None:
+        """Fetch the array that the keys are in: ``keys``, in packs of version 1 to 3."""
+        for name in ("index", "keys"):
+            if self._bring(prefix, folder, f"{name}/{GROUP}"):
+                array = ArrayFile.read(folder / name)
+                chunk = str(array.chunk_file(*(0 for _ in array.shape)).relative_to(folder))
+                if not self._bring(prefix, folder, chunk):
+                    raise self._lacking(f"{prefix}/{chunk}")
+                return
+        raise self._lacking(f"{prefix}/index/{GROUP}")
+
+    def _bring(self, prefix: str, folder: Path, name: str) -> bool:
+        """Fetch a small object into a folder; tell whether it is there."""
         data = self._objects.get(f"{prefix}/{name}")
-        if data is None:
-            raise self._lacking(f"{prefix}/{name}")
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        if data is not None:
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        return data is not None
 
     def _lacking(self, name: str) -> CorruptRecordError:
         return CorruptRecordError(f"{self.url}/{name} is missing from a pack")
