@@ -124,8 +124,8 @@ def collect(scene: Scene, stop: Any, freed: Any, max_bytes: int | None) -> None:
     store = scene.movie().cache.store
 
     def work() -> None:
-        plan = plan_gc(store, max_bytes=max_bytes, grace_seconds=0.0)
-        freed.value += run_gc(store, plan, grace_seconds=0.0).freed_bytes
+        plan = plan_gc(store, max_bytes=max_bytes)
+        freed.value += run_gc(store, plan).freed_bytes
 
     until(stop, work)
 

@@ -310,8 +310,6 @@ class FeatureCache(OpenCache):
     ) -> GarbagePlan:
         """Let go of what was not used for longest, and of left-overs.
 
-        Packs are retired first, and removed when no living process reads them.
-
         Parameters
         ----------
         max_bytes : int, optional
@@ -349,9 +347,7 @@ class FeatureCache(OpenCache):
         StoreError
             The cache can't be read or written.
         """
-        reports = [maintenance.compact_space(space) for space in self.store.spaces()]
-        maintenance.remove_retired(self.store.root)
-        return reports
+        return [maintenance.compact_space(space) for space in self.store.spaces()]
 
     def push(self, url: str, *, progress: Progress | None = None) -> TransferReport:
         """Copy the packs that an object store or another folder lacks to it, verified.

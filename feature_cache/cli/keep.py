@@ -249,11 +249,9 @@ def _sum_up(plan: GarbagePlan) -> Iterator[str]:
         until = time_text(max(eviction.last_use for eviction in plan.evictions))
         packs = count_text(len(plan.evictions), "pack")
         yield f"{packs} to let go: {records:,} records, {size}, last used until {until}"
-    if plan.leaving:
-        size = size_text(sum(pack.bytes for pack in plan.leaving))
-        waiting = sum(bool(pack.waits_for) for pack in plan.leaving)
-        waits = f", {waiting:,} wait for others" if waiting else ""
-        yield f"{count_text(len(plan.leaving), 'pack')} let go before: {size}{waits}"
+    if plan.quarantined:
+        size = size_text(sum(size for _, size in plan.quarantined))
+        yield f"{count_text(len(plan.quarantined), 'pack')} in quarantine: {size}"
     if plan.leftovers:
         size = size_text(sum(size for _, size in plan.leftovers))
         yield f"{count_text(len(plan.leftovers), 'left-over')} of ended processes: {size}"
@@ -265,17 +263,14 @@ def _list_plan(plan: GarbagePlan) -> Iterator[str]:
             f"evict {eviction.pack[:12]} of {eviction.space}: {eviction.records:,} records, "
             f"{size_text(eviction.bytes)}, last used {time_text(eviction.last_use)}"
         )
-    for pack in plan.leaving:
-        waits = f", waits for {pack.waits_for}" if pack.waits_for else ""
-        yield f"let go before: {pack.path.name}, {size_text(pack.bytes)}{waits}"
+    for path, size in plan.quarantined:
+        yield f"in quarantine: {path.name}, {size_text(size)}"
     for path, size in plan.leftovers:
         yield f"left over: {path}, {size_text(size)}"
 
 
 def _print_report(report: GarbageReport) -> None:
     typer.echo(f"{size_text(report.freed_bytes)} freed, {report.records:,} records let go")
-    for reason in report.waits_for:
-        typer.echo(f"{size_text(report.waiting_bytes)} wait for {reason}: run gc again later")
     if not report.is_done:
         typer.echo("the time was over before all was removed: run gc again")
 
@@ -286,20 +281,17 @@ def compact(cache: CacheOption, space: SpacesOption = [], as_json: JsonOption = 
     Example: feature-cache compact --cache features
     """
     from ..store import Store
-    from ..store.maintenance import choose_spaces, compact_space, remove_retired
+    from ..store.maintenance import choose_spaces, compact_space
 
     store = Store(cache, create=False)
     chosen = choose_spaces(store.spaces(), space)
     with make_bar("compacting", sum(map(len, chosen)), "record") as bar:
         reports = [compact_space(one, progress=bar.update) for one in chosen]
-    waiting = remove_retired(store.root)
     if as_json:
         typer.echo(json.dumps([report.to_json() for report in reports]))
         return
     for one in reports:
         typer.echo(f"{one.space}: {_describe(one)}")
-    for reason in sorted({pack.waits_for for pack in waiting}):
-        typer.echo(f"the merged packs go later: they wait for {reason}")
 
 
 def _describe(report: CompactReport) -> str:

@@ -6,14 +6,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..store import Run, Space, Store, Usage
 from ..store.files import list_folder, tree_bytes
 from ..store.maintenance import Pin, last_uses, read_pins
-from ..store.maintenance.collect import find_leftovers
+from ..store.maintenance.collect import find_leftovers, find_quarantined
 from ..store.maintenance.pins import find_damaged_pins
-from ..store.maintenance.retire import Leaving, find_leaving
 from ..store.process import living
 
 _DAY = 86400.0
@@ -63,7 +63,8 @@ class Health:
 
     Attributes
     ----------
-    retired, quarantined : tuple of Leaving
+    quarantined : tuple of (Path, int)
+        Packs in quarantine, and their bytes.
     aside : tuple of str
         What else is in quarantine.
     pins : tuple of Pin
@@ -77,8 +78,7 @@ class Health:
         How many use the cache now, besides this one.
     """
 
-    retired: tuple[Leaving, ...]
-    quarantined: tuple[Leaving, ...]
+    quarantined: tuple[tuple[Path, int], ...]
     aside: tuple[str, ...]
     pins: tuple[Pin, ...]
     damaged_pins: int
@@ -90,9 +90,10 @@ class Health:
 def measure(space: Space, now: float) -> SpaceFacts:
     """Measure a space; packs that vanish meanwhile are left out."""
     sizes, last, packs = [0] * len(AGES), 0.0, 0
+    on_disk = space.pack_bytes()
     for name, used in last_uses(space).items():
         packs, last = packs + 1, max(last, used)
-        sizes[_age_of(now - used)] += tree_bytes(space.packs_folder / name)
+        sizes[_age_of(now - used)] += on_disk.get(name, 0)
     return SpaceFacts(space.name, space.spec, len(space), packs, tuple(sizes), last)
 
 
@@ -129,22 +130,20 @@ def _sum_by(form: str, runs: Sequence[Run]) -> list[tuple[str, Usage]]:
 
 
 def examine_health(store: Store) -> Health:
-    """Look at what is retired, set aside, pinned and claimed. Changes nothing.
+    """Look at what is set aside, pinned and claimed. Changes nothing.
 
     Raises
     ------
     StoreError
         Files can't be read.
     """
-    leaving = find_leaving(store.root)
-    quarantined = tuple(pack for pack in leaving if pack.mark is None)
-    known = {pack.path.name for pack in quarantined}
+    quarantined = tuple((path, tree_bytes(path)) for path in find_quarantined(store.root))
+    known = {path.name for path, _ in quarantined}
     names = list_folder(store.root / "quarantine")
     now = store.presence.now()
     damaged_pins = len(find_damaged_pins(store.root))
     others = set(living(store.root, now)) - {store.presence.name}
     return Health(
-        retired=tuple(pack for pack in leaving if pack.mark is not None),
         quarantined=quarantined,
         aside=tuple(name for name in names if name not in known),
         pins=() if damaged_pins else tuple(read_pins(store.root)),

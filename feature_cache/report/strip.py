@@ -279,7 +279,7 @@ def _read(
     keys = {t: features.key(t) for t in numbers}
     found: dict[bytes, Record] = {}
     for store in cache.stores():
-        store.presence  # noqa: B018 - others then know that packs are mapped here
+        store.presence  # noqa: B018 - gc then knows what is read here
         absent = sorted({key for key in keys.values() if key not in found})
         rows = np.frombuffer(b"".join(absent), np.uint8).reshape(-1, DIGEST_BYTES)
         found |= _read_from(store.space(features.spec), rows)

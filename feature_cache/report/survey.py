@@ -65,12 +65,10 @@ class Report:
         health, packs = self.health, sum(space.packs for space in self.spaces)
         claims = ", ".join(f"{who} ({count:,})" for who, count in sorted(health.claims.items()))
         damaged = f"{health.damaged_pins} damaged: run feature-cache verify --repair"
-        leaving = [*health.retired, *health.quarantined]
         return [
             ("Packs", f"{packs:,}"),
-            ("Retired", _count(len(health.retired), "pack")),
             ("In quarantine", _count(len(health.quarantined) + len(health.aside), "thing")),
-            ("Bytes on their way out", size_text(sum(pack.bytes for pack in leaving))),
+            ("Bytes in quarantine", size_text(sum(size for _, size in health.quarantined))),
             ("Pinned", damaged if health.damaged_pins else _count(len(health.pins), "pin")),
             ("Claimed just now", claims or "nothing"),
             ("Left by killed processes", _count(health.leftovers, "file")),

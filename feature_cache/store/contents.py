@@ -6,6 +6,7 @@ parts are; in those before, each part is an array of its own.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,11 @@ def missing_is_corrupt(pack: Path) -> Iterator[None]:
         raise CorruptRecordError(f"{pack} is a link: no pack lies elsewhere")
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # another host removed it
+            raise FileNotFoundError(f"{pack} is gone") from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise
         if not pack.exists():
             raise FileNotFoundError(f"{pack} is gone") from error
         raise CorruptRecordError(f"{error.filename or pack} is missing from a pack") from error

@@ -68,7 +68,7 @@ def metadata_digest(pack: Path, group: bytes) -> str:
     return digest_bytes(group, *parts).hex()
 
 
-def _check_metadata(pack: Path) -> None:
+def check_metadata(pack: Path) -> None:
     """Compare the metadata of a pack with their digest; a pack of version 1 has none."""
     text = _read_group(pack)
     own = _read_own(pack, text)
@@ -245,7 +245,7 @@ class Pack:
             If the pack is gone.
         """
         with missing_is_corrupt(self.path):
-            _check_metadata(self.path)
+            check_metadata(self.path)
             for index in self.features.file_indices():
                 self.features.check_file(*index)
         for row in range(len(self)):

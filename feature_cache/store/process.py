@@ -1,9 +1,7 @@
 """Who uses a cache: one small file a process, touched every half minute.
 
-``processes/<name>`` says host and process, and which retired packs the process no longer has
-mapped. Claims are held by such a name, temporary folders carry one, and a retired pack goes when
-every living process has let go of it. A process that can't write the file (a read-only folder, a
-full disk) goes on without.
+``processes/<name>`` says host and process. Claims are held by such a name, and temporary folders
+carry one. A process that can't write the file (a read-only folder, a full disk) goes on without.
 
 Ages are differences of times that the file system itself gave, so clocks of hosts need not agree.
 """
@@ -30,7 +28,6 @@ import psutil
 
 from ..hashing import JSON, canonical_json, digest_json
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, share_with_group
-from .maps import mapped_names
 from .uses import Uses
 
 BEAT_SECONDS = 30.0
@@ -39,7 +36,7 @@ NOTE_SECONDS = 5.0
 SILENT_SECONDS = 120.0
 """A process of another host that was not heard of for so long has lost its claims."""
 GONE_SECONDS = 900.0
-"""One that was not heard of for so long maps nothing any more."""
+"""One that was not heard of for so long uses nothing any more."""
 
 _NAME = re.compile(r"\w+-\d+-[0-9a-f]{16}")
 _START_TOLERANCE_SECONDS = 2.0
@@ -50,7 +47,7 @@ class Member(Protocol):
     """What a process has open in a cache."""
 
     def refresh(self) -> None:
-        """Let go of what was retired."""
+        """Let go of packs that are gone, whose files would stay as long as they are open."""
 
     def note(self) -> None:
         """Tell `Presence.uses` what was used."""
@@ -70,32 +67,27 @@ class Process:
     pid : int
     started : float
         Seconds since the host was booted.
-    released : frozenset of str
-        Names of retired packs that it has not mapped, and will not map.
     """
 
     host: str
     pid: int
     started: float
-    released: frozenset[str] = frozenset()
 
     def to_text(self) -> str:
         """Write it as the file holds it."""
-        fields = {"host": self.host, "pid": self.pid, "started": self.started}
-        return canonical_json({**fields, "released": sorted(self.released)})
+        return canonical_json({"host": self.host, "pid": self.pid, "started": self.started})
 
     @classmethod
     def read(cls, file: Path) -> Process:
         """Read it; ValueError where the file holds none."""
         try:
             plain = read_json(file)
-            released = frozenset(map(str, plain["released"]))
             pid, started = int(plain["pid"]), float(plain["started"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{file} is no description of a process") from error
         if not 0 < pid < 1 << 31:
             raise ValueError(f"{file} has the process number {pid}")
-        return cls(str(plain.get("host")), pid, started, released)
+        return cls(str(plain.get("host")), pid, started)
 
     @property
     def runs(self) -> bool | None:
@@ -165,22 +157,19 @@ class Presence:
                 make_folder(self.file.parent)
                 make_folder(self.uses.file.parent)
             with self._lock:
-                self._release(retired_names(self.root) - mapped_names(self.root))
+                self._write()
         except OSError as error:
             _log.debug("not announced in %s: %s", self.file, error)
 
     def beat(self) -> None:
-        """Say that the process lives; let go of what was retired, and say so too."""
+        """Say that the process lives; let go of packs that are gone."""
         with self._lock:
             if self._left:
                 return
             try:
-                retired = retired_names(self.root)
-                if retired - self._process.released:
-                    self._refresh_members()
-                released = retired - mapped_names(self.root)
-                if released != self._process.released or not self.announced:
-                    self._release(released)
+                self._refresh_members()
+                if not self.announced:
+                    self._write()
                 os.utime(self.file)
             except OSError as error:
                 self.announced = False
@@ -199,14 +188,12 @@ class Presence:
             except OSError as error:
                 _log.debug("not refreshed: %s", error)
 
-    def _release(self, names: frozenset[str]) -> None:
-        own = self._process
-        process = Process(own.host, own.pid, own.started, names)
+    def _write(self) -> None:
         temporary = self.file.with_name(f"{TEMPORARY_PREFIX}{self.name}")
-        temporary.write_text(process.to_text())
+        temporary.write_text(self._process.to_text())
         share_with_group(temporary)
         temporary.replace(self.file)
-        self._process, self.announced = process, True
+        self.announced = True
 
     def now(self) -> float:
         """Give the file system's time, in seconds."""
@@ -298,7 +285,7 @@ def living(
     """Read which processes use a cache, by name.
 
     One of this host lives as long as it runs; one of another host, as long as it was heard of
-    within `silent_seconds`. A file that can't be read counts as a process that holds everything.
+    within `silent_seconds`. A file that can't be read counts as a process of another host.
     """
     found = {}
     for name in list_folder(root / "processes"):
@@ -337,13 +324,3 @@ def holds_claims(root: Path, name: str, now: float) -> bool:
     if process is None or process.runs is False:
         return False
     return not is_silent(root, name, now, SILENT_SECONDS)
-
-
-def retired_names(root: Path) -> frozenset[str]:
-    """Name the packs of all spaces that are to go: retired, or set aside as damaged."""
-    retired = root / "retired"
-    names = [name for space in list_folder(retired) for name in list_folder(retired / space)]
-    aside = [
-        name.split("-")[-2] for name in list_folder(root / "quarantine") if name.count("-") > 1
-    ]
-    return frozenset([*names, *aside])

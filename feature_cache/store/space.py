@@ -45,7 +45,8 @@ Mode = Literal["a", "r"]
 
 _log = logging.getLogger(__name__)
 PACK_NAME = re.compile(r"[0-9a-f]{32}")
-_OPEN_PACKS = 256
+_OPEN_PACKS = 128
+_LISTED_AGAIN = 5
 _FEW_PACKS, _MANY_PACKS = 64, 256
 """Up to so many packs are read one by one; so many that a table lacks make it worth writing."""
 
@@ -94,11 +95,6 @@ class Space:
         return self.path / "packs"
 
     @property
-    def _marks(self) -> Path:
-        """Where marks say which of them are to go."""
-        return self.root / "retired" / self.name
-
-    @property
     def folders(self) -> tuple[Space, ...]:
         """Give this space, and the same of folders below it."""
         return (self,)
@@ -124,16 +120,14 @@ class Space:
             self._presence = join(self.root, create=self.mode == "a")
             self._presence.members.add(self)
             weakref.finalize(self, _note, self._packs, self.name, self._presence.uses)
-            if self._index.packs:  # some of them may be among those that it says it let go of
-                self.refresh()
         return self._presence
 
     # What is there
 
     def refresh(self) -> None:
-        """Take in packs committed, and let go of packs retired or removed, since the last time.
+        """Take in packs committed, and let go of packs removed, since the last time.
 
-        Looks at two folders, and no further where nothing changed.
+        Looks at one folder, and no further where nothing changed.
 
         Raises
         ------
@@ -143,16 +137,22 @@ class Space:
             The system can't read the folders.
         """
         with reading(self.path), self._lock:
-            now = Listing.after(self._listing, self.packs_folder, self._marks)
+            now = Listing.after(self._listing, self.packs_folder)
             if not now.looks[0]:
                 check_there(self.root)
             if self._aside or not self._listing.stands(now):
-                self._take_in()
+                names = list_folder(self.packs_folder)
+                for _ in range(_LISTED_AGAIN):
+                    # What replaces packs comes before they go, and may be missing in a list that
+                    # was read meanwhile.
+                    if (after := Listing.after(now, self.packs_folder)).looks == now.looks:
+                        break
+                    now, names = after, list_folder(self.packs_folder)
+                self._take_in(set(names))
                 self._listing = now
 
-    def _take_in(self) -> None:
-        retired = self.retired_names()  # first: what replaces a retired pack is there before
-        there, known = set(list_folder(self.packs_folder)) - retired, set(self._index.packs)
+    def _take_in(self, there: set[str]) -> None:
+        known = set(self._index.packs)
         gone = known - there
         for name in gone:
             self._packs.pop(name, None)
@@ -198,13 +198,8 @@ class Space:
             self._untabled = 0
 
     def pack_names(self) -> list[str]:
-        """List the committed packs that are not retired, sorted."""
-        retired = self.retired_names()  # first: what replaces a retired pack is there before
-        return sorted(set(filter(PACK_NAME.fullmatch, list_folder(self.packs_folder))) - retired)
-
-    def retired_names(self) -> set[str]:
-        """List the packs that are to go."""
-        return set(list_folder(self._marks))
+        """List the committed packs, sorted."""
+        return list(filter(PACK_NAME.fullmatch, list_folder(self.packs_folder)))
 
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Tell which keys have a committed record: (m,) bool. Reads no record."""
@@ -455,15 +450,14 @@ class Space:
     def _write_pack(
         self, entries: Sequence[Entry], provenance: Mapping[str, JSON], codec: str
     ) -> str:
-        writer = self._join().name
-        while True:
-            unusable = self.retired_names() | set(self._aside)
-            name = write_pack(
-                self.packs_folder, entries, provenance, codec, writer=writer, unusable=unusable
-            )
-            # One that was there already may have been retired just before.
-            if name not in self.retired_names():
-                return name
+        return write_pack(
+            self.packs_folder,
+            entries,
+            provenance,
+            codec,
+            writer=self._join().name,
+            unusable=set(self._aside),
+        )
 
     def create(self) -> None:
         """Make the space's folders, where there are none. Errors as `write`."""
@@ -497,13 +491,13 @@ class Space:
             Seconds since 1970, by name. `maintenance.last_uses` also knows what living processes
             read lately.
         """
-        retired, times = self.retired_names(), dict[str, float]()
+        times: dict[str, float] = {}
         try:
             found = list(os.scandir(self.packs_folder))
         except (FileNotFoundError, NotADirectoryError):
             return times
         for entry in found:
-            if PACK_NAME.fullmatch(entry.name) and entry.name not in retired:
+            if PACK_NAME.fullmatch(entry.name):
                 with suppress(FileNotFoundError):
                     times[entry.name] = entry.stat().st_mtime
         return times

@@ -5,7 +5,6 @@
     <root>/CACHEDIR.TAG  zarr.json                     format version
       spaces/<slug>-<digest8>/zarr.json                the space's full spec
       spaces/<slug>-<digest8>/packs/<pack>/            see `feature_cache.store.pack`
-      retired/<space>/<pack>                           packs that are to go; see `maintenance`
       quarantine/                                      packs whose bytes were wrong
       claims/  processes/                              who computes what; who uses the cache
       stats/                                           hits and misses, one file a process
@@ -40,8 +39,9 @@ from .space import Mode, Space
 from .url import find_folder
 
 FORMAT_VERSION = 4
-"""Version 1 knew no retired packs and no digest of a pack's metadata, version 2 gave each chunk
-folders of its own. Both are read, and taken over by the first writer."""
+"""Version 1 knew no digest of a pack's metadata, version 2 gave each chunk folders of its own,
+version 3 each part of a pack's index an array and each grid a file. All are read, and taken over by
+the first writer."""
 
 _log = logging.getLogger(__name__)
 TAG = (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_folder, sync_t
 from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, record_checksum
 
 _COMPRESSED_CHUNK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def write_pack(
     writer : str
         This process, in the temporary name; see `feature_cache.store.process`.
     unusable : container of str
-        Names of packs on their way out; the new pack gets none of them.
+        Names of damaged packs that are in the way; the new pack gets none of them.
 
     Returns
     -------
@@ -110,13 +111,19 @@ def install_pack(temporary: Path, target: Path) -> None:
     """
     share_tree(temporary)
     sync_tree(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        with suppress(OSError):
-            os.utime(target)  # as good as written now
+    while True:
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            try:
+                os.utime(target)  # as good as written now; gc sees it, and leaves it
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                _log.debug("%s is not seen as used: %s", target, error)
+        break
     sync_folder(target.parent)
 
 

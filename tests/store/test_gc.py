@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 
 from feature_cache import MissingRecordError
-from feature_cache.hashing import canonical_json
 from feature_cache.store import Counter, Space, Store, Usage, read_runs, sum_usage, usage, writer
-from feature_cache.store.filesystem import FileSystem
 from feature_cache.store.maintenance import (
     GarbageReport,
     collect,
     compact_space,
     plan_gc,
     repair,
-    retire,
     run_gc,
     verify,
 )
@@ -69,35 +66,6 @@ def collect_garbage(root: Path, **options: Any) -> GarbageReport:
     return run_gc(store, plan_gc(store, **options))
 
 
-def holding(root: Path, numbers: list[int]) -> tuple[int, Path]:
-    """Start a process that holds mapped records until the file given is there, then beats once."""
-    ready, go = root.parent / "ready", root.parent / "go"
-
-    def hold() -> None:
-        space = Store(root).space(make_spec())
-        records = space.read(make_keys(numbers))
-        ready.touch()
-        await_file(go)
-        assert [content(record) for record in records] == expected(numbers)
-        assert contents(space, numbers) == expected(numbers)
-        del records
-        Store(root).presence.beat()
-        ready.touch()
-        time.sleep(100)
-
-    child = fork(hold)
-    await_file(ready)
-    return child, go
-
-
-def await_file(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    file.unlink()
-
-
 def kill(child: int) -> None:
     os.kill(child, signal.SIGKILL)
     wait(child)
@@ -112,7 +80,6 @@ def test_a_plan_removes_nothing(root: Path, space: Space, packs: list[str]) -> N
     assert plan.bytes == space.disk_bytes() == sum(du(space.packs_folder / name) for name in packs)
     assert plan.other_bytes == du(root) - plan.bytes
     assert contents(Store(root).space(make_spec()), range(1, 5)) == expected(range(1, 5))
-    assert not (root / "retired").exists()
     assert plan_gc(Store(root)).evictions == ()
 
 
@@ -335,61 +302,6 @@ def test_what_is_used_or_pinned_after_the_plan_stays(
     assert space.pack_names() == sorted(packs[:2])
 
 
-# When it goes
-
-
-def test_a_retired_pack_stays_while_another_process_may_read_it(
-    root: Path, space: Space, packs: list[str]
-) -> None:
-    child, go = holding(root, [1, 2])
-    report = collect_garbage(root, max_bytes=0)
-    assert (report.evicted, report.freed_bytes) == (4, 0)
-    assert "1 process" in report.waits_for[0]
-    assert all((space.packs_folder / name).is_dir() for name in packs)
-    assert contents(Store(root).space(make_spec()), range(1, 5)) == [None] * 4
-    go.touch()
-    await_file(root.parent / "ready")  # it has let go at its heartbeat
-    assert collect_garbage(root).waiting_bytes == 0
-    assert not any((space.packs_folder / name).exists() for name in packs)
-    kill(child)
-
-
-def test_a_process_that_was_killed_holds_nothing(root: Path, packs: list[str]) -> None:
-    child, _ = holding(root, [1, 2])
-    assert collect_garbage(root, max_bytes=0).freed_bytes == 0
-    kill(child)
-    assert collect_garbage(root).waiting_bytes == 0
-
-
-@pytest.mark.parametrize(("silent", "freed"), [(0.0, False), (GONE_SECONDS + 60, True)])
-def test_a_process_of_another_host_holds_until_it_is_silent_for_long(
-    root: Path, packs: list[str], silent: float, freed: bool
-) -> None:
-    Store(root).presence  # noqa: B018 - announces this process
-    file = root / "processes" / "elsewhere_01234567-1-0123456789abcdef"
-    text = {"host": "elsewhere_01234567", "pid": 1, "started": 0.0, "released": []}
-    file.write_text(canonical_json(text))
-    then = time.time() - silent
-    os.utime(file, (then, then))
-    report = collect_garbage(root, max_bytes=0)
-    assert bool(report.freed_bytes) == freed
-    text["released"] = sorted(packs)
-    file.write_text(canonical_json(text))
-    assert collect_garbage(root).waiting_bytes == 0
-
-
-def test_a_network_file_system_has_a_grace(
-    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retire, "find_file_system", lambda _: FileSystem("nfs4", "/"))
-    report = collect_garbage(root, max_bytes=0)
-    assert (report.freed_bytes, report.waits_for) == (0, ("3600 s to pass since it was retired",))
-    for mark in (root / "retired" / space.name).iterdir():
-        os.utime(mark, (0, 0))
-    assert collect_garbage(root).waiting_bytes == 0
-    assert os.listdir(space.packs_folder) == ["zarr.json"]
-
-
 def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[str]) -> None:
     chunk = next((space.packs_folder / packs[0]).glob("index/c.0"))
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
@@ -402,43 +314,30 @@ def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[st
 # Written again
 
 
-def test_a_retired_pack_is_written_again_under_another_name(
+def test_what_a_reader_has_open_it_reads_on_until_it_looks_again(
     root: Path, space: Space, packs: list[str]
 ) -> None:
-    child, go = holding(root, [1])
+    reader = Store(root, "r").space(make_spec())
+    assert contents(reader, range(1, 5)) == expected(range(1, 5))
     collect_garbage(root, max_bytes=0)
-    [again] = space.write([make_entry(1)], {})
-    assert again not in packs
-    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
-    go.touch()
-    await_file(root.parent / "ready")
-    collect_garbage(root)
-    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
-    assert verify(root) == []
-    kill(child)
+    assert contents(reader, range(1, 5)) == expected(range(1, 5))
+    Store(root).presence.beat()
+    assert contents(reader, range(1, 5)) == [None] * 4
 
 
-@pytest.mark.parametrize("moment", ["_write_arrays", "_write_metadata", "install_pack"])
-@pytest.mark.parametrize("removed", [False, True])
-def test_a_pack_retired_while_it_is_written_again_is_not_lost(
-    root: Path,
-    space: Space,
-    packs: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
-    removed: bool,
+@pytest.mark.parametrize("moment", ["_write_arrays", "_write_metadata", "install_pack", "utime"])
+def test_a_pack_removed_while_it_is_written_again_is_not_lost(
+    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    real = getattr(writer, moment)
+    where: Any = os if moment == "utime" else writer
+    real = getattr(where, moment)
 
     def interrupted(*args: Any) -> Any:
-        monkeypatch.setattr(writer, moment, real)
-        if removed:
-            collect_garbage(root, max_bytes=0)
-        else:
-            retire.retire(Store(root).space(make_spec()), packs)
+        monkeypatch.setattr(where, moment, real)
+        collect_garbage(root, max_bytes=0)
         return real(*args)
 
-    monkeypatch.setattr(writer, moment, interrupted)
+    monkeypatch.setattr(where, moment, interrupted)
     space.write([make_entry(1)], {})
     for _ in range(2):
         assert contents(Store(root).space(make_spec()), [1]) == expected([1])
@@ -446,16 +345,21 @@ def test_a_pack_retired_while_it_is_written_again_is_not_lost(
     assert verify(root) == []
 
 
-def test_a_pack_written_again_since_another_collector_removed_it_stays(
-    root: Path, space: Space, packs: list[str]
+def test_a_pack_written_again_just_before_it_is_removed_stays(
+    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retire.retire(space, packs)
-    late = retire.find_leaving(root)
-    freed, is_done = retire.remove(root, retire.find_leaving(root))
-    assert freed > 0
-    assert is_done
-    assert space.write([make_entry(1)], {}) == packs[:1]
-    retire.remove(root, late)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == packs[0]:
+            monkeypatch.setattr(Path, "rename", real)
+            assert space.write([make_entry(1)], {}) == packs[:1]
+        return real(self, target)
+
+    store = Store(root)
+    plan = plan_gc(store, max_bytes=0)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert run_gc(store, plan).evicted == 3
     assert contents(Store(root).space(make_spec()), [1]) == expected([1])
     assert verify(root) == []
 
@@ -494,7 +398,7 @@ def test_killed_between_any_two_steps_nothing_is_lost(root: Path, space: Space) 
     def tidy() -> None:
         store = Store(root)
         compact_space(store.space(make_spec()))
-        collect_garbage(root, grace_seconds=0.0)
+        collect_garbage(root)
         assert contents(store.space(make_spec()), range(6)) == expected(range(6))
 
     def tidy_and_die(number: int) -> None:
@@ -566,14 +470,3 @@ def test_temporaries_of_unknown_writers_stay_for_an_hour(root: Path, space: Spac
     collect_garbage(root)
     assert [path.name for path in root.rglob(".tmp-*")] == [".tmp-4567"]
     assert content(space.read(make_keys([1]))[0]) == content(make_record(1))
-
-
-def test_a_twin_mapped_in_another_cache_holds_nothing_back(root: Path, tmp_path: Path) -> None:
-    for place in (root, tmp_path / "other"):
-        Store(place).space(make_spec()).write([make_entry(1)], {})
-    held = Store(tmp_path / "other").space(make_spec()).read(make_keys([1]))
-    collect_garbage(root, max_bytes=0)
-    assert Store(root).space(make_spec()).pack_names() == []
-    assert verify(root) == []
-    assert [path.name for path in root.glob("spaces/*/packs/*")] == ["zarr.json"]
-    assert content(held[0]) == expected([1])[0]

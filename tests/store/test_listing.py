@@ -73,7 +73,7 @@ def test_where_nothing_changed_nothing_is_listed(
     assert listed == []
     space.write(make_entries([2]), {})
     assert reader.contains(make_keys([1, 2])).all()
-    compact_space(space)  # retires what the reader knows
+    compact_space(space)  # removes what the reader knows
     reader.refresh()
     assert len(reader) == 2
     assert contents(reader, [1, 2]) == expected([1, 2])

@@ -15,23 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from crowd import apart, beat_fast
 from feature_cache.store import Space, Store, process
-from feature_cache.store.maintenance.retire import find_leaving, remove, retire
-from feature_cache.store.maps import mapped_names
 from feature_cache.store.process import GONE_SECONDS, Process, join, living, this_host
 from samples import (
-    content,
     contents,
     expected,
     forge_process,
     in_fork,
     make_entries,
-    make_keys,
     make_spec,
 )
 
@@ -70,7 +65,7 @@ def test_a_reader_says_that_it_is_there(filled: Path, mode: Any) -> None:
     read_filled(filled, mode)
     assert processes(filled) == [join(filled).name]
     told = Process.read(join(filled).file)
-    assert (told.host, told.pid, told.released) == (this_host(), os.getpid(), frozenset())
+    assert (told.host, told.pid) == (this_host(), os.getpid())
     assert told.runs
 
 
@@ -231,12 +226,11 @@ def test_a_last_beat_leaves_no_file(filled: Path) -> None:
 
 
 def fork_often(root: Path, times: int) -> None:
-    """Fork while threads hold the locks of hearts, spaces and maps."""
+    """Fork while threads hold the locks of hearts and spaces."""
     warnings.simplefilter("ignore", DeprecationWarning)  # of the fork beside threads
     process.BEAT_SECONDS = 0.0
     space = read_filled(root)
-    held, stop = space.read(make_keys([3])), threading.Event()
-    retire(space, space.pack_names())  # and held, so that every beat refreshes and writes
+    stop = threading.Event()
     space.write(make_entries(range(10, 14)), {})
 
     def loop(work: Callable[[], Any]) -> threading.Thread:
@@ -248,14 +242,12 @@ def fork_often(root: Path, times: int) -> None:
         loop(lambda: contents(Store(root).space(make_spec()), range(10, 14))),
         loop(lambda: contents(space, [10, 99])),
         loop(join(root).beat),
-        loop(lambda: mapped_names(root)),
     ]
 
     def check() -> None:
         signal.alarm(30)
         assert contents(space, range(10, 14)) == expected(range(10, 14))
         join(root).beat()
-        assert held[0] is not None
 
     try:
         for _ in range(times):
@@ -268,82 +260,6 @@ def fork_often(root: Path, times: int) -> None:
 
 def test_a_fork_beside_busy_threads_does_not_hang(filled: Path) -> None:
     apart(fork_often, filled, 60)
-
-
-# What it has let go of
-
-
-def released(root: Path) -> frozenset[str]:
-    join(root).beat()
-    return Process.read(join(root).file).released
-
-
-@pytest.mark.parametrize("kind", ["regions", "grids"])
-def test_a_pack_is_released_when_no_array_of_it_is_referenced(root: Path, kind: str) -> None:
-    space = Store(root).space(make_spec(kind))
-    for numbers in ([1, 2], [3, 4]):
-        space.write(make_entries(numbers, kind), {})
-    [pack] = space.packs_of(make_keys([1]))
-    [record] = space.read(make_keys([2]))
-    assert record is not None
-    view = np.asarray(record.features)[..., :1]
-    retire(space, [pack])
-    del record
-    assert released(root) == frozenset()
-    [leaving] = find_leaving(root, 0.0)
-    assert f":{os.getpid()}" in leaving.waits_for
-    remove(root, [leaving])
-    assert leaving.path.exists()
-    assert contents(space, [1, 2, 3, 4]) == [None, None, *expected([3, 4], kind)]
-
-    del view
-    assert released(root) == {pack}
-    [leaving] = find_leaving(root, 0.0)
-    assert not leaving.waits_for
-    remove(root, [leaving])
-    assert not leaving.path.exists()
-    assert released(root) == frozenset()
-
-
-def test_a_pack_mapped_again_under_its_name_is_no_longer_released(
-    filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    presence = join(filled, create=True)
-    monkeypatch.setattr(process, "retired_names", lambda root: frozenset({"pack"}))
-    mapped = set[str]()
-    monkeypatch.setattr(process, "mapped_names", lambda root: frozenset(mapped))
-    for now in (set(), {"pack"}, set()):
-        mapped.clear()
-        mapped.update(now)
-        presence.beat()
-        assert Process.read(presence.file).released == {"pack"} - now
-
-
-def test_what_was_retired_before_is_never_mapped(filled: Path) -> None:
-    [pack] = Store(filled).space(make_spec()).pack_names()
-    marks = filled / "retired" / Store(filled).space(make_spec()).name
-    marks.mkdir(parents=True)
-    (marks / pack).touch()
-    assert contents(Store(filled).space(make_spec()), [1]) == [None]
-    assert released(filled) == {pack}
-
-
-def test_a_fork_does_not_release_what_it_inherited(filled: Path) -> None:
-    space = read_filled(filled)
-    held = space.read(make_keys([3]))
-    [pack] = space.pack_names()
-    retire(space, [pack])
-
-    def check() -> None:
-        assert join(filled).file.exists()
-        assert Process.read(join(filled).file).released == frozenset()
-        assert contents(space, [3]) == [None]
-        assert [content(record) for record in held] == expected([3])
-        held.clear()
-        assert released(filled) == {pack}
-
-    in_fork(check)
-    assert len(held) == 1
 
 
 # Others
@@ -364,12 +280,12 @@ def test_a_process_number_used_again_is_another_process(filled: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"host": "a", "pid": "b"}', "\xff" * 9])
-def test_a_damaged_file_holds_everything_until_it_is_old(filled: Path, text: str) -> None:
+def test_a_damaged_file_counts_as_a_process_until_it_is_old(filled: Path, text: str) -> None:
     file = filled / "processes" / forge_process(filled)
     file.write_text(text)
     with pytest.raises(ValueError, match="no description of a process"):
         Process.read(file)
     [found] = living(filled, time.time()).values()
-    assert (found.released, found.runs) == (frozenset(), None)
+    assert found.runs is None
     os.utime(file, (time.time() - GONE_SECONDS - 60,) * 2)
     assert not living(filled, time.time())

@@ -58,6 +58,7 @@ from samples import (
     die_at,
     du,
     expected,
+    flip,
     fork,
     in_fork,
     make_entries,

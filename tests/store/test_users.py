@@ -78,7 +78,7 @@ def read(root: Path, *numbers: int) -> None:
 
 def collect_all(root: Path) -> None:
     store = Store(root)
-    run_gc(store, plan_gc(store, max_bytes=0, grace_seconds=0.0), grace_seconds=0.0)
+    run_gc(store, plan_gc(store, max_bytes=0))
 
 
 def use(root: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_pack_of_another_user_that_is_there_already_is_compacted_to(shared: Pa
 
 
 def collect_all_but_new(root: Path) -> None:
-    run_gc(Store(root), plan_gc(Store(root)), grace_seconds=0.0)
+    run_gc(Store(root), plan_gc(Store(root)))
 
 
 @pytest.mark.parametrize("lost", ["packs", "root", "processes"])

@@ -398,7 +398,7 @@ def _tidy_until(root: Path, stop: Path) -> None:
         store = Store(root)
         for space in store.spaces():
             compact_space(space, target_bytes=1 << 12)
-        run_gc(store, plan_gc(store, max_bytes=60_000, grace_seconds=0.0), grace_seconds=0.0)
+        run_gc(store, plan_gc(store, max_bytes=60_000))
         store.presence.beat()
 
 

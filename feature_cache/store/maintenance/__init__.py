@@ -1,9 +1,9 @@
 """Keeping a shared cache well: verify, collect garbage, compact, pin."""
 
 from .collect import GarbagePlan, GarbageReport, choose_names, choose_spaces, plan_gc, run_gc
-from .compact import CompactReport, compact_space
+from .compact import CompactReport, compact_space, merge_packs
+from .last_use import last_uses
 from .pins import Pin, add_pin, read_pins, remove_pin
-from .retire import Leaving, last_uses, remove_retired
 from .verify import Finding, count_packs, name_source, repair, verify
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Finding",
     "GarbagePlan",
     "GarbageReport",
-    "Leaving",
     "Pin",
     "add_pin",
     "choose_names",
@@ -19,11 +18,11 @@ __all__ = [
     "compact_space",
     "count_packs",
     "last_uses",
+    "merge_packs",
     "name_source",
     "plan_gc",
     "read_pins",
     "remove_pin",
-    "remove_retired",
     "repair",
     "run_gc",
     "verify",

@@ -21,16 +21,15 @@ from ..space import PACK_NAME, Space
 from ..store import Store
 from ..usage import merge_runs
 from ..uses import KnownUses, find_unseen, settle_uses
+from .last_use import known_uses
 from .pins import read_pins
-from .retire import Leaving, find_leaving, known_uses, remove, remove_tree, retire
+from .removal import remove_tree
 
 _log = logging.getLogger(__name__)
 TEMPORARY_GRACE_SECONDS = 3600.0
 """How long a temporary file whose writer is not known to be dead stays."""
 
 _MERGE_RUNS_SECONDS = 86400.0
-_EVICTED_AT_ONCE = 10_000
-"""Packs retired, and removed where nobody reads them, before the next are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,8 @@ class GarbagePlan:
         Packs to let go, least recently used first.
     leftovers : tuple of (Path, int)
         Files and folders of killed processes, and their bytes.
-    leaving : tuple of Leaving
-        Packs that were retired before or are in quarantine.
+    quarantined : tuple of (Path, int)
+        Packs in quarantine, and their bytes.
     kept_bytes, pinned_bytes : int
         Of the packs that stay, and of those that stay because they are pinned.
     other_bytes : int
@@ -90,7 +89,7 @@ class GarbagePlan:
 
     evictions: tuple[Eviction, ...]
     leftovers: tuple[tuple[Path, int], ...]
-    leaving: tuple[Leaving, ...]
+    quarantined: tuple[tuple[Path, int], ...]
     kept_bytes: int
     pinned_bytes: int
     other_bytes: int
@@ -99,9 +98,9 @@ class GarbagePlan:
 
     @property
     def bytes(self) -> int:
-        """Sum up what would be freed, some of it later."""
-        packs = sum(e.bytes for e in self.evictions) + sum(pack.bytes for pack in self.leaving)
-        return packs + sum(size for _, size in self.leftovers)
+        """Sum up what would be freed."""
+        others = sum(size for _, size in (*self.leftovers, *self.quarantined))
+        return others + sum(eviction.bytes for eviction in self.evictions)
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
@@ -114,10 +113,7 @@ class GarbagePlan:
             "max_bytes": self.max_bytes,
             "evictions": [eviction.to_json() for eviction in self.evictions],
             "leftovers": [{"path": str(path), "bytes": size} for path, size in self.leftovers],
-            "leaving": [
-                {"path": str(pack.path), "bytes": pack.bytes, "waits_for": pack.waits_for}
-                for pack in self.leaving
-            ],
+            "quarantined": [{"path": str(path), "bytes": size} for path, size in self.quarantined],
         }
 
 
@@ -129,19 +125,14 @@ class GarbageReport:
     ----------
     evicted, records : int
         Packs and records let go.
-    freed_bytes, waiting_bytes : int
-        Removed by now; to be removed by a later run.
-    waits_for : tuple of str
-        What the rest waits for.
+    freed_bytes : int
     is_done : bool
-        Whether the time was enough for everything that does not wait.
+        Whether the time was enough for everything.
     """
 
     evicted: int
     records: int
     freed_bytes: int
-    waiting_bytes: int
-    waits_for: tuple[str, ...]
     is_done: bool
 
     def to_json(self) -> dict[str, JSON]:
@@ -150,8 +141,6 @@ class GarbageReport:
             "evicted": self.evicted,
             "records": self.records,
             "freed_bytes": self.freed_bytes,
-            "waiting_bytes": self.waiting_bytes,
-            "waits_for": list(self.waits_for),
             "is_done": self.is_done,
         }
 
@@ -162,7 +151,6 @@ def plan_gc(
     max_bytes: int | None = None,
     max_age_seconds: float | None = None,
     spaces: Collection[str] = (),
-    grace_seconds: float | None = None,
 ) -> GarbagePlan:
     """Find what can go. Removes nothing.
 
@@ -176,8 +164,6 @@ def plan_gc(
         Let go of packs not used for longer.
     spaces : collection of str, optional
         Look at the packs of these spaces alone: beginnings of their names.
-    grace_seconds : float, optional
-        How long retired packs stay; see `feature_cache.store.maintenance.retire`.
 
     Raises
     ------
@@ -195,14 +181,15 @@ def plan_gc(
             (pinned if is_pinned else loose).append(pack)
     loose.sort(key=lambda one: ((one.space, one.pack) in uses.lately, one.last_use, one.pack))
     leftovers = [(path, tree_bytes(path)) for path in find_leftovers(store.root)]
-    leaving = find_leaving(store.root, grace_seconds)
-    other = 0 if spaces else _other_bytes(store.root, leftovers, leaving)
+    quarantined = [(path, tree_bytes(path)) for path in find_quarantined(store.root)]
+    going = sum(size for _, size in (*leftovers, *quarantined))
+    other = 0 if spaces else max(0, tree_bytes(store.root, skips=PACK_NAME.fullmatch) - going)
     packs = sum(pack.bytes for pack in (*pinned, *loose))
     evictions = tuple(_evict(loose, packs + other, max_bytes, max_age_seconds))
     return GarbagePlan(
         evictions,
         tuple(leftovers),
-        tuple(leaving),
+        tuple(quarantined),
         packs - sum(pack.bytes for pack in evictions),
         sum(pack.bytes for pack in pinned),
         other,
@@ -211,13 +198,13 @@ def plan_gc(
     )
 
 
-def _other_bytes(
-    root: Path, leftovers: Sequence[tuple[Path, int]], leaving: Sequence[Leaving]
-) -> int:
-    """Sum up what is no pack, and is not to go."""
-    going = sum(size for _, size in leftovers)
-    going += sum(pack.bytes for pack in leaving if pack.mark is None)  # the others are packs
-    return max(0, tree_bytes(root, skips=PACK_NAME.fullmatch) - going)
+def find_quarantined(root: Path) -> list[Path]:
+    """List the packs in quarantine; whatever else is there stays."""
+    return [
+        root / "quarantine" / name
+        for name in list_folder(root / "quarantine")
+        if PACK_NAME.fullmatch("".join(name.split("-")[-2:-1]))
+    ]
 
 
 def choose_spaces(spaces: list[Space], names: Collection[str]) -> list[Space]:
@@ -279,7 +266,7 @@ def find_leftovers(root: Path) -> list[Path]:
     folders = [root, *(root / name for name in own)]
     for name in list_folder(root / "spaces"):
         folders += [root / "spaces" / name, root / "spaces" / name / "packs"]
-    folders += [root / "quarantine", *(root / "retired" / n for n in list_folder(root / "retired"))]
+    folders.append(root / "quarantine")
     temporary = [
         folder / name
         for folder in folders
@@ -294,7 +281,8 @@ def find_leftovers(root: Path) -> list[Path]:
         for name in processes
         if name not in lives and not name.startswith(TEMPORARY_PREFIX)
     ]
-    found = [*dead, *Claims(root).leftovers(now), *gone]
+    marks = filter(lambda path: PACK_NAME.fullmatch(path.name), root.glob("retired/*/*"))
+    found = [*dead, *Claims(root).leftovers(now), *gone, *marks]  # marks: of version 1 to 3
     return [path for path in found if os.path.lexists(path)]
 
 
@@ -313,23 +301,13 @@ def _is_left(root: Path, path: Path, now: float) -> bool:
     return now - newest > TEMPORARY_GRACE_SECONDS
 
 
-def run_gc(
-    store: Store,
-    plan: GarbagePlan,
-    *,
-    grace_seconds: float | None = None,
-    max_seconds: float | None = None,
-) -> GarbageReport:
-    """Let go of what a plan found: packs are retired, and removed when no reader has them.
-
-    A pack that was used or pinned after the plan was made stays.
+def run_gc(store: Store, plan: GarbagePlan, *, max_seconds: float | None = None) -> GarbageReport:
+    """Let go of what a plan found. A pack that was used or pinned since stays.
 
     Parameters
     ----------
     store : Store
     plan : GarbagePlan
-    grace_seconds : float, optional
-        As for `plan_gc`.
     max_seconds : float, optional
         Stop after about so long; what is left is for the next run.
 
@@ -339,56 +317,51 @@ def run_gc(
         Something can't be removed.
     """
     deadline = inf if max_seconds is None else time.monotonic() + max_seconds
-    root, evicted, waiting = store.root, list[Eviction](), list[Leaving]()
+    root, left, evicted = store.root, set[Path](), list[Eviction]()
     with writing(root):
         settle_uses(root, known_uses(root))  # first: the files of ended processes go below
-        freed, is_done = _remove_leftovers(store, plan, deadline)
-        for first in range(0, max(1, len(plan.evictions)), _EVICTED_AT_ONCE):
-            if not is_done:
-                break
-            evicted += _retire(store, plan.evictions[first : first + _EVICTED_AT_ONCE])
-            leaving = find_leaving(root, grace_seconds)
-            waiting = [pack for pack in leaving if pack.waits_for]
-            removed, is_done = remove(root, leaving, deadline)
-            freed += removed
+        left.update(find_leftovers(root) if plan.leftovers else ())
+        going = [(path, size, inf) for path, size in plan.leftovers if path in left]
+        going += [(path, size, inf) for path, size in plan.quarantined]
+        freed, is_done = _remove(store, going, deadline)
+        if is_done:
+            chosen = _still_unused(store, plan.evictions)
+            places = {store.root / "spaces" / e.space / "packs" / e.pack: e for e in chosen}
+            going = [(path, one.bytes, one.last_use) for path, one in places.items()]
+            size, is_done = _remove(store, going, deadline)
+            freed += size
+            evicted = [one for path, one in places.items() if not path.exists()]
     try:
         merge_runs(root, time.time() - _MERGE_RUNS_SECONDS)
     except StoreError as error:
         _log.warning("the counters of ended processes are not merged: %s", error)
-    return GarbageReport(
-        evicted=len(evicted),
-        records=sum(eviction.records for eviction in evicted),
-        freed_bytes=freed,
-        waiting_bytes=sum(pack.bytes for pack in waiting),
-        waits_for=tuple(sorted({pack.waits_for for pack in waiting})),
-        is_done=is_done,
-    )
+    records = sum(eviction.records for eviction in evicted)
+    return GarbageReport(len(evicted), records, freed, is_done)
 
 
-def _remove_leftovers(store: Store, plan: GarbagePlan, deadline: float) -> tuple[int, bool]:
-    """Remove what is still left over; give the bytes freed, and whether there was time for all."""
-    freed, left = 0, set(find_leftovers(store.root))
-    for number, (path, size) in enumerate(plan.leftovers):
+def _remove(
+    store: Store, going: Sequence[tuple[Path, int, float]], deadline: float
+) -> tuple[int, bool]:
+    """Remove what was not used after a time; give the bytes freed, and whether there was time."""
+    freed = 0
+    for number, (path, size, last_use) in enumerate(going):
         if number and time.monotonic() > deadline:
             return freed, False
-        if path in left:
-            remove_tree(path, store.presence.name)
+        if remove_tree(path, store.presence.name, last_use=last_use):
             freed += size
     return freed, True
 
 
-def _retire(store: Store, evictions: Sequence[Eviction]) -> list[Eviction]:
-    """Retire packs that nobody used or pinned since they were chosen; give these."""
-    retired: list[Eviction] = []
-    uses = known_uses(store.root) if evictions else KnownUses()
-    for space in store.spaces() if evictions else ():
-        wanted = {one.pack: one for one in evictions if one.space == space.name}
-        chosen = [
-            wanted[pack.pack]
+def _still_unused(store: Store, evictions: Sequence[Eviction]) -> list[Eviction]:
+    """Give the packs that nobody used or pinned since they were chosen, in their order."""
+    if not evictions:
+        return []
+    uses, kept = known_uses(store.root), set[tuple[str, str]]()
+    for space in store.spaces():
+        wanted = {one.pack: one.last_use for one in evictions if one.space == space.name}
+        kept.update(
+            (pack.space, pack.pack)
             for pack, is_pinned in _list_packs(space, uses, wanted)
-            if not is_pinned and pack.last_use <= wanted[pack.pack].last_use
-        ]
-        if chosen:
-            retire(space, [eviction.pack for eviction in chosen])
-        retired += chosen
-    return retired
+            if not is_pinned and pack.last_use <= wanted[pack.pack]
+        )
+    return [one for one in evictions if (one.space, one.pack) in kept]

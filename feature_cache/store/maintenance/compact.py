@@ -1,32 +1,61 @@
-"""Compaction: small packs become large ones, ordered by movie, copy and time."""
+"""Compaction: small packs become large ones, ordered by movie, copy and time.
+
+`compact_space` does it for a whole space. `merge_packs` does a little of it, so that who commits
+often can have it done as it goes: packs of about one size become one, as in a log-structured merge
+tree, so that each record is moved a few times only, and a space has few packs of each size.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from ...errors import CorruptRecordError
 from ...hashing import JSON, canonical_json
 from ..claims import Claims
 from ..files import reading, writing
-from ..pack import Pack, read_provenance
+from ..filesystem import find_file_system
+from ..pack import Pack, check_metadata, read_provenance
+from ..process import join
 from ..space import Space
 from ..writer import Entry
-from .retire import last_uses, retire
+from .last_use import last_uses
+from .removal import remove_tree
 
 TARGET_BYTES = 64 << 20
 """How large packs become, in bytes of features."""
+MERGED_AT_ONCE = 16
+"""So many packs of about one size become one while a process commits; the next size has as many
+times the records."""
+NETWORK_GRACE_SECONDS = 120.0
+"""How long merged packs stay on a network file system, where a reader may hear late of the pack
+that replaces them."""
 
-_OPEN_PACKS, _OPEN_BYTES, _KEPT_BYTES = 64, 20_000, 1 << 28
-"""Packs that stay open at once, what one takes beside its features, and how much is kept."""
-_log = logging.getLogger(__name__)
+_OPENED_AT_ONCE = 4096
+
+
+@dataclass(slots=True)
+class _Known:
+    """What this process knows of a space: packs too large to merge, and packs to remove later.
+
+    While there are packs to remove, by the time since when others hold their records, the claim of
+    `alone` stays with this process, so that no other merges them again.
+    """
+
+    large: set[str] = field(default_factory=set)
+    replaced: dict[str, float] = field(default_factory=dict)
+
+
+_known: defaultdict[Path, _Known] = defaultdict(_Known)
+_merging = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +93,38 @@ class CompactReport:
 
 
 @dataclass(frozen=True, slots=True)
+class _Source:
+    """A pack to merge, and what its writer said of it and of each record."""
+
+    pack: Pack
+    origin: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...]]:
+        """Codec and shape, the same for all records of a pack."""
+        return self.pack.features.codec, self.pack.features.shape[1:]
+
+    @property
+    def bytes(self) -> int:
+        """The size of the features, decoded, so that no codec makes a pack small."""
+        return self.pack.features.array_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
-    """One record of a pack; its kind is codec and shape, the same in a pack.
+    """One record to write again."""
 
-    A pack's bytes are those of its features, decoded, so that no codec makes a pack small.
-    """
-
-    pack: str
-    pack_bytes: int
+    source: _Source
     row: int
-    key: bytes
-    source: Mapping[str, Any]
-    kind: tuple[str, tuple[int, ...]]
 
     @property
     def order(self) -> tuple[Any, ...]:
-        source = self.source
-        draw = canonical_json(source.get("draw", []))
-        frame = source.get("frame", 0)
-        return self.kind, str(source.get("movie")), draw, frame if type(frame) is int else 0
+        """Packs of one kind first, then movie, draw and frame."""
+        said = self.source.records[self.row]
+        draw, frame = canonical_json(said.get("draw", [])), said.get("frame", 0)
+        movie = str(said.get("movie"))
+        return self.source.kind, movie, draw, frame if type(frame) is int else 0
 
 
 def compact_space(
@@ -93,9 +135,9 @@ def compact_space(
 ) -> CompactReport:
     """Merge the small packs of a space, and drop records that are there twice.
 
-    Readers go on undisturbed: the new packs are committed first, then the old ones retired, and
-    those that a reader has mapped stay until it lets go. Killed at any moment, nothing is lost;
-    what is there twice is dropped the next time.
+    Readers go on undisturbed: the new packs are committed first, then the old ones removed. Killed
+    at any moment, nothing is lost; what is there twice is dropped the next time. On a network file
+    system the old ones stay for `NETWORK_GRACE_SECONDS`, and go the next time.
 
     Parameters
     ----------
@@ -112,64 +154,194 @@ def compact_space(
         The folder can't be read or written.
     """
     with alone(space) as granted, reading(space.path):
-        while granted:
-            space.refresh()
-            with suppress(FileNotFoundError):  # gc took a pack away meanwhile: choose again
-                return _compact(space, target_bytes, progress)
-    return CompactReport(space.name, busy=True)
+        if not granted:
+            return CompactReport(space.name, busy=True)
+        space.refresh()
+        _remove_replaced(space)
+        reports = []
+        names = _by_age(space)
+        for first in range(0, len(names), _OPENED_AT_ONCE):
+            some = names[first : first + _OPENED_AT_ONCE]
+            reports.append(_merge(space, some, target_bytes, progress))
+        if len(reports) > 1:  # what is left small of each part
+            reports.append(_merge(space, _by_age(space), target_bytes, progress))
+        return CompactReport(
+            space.name,
+            merged=sum(report.merged for report in reports),
+            written=sum(report.written for report in reports),
+            records=sum(report.records for report in reports),
+            duplicates=sum(report.duplicates for report in reports),
+        )
+
+
+def merge_packs(space: Space) -> CompactReport:
+    """Merge `MERGED_AT_ONCE` packs or more of about one size, if there are as many.
+
+    What one call does is bounded, and nothing rests on it. Parameters and errors as
+    `compact_space`.
+    """
+    known = _known[space.path]
+    if not known.replaced and not choose_tier(space.pack_records(), known.large):
+        return CompactReport(space.name)
+    with alone(space) as granted, reading(space.path):
+        if not granted:
+            return CompactReport(space.name, busy=True)
+        space.refresh()
+        _remove_replaced(space)
+        names = choose_tier(space.pack_records(), {*known.large, *known.replaced})
+        return _merge(space, names, TARGET_BYTES, None, most=2 * TARGET_BYTES)
+
+
+def choose_tier(records: Mapping[str, int], large: Collection[str] = ()) -> list[str]:
+    """Choose packs to merge by their numbers of records: all of the smallest size with enough.
+
+    A size is all numbers up to `MERGED_AT_ONCE` times the one before it.
+
+    Parameters
+    ----------
+    records : mapping of str to int
+        By pack.
+    large : collection of str
+        Packs to leave out.
+    """
+    tiers: dict[int, list[str]] = {}
+    for name, count in records.items():
+        if name not in large:
+            tier, limit = 0, MERGED_AT_ONCE
+            while count >= limit:
+                tier, limit = tier + 1, limit * MERGED_AT_ONCE
+            tiers.setdefault(tier, []).append(name)
+    enough = [tier for tier, names in tiers.items() if len(names) >= MERGED_AT_ONCE]
+    return tiers[min(enough)][:_OPENED_AT_ONCE] if enough else []
 
 
 @contextmanager
 def alone(space: Space) -> Iterator[bool]:
     """Be the only process that writes the packs of a space anew; tells whether that is so."""
-    claims, claim = Claims(space.root), f"compact-{space.name}"
-    granted = claims.take([claim])[0]
+    claims, claim, known = Claims(space.root), f"compact-{space.name}", _known[space.path]
+    if not _merging.acquire(blocking=False):
+        yield False
+        return
     try:
-        yield granted
+        if known.replaced and claims.holder(claim) != join(space.root).name:
+            known.replaced.clear()  # it is another's by now
+        granted = bool(known.replaced) or claims.take([claim])[0]
+        try:
+            yield granted
+        finally:
+            if granted and not known.replaced:
+                claims.release([claim])
     finally:
-        if granted:
-            claims.release([claim])
+        _merging.release()
 
 
-class _Packs:
-    """The packs of a compaction: opened once, as long as they are small together."""
-
-    def __init__(self, space: Space) -> None:
-        self._space, self._kept_bytes = space, 0
-        self._kept: dict[str, Pack] = {}
-        self._last: dict[str, Pack] = {}
-
-    def open(self, name: str) -> Pack:
-        """Give a pack; errors as `Pack`."""
-        pack = self._kept.get(name) or self._last.get(name)
-        if pack is None:
-            pack = Pack(self._space.packs_folder / name)
-            size = pack.features.array_bytes + _OPEN_BYTES
-            if self._kept_bytes + size <= _KEPT_BYTES:
-                self._kept[name], self._kept_bytes = pack, self._kept_bytes + size
-            else:
-                self._last[name] = pack
-            if len(self._last) > _OPEN_PACKS:
-                self._last.pop(next(iter(self._last)))
-        return pack
+def _by_age(space: Space) -> list[str]:
+    """List the packs that may be merged, the first written first, as far as folders tell."""
+    times = space.pack_times()
+    replaced = _known[space.path].replaced
+    names = [n for n in space.pack_records() if n in times and n not in replaced]
+    return sorted(names, key=lambda name: (times[name], name))
 
 
-def _compact(
-    space: Space, target_bytes: int, progress: Callable[[int], None] | None
+def _merge(
+    space: Space,
+    names: Sequence[str],
+    target_bytes: int,
+    progress: Callable[[int], None] | None,
+    most: int | None = None,
 ) -> CompactReport:
-    packs = _Packs(space)
-    merged, rows, duplicates = _choose(space, packs, target_bytes)
-    while _drop_damaged(space, packs, merged):
-        packs = _Packs(space)
-        merged, rows, duplicates = _choose(space, packs, target_bytes)
-    if not merged:
-        return CompactReport(space.name)
-    origins = _read_origins(space, merged)
-    written: set[str] = set()
+    """Merge those of some packs that are small, or hold what another holds; all of them if done."""
+    opened = [source for name in names if (source := _open(space, name)) is not None]
+    while True:
+        merged, rows, duplicates = _choose(space, opened, target_bytes, most)
+        if not merged:
+            return CompactReport(space.name)
+        last_use = _last_use(space, merged)
+        try:
+            written = _write(space, merged, rows, target_bytes, progress, last_use)
+        except (CorruptRecordError, FileNotFoundError):
+            space.refresh()
+            opened = [source for source in opened if _is_sound(space, source)]
+            continue
+        names = [source.pack.name for source in merged if source.pack.name not in written]
+        stay = [] if written else [s.pack.path for s in opened if s.pack.name not in names]
+        with writing(space.root):
+            _known[space.path].replaced.update(dict.fromkeys(names, _since(space, stay)))
+            _remove_replaced(space)
+        return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
+
+
+def _open(space: Space, name: str) -> _Source | None:
+    """Open a pack; None for one that is gone, or damaged, which is then set aside."""
+    try:
+        pack = Pack(space.packs_folder / name)
+        check_metadata(pack.path)
+        origin = read_provenance(pack.path)
+    except FileNotFoundError:
+        return None
+    except CorruptRecordError as error:
+        space.condemn(name, error)
+        return None
+    records = origin.pop("records")
+    return _Source(pack, origin, [*records, *({} for _ in range(len(pack) - len(records)))])
+
+
+def _is_sound(space: Space, source: _Source) -> bool:
+    """Tell whether all of a pack is as it was written; one that is not is set aside."""
+    try:
+        source.pack.check()
+    except FileNotFoundError:
+        return False
+    except CorruptRecordError as error:
+        space.condemn(source.pack.name, error)
+        return False
+    return True
+
+
+def _choose(
+    space: Space, opened: Sequence[_Source], target_bytes: int, most: int | None
+) -> tuple[list[_Source], list[_Row], int]:
+    """Choose packs to merge; give the records to keep, and how many are elsewhere too."""
+    small = {source.pack.name for source in opened if source.bytes < target_bytes / 2}
+    _known[space.path].large.update(s.pack.name for s in opened if s.pack.name not in small)
+    seen: dict[bytes, str] = {}
+    for source in sorted(opened, key=lambda one: (-len(one.pack), one.pack.name)):
+        for key in source.pack.keys:
+            seen.setdefault(key.tobytes(), source.pack.name)
+    wanted = small & set(seen.values())
+    kinds = Counter(source.kind for source in opened if source.pack.name in wanted)
+    merged: list[_Source] = []
+    rows: list[_Row] = []
+    total = size = 0
+    for source in opened:
+        name = source.pack.name
+        own = [r for r, key in enumerate(source.pack.keys) if seen[key.tobytes()] == name]
+        is_chosen = len(own) < len(source.pack) or (name in wanted and kinds[source.kind] > 1)
+        if is_chosen and (most is None or size + source.bytes <= most):
+            merged.append(source)
+            rows += [_Row(source, row) for row in own]
+            total, size = total + len(source.pack), size + source.bytes
+    return merged, rows, total - len(rows)
+
+
+def _last_use(space: Space, sources: Iterable[_Source]) -> float:
     uses = last_uses(space)
-    last_use = max((uses[name] for name in merged if name in uses), default=0.0)
-    for kind, group in groupby(sorted(rows, key=lambda row: row.order), lambda row: row.kind):
-        for entries in _read_entries(packs, list(group), target_bytes):
+    return max((uses.get(source.pack.name, 0.0) for source in sources), default=0.0)
+
+
+def _write(
+    space: Space,
+    merged: Sequence[_Source],
+    rows: Sequence[_Row],
+    target_bytes: int,
+    progress: Callable[[int], None] | None,
+    last_use: float,
+) -> set[str]:
+    """Write records as new packs, which were used when the newest of the old ones was."""
+    origins, written = _join_origins(merged), set[str]()
+    ordered = sorted(rows, key=lambda row: row.order)
+    for kind, group in groupby(ordered, lambda row: row.source.kind):
+        for entries in _read_entries(group, target_bytes):
             names = space.write(entries, {"compacted_from": origins}, codec=kind[0])
             written.update(names)
             for name in names:
@@ -177,81 +349,57 @@ def _compact(
                     os.utime(space.packs_folder / name, (last_use, last_use))
             if progress is not None:
                 progress(len(entries))
-    with writing(space.root):
-        retire(space, set(merged) - written)
-    space.refresh()
-    return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
+    return written
 
 
-def _choose(space: Space, packs: _Packs, target_bytes: int) -> tuple[list[str], list[_Row], int]:
-    """Choose packs to merge; give the records to keep, and how many are elsewhere too."""
-    names = [name for name in space.pack_names() if not space.is_aside(name)]
-    listed = {name: rows for name in names if (rows := _list_rows(packs, name))}
-    small = {name for name, rows in listed.items() if rows[0].pack_bytes < target_bytes / 2}
-    kinds = Counter(listed[name][0].kind for name in small if listed[name])
-    seen: dict[bytes, str] = {}
-    for name in sorted(listed, key=lambda name: (name in small, name)):
-        for row in listed[name]:
-            seen.setdefault(row.key, name)
-    merged = sorted(
-        name
-        for name, rows in listed.items()
-        if any(seen[row.key] != name for row in rows) or (name in small and kinds[rows[0].kind] > 1)
-    )
-    kept = [row for name in merged for row in listed[name] if seen[row.key] == name]
-    return merged, kept, sum(len(listed[name]) for name in merged) - len(kept)
-
-
-def _drop_damaged(space: Space, packs: _Packs, names: Sequence[str]) -> bool:
-    """Set aside the packs with a wrong bit; tell whether there was one."""
-    found = False
-    for name in names:
-        try:
-            packs.open(name).check()
-        except (CorruptRecordError, FileNotFoundError) as error:
-            found = True
-            if isinstance(error, CorruptRecordError):
-                space.condemn(name, error)
-    return found
-
-
-def _list_rows(packs: _Packs, name: str) -> list[_Row]:
-    """List the records of a pack; none where it is gone or damaged, which is for verify."""
-    try:
-        pack = packs.open(name)
-        sources = read_provenance(pack.path)["records"]
-    except (FileNotFoundError, CorruptRecordError) as error:
-        _log.warning("%s is not compacted: %s", name, error)
-        return []
-    sources += [{}] * (len(pack) - len(sources))
-    keys, codec = [key.tobytes() for key in pack.keys], pack.features.codec
-    return [
-        _Row(name, pack.features.array_bytes, row, key, source, (codec, pack.features.shape[1:]))
-        for row, (key, source) in enumerate(zip(keys, sources, strict=False))
-    ]
-
-
-def _read_origins(space: Space, names: Sequence[str]) -> list[JSON]:
+def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
     """Give what the writers of the packs said of themselves, each once."""
     found: dict[str, JSON] = {}
-    for name in names:
-        own = read_provenance(space.packs_folder / name)
-        del own["records"]
-        for origin in own.get("compacted_from", [own]):
+    for source in sources:
+        for origin in source.origin.get("compacted_from", [source.origin]):
             found.setdefault(canonical_json(origin), origin)
     return [json.loads(text) for text in sorted(found)]
 
 
-def _read_entries(packs: _Packs, rows: Sequence[_Row], target_bytes: int) -> Iterator[list[Entry]]:
+def _read_entries(rows: Iterable[_Row], target_bytes: int) -> Iterator[list[Entry]]:
     """Read records, verified, in lists of about one pack's size."""
     entries: list[Entry] = []
     size = 0
     for row in rows:
-        record = packs.open(row.pack).record(row.row)
-        entries.append(Entry(row.key, record, row.source))
+        pack, number = row.source.pack, row.row
+        record = pack.record(number)
+        entries.append(Entry(pack.keys[number].tobytes(), record, row.source.records[number]))
         size += record.features.nbytes
         if size >= target_bytes:
             yield entries
             entries, size = [], 0
     if entries:
         yield entries
+
+
+def _since(space: Space, stay: Iterable[Path]) -> float:
+    """Give since when packs are there; now, where they were written just now."""
+    times = [path.stat().st_ctime for path in stay]
+    return max(times, default=join(space.root).now())
+
+
+def _remove_replaced(space: Space) -> None:
+    """Remove packs whose records are all in others for long enough."""
+    root, replaced = space.root, _known[space.path].replaced
+    grace = NETWORK_GRACE_SECONDS if find_file_system(root).is_network else 0.0
+    now = join(root).now()
+    due = [name for name, since in replaced.items() if now - since >= grace]
+    for name in due:
+        remove_tree(space.packs_folder / name, join(root).name)
+        del replaced[name]
+    if due:
+        space.refresh()
+
+
+def _start_anew() -> None:
+    global _merging
+    _known.clear()
+    _merging = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -36,7 +36,7 @@ from ..writer import Entry
 from .collect import choose_names, find_leftovers
 from .compact import alone
 from .pins import find_damaged_pins
-from .retire import remove_tree
+from .removal import remove_tree
 
 Progress = Callable[[int], None]
 """Called with the number of packs just verified."""
@@ -183,10 +183,10 @@ def _find_unknown(root: Path) -> Iterator[Path]:
     yield from others(root, OWN_NAMES.__contains__)
     for folder in (root / "pins", root / "stats"):
         yield from others(folder, lambda name: name.endswith(".json"))
-    yield from others(root / "tables", lambda name: (root / "spaces" / name).is_dir())
     yield from others(root / "retired", lambda name: (root / "retired" / name).is_dir())
-    for name in list_folder(root / "retired"):
+    for name in list_folder(root / "retired"):  # marks that version 1 to 3 knew
         yield from others(root / "retired" / name, PACK_NAME.fullmatch)
+    yield from others(root / "tables", lambda name: (root / "spaces" / name).is_dir())
 
 
 def _is_made(space: Path) -> bool:

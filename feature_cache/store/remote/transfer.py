@@ -196,7 +196,7 @@ def plan_pull(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None
     sizes = {space: remote.pack_sizes(space) for space in chosen}
     with reading(root):
         local = [_local(root, name, spec) for name, spec in chosen.items()]
-        here = {space.name: {*space.pack_names(), *space.retired_names()} for space in local}
+        here = {space.name: space.pack_names() for space in local}
     return _plan(chosen, sizes, here, lambda space, name: sizes[space][name])
 
 

@@ -1,0 +1,61 @@
+"""Taking packs and left-overs away, each in one step as others see it.
+
+A reader that has a pack open reads on, as long as its file system keeps what is open; any other
+finds the pack gone, looks again, and finds the one that replaces it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from math import inf
+from pathlib import Path
+
+from ..files import TEMPORARY_PREFIX
+
+_TICK_SECONDS = 1e-3
+
+
+def remove_tree(path: Path, writer: str, *, last_use: float = inf) -> bool:
+    """Remove a file or folder, unless it was used, or written again, after a time.
+
+    Parameters
+    ----------
+    path : Path
+    writer : str
+        This process, in the name that it has meanwhile; see `feature_cache.store.process`.
+    last_use : float
+        Seconds since 1970, as the file system counts.
+
+    Returns
+    -------
+    bool
+        Whether it was there and is gone.
+    """
+    doomed = path.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return False
+    if doomed.lstat().st_mtime > last_use + _TICK_SECONDS:
+        _put_back(doomed, path)
+        return False
+    _remove(doomed)
+    return True
+
+
+def _put_back(taken: Path, path: Path) -> None:
+    """Give back a pack that was used just now, unless it was written again meanwhile."""
+    try:
+        taken.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        _remove(taken)
+
+
+def _remove(doomed: Path) -> None:
+    if doomed.is_dir() and not doomed.is_symlink():
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        doomed.unlink(missing_ok=True)
