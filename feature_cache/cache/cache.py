@@ -42,7 +42,7 @@ class FeatureCache(OpenCache):
     mode : str
         ``"a"`` reads and writes, and makes the folder where there is none; ``"r"`` only reads.
     codec : str
-        How new features are stored: ``"raw"`` (mapped, fastest), ``"zstd"`` or ``"blosc"``
+        How new features are stored: ``"raw"`` (fastest), ``"zstd"`` or ``"blosc"``
         (smaller). All are lossless and none is in a key.
     layers : sequence of path or URL
         Caches below, which are only read, the first one first: other folders, or what `push`

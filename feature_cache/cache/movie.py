@@ -228,7 +228,7 @@ class MovieFeatures:
         return records
 
     def span(self, indices: Sequence[int]) -> Span | None:
-        """Read records of some frames that lie side by side in a mapped pack; no copy is made.
+        """Read records of some frames that lie side by side in a pack that is open, at once.
 
         None where they don't, or have not been read before, and for several grids: `get` them.
         Counts no hit.

@@ -14,13 +14,14 @@ from pathlib import Path
 from ..hashing import JSON, Digest
 from ..store import Counter, Entry, Space, Usage
 from ..store.files import tree_bytes
+from ..store.maintenance import merge_behind
 
 COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 30.0
 """How long what is computed may wait while more is being computed."""
 
-RECORD_BYTES, GRID_BYTES = 1024, 8 << 10
-PACK_BYTES = 96 << 10
+RECORD_BYTES = 1024
+PACK_BYTES = 40 << 10
 """At most about what a record, and a pack, take on disk beside the features."""
 
 Order = tuple[int, int]
@@ -115,7 +116,7 @@ class Commits:
             As `flush`.
         """
         labels = entry.record.labels
-        beside = GRID_BYTES if labels is None else RECORD_BYTES + labels.nbytes
+        beside = RECORD_BYTES + (0 if labels is None else labels.nbytes)
         if not self._reserve(space, entry.record.features.nbytes + beside):
             return False
         if not self.pending:
@@ -172,7 +173,10 @@ class Commits:
             self._settled(list(pending))
         if self._budget is not None:
             self._budget.settle(reserved, sum(tree_bytes(pack) for _, pack in packs))
-        if self._written is not None and packs:
+        if self._written is None:
+            for space, _ in packs:
+                merge_behind(space)
+        elif packs:
             self._written(packs)
 
 

@@ -104,7 +104,7 @@ class Space:
         return len(self._index)
 
     def __getstate__(self) -> tuple[Path, Mapping[str, Any], Mode]:
-        """Leave out index and mapped packs: another process opens its own."""
+        """Leave out index and open packs: another process opens its own."""
         return self.path, self.spec, self.mode
 
     def __setstate__(self, state: tuple[Path, Mapping[str, Any], Mode]) -> None:

@@ -353,7 +353,7 @@ class TestLastObject:
                     assert pull(other, s3).packs == 0
             else:
                 break
-        assert last > 5
+        assert last > 3
         assert s3.pack_names(space.name) == space.pack_names()
         assert pull(other, s3).packs == 1
         assert read_all(other, range(3)) == expected(range(3))

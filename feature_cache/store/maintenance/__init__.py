@@ -1,7 +1,7 @@
 """Keeping a shared cache well: verify, collect garbage, compact, pin."""
 
 from .collect import GarbagePlan, GarbageReport, choose_names, choose_spaces, plan_gc, run_gc
-from .compact import CompactReport, compact_space, merge_packs
+from .compact import CompactReport, compact_space, merge_behind, merge_packs
 from .last_use import last_uses
 from .pins import Pin, add_pin, read_pins, remove_pin
 from .verify import Finding, count_packs, name_source, repair, verify
@@ -18,6 +18,7 @@ __all__ = [
     "compact_space",
     "count_packs",
     "last_uses",
+    "merge_behind",
     "merge_packs",
     "name_source",
     "plan_gc",

@@ -8,6 +8,7 @@ tree, so that each record is moved a few times only, and a space has few packs o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections import Counter, defaultdict
@@ -18,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ...errors import CorruptRecordError
+from ...errors import CorruptRecordError, StoreError
 from ...hashing import JSON, canonical_json
 from ..claims import Claims
 from ..files import reading, writing
@@ -39,7 +40,8 @@ NETWORK_GRACE_SECONDS = 120.0
 """How long merged packs stay on a network file system, where a reader may hear late of the pack
 that replaces them."""
 
-_OPENED_AT_ONCE = 4096
+_OPENED_AT_ONCE, _MERGED_MOST = 4096, 256
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -192,8 +194,21 @@ def merge_packs(space: Space) -> CompactReport:
         return _merge(space, names, TARGET_BYTES, None, most=2 * TARGET_BYTES)
 
 
+def merge_behind(space: Space) -> None:
+    """Have `merge_packs` done by a thread, unless one is at it in this process."""
+    if not _merging.locked():
+        threading.Thread(target=_try_to_merge, args=(space,), name="feature_cache merges").start()
+
+
+def _try_to_merge(space: Space) -> None:
+    try:
+        merge_packs(space)
+    except StoreError as error:
+        _log.warning("the packs of %s are not merged: %s", space.path, error)
+
+
 def choose_tier(records: Mapping[str, int], large: Collection[str] = ()) -> list[str]:
-    """Choose packs to merge by their numbers of records: all of the smallest size with enough.
+    """Choose packs to merge by their numbers of records: many of the smallest size with enough.
 
     A size is all numbers up to `MERGED_AT_ONCE` times the one before it.
 
@@ -212,7 +227,7 @@ def choose_tier(records: Mapping[str, int], large: Collection[str] = ()) -> list
                 tier, limit = tier + 1, limit * MERGED_AT_ONCE
             tiers.setdefault(tier, []).append(name)
     enough = [tier for tier, names in tiers.items() if len(names) >= MERGED_AT_ONCE]
-    return tiers[min(enough)][:_OPENED_AT_ONCE] if enough else []
+    return tiers[min(enough)][:_MERGED_MOST] if enough else []
 
 
 @contextmanager
