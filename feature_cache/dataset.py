@@ -125,6 +125,8 @@ class TokenFeatures:
         if self.on_miss not in get_args(OnMiss):
             raise UnknownNameError("on_miss", self.on_miss, get_args(OnMiss))
         check_batch_size(self.batch_size)
+        for movie in self.movies:
+            movie.want([movie] if self.copies is None else self.copies.of_movie(movie))
         if self.on_miss == "compute":
             self._misses.open()
 

@@ -159,4 +159,4 @@ def test_readers_see_right_numbers_whatever_goes_on(tmp_path: Path, evict: bool)
     assert {finding.kind for finding in verify(root)} <= {"duplicate"}
     assert not (root / "quarantine").exists()
     assert merged > 20
-    assert freed > 20_000
+    assert not evict or freed > 20_000

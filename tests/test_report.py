@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from feature_cache import (
     Policy,
 )
 from feature_cache.augment import Entry
+from feature_cache.dataset import Copies, TokenFeatures
 from feature_cache.cli import main
 from feature_cache.movies import Movie, Source, write_movie
 from feature_cache.movies.arrays import ListedImages
@@ -48,6 +50,7 @@ from feature_cache.report.outlines import draw_edges, trace_outlines
 from feature_cache.spec import BackboneSpec
 from feature_cache.store import Run, Usage, maintenance
 from feature_cache.testing import FakeBackbone
+from feature_cache.warm import plan_warm, run_warm
 from synthetic import make_movie
 
 FAKE = Choice("fake")
@@ -249,6 +252,33 @@ class TestCoverage:
         names, coverage = cover(cache)
         assert names == [f"{one} TRA = {two} TRA"]
         assert coverage["mean_patches_exact"].counts == ((6, 6, 6),)
+
+    def test_movies_that_share_frames_are_as_they_were_asked_for(self, cache, small_folder):
+        one = small_folder("one")
+        two = one.parent.with_name("two") / "01"
+        shutil.copytree(one.parent, two.parent)
+        for file in [*two.glob("t00[45].tif"), *two.parent.glob("01_GT/TRA/man_track00[45].tif")]:
+            file.unlink()
+        for root in (one, two):
+            report = run_warm(plan_warm(cache, [root], FakeBackbone()))
+        assert (report.present, report.computed) == (4, 0)
+        survey = survey_cache(read_only(cache).store)
+        assert [movie.names for movie in survey.movies] == [(f"{one} TRA",), (f"{two} TRA",)]
+        assert survey.coverage[0].counts == ((6,), (4,))
+        assert survey.coverage[0].expected == (6, 4)
+        assert maintenance.verify(cache.store.root) == []
+
+        features = cache.movie(Movie.open(two), None, FakeBackbone())
+        TokenFeatures([features], Copies(COPIES), on_miss="error")
+        features.keys()
+        [found] = survey_cache(read_only(cache).store).coverage
+        assert [column.group.label for column in found.columns][1:] == ["seed 42 (default)"] * 2
+        assert found.counts == ((6, 0, 0), (4, 0, 0))
+
+        for file in (cache.store.root / "asked").iterdir():
+            os.utime(file, (1e9, 1e9))
+        cache.gc(dry_run=False)
+        assert len(survey_cache(read_only(cache).store).movies) == 1
 
     def test_changed_masks_count_for_themselves(self, cache, small_folder):
         root = small_folder()

@@ -33,6 +33,7 @@ from ..hashing import (
     DIGEST_BYTES,
     JSON,
     Digest,
+    canonical_json,
     frame_digest,
     frame_pixels,
     mask_digest,
@@ -42,7 +43,7 @@ from ..key import Keys, Record, record_key
 from ..memo import Fingerprint, Memo
 from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
-from ..store import Index, Space, Span, Usage, record_sources
+from ..store import Asked, Index, Space, Span, Usage, add_asked, record_sources
 from .opened import OpenCache
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class MovieFeatures:
         Closed by itself when the last frame is hashed.
     images_read : int
         How many frames and masks were read to be hashed: those whose digests were not remembered.
+    wanted : dict of str to str
+        The copies that are asked for, as `texts_of` gives them.
     """
 
     cache: OpenCache
@@ -106,6 +109,7 @@ class MovieFeatures:
     source: Source | None = None
     memo: Memo = field(default_factory=Memo, repr=False)
     images_read: int = field(default=0, repr=False)
+    wanted: dict[str, str] = field(default_factory=dict, repr=False)
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
     _space: Space | None = field(default=None, repr=False)
@@ -180,6 +184,8 @@ class MovieFeatures:
                 self._digests[t] = frame.digest, mask.digest
             if len(self._digests) >= len(self):
                 self.memo.close()
+                if self.wanted and self.name and self.cache.store.mode != "r":
+                    add_asked(self.cache.store.root, self.asked({self.spec: self.wanted}))
         return self._digests[t]
 
     def _fingerprint(self, t: int, kind: str, compute: Callable[[], Fingerprint]) -> Fingerprint:
@@ -470,6 +476,25 @@ class MovieFeatures:
                 place = None if images is None else _in_files(images, t, kind)
                 if place is not None:
                     memo.forget(**place)
+
+    @staticmethod
+    def texts_of(copies: Iterable[MovieFeatures]) -> dict[str, str]:
+        """Give the draw of each copy as canonical JSON, and where it comes from."""
+        return {canonical_json(copy.draw.to_json()): copy.origin for copy in copies}
+
+    def want(self, copies: Iterable[MovieFeatures]) -> None:
+        """Say which copies are asked for, for the cache to note when the last frame is hashed."""
+        self.wanted.update(self.texts_of(copies))
+
+    def asked(self, wanted: Mapping[SpaceSpec, Mapping[str, str]]) -> Asked:
+        """Say what is asked for, by space as `texts_of`; of frames that are hashed."""
+        frames = []
+        for t, (frame, mask) in sorted(self._digests.items()):
+            place = self.frames.name_of(t) if self.frames.place else str(t)
+            frames.append((place, frame.hex(), None if mask is None else mask.hex()))
+        source = None if self.source is None else self.source.absolute().to_json()
+        spaces = {spec.folder_name: dict(draws) for spec, draws in wanted.items()}
+        return Asked(self.name, source, tuple(frames), spaces)
 
     def provenance(self, t: int) -> dict[str, JSON]:
         """Say where the record of frame `t` comes from."""

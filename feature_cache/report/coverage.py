@@ -11,7 +11,7 @@ from typing import Any
 from ..hashing import JSON, canonical_json
 from ..movies import Source
 from ..movies.check import summarize
-from ..store import Space, record_regions, record_sources
+from ..store import Asked, Space, record_regions, record_sources
 from .commands import WarmOptions
 
 _ORIGIN = re.compile(r"copy (\d+) of seed (\d+) \((.+)\)")
@@ -162,7 +162,9 @@ class _Held:
     origins: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
-def find_coverage(spaces: Iterable[Space]) -> tuple[list[KnownMovie], list[Coverage]]:
+def find_coverage(
+    spaces: Iterable[Space], asked: Iterable[Asked] = ()
+) -> tuple[list[KnownMovie], list[Coverage]]:
     """Find which movies a cache knows, and which of their copies it holds.
 
     A record counts by the content of its frame and mask, whatever movie it was computed for, as
@@ -172,6 +174,8 @@ def find_coverage(spaces: Iterable[Space]) -> tuple[list[KnownMovie], list[Cover
     ----------
     spaces : iterable of Space
         Of `feature_cache.store.Store.spaces`.
+    asked : iterable of Asked
+        Movies and copies that people asked for: a record says only for whom it was computed.
 
     Returns
     -------
@@ -182,6 +186,8 @@ def find_coverage(spaces: Iterable[Space]) -> tuple[list[KnownMovie], list[Cover
     """
     survey = _Survey()
     held = {space.name: survey.read(space) for space in spaces}
+    for movie in asked:
+        survey.add(movie, held)
     movies = survey.movies()
     return movies, [_cover(name, space, movies) for name, space in held.items()]
 
@@ -220,6 +226,19 @@ class _Survey:
             found = record_regions(space)
             self._regions |= {originals[key]: count for key, count in found if key in originals}
         return held
+
+    def add(self, asked: Asked, held: Mapping[str, _Held]) -> None:
+        """Take in a movie and its copies as they were asked for."""
+        seen = self._seen[asked.movie]
+        for place, frame, mask in asked.frames:
+            slot = ("number", place) if place.isdecimal() else ("file", place)
+            seen.add(slot, self._number(frame), None if mask is None else self._number(mask))
+        if seen.source is None and asked.source is not None:
+            seen.source = Source.from_json(dict(asked.source))
+        for space, draws in asked.wanted.items():
+            for draw, origin in draws.items() if space in held else ():
+                held[space].cells[draw].update(())
+                held[space].origins[draw].add(origin)
 
     def _number(self, digest: str) -> int:
         return self._numbers.setdefault(digest, len(self._numbers))

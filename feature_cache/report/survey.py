@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..store import Store, Usage, sum_usage
+from ..store import Store, Usage, read_asked, sum_usage
 from ..store.maintenance import Finding
 from ..store.usage import read_runs
 from ..units import count_text, size_text
@@ -96,7 +96,7 @@ def survey_cache(store: Store, findings: Sequence[Finding] | None = None) -> Rep
         Files can't be read.
     """
     spaces, now = store.spaces(), time.time()
-    movies, coverage = find_coverage(spaces)
+    movies, coverage = find_coverage(spaces, read_asked(store.root))
     runs = read_runs(store.root)
     return Report(
         root=store.root,

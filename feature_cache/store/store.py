@@ -7,6 +7,7 @@
       spaces/<slug>-<digest8>/packs/<pack>/            see `feature_cache.store.pack`
       quarantine/                                      packs whose bytes were wrong
       claims/  processes/                              who computes what; who uses the cache
+      asked/                                           movies and copies that were asked for
       stats/                                           hits and misses, one file a process
       uses/                                            what each process read lately
       tables/                                          keys of many packs, to open them at once
@@ -55,6 +56,7 @@ ROOT_TEXTS = tuple(
 ROOT_TEXT = ROOT_TEXTS[-1]
 OWN_NAMES = {
     "CACHEDIR.TAG",
+    "asked",
     "claims",
     "pins",
     "processes",

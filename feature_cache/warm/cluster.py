@@ -26,7 +26,7 @@ from ..store import Usage
 from .plan import UNIT_EMBEDDINGS, Task, Unit, WarmPlan
 from .push import Pushing
 from .report import WarmReport
-from .run import check_writable, finish_push, make_report, open_budget, over_budget
+from .run import begin, finish_push, make_report, open_budget, over_budget
 from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 
 Client: TypeAlias = Any
@@ -83,7 +83,7 @@ def run_on_cluster(
     """
     started = time.monotonic()
     check_batch_size(batch_size)
-    check_writable(plan)
+    begin(plan)
     plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
     tally = Tally(progress, failed)
     pushing = None if push is None else Pushing(plan.cache, push)

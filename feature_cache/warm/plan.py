@@ -18,6 +18,7 @@ from ..hashing import JSON, Digest
 from ..key import Keys
 from ..movies import Given, Movie, Row, Series, Source
 from ..spec import SpaceSpec
+from ..store import Asked
 from .rates import recall_rate
 from .sources import open_sources
 from .stored import StoredGrids
@@ -214,6 +215,8 @@ class WarmPlan:
     movies: tuple[PlannedMovie, ...] = field(default=(), repr=False)
     originals: tuple[tuple[SpaceSpec, Keys], ...] = field(default=(), repr=False)
     """Keys of the movies themselves, (m, 16) uint8 each, in a space that pools."""
+    asked: tuple[Asked, ...] = field(default=(), repr=False)
+    """What is asked for, for those who look at the cache later."""
 
     @property
     def missing(self) -> int:
@@ -356,12 +359,14 @@ class _Planner:
         self.present = 0
         self.movies: list[PlannedMovie] = []
         self.originals: list[tuple[SpaceSpec, Keys]] = []
+        self.asked: list[Asked] = []
         self._seen: set[Digest] = set()
 
     def plan(self) -> WarmPlan:
         return WarmPlan(
             self.cache, tuple(self.tasks), self.present, tuple(self.failures), tuple(self.rows),
             recall_rate(self.backbone), tuple(self.movies), tuple(self.originals),
+            tuple(self.asked),
         )  # fmt: skip
 
     def add(self, movie: Movie, progress: Progress | None) -> None:
@@ -396,6 +401,10 @@ class _Planner:
         pooled = [spec for spec in self.specs if spec.pooling is not None]
         if pooled:
             self.originals.append((pooled[0], features.in_space(pooled[0]).keys(good)))
+        pairs = list(zip(copies, specs, strict=True))
+        wanted = {s: features.texts_of(one for one, some in pairs if s in some) for s in every}
+        if features.name:
+            self.asked.append(features.asked(wanted))
         if len(self.tasks) > before and features.images_read:
             looked_at = movie if pooled else replace(movie, masks=None)
             looked_at.check(quick=True).log_problems()

@@ -10,7 +10,7 @@ from ..cache import FeatureCache, MovieFeatures, Progress, check_batch_size, req
 from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MissingRecordError
 from ..movies.check import summarize
-from ..store import Usage, count_regions
+from ..store import Usage, add_asked, count_regions
 from .plan import Unit, WarmPlan
 from .push import Pushing
 from .rates import remember_rate
@@ -56,7 +56,7 @@ def run_warm(
     """
     started = time.monotonic()
     check_batch_size(batch_size)
-    check_writable(plan)
+    begin(plan)
     plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
     tally = Tally(progress, failed)
     pushing = None if push is None else Pushing(plan.cache, push)
@@ -101,8 +101,10 @@ def _sum_regions(plan: WarmPlan) -> tuple[int, float, int] | None:
     return summarize([count for counts in found for count in counts])
 
 
-def check_writable(plan: WarmPlan) -> None:
-    """Raise MissingRecordError where something is missing that may not be written."""
+def begin(plan: WarmPlan) -> None:
+    """Note what is asked for; raise MissingRecordError where it is missing and can't be written."""
+    for asked in plan.asked if plan.cache.store.mode != "r" else ():
+        add_asked(plan.cache.store.root, asked)
     if plan.missing and plan.cache.store.mode == "r":
         raise MissingRecordError(
             f"{plan.missing} records, first of {plan.tasks[0].movie.name}, are not in "

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import MissingRecordError, StoreError
 from ...hashing import DIGEST_BYTES, JSON
+from ..asked import find_forgotten
 from ..claims import Claims
 from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
 from ..process import GONE_SECONDS, is_silent, join, living, read_process
@@ -262,7 +263,7 @@ def find_leftovers(root: Path) -> list[Path]:
     None of them does harm: they are in nobody's way, and `gc` removes them.
     """
     now = join(root, create=False).now()
-    own = ("spaces", "stats", "pins", "processes", "tables", "uses")
+    own = ("asked", "spaces", "stats", "pins", "processes", "tables", "uses")
     folders = [root, *(root / name for name in own)]
     for name in list_folder(root / "spaces"):
         folders += [root / "spaces" / name, root / "spaces" / name / "packs"]
@@ -282,7 +283,8 @@ def find_leftovers(root: Path) -> list[Path]:
         if name not in lives and not name.startswith(TEMPORARY_PREFIX)
     ]
     marks = filter(lambda path: PACK_NAME.fullmatch(path.name), root.glob("retired/*/*"))
-    found = [*dead, *Claims(root).leftovers(now), *gone, *marks]  # marks: of version 1 to 3
+    found = [*dead, *Claims(root).leftovers(now), *gone, *find_forgotten(root, now)]
+    found += marks  # of version 1 to 3
     return [path for path in found if os.path.lexists(path)]
 
 

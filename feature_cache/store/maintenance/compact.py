@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing.util
 import os
 import threading
 from collections import Counter, defaultdict
@@ -58,6 +59,7 @@ class _Known:
 
 _known: defaultdict[Path, _Known] = defaultdict(_Known)
 _merging = threading.Lock()
+_thread: threading.Thread | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +198,17 @@ def merge_packs(space: Space) -> CompactReport:
 
 def merge_behind(space: Space) -> None:
     """Have `merge_packs` done by a thread, unless one is at it in this process."""
+    global _thread
     if not _merging.locked():
-        threading.Thread(target=_try_to_merge, args=(space,), name="feature_cache merges").start()
+        if _thread is None:  # a process leaves a cache when it has ended what it does in it
+            multiprocessing.util.Finalize(None, _wait, exitpriority=20)
+        _thread = threading.Thread(target=_try_to_merge, args=(space,), name="feature_cache merges")
+        _thread.start()
+
+
+def _wait() -> None:
+    if _thread is not None:
+        _thread.join()
 
 
 def _try_to_merge(space: Space) -> None:
@@ -412,9 +423,9 @@ def _remove_replaced(space: Space) -> None:
 
 
 def _start_anew() -> None:
-    global _merging
+    global _merging, _thread
     _known.clear()
-    _merging = threading.Lock()
+    _merging, _thread = threading.Lock(), None
 
 
 os.register_at_fork(after_in_child=_start_anew)

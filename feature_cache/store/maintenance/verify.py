@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
 from ...hashing import JSON, digest_json
 from ..array import ArrayFile
+from ..asked import find_damaged_asked
 from ..contents import OLD_ARRAYS, join_parts, missing_is_corrupt, read_contents
 from ..files import (
     TRANSIENT,
@@ -165,23 +166,25 @@ def _check_root(root: Path) -> Iterator[Finding]:
     yield from _check_text(root / "CACHEDIR.TAG", TAG)
     if any(_is_made(root / "spaces" / name) for name in list_folder(root / "spaces")):
         yield from _check_text(root / "spaces" / "zarr.json", group_text({}))
-    for file in find_damaged_pins(root):
-        yield Finding("damaged", file, "is no pin; repair moves it to quarantine: pin again")
-    for file in find_damaged_runs(root):
-        yield Finding("damaged", file, "holds no counters; repair moves it to quarantine")
+    for files, what in (
+        (find_damaged_pins(root), "is no pin; repair moves it to quarantine: pin again"),
+        (find_damaged_runs(root), "holds no counters; repair moves it to quarantine"),
+        (find_damaged_asked(root), "names no movie; repair moves it to quarantine"),
+    ):
+        yield from (Finding("damaged", file, what) for file in files)
     for path in _find_unknown(root):
         yield _unknown(path)
 
 
 def _find_unknown(root: Path) -> Iterator[Path]:
-    """Find what is not ours in the root, and among pins, counters and marks."""
+    """Find what is not ours in the root, and among small files."""
 
     def others(folder: Path, is_ours: Callable[[str], object]) -> Iterator[Path]:
         names = (name for name in list_folder(folder) if not name.startswith(TRANSIENT))
         return (folder / name for name in names if not is_ours(name))
 
     yield from others(root, OWN_NAMES.__contains__)
-    for folder in (root / "pins", root / "stats"):
+    for folder in (root / "asked", root / "pins", root / "stats"):
         yield from others(folder, lambda name: name.endswith(".json"))
     yield from others(root / "retired", lambda name: (root / "retired" / name).is_dir())
     for name in list_folder(root / "retired"):  # marks that version 1 to 3 knew

@@ -1,0 +1,128 @@
+"""What was asked for: a small file for each movie that somebody warmed or wrapped.
+
+Records are stored once, for whoever asked first. ``asked/<movie>.json`` says which frames make a
+movie, and which copies of it were wanted in which spaces, so that people are told of movies as they
+know them. Nothing rests on it; `gc` removes what nobody asked for again in `ASKED_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..hashing import JSON, canonical_json, digest_json
+from .files import check_there, list_folder, make_folder, read_json, write_text
+
+ASKED_SECONDS = 180 * 86400.0
+_TOUCHED_SECONDS = 86400.0
+_LIMIT = 1 << 28
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A movie as somebody asked for it.
+
+    Attributes
+    ----------
+    movie : str
+    source : mapping or None
+        How it is opened.
+    frames : tuple of (str, str, str or None)
+        Of each frame its file, or its number where it came from none, and the digests of frame and
+        mask in hex.
+    wanted : mapping of str to mapping of str to str
+        By space, the copies: the canonical JSON of each draw, and where it comes from.
+    """
+
+    movie: str
+    source: Mapping[str, Any] | None
+    frames: tuple[tuple[str, str, str | None], ...]
+    wanted: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def read(cls, file: Path) -> Asked:
+        """Read one; ValueError where the file holds none."""
+        plain = read_json(file, _LIMIT)
+        try:
+            source = None if plain["source"] is None else dict(plain["source"])
+            frames = [(str(p), str(f), m and str(m)) for p, f, m in plain["frames"]]
+            wanted = {str(space): dict(draws) for space, draws in plain["wanted"].items()}
+            return cls(str(plain["movie"]), source, tuple(frames), wanted)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} says of no movie what was asked for") from error
+
+    def to_json(self) -> dict[str, JSON]:
+        """Give all by name."""
+        return {
+            "movie": self.movie,
+            "source": None if self.source is None else dict(self.source),
+            "frames": [list(frame) for frame in self.frames],
+            "wanted": {space: dict(draws) for space, draws in self.wanted.items()},
+        }
+
+    def file(self, root: Path) -> Path:
+        """Name the file of this movie with these very frames and masks."""
+        made_of: JSON = [self.movie, [list(frame) for frame in self.frames]]
+        return root / "asked" / f"{digest_json(made_of).hex()}.json"
+
+    def joined(self, other: Asked) -> Asked:
+        """Give it with what else was wanted of the same movie."""
+        spaces = {**self.wanted, **other.wanted}
+        wanted = {s: {**self.wanted.get(s, {}), **other.wanted.get(s, {})} for s in spaces}
+        return replace(self, wanted=wanted)
+
+
+def add_asked(root: Path, asked: Asked) -> None:
+    """Note what was asked for; where that can't be, say so in the log and go on."""
+    file = asked.file(root)
+    try:
+        check_there(root)
+        make_folder(file.parent)
+        before = Asked.read(file) if file.exists() else asked
+        joined = before.joined(asked)
+        if file.exists() and joined == before:
+            if time.time() - file.stat().st_mtime > _TOUCHED_SECONDS:
+                os.utime(file)
+            return
+        write_text(file, canonical_json(joined.to_json()))
+    except (OSError, ValueError) as error:
+        _log.info("what was asked for of %s is not noted: %s", asked.movie, error)
+
+
+def read_asked(root: Path) -> Iterator[Asked]:
+    """Give what was asked for; a file that holds something else is left out."""
+    for file in asked_files(root):
+        try:
+            yield Asked.read(file)
+        except (OSError, ValueError) as error:
+            _log.info("%s is left out: %s", file, error)
+
+
+def find_damaged_asked(root: Path) -> list[Path]:
+    """List the files that hold something else."""
+    damaged = []
+    for file in asked_files(root):
+        try:
+            Asked.read(file)
+        except ValueError:
+            damaged.append(file)
+        except FileNotFoundError:
+            continue
+    return damaged
+
+
+def asked_files(root: Path) -> list[Path]:
+    """List the files."""
+    names = list_folder(root / "asked")
+    return [root / "asked" / name for name in names if name.endswith(".json")]
+
+
+def find_forgotten(root: Path, now: float) -> list[Path]:
+    """List what nobody asked for in `ASKED_SECONDS`; `now` as the file system has it."""
+    return [f for f in asked_files(root) if now - f.lstat().st_mtime > ASKED_SECONDS]
