@@ -27,8 +27,8 @@ from feature_cache import (
     Policy,
 )
 from feature_cache.augment import Entry
-from feature_cache.dataset import Copies, TokenFeatures
 from feature_cache.cli import main
+from feature_cache.dataset import Copies, TokenFeatures
 from feature_cache.movies import Movie, Source, write_movie
 from feature_cache.movies.arrays import ListedImages
 from feature_cache.report import (

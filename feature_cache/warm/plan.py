@@ -402,9 +402,9 @@ class _Planner:
         if pooled:
             self.originals.append((pooled[0], features.in_space(pooled[0]).keys(good)))
         pairs = list(zip(copies, specs, strict=True))
-        wanted = {s: features.texts_of(one for one, some in pairs if s in some) for s in every}
+        by_space = {s: features.texts_of(one for one, some in pairs if s in some) for s in every}
         if features.name:
-            self.asked.append(features.asked(wanted))
+            self.asked.append(features.asked(by_space))
         if len(self.tasks) > before and features.images_read:
             looked_at = movie if pooled else replace(movie, masks=None)
             looked_at.check(quick=True).log_problems()
