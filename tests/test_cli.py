@@ -88,6 +88,9 @@ class TestWarm:
         movies = small_folder("one"), small_folder("copy")
         _, out, _ = warm(run, *movies, options=["--json"])
         assert json.loads(out)["planned"] == 6
+        [row] = json.loads(run("ls", "--cache", "cache", "--movies", "--json")[1])
+        assert row["movie"] == " = ".join(sorted(f"{movie} TRA" for movie in movies))
+        assert (row["frames"], row["records"], row["missing"]) == (6, 6, 0)
 
     @pytest.mark.filterwarnings("always::feature_cache.normalize.ConstantFrameWarning")
     def test_a_constant_frame_is_a_warning_of_one_line(self, run, small_folder):

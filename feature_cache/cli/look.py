@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import CacheOption, JsonOption, OptionalCacheOption, complete_backbone
 from .output import print_table, size_text
+
+if TYPE_CHECKING:
+    from ..store import Store
 
 
 def inspect(
@@ -27,7 +30,13 @@ def inspect(
     typer.echo(json.dumps(look(Store(cache, "r"), what), indent=2))
 
 
-def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
+def list_spaces(
+    cache: CacheOption,
+    movies: Annotated[
+        bool, typer.Option("--movies", help="The movies instead, as people asked for them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List the spaces of a cache: one for each backbone, pooling and dtype; --json has all of it.
 
     Example: feature-cache ls --cache features
@@ -35,6 +44,9 @@ def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
     from ..store import Store
     from ..store.maintenance import last_uses
 
+    if movies:
+        _list_movies(Store(cache, "r"), as_json)
+        return
     rows = [
         {
             "space": space.name,
@@ -48,6 +60,26 @@ def list_spaces(cache: CacheOption, as_json: JsonOption = False) -> None:
             **({"spec": dict(space.spec)} if as_json else {}),
         }
         for space in Store(cache, "r").spaces()
+    ]
+    print_table(rows, as_json)
+
+
+def _list_movies(store: Store, as_json: bool) -> None:
+    from ..report.coverage import find_coverage
+    from ..store import read_asked
+
+    known, coverage = find_coverage(store.spaces(), read_asked(store.root))
+    rows = [
+        {
+            "movie": " = ".join(movie.names),
+            "space": one.space,
+            "frames": movie.slots,
+            "copies": len(one.columns),
+            "records": sum(one.counts[number]),
+            "missing": (one.expected[number] or 0) * len(one.columns) - sum(one.counts[number]),
+        }
+        for number, movie in enumerate(known)
+        for one in coverage
     ]
     print_table(rows, as_json)
 

@@ -371,9 +371,19 @@ class Space:
     # Damage
 
     def condemn(self, name: str, error: CorruptRecordError) -> None:
-        """Let nobody read a damaged pack again: move it away, or else keep it in mind."""
-        keys = self._keys_of(name)
+        """Let nobody read a damaged pack again: move it away, or else keep it in mind.
+
+        One that is sound by now stays: it was removed while it was read, and written again.
+        """
         self._forget(name)
+        try:
+            self._open(name).check()
+            return
+        except FileNotFoundError:
+            return
+        except CorruptRecordError:
+            keys = self._keys_of(name)
+            self._packs.pop(name, None)
         if self.mode == "a":
             target = quarantine_folder(self, name)
             with suppress(OSError):
