@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,9 @@ from feature_cache import (
     MissingRecordError,
     NotACacheError,
     Record,
+    StoreError,
 )
-from feature_cache.store.remote import open_remote, push
+from feature_cache.store.remote import open_remote, pull, push
 from feature_cache.testing import FakeBackbone
 
 __all__ = ["aws", "bucket", "endpoint", "service"]
@@ -162,6 +167,77 @@ def test_a_file_url_is_a_folder_below_that_is_read_in_place(tmp_path, small, sha
     assert same(
         pickle.loads(pickle.dumps(cache)).get(frames[:4], masks[:4], FakeBackbone()), records
     )
+
+
+class WebServer(SimpleHTTPRequestHandler):
+    """Gives the files of a folder, and ranges of them; lists nothing, takes nothing."""
+
+    def do_GET(self):
+        file = Path(self.translate_path(self.path))
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data, asked = (
+            file.read_bytes(),
+            re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""),
+        )
+        self.send_response(206 if asked else 200)
+        if asked:
+            first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[first : last + 1]
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", self.date_time_string(int(file.stat().st_mtime)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder, and the address at which a web server gives what is in it."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    serve = partial(WebServer, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/features"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("pooling", ["mean_patches_exact", None])
+def test_what_was_pushed_is_a_layer_by_a_plain_link(tmp_path, small, shared, web, pooling):
+    root, _ = shared
+    frames, masks = small
+    options = {"pooling": pooling, "dtype": "float16"}
+    theirs = FeatureCache(root).get_or_compute(frames[:4], masks[:4], FakeBackbone(), **options)
+    folder, url = web
+    push(root, open_remote(f"file://{folder}/features"))
+    backbone = Counting()
+    cache = FeatureCache(tmp_path / "own", layers=[url])
+    assert same(cache.get(frames[:4], masks[:4], backbone, **options), theirs)
+    cache.get_or_compute(*small, backbone, **options)
+    assert backbone.frames == 2
+
+    FeatureCache(root).get_or_compute(*small, FakeBackbone(), **options)
+    push(root, open_remote(f"file://{folder}/features"))  # another pack, which is in the table
+    fresh = FeatureCache(tmp_path / "fresh", layers=[url])
+    assert fresh.contains(*small, backbone, **options) == [True] * 6
+
+
+def test_a_web_server_is_no_place_to_push_to_or_to_pull_from(tmp_path, shared, web):
+    _, url = web
+    with pytest.raises(StoreError, match="can't write to http://.*--layer"):
+        push(shared[0], open_remote(url))
+    with pytest.raises(NotACacheError, match="no feature cache at http://"):
+        FeatureCache(tmp_path / "own", layers=[url])
+    push(shared[0], open_remote(f"file://{web[0]}/features"))
+    with pytest.raises(StoreError, match="can't list http://.*--layer"):
+        pull(tmp_path / "own", open_remote(url))
 
 
 def test_no_remote_is_at_an_address_that_lacks_a_cache(tmp_path, bucket):

@@ -104,7 +104,7 @@ class PackTable:
         )
 
 
-_EMPTY = PackTable(
+NO_PACKS = PackTable(
     (), np.empty((0, 3), np.int64), np.empty((0, DIGEST_BYTES), np.uint8), np.empty(0, np.uint64)
 )
 
@@ -122,15 +122,16 @@ def read_row(pack: Path) -> PackRow | None:
 def read_table(file: Path) -> PackTable:
     """Read a table; an empty one where there is none, or it is damaged."""
     try:
-        return _parse(read_file(file, _LIMIT))
+        return parse_table(read_file(file, _LIMIT))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         _log.info("%s is not used: %s", file, error)
-    return _EMPTY
+    return NO_PACKS
 
 
-def _parse(data: bytes) -> PackTable:
+def parse_table(data: bytes) -> PackTable:
+    """Read what `encode_table` gave; ValueError where it is something else."""
     if len(data) < _HEAD.size + DIGEST_BYTES:
         raise ValueError("it was cut short")
     body = memoryview(data)[:-DIGEST_BYTES]
@@ -160,17 +161,22 @@ def _parse(data: bytes) -> PackTable:
     return table
 
 
-def write_table(root: Path, file: Path, table: PackTable) -> None:
-    """Write a table in place of the one before; where that fails, say so in the log and go on."""
+def encode_table(table: PackTable) -> bytes:
+    """Give the bytes of a table's file."""
     head = _HEAD.pack(_MAGIC, len(table.names), len(table.keys))
     columns = (table.packs.astype("<i8"), table.keys, table.checksums.astype("<u8"))
     names = bytes.fromhex("".join(table.names))
     body = b"".join([head, names, *(column.tobytes() for column in columns)])
+    return body + xxhash.xxh3_128_digest(body)
+
+
+def write_table(root: Path, file: Path, table: PackTable) -> None:
+    """Write a table in place of the one before; where that fails, say so in the log and go on."""
     temporary = file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
         make_folders(file.parent, root)
         try:
-            temporary.write_bytes(body + xxhash.xxh3_128_digest(body))
+            temporary.write_bytes(encode_table(table))
             share_with_group(temporary)
             temporary.replace(file)
         finally:

@@ -9,7 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 from ..errors import NotACacheError, StoreError
 
-SCHEMES = ("s3://", "gs://", "az://", "file://")
+READ_ONLY = ("https://", "http://")
+SCHEMES = ("s3://", "gs://", "az://", "file://", *READ_ONLY)
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 """With one slash as well: pathlib takes the other away."""
@@ -48,11 +49,13 @@ def find_folder(place: str | os.PathLike[str]) -> Path:
         return Path(place).expanduser().absolute()
     folder = url_folder(url)
     if folder is None:
-        cure = (
-            f"bring it to one with feature-cache pull {url} --cache FOLDER, send to it with push, "
-            f"or read it below a folder with --layer {url}"
-            if url.startswith(SCHEMES)
-            else "name one"
-        )
+        cure = "name one"
+        if url.startswith(READ_ONLY):
+            cure = f"read it below a folder with --layer {url}"
+        elif url.startswith(SCHEMES):
+            cure = (
+                f"bring it to one with feature-cache pull {url} --cache FOLDER, send to it with "
+                f"push, or read it below a folder with --layer {url}"
+            )
         raise NotACacheError(f"{url} is no folder, which a cache has to be here: {cure}")
     return folder

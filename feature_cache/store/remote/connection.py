@@ -50,7 +50,9 @@ def connect(url: str, options: Mapping[str, Any]) -> ObjectStore:
 
 def _environment(url: str) -> dict[str, str]:
     """Read the client's options from the environment, which obstore does only if none are given."""
-    prefix = _VARIABLES[url.partition(":")[0]]
+    prefix = _VARIABLES.get(url.partition(":")[0])
+    if prefix is None:
+        return {"allow_http": "true"} if url.startswith("http://") else {}
     names = {key: f"{prefix}{key.upper()}" for key in _CLIENT_KEYS}
     return {key: os.environ[name] for key, name in names.items() if name in os.environ}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import StoreError
 from ..files import share_with_group, sync_file, sync_folder, writing
-from ..url import url_folder
+from ..url import READ_ONLY, url_folder
 from .connection import connect, enter_process, talking
 from .pieces import PIECE_BYTES, Progress, read_pieces, tell
 
@@ -42,6 +42,29 @@ class Objects:
         self.folder = url_folder(url)
         self._client: ObjectStore | None = None
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether the place says what is in it, and takes more; a plain web server does neither."""
+        return not self.url.startswith(READ_ONLY)
+
+    def check_listed(self, doing: str) -> None:
+        """Raise StoreError where a plain web server can't do something."""
+        if not self.is_listed:
+            raise StoreError(
+                f"can't {doing} {self.url}: a web server only gives what is asked for by name; "
+                f"read it below a folder, with --layer {self.url}"
+            )
+
+    def size(self, name: str) -> int | None:
+        """Give the size of an object; None where there is none."""
+        import obstore
+
+        with talking("read", f"{self.url}/{name}"):
+            try:
+                return int(obstore.head(self._open(), name)["size"])
+            except FileNotFoundError:
+                return None
+
     def list_all(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Give the names of all objects below a prefix, relative to it, and their sizes."""
         import obstore
@@ -55,6 +78,8 @@ class Objects:
     def list_level(self, prefix: str) -> tuple[list[str], list[str]]:
         """Give the paths of folders and of objects right below a prefix."""
         import obstore
+
+        self.check_listed("list")
 
         with talking("list", f"{self.url}/{prefix}"):
             found = obstore.list_with_delimiter(self._open(), prefix or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from ..files import TEMPORARY_PREFIX, group_text, make_folders, writing
 from ..pack import check_pack
 from ..space import PACK_NAME
 from ..store import FORMAT_VERSION, ROOT_TEXT, TAG
+from ..table import NO_PACKS, PackTable, encode_table, parse_table, read_row
 from ..url import SCHEMES, find_folder, parse_url
 from ..writer import install_pack
 from .layout import (
@@ -41,7 +43,8 @@ from .objects import Objects
 from .pieces import Progress, cut, each, make_files, tell
 
 _OBJECTS_AT_ONCE = 8
-_OWN_NAMES = {"CACHEDIR.TAG", "spaces", "zarr.json"}
+_OWN_NAMES = {"CACHEDIR.TAG", "spaces", "tables", "zarr.json"}
+_log = logging.getLogger(__name__)
 
 
 def open_remote(url: str, **options: Any) -> Remote:
@@ -50,7 +53,8 @@ def open_remote(url: str, **options: Any) -> Remote:
     Parameters
     ----------
     url : str
-        ``s3://bucket/prefix``, ``gs://…``, ``az://…``, or ``file:///folder``.
+        ``s3://bucket/prefix``, ``gs://…``, ``az://…``, or ``file:///folder``; ``https://…`` of
+        what was pushed to any of them, only as a layer.
     **options
         For obstore's ``from_url``; credentials and endpoints that are not given come from the
         environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AWS_ALLOW_HTTP``, …).
@@ -115,6 +119,11 @@ class Remote:
         """Start without a client."""
         self.__init__(*state)  # type: ignore[misc]
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether it says what is in it; a plain web server does not."""
+        return self._objects.is_listed
+
     def spaces(self) -> dict[str, dict[str, Any]]:
         """Give the specs of all spaces, as JSON, by name.
 
@@ -155,12 +164,45 @@ class Remote:
         StoreError
             If the remote can't be read.
         """
+        if not self._objects.is_listed:
+            table = self.table(space).proved()
+            return dict(zip(table.names, table.sizes.tolist(), strict=True))
         packs: dict[str, dict[str, int]] = {}
         for path, size in self._objects.list_all(f"{packs_prefix(space)}/"):
             pack, _, name = path.partition("/")
             if PACK_NAME.fullmatch(pack):
                 packs.setdefault(pack, {})[name] = size
         return {pack: sum(all_.values()) for pack, all_ in packs.items() if GROUP in all_}
+
+    def table(self, space: str) -> PackTable:
+        """Fetch names, keys and sizes of the packs of a space as of the last push; see `table`.
+
+        Raises
+        ------
+        StoreError
+            If the remote can't be read.
+        """
+        try:
+            data = self._objects.get(f"tables/{packs_prefix(space).split('/')[1]}")
+            return NO_PACKS if data is None else parse_table(data)
+        except ValueError as error:
+            _log.info("the table of %s in %s is not used: %s", space, self.url, error)
+            return NO_PACKS
+
+    def renew_table(self, space: str, packs_folder: Path) -> None:
+        """Write the table of a space anew, where it lacks packs that are here and there.
+
+        Raises
+        ------
+        StoreError
+            If the remote can't be read or written.
+        """
+        there, old = set(self.pack_names(space)), self.table(space)
+        kept = old.choose(there).proved()
+        found = (read_row(packs_folder / name) for name in sorted(there - set(kept.names)))
+        rows = [row for row in found if row is not None]
+        if rows or len(kept.names) < len(old.names):
+            self._objects.put(f"tables/{space}", encode_table(kept.extended(rows)))
 
     def read_keys(self, space: str, pack: str) -> Keys:
         """Fetch the keys of a pack, checked by their CRC: (n, 16) uint8.
@@ -278,6 +320,8 @@ class Remote:
         text = self._objects.get(GROUP)
         if text is not None:
             return self._parse_version(text)
+        if not self._objects.is_listed:
+            return None
         folders, objects = self._objects.list_level("")
         if foreign := {*folders, *objects} - _OWN_NAMES:
             raise NotACacheError(
@@ -298,6 +342,7 @@ class Remote:
         StoreError
             If a space there has another spec, or the remote can't be written.
         """
+        self._objects.check_listed("write to")
         version = self.version()
         if self.folder is not None:
             with writing(self.folder):
@@ -329,6 +374,8 @@ class Remote:
 
     def _pack_objects(self, prefix: str) -> dict[str, int]:
         """Give the sizes of a complete pack's objects by name, each name a safe relative path."""
+        if not self._objects.is_listed:
+            return self._named_objects(prefix)
         objects = dict(self._objects.list_all(f"{prefix}/"))
         if GROUP not in objects:
             raise self._lacking(f"{prefix}/{GROUP}")
@@ -339,6 +386,22 @@ class Remote:
                     f"{self.url}/{prefix} holds an object {name!r}, which no pack has"
                 )
         return objects
+
+    def _named_objects(self, prefix: str) -> dict[str, int]:
+        """Give the sizes of the objects of which the metadata of a pack speak."""
+        names = [GROUP]
+        with tempfile.TemporaryDirectory(prefix="feature_cache-") as folder:
+            for array in ("features", "index"):
+                if not self._bring(prefix, Path(folder), f"{array}/{GROUP}"):
+                    raise self._lacking(f"{prefix}/{array}/{GROUP}")
+                found = ArrayFile.read(Path(folder, array))
+                files = [found.chunk_file(*index) for index in found.file_indices()]
+                names += [f"{array}/{GROUP}", *(str(file.relative_to(folder)) for file in files)]
+        sizes = {name: self._objects.size(f"{prefix}/{name}") for name in names}
+        for name, size in sizes.items():
+            if size is None:
+                raise self._lacking(f"{prefix}/{name}")
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def _bring_chunk(self, prefix: str, folder: Path) -> None:
         """Fetch the array that the keys are in: ``keys``, in packs of version 1 to 3."""

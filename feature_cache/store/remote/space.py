@@ -19,6 +19,7 @@ from .pieces import PACKS_AT_ONCE, each
 from .remote import Remote
 
 _KEYS_AT_ONCE = 32
+_FEW_PACKS = 2
 _log = logging.getLogger(__name__)
 
 
@@ -85,9 +86,15 @@ class RemoteSpace:
         there = self.remote.version() is not None
         names = set(self.remote.pack_names(self.name)) if there else set()
         known = set(self._index.packs)
-        found = self._read_keys(sorted(names - known - self._damaged))
+        new = names - known - self._damaged
+        index = self._index.drop(known - names)
+        if len(new) > _FEW_PACKS or not self.remote.is_listed:
+            table = self.remote.table(self.name).choose(new).proved()
+            index = index.extend(table.names, table.counts, table.keys)
+            new -= set(table.names)
+        found = self._read_keys(sorted(new))
         added = {name: keys for name, keys in found.items() if keys is not None}
-        self._index = self._index.drop(known - names).add(added)
+        self._index = index.add(added)
         self._damaged = (self._damaged & names) | (found.keys() - added.keys())
         self._refreshed = time.monotonic()
 

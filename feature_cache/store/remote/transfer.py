@@ -182,7 +182,10 @@ def push(
                 _log.info("%s is gone since the push was planned", folder)
                 return None
 
-    return _transfer(plan, send, progress)
+    report = _transfer(plan, send, progress)
+    for space in plan.spaces:
+        remote.renew_table(space, root / packs_prefix(space))
+    return report
 
 
 def plan_pull(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None) -> TransferPlan:
