@@ -231,12 +231,12 @@ def test_what_was_pushed_is_a_layer_by_a_plain_link(tmp_path, small, shared, web
 
 def test_a_web_server_is_no_place_to_push_to_or_to_pull_from(tmp_path, shared, web):
     _, url = web
-    with pytest.raises(StoreError, match="can't write to http://.*--layer"):
+    with pytest.raises(StoreError, match=r"can't write to http://.*--layer"):
         push(shared[0], open_remote(url))
     with pytest.raises(NotACacheError, match="no feature cache at http://"):
         FeatureCache(tmp_path / "own", layers=[url])
     push(shared[0], open_remote(f"file://{web[0]}/features"))
-    with pytest.raises(StoreError, match="can't list http://.*--layer"):
+    with pytest.raises(StoreError, match=r"can't list http://.*--layer"):
         pull(tmp_path / "own", open_remote(url))
 
 

@@ -348,8 +348,10 @@ class TestLastObject:
             try:
                 push(root, s3)
             except StoreError:
-                assert s3.pack_names(space.name) == []
-                if s3.version() is not None:
+                if s3.pack_names(space.name):  # all but the table, which comes last
+                    assert pull(other, s3).packs == 1
+                    shutil.rmtree(other)
+                elif s3.version() is not None:
                     assert pull(other, s3).packs == 0
             else:
                 break
