@@ -280,7 +280,7 @@ MISTAKES = [
     Mistake(
         "a cache of a newer version",
         "ls --cache cache",
-        "error: {here}/cache has format version 99, this feature_cache reads up to 3: upgrade "
+        "error: {here}/cache has format version 99, this feature_cache reads up to 4: upgrade "
         "feature-cache, or name another folder",
         take_a_newer_cache,
     ),
