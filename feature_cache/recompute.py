@@ -384,7 +384,7 @@ class _Models:
         if name not in self._found:
             try:
                 spec = _read_spec(plain)
-                self._found[name] = spec, Model(self._load(spec.backbone), spec.backbone)
+                self._found[name] = spec, Model(self._load(spec.backbone), (spec.backbone,))
             except BackboneError as error:
                 self._found[name] = error
         found = self._found[name]

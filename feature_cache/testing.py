@@ -168,7 +168,7 @@ def _check_spec(backbone: Backbone) -> None:
         spec.width > 0 and spec.stride > 0,
         f"{spec.name}: width {spec.width} and stride {spec.stride} must be positive",
     )
-    Witness(backbone, spec).check()
+    Witness(backbone, (spec,)).check()
 
 
 def _check_embedding(backbone: Backbone, frames: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import BackboneError, UnknownNameError
 from .catalogue import BACKBONES, BackboneInfo
-from .name import ANY_OPTION, OptionInfo, options_of_factory, split_name
+from .name import ANY_OPTION, OptionInfo, join_name, options_of_factory, split_name
 
 if TYPE_CHECKING:
     from .base import Backbone
@@ -60,7 +60,8 @@ def load_backbone(
     ----------
     name : str
         One of `list_backbones`. Options may follow, as ``"timm/test_vit?layer=2&dtype=bfloat16"``:
-        all that follows here but `device`, typed as `list_options` says.
+        all that follows here but `device`, typed as `list_options` says. ``layer=A,B`` makes
+        `Layers`, several from one forward pass, which `plan_warm` takes.
     weights : str, Path or None
         None for the model's own, a path to a checkpoint, or ``"random:<seed>"``.
     device : str, optional
@@ -89,12 +90,21 @@ def load_backbone(
             f"{option} of {bare} is given twice: {told[option]} in its name, and "
             f"{given[option]!r} beside it; leave one out"
         )
+    if "," in told.get("layer", ""):
+        names = [join_name(bare, {**told, "layer": one}) for one in told["layer"].split(",")]
+        return _join_layers([load_backbone(n, weights, device, dtype, **options) for n in names])
     wanted = {**options, **_read_options(bare, factory, told, options)}
     weights, dtype = wanted.pop("weights", weights), wanted.pop("dtype", dtype)
     backbone = factory(bare, weights, device, dtype, **wanted)
     if not callable(getattr(backbone, "embed", None)):
         raise BackboneError(f"{factory} gave no backbone for {bare!r}: it has no embed()")
     return cast("Backbone", backbone)
+
+
+def _join_layers(members: Sequence[Backbone]) -> Backbone:
+    from .layers import Layers
+
+    return cast("Backbone", Layers(members))
 
 
 def list_options(name: str) -> tuple[OptionInfo, ...]:

@@ -138,6 +138,7 @@ class TorchBackbone(Frozen, ABC):
     """
 
     revision: ClassVar[int] = 1
+    _shared: TorchBackbone | None = None
 
     def __init__(
         self,
@@ -180,8 +181,14 @@ class TorchBackbone(Frozen, ABC):
         """Whether the network is in memory."""
         return "_loaded" in vars(self)
 
+    def share(self, other: TorchBackbone) -> None:
+        """Use the network of another backbone, which was made alike but for what is read of it."""
+        self._shared = other
+
     @cached_property
     def _loaded(self) -> _Loaded:
+        if self._shared is not None:
+            return self._shared._loaded
         with torch.inference_mode(False):
             network = self._build().eval().requires_grad_(False)
             weights = self._digest_network(network).hex()
@@ -240,12 +247,25 @@ class TorchBackbone(Frozen, ABC):
         FrameError
             As `embed`.
         """
+        images = self.take_images(parts)
+        with self.computing():
+            grids = self._forward(self.make_inputs(images)).float()
+        return self.split(grids, images)
+
+    def take_images(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Bring frames to the device, and check their shapes; errors as `embed`."""
         images = [torch.as_tensor(part, dtype=torch.float32).to(self.device) for part in parts]
         for part in images:
             self._check_frames(part)
-        with torch.inference_mode(), exact_float32(), self._autocast():
-            inputs = [self._as_input(part) for part in images]
-            grids = self._forward(inputs[0] if len(inputs) == 1 else torch.cat(inputs)).float()
+        return images
+
+    def make_inputs(self, images: Sequence[Tensor]) -> Tensor:
+        """Make the network's input of images on the device."""
+        inputs = [self._as_input(part) for part in images]
+        return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+
+    def split(self, grids: Tensor, images: Sequence[Tensor]) -> list[Tensor]:
+        """Give each of the images its grids."""
         slices = torch.split(grids, [len(part) for part in images])
         return [
             self._crop(own, (part.shape[1], part.shape[2]))
@@ -306,6 +326,8 @@ class TorchBackbone(Frozen, ABC):
         return int(text)
 
     def _weights_digest(self) -> Digest:
+        if self._shared is not None:
+            return bytes.fromhex(self._shared.spec.weights)
         file = self._weights_file()
         if file is None:
             return self._loaded_digest()
@@ -324,9 +346,11 @@ class TorchBackbone(Frozen, ABC):
         return state_dict_digest(network.state_dict())
 
     @contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
+        """Compute in this backbone's dtype, whatever the process has set."""
         dtype: torch.dtype = getattr(torch, self.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        with torch.inference_mode(), exact_float32(), autocast:
             yield
 
 

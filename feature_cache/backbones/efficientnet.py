@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import BackboneError, MissingDependencyError, UnknownNameError
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, seeded
+from .layers import LayeredBackbone
 
 _INSTALL = 'pip install "feature-cache[demo]"'
 _LAYERS = MappingProxyType(
@@ -18,7 +20,7 @@ _LAYERS = MappingProxyType(
 )
 
 
-class EfficientNetLite0(TorchBackbone):
+class EfficientNetLite0(LayeredBackbone):
     """Feature maps of EfficientNet-Lite0, at the frame's own size.
 
     Parameters
@@ -87,12 +89,13 @@ class EfficientNetLite0(TorchBackbone):
             network.load_state_dict(state)
         return network
 
-    def _forward(self, inputs: Tensor) -> Tensor:
-        index = _LAYERS[self.layer][0]
-        [features] = self.module.forward_intermediates(  # type: ignore[operator]
-            inputs, indices=[index], stop_early=True, intermediates_only=True
+    def _forward_layers(self, inputs: Tensor, members: Sequence[TorchBackbone]) -> list[Tensor]:
+        wanted = [_LAYERS[cast(EfficientNetLite0, one).layer][0] for one in members]
+        indices = sorted(wanted)
+        found = self.module.forward_intermediates(  # type: ignore[operator]
+            inputs, indices=indices, stop_early=True, intermediates_only=True
         )
-        return cast(Tensor, features).permute(0, 2, 3, 1)
+        return [found[indices.index(index)].permute(0, 2, 3, 1) for index in wanted]
 
 
 def _rename(state: dict[str, Tensor], wanted: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

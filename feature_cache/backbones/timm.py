@@ -19,12 +19,13 @@ from ..errors import BackboneError, MissingDependencyError, UnknownNameError
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
 from .hub import hub_file
+from .layers import LayeredBackbone
 from .preprocessing import check_input_size
 
 _INSTALL = 'pip install "feature-cache[timm]"'
 
 
-class Timm(TorchBackbone):
+class Timm(LayeredBackbone):
     """Intermediate features of a model of timm.
 
     Parameters
@@ -167,13 +168,17 @@ class Timm(TorchBackbone):
         rule = spec.resize.removeprefix("round-up-")
         return super()._as_input(resize_frames(images, size, rule))
 
-    def _forward(self, inputs: Tensor) -> Tensor:
-        plan = self._plan
-        options = {"norm": True} if plan.norm else {}
-        [features] = self.module.forward_intermediates(  # type: ignore[operator]
-            inputs, indices=[plan.index], stop_early=True, intermediates_only=True, **options
+    def _forward_layers(self, inputs: Tensor, members: Sequence[TorchBackbone]) -> list[Tensor]:
+        plans = [cast(Timm, one)._plan for one in members]
+        indices = sorted(plan.index for plan in plans)
+        found = self.module.forward_intermediates(  # type: ignore[operator]
+            inputs, indices=indices, stop_early=True, intermediates_only=True
         )
-        return cast(Tensor, features).permute(0, 2, 3, 1)
+        grids = [found[indices.index(plan.index)].permute(0, 2, 3, 1) for plan in plans]
+        return [
+            cast(Tensor, self.module.norm(grid) if plan.norm else grid)  # type: ignore[operator]
+            for plan, grid in zip(plans, grids, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,12 @@ from torch import nn
 
 from ..errors import BackboneError
 from ..spec import BackboneSpec, differences
+from .layers import specs_of
 from .state import NetworkState
 
 if TYPE_CHECKING:
     from .base import Backbone
+    from .layers import Layers
 
 
 class Witness:
@@ -28,12 +30,12 @@ class Witness:
     backbone : Backbone
         One with a method ``check`` is asked for itself, as `TorchBackbone`. Of others, networks
         that are attributes are compared with what they were when the first batch came.
-    spec : BackboneSpec
-        Of which the keys were made.
+    specs : tuple of BackboneSpec
+        Of its layers, of which the keys were made.
     """
 
-    def __init__(self, backbone: Backbone, spec: BackboneSpec) -> None:
-        self.backbone, self.spec = backbone, spec
+    def __init__(self, backbone: Backbone | Layers, specs: tuple[BackboneSpec, ...]) -> None:
+        self.backbone, self.specs = backbone, specs
         self._states: dict[str, NetworkState] | None = None
 
     def check(self) -> None:
@@ -57,17 +59,17 @@ class Witness:
             self._check_networks()
 
     def _check_spec(self) -> None:
-        spec = self.backbone.spec
-        if spec is not self.spec and spec != self.spec:
-            words = ("when keys were made", "now")
-            differing = "; ".join(differences(self.spec.to_json(), spec.to_json(), words))
-            raise BackboneError(
-                f"the spec of {self.spec.name} has changed: {differing}; nothing is stored under "
-                "keys that say otherwise: make another backbone"
-            )
+        for spec, before in zip(specs_of(self.backbone), self.specs, strict=True):
+            if spec is not before and spec != before:
+                words = ("when keys were made", "now")
+                differing = "; ".join(differences(before.to_json(), spec.to_json(), words))
+                raise BackboneError(
+                    f"the spec of {before.name} has changed: {differing}; nothing is stored under "
+                    "keys that say otherwise: make another backbone"
+                )
 
     def _check_networks(self) -> None:
-        name = self.spec.name
+        name = self.specs[0].name
         if self._states is None:
             held = getattr(self.backbone, "__dict__", {})
             networks = {key: v for key, v in held.items() if isinstance(v, nn.Module)}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..backbones.layers import Layers
 from ..engine import MEMORY_BYTES, Budget, Engine, Model, Written, grid_spec
 from ..errors import UnknownNameError
 from ..hashing import Digest
@@ -89,6 +90,14 @@ class OpenCache:
             computed=computed,
         )
 
-    def open_model(self, backbone: Backbone, spec: BackboneSpec) -> Model:
-        """Make what computes with a backbone, or pools what it has stored here in float32."""
-        return Model(backbone, spec, self.space(grid_spec(spec)))
+    def open_model(self, backbone: Backbone | Layers, spec: BackboneSpec) -> Model:
+        """Make what computes with a backbone, or pools what it has stored here in float32.
+
+        Parameters
+        ----------
+        backbone : Backbone or Layers
+        spec : BackboneSpec
+            Of which the keys were made; of several layers, their own are taken.
+        """
+        specs = backbone.specs if isinstance(backbone, Layers) else (spec,)
+        return Model(backbone, specs, {spec: self.space(grid_spec(spec)) for spec in specs})

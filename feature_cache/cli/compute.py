@@ -423,6 +423,7 @@ def _check_names(
     dense: str = "none",
 ) -> None:
     """Find mistakes in names before anything is read or written."""
+    from ..backbones.layers import specs_of
     from ..errors import UnknownNameError
     from ..spec import SpaceSpec
     from ..store import CODECS
@@ -433,7 +434,7 @@ def _check_names(
     if dense not in DENSE:
         raise UnknownNameError("value of dense", dense, DENSE)
     for pooling in poolings:
-        SpaceSpec(model.spec, pooling, dtype)
+        SpaceSpec(specs_of(model)[0], pooling, dtype)
 
 
 def _check_remote(url: str | None) -> None:

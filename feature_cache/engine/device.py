@@ -27,6 +27,7 @@ from ..spec import BackboneSpec, SpaceSpec
 from .frame import Frame
 from .plain import (
     Embedding,
+    Grids,
     Group,
     check_finite,
     check_range,
@@ -39,6 +40,7 @@ from .plain import (
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
+    from ..backbones.layers import Layers
 
 PLAIN = "FEATURE_CACHE_PLAIN"
 """Set to 1, everything but the network is computed on the CPU; to 0, on any device there is."""
@@ -81,12 +83,13 @@ class OnDevice:
 
     Parameters
     ----------
-    backbone : Backbone
-    spec : BackboneSpec
+    backbone : Backbone or Layers
+    specs : tuple of BackboneSpec
+        Of its layers.
     """
 
-    def __init__(self, backbone: Backbone, spec: BackboneSpec) -> None:
-        self.backbone, self.spec = backbone, spec
+    def __init__(self, backbone: Backbone | Layers, specs: tuple[BackboneSpec, ...]) -> None:
+        self.backbone, self.specs, self.spec = backbone, specs, specs[0]
         self.device = torch.device(getattr(backbone, "device", "cpu"))
         self._has_streams = self.device.type == "cuda"
         self._uploads, self._computing = (
@@ -145,15 +148,17 @@ class OnDevice:
         with self._on(self._computing):
             return draw_groups(batch, self._images_of, self.spec)
 
-    def embed(self, groups: Sequence[Group]) -> list[DeviceGrid]:
+    def embed(self, groups: Sequence[Group]) -> list[Grids]:
         """Embed what is drawn, as one batch; waits for nothing."""
         with self._on(self._computing):
-            found = embed_groups(self.backbone, self.spec, groups)
+            found = embed_groups(self.backbone, self.specs, groups)
             return [
-                DeviceGrid(stack, seen, group.first.where)
-                for group, grids in zip(groups, found, strict=True)
+                {spec: DeviceGrid(stack, seen, group.first.where) for spec, stack in stacks.items()}
+                for group, layers in zip(groups, found, strict=True)
                 for seen in [torch.stack(torch.aminmax(group.images))]
-                for stack in split_stacks(grids.to(self.device), group.members)
+                for stacks in split_stacks(
+                    {spec: grids.to(self.device) for spec, grids in layers.items()}, group.members
+                )
             ]
 
     def _images_of(self, frames: Sequence[Frame]) -> torch.Tensor:

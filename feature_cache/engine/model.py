@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from traceback import format_exception
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from ..augment import Draw
 from ..backbones.base import mixes_sizes
+from ..backbones.layers import Layers
 from ..backbones.witness import Witness
 from ..errors import BackboneError, FeatureCacheError, FrameError, StoreError
 from ..hashing import DIGEST_BYTES
@@ -22,7 +25,7 @@ from ..rounding import difference, rounding_bound
 from ..spec import BackboneSpec, SpaceSpec
 from .device import PLAIN, OnDevice, is_plain
 from .frame import Frame
-from .plain import Embedding, Grid, Group, Plain, count_slices
+from .plain import Embedding, Grids, Group, Plain, count_slices
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -50,11 +53,11 @@ class Model:
 
     Parameters
     ----------
-    backbone : Backbone
-    spec : BackboneSpec
-        Of which the keys were made; the backbone is compared with it before each batch.
-    grids : Space, optional
-        Where its float32 grids are; what is pooled from them needs no backbone.
+    backbone : Backbone or Layers
+    specs : tuple of BackboneSpec
+        Of its layers, of which the keys were made; it is compared with them before each batch.
+    grids : mapping of BackboneSpec to Space
+        Where the float32 grids of each are; what is pooled from them needs no backbone.
 
     Attributes
     ----------
@@ -65,18 +68,22 @@ class Model:
         batch took on a GPU.
     """
 
-    def __init__(self, backbone: Backbone, spec: BackboneSpec, grids: Space | None = None) -> None:
-        self.backbone, self.spec, self.grids = backbone, spec, grids
-        self.digest = spec.digest
+    def __init__(
+        self,
+        backbone: Backbone | Layers,
+        specs: tuple[BackboneSpec, ...],
+        grids: Mapping[BackboneSpec, Space] = MappingProxyType({}),
+    ) -> None:
+        self.backbone, self.spec, self.grids = backbone, specs[0], grids
+        self.digest = self.spec.digest
         self.device = getattr(backbone, "device", "cpu")
-        self._witness = Witness(backbone, spec)
-        self._grid_space = grid_spec(spec).digest
+        self._witness = Witness(backbone, specs)
         self._most_slices: int | None = None
         self.fitting, self._is_measured = FIRST_BATCH, False
         self._lock = _locks.setdefault((self.digest, str(self.device)), threading.RLock())
-        self.mixes_sizes = mixes_sizes(backbone)
-        self._plain = Plain(backbone, spec)
-        self._way = self._plain if is_plain(self.device) else OnDevice(backbone, spec)
+        self.mixes_sizes = _mixes_sizes(backbone)
+        self._plain = Plain(backbone, specs)
+        self._way = self._plain if is_plain(self.device) else OnDevice(backbone, specs)
         self._proofs: dict[SpaceSpec, int] = {}
 
     def prepare(self, frame: Frame) -> None:
@@ -96,30 +103,37 @@ class Model:
                 raise
             raise _as_ours(error, self.spec.name, frame.where) from error
 
-    def find_grids(self, embeddings: Sequence[Embedding]) -> list[Grid | None]:
+    def find_grids(self, embeddings: Sequence[Embedding]) -> list[Grids | None]:
         """Read the grids of frames under draws, verified, where they are stored in float32.
 
-        Only for what is pooled. One that is damaged, or can't be read, counts as none, with a
-        warning in the log.
+        Only for what is pooled, and where the grid of each layer is there. One that is damaged, or
+        can't be read, counts as none, with a warning in the log.
         """
-        found: list[Grid | None] = [None] * len(embeddings)
-        pooled = [i for i, each in enumerate(embeddings) if None not in map(_pooling, each.specs)]
-        if self.grids is None or not pooled:
-            return found
-        keys = [
-            record_key(self._grid_space, each.frame.digest, None, each.draw)
-            for each in (embeddings[i] for i in pooled)
-        ]
-        try:
+        found: list[Grids] = [{} for _ in embeddings]
+        wanted: dict[BackboneSpec, list[int]] = defaultdict(list)
+        for i, each in enumerate(embeddings):
+            for layer, part in each.by_layer().items():
+                if layer in self.grids and None not in map(_pooling, part.specs):
+                    wanted[layer].append(i)
+        for layer, numbers in wanted.items():
+            space = grid_spec(layer).digest
+            keys = [
+                record_key(space, each.frame.digest, None, each.draw)
+                for each in (embeddings[i] for i in numbers)
+            ]
             rows = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)
-            records = self.grids.read(rows)
-        except StoreError as error:
-            _log.warning("grids that are stored are not used: %s", error)
-            return found
-        for i, record in zip(pooled, records, strict=True):
-            if record is not None:
-                found[i] = record.features.astype(np.float32, copy=False)
-        return found
+            try:
+                records = self.grids[layer].read(rows)
+            except StoreError as error:
+                _log.warning("grids that are stored are not used: %s", error)
+                continue
+            for i, record in zip(numbers, records, strict=True):
+                if record is not None:
+                    found[i][layer] = record.features.astype(np.float32, copy=False)
+        return [
+            grids if grids.keys() >= each.by_layer().keys() else None
+            for grids, each in zip(found, embeddings, strict=True)
+        ]
 
     # Embedding
 
@@ -204,8 +218,8 @@ class Model:
 
     # Records
 
-    def make_records(self, embedding: Embedding, grid: Any) -> list[Record]:
-        """Make a frame's records of its grid, one for each space: pooled, rounded and checked.
+    def make_records(self, embedding: Embedding, grids: Grids) -> list[Record]:
+        """Make a frame's records of its grids, one for each space: pooled, rounded and checked.
 
         Raises
         ------
@@ -214,9 +228,10 @@ class Model:
         FrameError
             There is no mask, and a pooling needs one.
         """
-        way = self._plain if isinstance(grid, np.ndarray) else self._way
+        is_here = all(isinstance(grid, np.ndarray) for grid in grids.values())
+        way = self._plain if is_here else self._way
         try:
-            records = way.make_records(embedding, grid)
+            records = _make_all(way, embedding, grids)
             if way is not self._plain:
                 self._prove(embedding, records)
         except Exception as error:  # noqa: BLE001 - also of a device
@@ -230,7 +245,7 @@ class Model:
             return
         with self._lock:
             [again] = self._plain.embed(self._plain.draw([embedding]))
-        expected = self._plain.make_records(embedding, again)
+        expected = _make_all(self._plain, embedding, again)
         for spec, one, other in zip(embedding.specs, records, expected, strict=True):
             apart, bound = difference(one, other), rounding_bound(spec)
             if not apart <= bound:
@@ -245,6 +260,19 @@ class Model:
 
 
 _pooling = attrgetter("pooling")
+
+
+def _mixes_sizes(backbone: Backbone | Layers) -> bool:
+    members = backbone.members if isinstance(backbone, Layers) else (backbone,)
+    return all(map(mixes_sizes, members))
+
+
+def _make_all(way: Plain | OnDevice, embedding: Embedding, grids: Grids) -> list[Record]:
+    """Make the records of all layers, in the order of the spaces."""
+    records: dict[SpaceSpec, Record] = {}
+    for layer, part in embedding.by_layer().items():
+        records.update(zip(part.specs, way.make_records(part, grids[layer]), strict=True))
+    return [records[spec] for spec in embedding.specs]
 
 
 def count_fitting(free: int, taken: int, slices: int) -> int:
@@ -292,7 +320,7 @@ def compute_records(
     BackboneError, FrameError
         As `Model.embed` and `Model.make_records`.
     """
-    model = Model(backbone, spec.backbone)
+    model = Model(backbone, (spec.backbone,))
     for _, record in compute_each(frames, model, spec, draw, batch_size):
         if isinstance(record, Exception):
             raise record

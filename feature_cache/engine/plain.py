@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..augment import Draw
 from ..backbones.base import TorchBackbone, mixes_sizes
+from ..backbones.layers import Layers
 from ..backbones.state import undisturbed
 from ..errors import BackboneError
 from ..key import Record
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Grid: TypeAlias = NDArray[np.float32]
 """(gh, gw, C), or (Z, gh, gw, C) for a stack."""
+Grids: TypeAlias = dict[BackboneSpec, Any]
+"""What is made of a frame: a grid, here or on a device, for each layer of the backbone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,18 +54,27 @@ class Embedding:
         """The poolings of its records, each once."""
         return list(dict.fromkeys(s.pooling for s in self.specs if s.pooling is not None))
 
+    def by_layer(self) -> dict[BackboneSpec, Embedding]:
+        """Give, for each layer of the backbone, what is wanted of its grid."""
+        layers = dict.fromkeys(spec.backbone for spec in self.specs)
+        return {
+            layer: replace(self, specs=tuple(s for s in self.specs if s.backbone == layer))
+            for layer in layers
+        }
+
 
 class Plain:
     """Normalises and pools on the CPU; draws on the device of the backbone, and waits for it.
 
     Parameters
     ----------
-    backbone : Backbone
-    spec : BackboneSpec
+    backbone : Backbone or Layers
+    specs : tuple of BackboneSpec
+        Of its layers.
     """
 
-    def __init__(self, backbone: Backbone, spec: BackboneSpec) -> None:
-        self.backbone, self.spec = backbone, spec
+    def __init__(self, backbone: Backbone | Layers, specs: tuple[BackboneSpec, ...]) -> None:
+        self.backbone, self.specs, self.spec = backbone, specs, specs[0]
         self.device = torch.device(getattr(backbone, "device", "cpu"))
 
     def prepare(self, frame: Frame) -> None:
@@ -83,12 +95,12 @@ class Plain:
                 self._check_range(group.images, group.first)
             return groups
 
-    def embed(self, groups: Sequence[Group]) -> list[Any]:
+    def embed(self, groups: Sequence[Group]) -> list[Grids]:
         """Embed what is drawn, as one batch.
 
         Returns
         -------
-        list of (gh, gw, C), or (Z, gh, gw, C) for stacks, float32
+        list of dict of BackboneSpec to (gh, gw, C), or (Z, gh, gw, C) for stacks, float32
 
         Raises
         ------
@@ -96,16 +108,21 @@ class Plain:
             The embedding has a wrong shape, or NaN.
         """
         with undisturbed(self.device):
-            found = [grids.cpu() for grids in embed_groups(self.backbone, self.spec, groups)]
-        for group, grids in zip(groups, found, strict=True):
-            if not torch.isfinite(grids.sum()):  # cheap, and never finite where one of them is not
-                finite = torch.isfinite(grids).flatten(1).all(dim=1)
-                check_finite(finite, self.spec, group.members)
+            found = embed_groups(self.backbone, self.specs, groups)
         return [
-            stack
-            for group, grids in zip(groups, found, strict=True)
-            for stack in split_stacks(grids.numpy(), group.members)
+            stacks
+            for group, layers in zip(groups, found, strict=True)
+            for stacks in split_stacks(
+                {spec: self._bring(grids, spec, group) for spec, grids in layers.items()},
+                group.members,
+            )
         ]
+
+    def _bring(self, grids: torch.Tensor, spec: BackboneSpec, group: Group) -> Any:
+        here = grids.cpu()
+        if not torch.isfinite(here.sum()):  # cheap, and never finite where one of them is not
+            check_finite(torch.isfinite(here).flatten(1).all(dim=1), spec, group.members)
+        return here.numpy()
 
     def _images_of(self, frames: Sequence[Frame]) -> torch.Tensor:
         rule = self.spec.normalization
@@ -209,9 +226,9 @@ def draw_groups(
 
 
 def embed_groups(
-    backbone: Backbone, spec: BackboneSpec, groups: Sequence[Group]
-) -> list[torch.Tensor]:
-    """Embed groups in one pass: the grids (B, gh, gw, C) float32 of each.
+    backbone: Backbone | Layers, specs: Sequence[BackboneSpec], groups: Sequence[Group]
+) -> list[dict[BackboneSpec, torch.Tensor]]:
+    """Embed groups in one pass: the grids (B, gh, gw, C) float32 of each, by layer.
 
     Raises
     ------
@@ -219,15 +236,20 @@ def embed_groups(
         A wrong shape.
     """
     images = [group.images for group in groups]
-    counts = [len(part) for part in images]
-    if isinstance(backbone, TorchBackbone) and mixes_sizes(backbone):
+    if isinstance(backbone, Layers):
         found = backbone.embed_parts(images)
-        for grids, count, group in zip(found, counts, groups, strict=True):
-            check_shape(grids, count, spec, group.first)
-        return found
-    whole = torch.as_tensor(backbone.embed(images[0] if len(images) == 1 else torch.cat(images)))
-    check_shape(whole, sum(counts), spec, groups[0].first)
-    return list(torch.split(whole.float(), counts))
+    elif isinstance(backbone, TorchBackbone) and mixes_sizes(backbone):
+        found = [backbone.embed_parts(images)]
+    else:
+        counts = [len(part) for part in images]
+        grids = backbone.embed(images[0] if len(images) == 1 else torch.cat(images))
+        whole = torch.as_tensor(grids).float()
+        check_shape(whole, sum(counts), specs[0], groups[0].first)
+        found = [list(torch.split(whole, counts))]
+    for spec, layer in zip(specs, found, strict=True):
+        for own, group in zip(layer, groups, strict=True):
+            check_shape(own, len(group.images), spec, group.first)
+    return [dict(zip(specs, layers, strict=True)) for layers in zip(*found, strict=True)]
 
 
 def check_shape(grids: torch.Tensor, count: int, spec: BackboneSpec, first: Frame) -> None:
@@ -251,14 +273,16 @@ def check_finite(finite: torch.Tensor, spec: BackboneSpec, batch: Sequence[Embed
         )
 
 
-def split_stacks(slices: Any, batch: Sequence[Embedding]) -> list[Any]:
-    """Give each frame its grid, or the grids of its slices."""
+def split_stacks(layers: Mapping[BackboneSpec, Any], batch: Sequence[Embedding]) -> list[Grids]:
+    """Give each frame its grid, or the grids of its slices, by layer."""
     ends = np.cumsum([each.frame.depth for each in batch]).tolist()
     starts = [0, *ends[:-1]]
-    stacks = [slices[start:end] for start, end in zip(starts, ends, strict=True)]
     return [
-        stack[0] if each.frame.pixels.ndim == 2 else stack
-        for stack, each in zip(stacks, batch, strict=True)
+        {
+            spec: slices[start] if each.frame.pixels.ndim == 2 else slices[start:end]
+            for spec, slices in layers.items()
+        }
+        for each, start, end in zip(batch, starts, ends, strict=True)
     ]
 
 

@@ -6,11 +6,12 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from ..augment import Augmentations
+from ..backbones.layers import Layers, specs_of
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..engine import Failure, Tally
 from ..errors import MovieError, UnknownNameError
@@ -273,7 +274,7 @@ class WarmPlan:
 def plan_warm(
     cache: FeatureCache,
     movies: Iterable[Source | Given],
-    backbone: Backbone,
+    backbone: Backbone | Layers,
     *,
     pooling: str | Sequence[str | None] | None = "mean_patches_exact",
     dtype: str = "float16",
@@ -292,8 +293,9 @@ def plan_warm(
         As `FeatureCache.get_or_compute`.
     movies : iterable of Movie, Source, path, or pair of arrays (frames, masks)
         A cluster wants movies in files.
-    backbone : Backbone
-        Or `StoredGrids`: then what has no stored grid is a failure.
+    backbone : Backbone or Layers
+        Of several layers, each is a space of its own, from one embedding. Or `StoredGrids`: then
+        what has no stored grid is a failure.
     pooling : str, None or a sequence of these
         Several are computed from one embedding.
     augmentations : Augmentations, optional
@@ -313,12 +315,23 @@ def plan_warm(
     if dense not in DENSE:
         raise UnknownNameError("value of dense", dense, DENSE)
     poolings = [pooling] if pooling is None or isinstance(pooling, str) else list(pooling)
-    specs = tuple(dict.fromkeys(SpaceSpec(backbone.spec, name, dtype) for name in poolings))
+    layers = specs_of(backbone)
+    specs = tuple(dict.fromkeys(SpaceSpec(s, name, dtype) for s in layers for name in poolings))
     copies = augmentations or Augmentations("none", copies=0)
     planner = _Planner(cache, backbone, specs, copies, dense, list(failures))
     for movie in _open_all(movies, planner.failures):
         planner.add(movie, progress)
     return planner.plan()
+
+
+def bind_movie(
+    cache: FeatureCache, movie: Movie, backbone: Backbone | Layers, specs: Sequence[SpaceSpec]
+) -> MovieFeatures:
+    """Bind a movie to one of its spaces, with masks where any of them pools."""
+    pooled = next((spec for spec in specs if spec.pooling is not None), specs[0])
+    one = backbone.members[0] if isinstance(backbone, Layers) else backbone
+    features = cache.movie(movie, None, one, pooling=pooled.pooling, dtype=pooled.dtype)
+    return replace(features, backbone=cast("Backbone", backbone))
 
 
 def _open_all(movies: Iterable[Source | Given], failures: list[Failure]) -> Iterator[Movie]:
@@ -345,7 +358,7 @@ class _Planner:
     def __init__(
         self,
         cache: FeatureCache,
-        backbone: Backbone,
+        backbone: Backbone | Layers,
         specs: tuple[SpaceSpec, ...],
         copies: Augmentations,
         dense: str,
@@ -353,7 +366,7 @@ class _Planner:
     ) -> None:
         self.cache, self.backbone, self.specs = cache, backbone, specs
         self.copies, self.dense, self.failures = copies, dense, failures
-        self.grids = grid_spec(backbone.spec)
+        self.grids = tuple(map(grid_spec, specs_of(backbone)))
         self.tasks: list[Task] = []
         self.rows: list[PlanRow] = []
         self.present = 0
@@ -411,13 +424,10 @@ class _Planner:
 
     def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
         wanted = self.dense == "all" or (self.dense == "original" and copy == 0)
-        return tuple(dict.fromkeys((*self.specs, self.grids))) if wanted else self.specs
+        return tuple(dict.fromkeys((*self.specs, *self.grids))) if wanted else self.specs
 
     def _bind(self, movie: Movie) -> MovieFeatures:
-        pooled = next((spec for spec in self.specs if spec.pooling is not None), self.specs[0])
-        return self.cache.movie(
-            movie, None, self.backbone, pooling=pooled.pooling, dtype=pooled.dtype
-        )
+        return bind_movie(self.cache, movie, self.backbone, self.specs)
 
     def _add_copy(
         self,
@@ -456,8 +466,8 @@ class _Planner:
     def _stored_grids(self, copy: MovieFeatures, frames: list[int]) -> frozenset[int]:
         if not frames:
             return frozenset()
-        there = copy.in_space(self.grids).contains(frames)
-        return frozenset(t for t, found in zip(frames, there, strict=True) if found)
+        there = np.all([copy.in_space(spec).contains(frames) for spec in self.grids], axis=0)
+        return frozenset(np.asarray(frames)[there].tolist())
 
     def _leave_out(
         self, copy: MovieFeatures, missing: list[tuple[int, ...]], stored: Collection[int]

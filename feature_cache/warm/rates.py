@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backbones.layers import Layers, specs_of
 from ..hashing import digest_json
 from ..memo import memo_folder, memo_is_off
 
@@ -21,7 +22,7 @@ _ENOUGH_FRAMES = 16
 _log = logging.getLogger(__name__)
 
 
-def recall_rate(backbone: Backbone) -> float | None:
+def recall_rate(backbone: Backbone | Layers) -> float | None:
     """Give the frames a second of the last run on such a device; None where there was none."""
     if memo_is_off():
         return None
@@ -32,7 +33,7 @@ def recall_rate(backbone: Backbone) -> float | None:
     return float(rate) if type(rate) in (int, float) and rate > 0 else None
 
 
-def remember_rate(backbone: Backbone, frames: int, seconds: float) -> None:
+def remember_rate(backbone: Backbone | Layers, frames: int, seconds: float) -> None:
     """Remember the pace of a run, in the user's memo; one of a few frames says nothing."""
     if frames < _ENOUGH_FRAMES or memo_is_off():
         return
@@ -46,8 +47,9 @@ def remember_rate(backbone: Backbone, frames: int, seconds: float) -> None:
         _log.info("can't remember the pace in %s: %s", file.parent, error)
 
 
-def _file_of(backbone: Backbone) -> Path:
-    about: list[Any] = [backbone.spec.to_json(), _name_device(getattr(backbone, "device", "cpu"))]
+def _file_of(backbone: Backbone | Layers) -> Path:
+    specs = [spec.to_json() for spec in specs_of(backbone)]
+    about: list[Any] = [*specs, _name_device(getattr(backbone, "device", "cpu"))]
     return memo_folder() / f"{digest_json(about).hex()}.rate"
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..backbones import load_backbone
+from ..backbones.layers import specs_of
 from ..cache import FeatureCache
 from ..engine import PART_FAILS, Budget, Failure, Tally
 from ..errors import BackboneError
 from ..hashing import Digest
 from ..movies import Movie, Source
 from ..spec import SpaceSpec
-from .plan import Spot, Task, Unit
+from .plan import Spot, Task, Unit, bind_movie
 from .push import Pushing
 from .run import compute_units
 from .stored import StoredGrids
@@ -181,9 +182,7 @@ def dask_setup(_: object) -> None:
 
 
 def _bind(cache: FeatureCache, backbone: Backbone, order: Order) -> Task:
-    movie, spec = _open_movie(order.source), order.specs[0]
-    pooled = next((one for one in order.specs if one.pooling is not None), spec)
-    features = cache.movie(movie, None, backbone, pooling=pooled.pooling, dtype=pooled.dtype)
+    features = bind_movie(cache, _open_movie(order.source), backbone, order.specs)
     features.know(order.digests)
     copies = tuple(features.with_draw(draw, origin) for draw, origin in order.copies)
     return Task(copies, order.specs, dict(order.wanted), order.grids)
@@ -216,11 +215,11 @@ def _backbone_of(order: Order) -> Backbone:
         if order.recipe not in _loaded:
             _loaded[order.recipe] = order.recipe.load()
         backbone = _loaded[order.recipe]
-        found = backbone.spec
-    if found != wanted:
+        found = specs_of(backbone)
+    if not {spec.backbone for spec in order.specs} <= {*found}:
         raise BackboneError(
             f"{order.recipe.name} is another here than where the plan was made: weights "
-            f"{found.weights[:8]}, expected {wanted.weights[:8]}, or other options; have workers "
-            "use the same weights and the same version of feature-cache"
+            f"{found[0].weights[:8]}, expected {wanted.weights[:8]}, or other options; have "
+            "workers use the same weights and the same version of feature-cache"
         )
     return backbone
