@@ -87,10 +87,10 @@ class UnknownNameError(FeatureCacheError, LookupError):
 
 
 def _find_nearest(name: str, known: tuple[str, ...]) -> str | None:
-    """Find the name that was probably meant: one spelled much alike, or one that contains it."""
+    """Find the name that was probably meant: one that contains it, or is spelled much alike."""
     close = get_close_matches(name, known, n=1)
     holding = [one for one in known if len(name) > 2 and name.casefold() in one.casefold()]
-    return next(iter([*close, *holding]), None)
+    return next(iter([*holding, *close]), None)
 
 
 def _enumerate(known: tuple[str, ...], listing: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -123,7 +125,8 @@ def find_factory(name: str) -> Callable[..., object]:
     info = next((info for info in known if info.fits(name)), None)
     if info is None:
         names = [info.name for info in known]
-        raise UnknownNameError("backbone", name, names, "feature-cache backbones")
+        listing = f"feature-cache backbones; or name it {' or '.join(_name_elsewhere(name))}"
+        raise UnknownNameError("backbone", name, names, listing)
     try:
         factory = EntryPoint(info.name, info.factory, ENTRY_POINTS).load()
     except (ImportError, AttributeError) as error:
@@ -131,6 +134,20 @@ def find_factory(name: str) -> Callable[..., object]:
             f"the backbone {info.name!r} can't be loaded from {info.factory}: {error}"
         ) from error
     return cast("Callable[..., object]", factory)
+
+
+def _name_elsewhere(name: str) -> Iterator[str]:
+    """Say how transformers and timm would name a model."""
+    yield f"transformers/{name}" if name.count("/") == 1 else "transformers/<repository>"
+    model = name.rpartition("/")[2].casefold().replace("-", "_")
+    try:
+        models = import_module("timm").list_models()
+    except ImportError:
+        models = []
+    family = max(model.split("_"), key=len)
+    akin = [one for one in models if family and family in one] or models
+    close = get_close_matches(model, akin, n=1, cutoff=0.4)
+    yield f"timm/{close[0]}" if close else "timm/<model>"
 
 
 def _read_options(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from .known import KNOWN
 from .weights import (
     COTRACKER_CHECKPOINT,
     COTRACKER_COPY,
@@ -89,7 +90,7 @@ SAM2_INSTALL = (
 )
 """Its build wants to find torch."""
 _TRANSFORMERS = 'pip install "feature-cache[transformers]"'
-_DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024}
+_DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
 _HIERA_WIDTHS = {
     "tiny": 768, "small": 768, "base": 768, "base-plus": 896, "large": 1152, "huge": 2048,
 }  # fmt: skip
@@ -214,6 +215,28 @@ BACKBONES = (
         input="native size",
         licence="CC-BY-NC-4.0 (non-commercial)",
         hub=("facebook/cotracker3", COTRACKER_CHECKPOINT),
+    ),
+    *(
+        BackboneInfo(
+            name=name,
+            factory="feature_cache.backbones.repository:Repository",
+            packages=("transformers",),
+            install=_TRANSFORMERS,
+            width=known.width,
+            stride=known.stride,
+            input=known.input,
+            licence=known.licence,
+            hub=(name, "model.safetensors"),
+        )
+        for name, known in KNOWN.items()
+    ),
+    BackboneInfo(
+        name="transformers/<repository>",
+        factory="feature_cache.backbones.repository:Repository",
+        packages=("transformers",),
+        install=_TRANSFORMERS,
+        input="the model's, or native size",
+        weights="the repository's, from the hub",
     ),
     BackboneInfo(
         name="timm/<model>",

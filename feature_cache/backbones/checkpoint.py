@@ -59,6 +59,12 @@ def read_tensors(file: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
     )
 
 
+def as_json(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a mapping as a JSON file would."""
+    told: dict[str, Any] = json.loads(json.dumps(dict(plain)))
+    return told
+
+
 def check_config(folder: Path, wanted: Mapping[str, Any], model: str, part: str = "") -> None:
     """Check that the ``config.json`` beside a checkpoint, if there, describes this architecture.
 
@@ -70,7 +76,7 @@ def check_config(folder: Path, wanted: Mapping[str, Any], model: str, part: str 
     model : str
         What to call the architecture in an error.
     part : str
-        The part of the file that is meant, such as ``"vision_config"``.
+        The part of the file that is meant; of it, ``"vision_config"`` where there is one.
 
     Raises
     ------
@@ -85,7 +91,8 @@ def check_config(folder: Path, wanted: Mapping[str, Any], model: str, part: str 
     except ValueError as error:
         raise BackboneError(f"{file} is no JSON: {error}") from error
     config = config.get(part, {}) if part else config
-    for name, value in json.loads(json.dumps(dict(wanted))).items():
+    config = config.get("vision_config", config)
+    for name, value in as_json(wanted).items():
         if name in config and config[name] != value:
             raise BackboneError(
                 f"{file} does not describe {model}: {name} is {config[name]!r}, expected {value!r}"

@@ -13,7 +13,7 @@ from .catalogue import BACKBONES
 _log = logging.getLogger(__name__)
 
 
-def hub_file(repo: str, filename: str) -> Path:
+def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
     """Find a file of a hub's repository, downloading it where it is not in the hub's own cache.
 
     A file that is there is taken as it is, with no question to the network; what a key says of
@@ -25,6 +25,8 @@ def hub_file(repo: str, filename: str) -> Path:
         Such as ``"facebook/sam2.1-hiera-tiny"``.
     filename : str
         Inside the repository, such as ``"sam2.1_hiera_tiny.pt"``.
+    revision : str, optional
+        Branch, tag or commit; by default what the local cache has as ``main``.
 
     Raises
     ------
@@ -39,9 +41,9 @@ def hub_file(repo: str, filename: str) -> Path:
     except ImportError as error:
         raise _name_missing(repo, filename) from error
     try:
-        return Path(hf_hub_download(repo, filename, local_files_only=True))
+        return Path(hf_hub_download(repo, filename, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        return _download(repo, filename)
+        return _download(repo, filename, revision)
 
 
 def _name_missing(repo: str, filename: str) -> MissingDependencyError:
@@ -55,20 +57,26 @@ def _name_missing(repo: str, filename: str) -> MissingDependencyError:
     return MissingDependencyError("huggingface_hub", purpose, "pip install huggingface_hub")
 
 
-def _download(repo: str, filename: str) -> Path:
+def _download(repo: str, filename: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     _log.warning("%s of %s is not on this machine: asking the hub", filename, repo)
     try:
         with _without_retries():
-            return Path(hf_hub_download(repo, filename))
+            return Path(hf_hub_download(repo, filename, revision=revision))
     except LocalEntryNotFoundError as error:
         raise BackboneError(
             f"no weights: {filename} of {repo} is not in the hub's cache on this machine "
             f"({HF_HUB_CACHE}), and the hub can't be reached; where there is a network: "
             f"hf download {repo} {filename}; or pass weights=<path of a checkpoint> (--weights)"
+        ) from error
+    except GatedRepoError as error:
+        raise BackboneError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then: "
+            f"hf auth login && hf download {repo} {filename}; or pass weights=<path of a "
+            "checkpoint> (--weights)"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

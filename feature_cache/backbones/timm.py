@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,7 +33,7 @@ class Timm(LayeredBackbone):
     ----------
     name : str
         ``timm/`` and the model's name, such as ``"timm/convnext_atto.d2_in1k"``; without a tag it
-        is the default one.
+        is the default one. ``timm/hf-hub:<repository>`` is a model of timm that lies on the hub.
     weights, device, dtype
         As `TorchBackbone`; by default timm's own pretrained weights. A path is a checkpoint in any
         form that the model reads.
@@ -85,6 +86,7 @@ class Timm(LayeredBackbone):
         """Leave out what another process finds by itself."""
         state = super().__getstate__()
         state.pop("_plan", None)
+        state.pop("_hub_config", None)
         return state
 
     def _describe(self, weights: str) -> BackboneSpec:
@@ -108,6 +110,8 @@ class Timm(LayeredBackbone):
         return f"{super()._weights_purpose()}, input {self.input_size}"
 
     def _own_weights(self) -> Path:
+        if self._repository:
+            return hub_file(self._repository, "model.safetensors")
         config = _import_timm(self.name).get_pretrained_cfg(self._model)
         repo = getattr(config, "hf_hub_id", None)
         if not repo:
@@ -118,7 +122,27 @@ class Timm(LayeredBackbone):
         return hub_file(repo, config.hf_hub_filename or "model.safetensors")
 
     @property
+    def _repository(self) -> str:
+        """The hub's repository, where the name is ``timm/hf-hub:<repository>``."""
+        _, prefix, repository = self.name.partition("hf-hub:")
+        return repository if prefix else ""
+
+    @cached_property
+    def _hub_config(self) -> dict[str, Any]:
+        """What a repository says of its model: ``architecture``, ``pretrained_cfg``."""
+        file = hub_file(self._repository, "config.json")
+        config = json.loads(file.read_bytes())
+        if "architecture" not in config:
+            raise BackboneError(
+                f"{self._repository} holds no model of timm ({file} names no architecture): try "
+                f"transformers/{self._repository}"
+            )
+        return cast("dict[str, Any]", config)
+
+    @property
     def _model(self) -> str:
+        if self._repository:
+            return str(self._hub_config["architecture"])
         return self.name.removeprefix("timm/")
 
     def _build(self) -> nn.Module:
@@ -139,6 +163,10 @@ class Timm(LayeredBackbone):
             raise UnknownNameError("model of timm", name, (*close, "all of timm.list_models()"))
         if self.input_size is not None and _has_own_size(timm.get_pretrained_cfg(name)):
             options["img_size"] = self.input_size
+        if self._repository:
+            options = {**self._hub_config.get("model_args", {}), **options}
+            overlay = {**self._hub_config["pretrained_cfg"], "hf_hub_id": self._repository}
+            options["pretrained_cfg_overlay"] = overlay | options.get("pretrained_cfg_overlay", {})
         try:
             return cast(nn.Module, timm.create_model(name, **options))
         except TypeError as error:

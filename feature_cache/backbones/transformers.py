@@ -188,6 +188,12 @@ _DINOV2_SIZES = MappingProxyType(
         "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
         "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
         "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "giant": {
+            "hidden_size": 1536,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 24,
+            "use_swiglu_ffn": True,
+        },
     }
 )
 
@@ -198,7 +204,7 @@ class DinoV2(_Stretched):
     Parameters
     ----------
     name : str
-        ``"facebook/dinov2-{small,base,large}"`` or ``"facebook/dinov2-with-registers-…"``.
+        ``"facebook/dinov2-{small,base,large,giant}"`` or ``"facebook/dinov2-with-registers-…"``.
     weights, device, dtype, standardize
         As `HubBackbone`.
     input_size : int or (H, W)

@@ -18,7 +18,7 @@ def calls(monkeypatch):
 
     asked = []
 
-    def download(repo, filename, local_files_only=False):
+    def download(repo, filename, revision=None, local_files_only=False):
         asked.append(local_files_only)
         logging.getLogger("huggingface_hub.utils").warning("Retrying in 8s")
         raise LocalEntryNotFoundError("no such file\nand more lines")
@@ -45,7 +45,7 @@ def test_looks_in_the_local_cache_then_asks_the_hub(calls, monkeypatch, caplog):
 def test_what_the_hub_says_is_told(monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def download(repo, filename, local_files_only=False):
+    def download(repo, filename, revision=None, local_files_only=False):
         if local_files_only:
             raise LocalEntryNotFoundError("not here")
         raise PermissionError("the disk says no.\nand more lines")
@@ -60,7 +60,7 @@ def test_what_the_hub_says_is_told(monkeypatch):
 
 
 def test_a_file_that_is_there_needs_no_network(monkeypatch, tmp_path):
-    def download(repo, filename, local_files_only=False):
+    def download(repo, filename, revision=None, local_files_only=False):
         assert local_files_only
         return str(tmp_path / filename)
 
