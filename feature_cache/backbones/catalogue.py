@@ -9,6 +9,7 @@ from .known import KNOWN
 from .weights import (
     COTRACKER_CHECKPOINT,
     COTRACKER_COPY,
+    MICRO_SAM_MODELS,
     find_weights,
     published_files,
     torch_hub_folder,
@@ -162,7 +163,7 @@ BACKBONES = (
             licence="the model's on bioimage.io",
             weights=f"micro_sam downloads them: micro_sam.util.get_sam_model({model!r})",
         )
-        for model in ("vit_b_lm", "vit_l_lm")
+        for model in MICRO_SAM_MODELS
     ),
     BackboneInfo(
         name="mouseland/cellpose-sam",

@@ -171,7 +171,8 @@ class MicroSam(SegmentAnything):
     Parameters
     ----------
     name : str
-        ``"microsam/vit_b_lm"`` or ``"microsam/vit_l_lm"``.
+        ``"microsam/"`` and one of micro-sam's generalists that is a vision transformer of SAM, such
+        as ``"microsam/vit_b_lm"`` or ``"microsam/vit_l_em_organelles"`` (its ``vit_t_…`` are none).
     weights : str, Path or None
         None takes the file in micro-sam's own cache (``MICROSAM_CACHEDIR``); a path is a
         checkpoint, as micro-sam downloads or exports it.
@@ -200,7 +201,8 @@ class MicroSam(SegmentAnything):
         super().__init__(name, weights, device, dtype, fit=fit, standardize=standardize)
 
     def _size(self) -> Mapping[str, Any]:
-        return ENCODER_SIZES["large" if self.name == "microsam/vit_l_lm" else "base"]
+        sizes = {"vit_b": "base", "vit_l": "large", "vit_h": "huge"}
+        return ENCODER_SIZES[sizes[self.name.removeprefix("microsam/")[:5]]]
 
     def _own_weights(self) -> Path:
         model = self.name.removeprefix("microsam/")

@@ -11,6 +11,12 @@ import platformdirs
 COTRACKER_CHECKPOINT = "scaled_offline.pth"
 COTRACKER_COPY = "facebookresearch_co-tracker_main"
 """The folder in which torch.hub keeps CoTracker's code."""
+MICRO_SAM_MODELS = (
+    *("vit_b_lm", "vit_l_lm", "vit_b_em_organelles", "vit_l_em_organelles"),
+    *("vit_b_histopathology", "vit_l_histopathology", "vit_h_histopathology"),
+    "vit_b_medical_imaging",
+)
+"""``micro_sam/util.py`` at 3acdcd7, those of SAM's own architecture."""
 SAM2_SIZES = MappingProxyType({"tiny": "t", "small": "s", "base-plus": "b+", "large": "l"})
 
 

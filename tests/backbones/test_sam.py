@@ -187,6 +187,15 @@ class TestWeights:
         torch.save(state, tmp_path / "models" / "vit_b_lm")
         assert load_backbone(MICRO).spec == backbone.spec
 
+    def test_each_generalist_has_its_own_file_and_the_same_network(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("MICROSAM_CACHEDIR", str(tmp_path))
+        one, other = (load_backbone(name, "random:0") for name in (MICRO, "microsam/vit_b_em_org"
+                                                                   "anelles"))  # fmt: skip
+        assert one.spec.weights == other.spec.weights
+        assert one.spec != other.spec
+        with pytest.raises(BackboneError, match=r"vit_h_histo.*get_sam_model\('vit_h_histop"):
+            _ = load_backbone("microsam/vit_h_histopathology").spec
+
     @pytest.mark.parametrize(
         ("original", "renamed"),
         [
