@@ -513,3 +513,19 @@ def test_a_pickled_cache_holds_no_data(cache, small):
     assert len(pickle.dumps(cache)) < 1000
     assert ask(copied, make_request(small)) == 0
     assert copied.stats()["computed"] == 0
+
+
+def test_nearest_patch_says_once_what_it_costs(cache, small):
+    program = (
+        "import sys, logging; logging.basicConfig()\n"
+        "from feature_cache import FeatureCache; from feature_cache.testing import FakeBackbone\n"
+        "import numpy as np; frames, masks = np.ones((1, 8, 8)), np.ones((1, 8, 8), int)\n"
+        "for pooling in ('mean_patches_exact', 'nearest_patch', 'nearest_patch'):\n"
+        f"    FeatureCache({str(cache.store.root)!r}).movie(frames, masks, FakeBackbone(), "
+        "pooling=pooling); print(pooling, file=sys.stderr)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr
+    before, after = said.split("mean_patches_exact\n", 1)
+    assert before == ""
+    assert after.count("nearest_patch takes the one cell") == 1
+    assert "4 to 14 of 100 parents fewer" in after

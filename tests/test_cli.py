@@ -504,6 +504,17 @@ def test_a_name_with_options_is_the_same_everywhere(run, small_folder):
     assert "option 'dtype'" in err
 
 
+def test_regions_smaller_than_a_cell_are_told_with_what_mends_it(run, small_folder, caplog):
+    movie, cache = str(small_folder()), ("--cache", "cache")
+    coarse = "timm/test_vit?weights=random:0&input_size=32"
+    code, out, _ = run("check", movie, "--backbone", coarse)
+    assert code == 1
+    [tile] = re.findall(r"regions smaller than a cell: .* share one; name tile=(\d+) behind", out)
+    assert run("warm", movie, *cache, "--backbone", coarse)[0] == 0
+    assert f"name tile={tile} behind its name" in caplog.text
+    assert run("check", movie, "--backbone", f"{coarse}&tile={tile}")[0] == 0
+
+
 COMMANDS = sorted(typer.main.get_command(app).commands)
 
 

@@ -63,7 +63,8 @@ def load_backbone(
     name : str
         One of `list_backbones`. Options may follow, as ``"timm/test_vit?layer=2&dtype=bfloat16"``:
         all that follows here but `device`, typed as `list_options` says. ``layer=A,B`` makes
-        `Layers`, several from one forward pass, which `plan_warm` takes.
+        `Layers`, several from one forward pass, which `plan_warm` takes. ``tile=1024&halo=128``
+        makes `Tiled`, which sees large frames in parts.
     weights : str, Path or None
         None for the model's own, a path to a checkpoint, or ``"random:<seed>"``.
     device : str, optional
@@ -97,10 +98,19 @@ def load_backbone(
         return _join_layers([load_backbone(n, weights, device, dtype, **options) for n in names])
     wanted = {**options, **_read_options(bare, factory, told, options)}
     weights, dtype = wanted.pop("weights", weights), wanted.pop("dtype", dtype)
+    tile, halo = wanted.pop("tile", None), wanted.pop("halo", None)
     backbone = factory(bare, weights, device, dtype, **wanted)
     if not callable(getattr(backbone, "embed", None)):
         raise BackboneError(f"{factory} gave no backbone for {bare!r}: it has no embed()")
-    return cast("Backbone", backbone)
+    if tile is None and halo is not None:
+        raise BackboneError(f"{bare} has halo={halo} and no tile: name both, or none")
+    return cast("Backbone", backbone) if tile is None else _tile(backbone, tile, halo)
+
+
+def _tile(backbone: object, tile: int, halo: int | None) -> Backbone:
+    from .tiles import Tiled
+
+    return Tiled(cast("Backbone", backbone), tile, halo)
 
 
 def _join_layers(members: Sequence[Backbone]) -> Backbone:

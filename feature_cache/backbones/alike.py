@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FeatureCacheError
 from ..spec import BackboneSpec
 from . import find_factory, load_backbone
+from .layers import Layers
 from .name import join_name, split_name
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ def options_of(spec: BackboneSpec, factory: Callable[..., object]) -> dict[str, 
     They are those that have a field's name, or that of an extra term; a class that has others says
     so itself, by a class method of this name.
     """
+    tiles = {name: spec.extra[name] for name in ("tile", "halo") if name in spec.extra}
     own: Callable[[BackboneSpec], dict[str, Any]] | None = getattr(factory, "options_of", None)
     if own is not None:
-        return own(spec)
+        return {**own(spec), **tiles}
     told = {
         **spec.extra,
         "layer": spec.layer,
@@ -55,7 +57,7 @@ def options_of(spec: BackboneSpec, factory: Callable[..., object]) -> dict[str, 
         "antialias": spec.resize.endswith("-antialias"),
     }
     options = list(inspect.signature(factory).parameters)[4:]
-    return {name: told[name] for name in options if name in told}
+    return {**{name: told[name] for name in options if name in told}, **tiles}
 
 
 def name_in_full(spec: BackboneSpec) -> str:
@@ -85,6 +87,18 @@ def is_named(spec: BackboneSpec, text: str) -> bool:
         return name == spec.name
     made = load_backbone(text)
     return spec == (made.spec if "weights" in told else _describe(made, spec.weights))
+
+
+def describe_all(text: str) -> tuple[BackboneSpec, ...]:
+    """Give the specs of a name's layers, but for the weights, which need not be there.
+
+    Raises
+    ------
+    As `load_backbone`.
+    """
+    backbone: Backbone | Layers = load_backbone(text)
+    members = backbone.members if isinstance(backbone, Layers) else (backbone,)
+    return tuple(_describe(one, "") for one in members)
 
 
 def _describe(backbone: Backbone, weights: str) -> BackboneSpec:

@@ -51,7 +51,7 @@ class Layers(Frozen):
         own = [one for one in others if isinstance(one, LayeredBackbone)]
         for one in own:
             one.share(first)
-        self.members = tuple({one.spec: one for one in (first, *own)}.values())
+        self.members = tuple({one.describe(""): one for one in (first, *own)}.values())
         self.name, self.device, self.weights = first.name, first.device, first.weights
 
     @property

@@ -154,6 +154,8 @@ def options_of_factory(factory: Callable[..., object]) -> tuple[OptionInfo, ...]
     common = (
         OptionInfo("weights", (str,), None),
         OptionInfo("dtype", COMPUTE_DTYPES, "float32"),
+        OptionInfo("tile", (int, NoneType), None),
+        OptionInfo("halo", (int, NoneType), None),
     )
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from ..augment import IDENTITY, Draw
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def _say_what_nearest_costs() -> None:
+    """Warn once a process."""
+    _log.warning(
+        "nearest_patch takes the one cell under each region's centre: on an annotated movie of a "
+        "bacterial colony it found 4 to 14 of 100 parents fewer than mean_patches_exact, which "
+        "costs no more"
+    )
 
 
 class FeatureCache(OpenCache):
@@ -103,6 +114,8 @@ class FeatureCache(OpenCache):
                 f"backbone is a {type(backbone).__name__}: expected a backbone; pass frames, masks "
                 "and backbone in this order"
             )
+        if pooling == "nearest_patch":
+            _say_what_nearest_costs()
         spec = SpaceSpec(backbone.spec, pooling, dtype)
         given = Movie.of(frames, masks, detections=None if pooling is None else "TRA")
         return MovieFeatures(

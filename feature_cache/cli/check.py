@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .movies import MOVIES, find_movies, pairs_text
 from .options import (
+    FEATURES,
     MOVIE,
     AxesOption,
     ChannelOption,
     JsonOption,
     ManyDetectionsOption,
     MasksOption,
+    complete_backbone,
 )
 from .output import align_table, regions_text
 from .progress import RunProgress
 
 if TYPE_CHECKING:
     from ..movies import Movie, MovieCheck, Row
+    from ..spec import BackboneSpec
     from ..warm import Failure
 
 FramesOnlyOption = Annotated[
@@ -36,12 +39,23 @@ TableOption = Annotated[
 ]
 
 
+CheckedBackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Whether its grid tells the regions apart, too.",
+        autocompletion=complete_backbone,
+        rich_help_panel=FEATURES,
+    ),
+]
+
+
 def check(
     movies: Annotated[list[str], MOVIES],
     detections: ManyDetectionsOption = ["TRA"],
     masks: MasksOption = None,
     channel: ChannelOption = None,
     axes: AxesOption = None,
+    backbone: CheckedBackboneOption = None,
     frames_only: FramesOnlyOption = False,
     quick: QuickOption = False,
     table: TableOption = False,
@@ -60,7 +74,8 @@ def check(
     options = {"masks": masks, "channel": channel, "axes": axes}
     wanted: list[str | None] = [None] if frames_only else [*detections]
     found, failures = find_movies(movies, wanted, options)
-    checked = [*_check_all([movie for _, movie in found], quick), *map(_unopened, failures)]
+    specs = _specs_of(backbone)
+    checked = [*_check_all([movie for _, movie in found], quick, specs), *map(_unopened, failures)]
     if as_json:
         typer.echo(json.dumps([one.to_json() for one in checked]))
     else:
@@ -107,15 +122,37 @@ class _Checked:
         yield from map(str, self.found.problems)
 
 
-def _check_all(movies: Sequence[Movie], quick: bool) -> list[_Checked]:
+def _specs_of(backbone: str | None) -> Sequence[BackboneSpec]:
+    """Give the specs of a backbone's layers, whose weights need not be there."""
+    from ..backbones.alike import describe_all
+
+    return () if backbone is None else describe_all(backbone)
+
+
+def _check_all(
+    movies: Sequence[Movie], quick: bool, specs: Sequence[BackboneSpec]
+) -> list[_Checked]:
     from ..movies.check import QUICK_FRAMES
 
     frames = sum(min(len(movie), QUICK_FRAMES) if quick else len(movie) for movie in movies)
     with RunProgress("checking", frames, "frame") as progress:
         return [
-            _Checked(movie.check(quick=quick, progress=progress.update), movie.table())
+            _Checked(
+                _add_cells(movie.check(quick=quick, progress=progress.update), movie, specs),
+                movie.table(),
+            )
             for movie in movies
         ]
+
+
+def _add_cells(found: MovieCheck, movie: Movie, specs: Sequence[BackboneSpec]) -> MovieCheck:
+    """Add a problem for each grid whose cells are larger than the regions."""
+    from ..movies import Problem
+    from ..warm.cells import say_small_regions
+
+    texts = [text for spec in specs if (text := say_small_regions(movie, spec))]
+    problems = [Problem("regions smaller than a cell", text) for text in texts]
+    return replace(found, problems=(*found.problems, *problems))
 
 
 def _unopened(failure: Failure) -> _Checked:

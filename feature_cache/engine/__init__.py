@@ -17,7 +17,7 @@ from .model import (
     grid_spec,
 )
 from .outcome import PART_FAILS, Failure, FailureListener, FrameAnswer, Tally
-from .plain import Embedding, Grid
+from .plain import Embedding, Grids
 from .request import Answer, Promise, Request, View, Wanted, request_frame
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "FailureListener",
     "Frame",
     "FrameAnswer",
-    "Grid",
+    "Grids",
     "Model",
     "Progress",
     "Promise",

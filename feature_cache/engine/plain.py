@@ -24,8 +24,6 @@ from .frame import Frame
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
-Grid: TypeAlias = NDArray[np.float32]
-"""(gh, gw, C), or (Z, gh, gw, C) for a stack."""
 Grids: TypeAlias = dict[BackboneSpec, Any]
 """What is made of a frame: a grid, here or on a device, for each layer of the backbone."""
 

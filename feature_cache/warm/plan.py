@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import ceil
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from ..augment import Augmentations
 from ..backbones.layers import Layers, specs_of
+from ..backbones.tiles import pixels_of_cell
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..engine import Failure, Tally
 from ..errors import MovieError, UnknownNameError
@@ -20,6 +23,7 @@ from ..key import Keys
 from ..movies import Given, Movie, Row, Series, Source
 from ..spec import SpaceSpec
 from ..store import Asked
+from .cells import say_small_regions
 from .rates import recall_rate
 from .sources import open_sources
 from .stored import StoredGrids
@@ -36,6 +40,8 @@ DENSE = ("none", "original", "all")
 _RECORD_BYTES = 600
 """About what a record takes beside its features: key, offsets, checksum, provenance."""
 
+
+_log = logging.getLogger(__name__)
 
 Spot = tuple[int, int]
 """Numbers of a copy and of a space."""
@@ -421,6 +427,9 @@ class _Planner:
         if len(self.tasks) > before and features.images_read:
             looked_at = movie if pooled else replace(movie, masks=None)
             looked_at.check(quick=True).log_problems()
+            for layer in specs_of(self.backbone) if pooled else ():
+                if text := say_small_regions(looked_at, layer):
+                    _log.warning("%s", text)
 
     def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
         wanted = self.dense == "all" or (self.dense == "original" and copy == 0)
@@ -522,10 +531,9 @@ class _Sizes:
     def _cells(self, spec: SpaceSpec) -> int | None:
         if self._shape is None:
             return None
-        height, width = spec.backbone.input_size or self._shape[-2:]
-        stride = spec.backbone.stride
         slices = self._shape[0] if len(self._shape) > 2 else 1
-        return slices * -(-height // stride) * -(-width // stride)
+        rows, columns = pixels_of_cell(spec.backbone, self._shape)
+        return slices * ceil(self._shape[-2] / rows) * ceil(self._shape[-1] / columns)
 
 
 def _regions_per_frame(movie: Movie) -> float | None:

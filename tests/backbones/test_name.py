@@ -61,7 +61,7 @@ def test_what_is_said_twice_is_refused():
 
 def test_options_are_listed_with_kinds_and_defaults():
     options = {one.name: one for one in list_options("facebook/sam-vit-base")}
-    assert list(options) == ["weights", "dtype", "fit", "standardize"]
+    assert list(options) == ["weights", "dtype", "tile", "halo", "fit", "standardize"]
     assert options["fit"].words == ("pad", "stretch")
     assert options["fit"].default == "pad"
     assert options["standardize"].expected == "true or false"

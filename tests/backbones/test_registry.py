@@ -84,5 +84,5 @@ class TestEntryPoints:
     def test_an_unknown_option(self):
         with pytest.raises(UnknownNameError, match=r"unknown option of acme/one 'dims'.*'dim'"):
             load_backbone("acme/one", dims=4)
-        with pytest.raises(UnknownNameError, match="Known: none"):
+        with pytest.raises(UnknownNameError, match="Known: weights, dtype"):
             load_backbone("acme/nothing", dim=4)
