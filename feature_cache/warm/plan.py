@@ -425,11 +425,14 @@ class _Planner:
         if features.name:
             self.asked.append(features.asked(by_space))
         if len(self.tasks) > before and features.images_read:
-            looked_at = movie if pooled else replace(movie, masks=None)
-            looked_at.check(quick=True).log_problems()
-            for layer in specs_of(self.backbone) if pooled else ():
-                if text := say_small_regions(looked_at, layer):
-                    _log.warning("%s", text)
+            self._look_at(movie if pooled else replace(movie, masks=None))
+
+    def _look_at(self, movie: Movie) -> None:
+        """Log what is wrong with a movie that is to be computed, and with its regions."""
+        movie.check(quick=True).log_problems()
+        texts = (say_small_regions(movie, layer) for layer in specs_of(self.backbone))
+        for text in filter(None, texts):
+            _log.warning("%s", text)
 
     def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
         wanted = self.dense == "all" or (self.dense == "original" and copy == 0)
