@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..backbones.tiles import HALO_SHARE, pixels_of_cell
 from ..errors import MovieError
@@ -13,12 +14,17 @@ from ..spec import BackboneSpec
 def say_small_regions(movie: Movie, spec: BackboneSpec) -> str | None:
     """Say that regions are smaller than a cell of a grid, and what mends it; None where not.
 
-    Reads the mask in the middle of the movie.
+    Reads the mask in the middle of the movie. Where that can't be read, it says nothing: whoever
+    computes says what is wrong with it.
     """
-    across = _measure_regions(movie)
-    if across is None:
+    try:
+        mask = None if movie.masks is None else np.asarray(movie.masks[len(movie) // 2])
+    except (MovieError, OSError, IndexError):
         return None
-    rows, columns = pixels_of_cell(spec, movie.frames.shape)
+    across = None if mask is None else _measure_regions(mask)
+    if mask is None or across is None:
+        return None
+    rows, columns = pixels_of_cell(spec, mask.shape)
     if across >= max(rows, columns):
         return None
     mend = "a layer of a finer grid, if it has one"
@@ -31,14 +37,8 @@ def say_small_regions(movie: Movie, spec: BackboneSpec) -> str | None:
     )
 
 
-def _measure_regions(movie: Movie) -> float | None:
-    """Give the median of the regions' roots of area, in one slice."""
-    if movie.masks is None or not len(movie):
-        return None
-    try:
-        mask = np.asarray(movie.masks[len(movie) // 2])
-    except (MovieError, OSError):
-        return None
+def _measure_regions(mask: NDArray[np.generic]) -> float | None:
+    """Give the median of the regions' roots of area, in one slice; None where there is none."""
     plane = mask if mask.ndim == 2 else mask[len(mask) // 2]
     areas = np.unique(plane[plane > 0], return_counts=True)[1]
     return float(np.sqrt(np.median(areas))) if len(areas) else None
