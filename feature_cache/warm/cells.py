@@ -37,7 +37,7 @@ def say_small_regions(movie: Movie, spec: BackboneSpec) -> str | None:
     )
 
 
-def _measure_regions(mask: NDArray[np.generic]) -> float | None:
+def _measure_regions(mask: NDArray[np.int32]) -> float | None:
     """Give the median of the regions' roots of area, in one slice; None where there is none."""
     plane = mask if mask.ndim == 2 else mask[len(mask) // 2]
     areas = np.unique(plane[plane > 0], return_counts=True)[1]
