@@ -117,7 +117,7 @@ def evaluate(
     found = compare(
         [movie for _, movie in opened],
         backbone,
-        FeatureCache(cache, layers=below),
+        FeatureCache(cache, layers=below) if below else cache,  # made when all else is in order
         layers=layer,
         poolings=pooling,
         steps=step,

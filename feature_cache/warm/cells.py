@@ -32,8 +32,9 @@ def say_small_regions(movie: Movie, spec: BackboneSpec) -> str | None:
         window = across * max(spec.input_size) / spec.stride
         mend = f"tile={int(window / (1 + 2 / HALO_SHARE))} behind its name, or {mend}"
     return (
-        f"regions of {movie.name} are about {across:.0f} pixels across, and a cell of the grid of "
-        f"{spec.name} spans {rows:.0f}x{columns:.0f}: several regions share one; name {mend}"
+        f"regions of {movie.name or 'the movie'} are about {across:.0f} pixels across, and a cell "
+        f"of the grid of {spec.name} spans {rows:.0f}x{columns:.0f}: several regions share one; "
+        f"name {mend}"
     )
 
 
