@@ -26,7 +26,7 @@ PRINTED = [
     "13 [{'name': 'd4', 'element': 'rotate_180'}]",
     "['AOGM', 'TRA', 'division_f1', 'divisions', 'found', 'links', 'links_f1', 'missed', 'wrong']",
     "(2, 2)",
-    "float16 0 16",
+    "float16 True",
 ]
 """The last line that each block of Python prints."""
 SHORTER = {
