@@ -54,7 +54,8 @@ from feature_cache.trackastra import (
     collate,
     make_model,
 )
-from feature_cache.trackastra.held import count_masks, folders_of
+from feature_cache.trackastra.held import folders_of
+from feature_cache.trackastra.late import count_masks
 from feature_cache.trackastra.model_features import ModelFeatures, check_resumed
 from feature_cache.trackastra.patching import replaced
 from feature_cache.trackastra.shallow import SHALLOW_FEATURES

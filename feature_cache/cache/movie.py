@@ -190,7 +190,7 @@ class MovieFeatures:
 
     def _fingerprint(self, t: int, kind: str, compute: Callable[[], Fingerprint]) -> Fingerprint:
         images = self.frames if kind == "frame" else self.masks
-        place = None if images is None else _in_files(images, t, kind)
+        place = None if images is None else in_files(images, t, kind)
         return compute() if place is None else self.memo.fingerprint(compute=compute, **place)
 
     def _hash_frame(self, t: int) -> Fingerprint:
@@ -473,7 +473,7 @@ class MovieFeatures:
         """Let the memo forget frame `t` and its mask: a digest from it may be wrong."""
         with self.memo as memo:
             for images, kind in ((self.frames, "frame"), (self.masks, "mask")):
-                place = None if images is None else _in_files(images, t, kind)
+                place = None if images is None else in_files(images, t, kind)
                 if place is not None:
                     memo.forget(**place)
 
@@ -530,7 +530,7 @@ class MovieFeatures:
         return f"{place} ({images.name_of(t)})" if images is not None and images.place else place
 
 
-def _in_files(images: Series, t: int, kind: str) -> dict[str, Any] | None:
+def in_files(images: Series, t: int, kind: str) -> dict[str, Any] | None:
     """Give files, purpose and part for the memo; None for what it can't remember."""
     files = images.files_of(t)
     if not files:

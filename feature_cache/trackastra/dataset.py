@@ -22,7 +22,7 @@ from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
 from ..movies import Source
 from ..movies.check import check_movie
-from .held import DetectionMasks, folders_of, frames_of, load_data, owners_of
+from .held import folders_of, frames_of, load_data, masks_of, owners_of
 from .shallow import Props, check_props, columns_of, exchange_shallow
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def _bind(
     dtype: str,
 ) -> MovieFeatures:
     frames = frames_of(data)
-    masks = DetectionMasks(data.det_masks[folder], planar=len(frames.shape) == 2)
+    masks = masks_of(data, folder, planar=len(frames.shape) == 2)
     movie = cache.movie(
         frames, masks, backbone, pooling=pooling, dtype=dtype, name=f"{data.root} {folder}"
     )
@@ -330,5 +330,4 @@ def _bind(
     movie.source = Source(str(data.root), folder, *part)
     if not movie.contains().all() and movie.images_read:
         check_movie(movie.name, movie.frames, masks, quick=True).log_problems()
-    masks.release()
     return movie

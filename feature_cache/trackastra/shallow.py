@@ -12,7 +12,7 @@ from trackastra.utils import normalize
 
 from ..errors import UnknownNameError
 from ..movies import Series
-from .held import DetectionMasks, frames_of, owners_of
+from .held import frames_of, masks_of, owners_of
 
 Props = Literal["regionprops_small", "regionprops", "regionprops2"]
 
@@ -63,11 +63,13 @@ def exchange_shallow(data: Any, folders: Sequence[str], props: Props) -> list[di
 
 
 def _measure(data: Any, folder: str, frames: Series, props: Props) -> list[Any]:
-    masks = DetectionMasks(data.det_masks[folder], planar=False)
+    masks = masks_of(data, folder, planar=False)
     measured = []
     for t in range(len(frames)):
-        image = normalize(frames[t].astype(np.float32)).reshape(masks[t].shape)
-        measured.append(measure_regions(masks[t], image, t, props))
+        mask = masks[t]
+        mask = mask[None] if mask.ndim < data.ndim else mask
+        image = normalize(frames[t].astype(np.float32)).reshape(mask.shape)
+        measured.append(measure_regions(mask, image, t, props))
     return measured
 
 
