@@ -38,7 +38,7 @@ from .hashing import (
 from .key import Record, record_key
 from .movies import Movie, Source
 from .rounding import difference, rounding_bound
-from .spec import KEY_VERSION, BackboneSpec, SpaceSpec, describe, differences
+from .spec import KEY_VERSION, TABLES, BackboneSpec, SpaceSpec, describe, differences
 from .store import Pack, Space, read_provenance
 from .store.contents import read_keys
 from .store.maintenance import Finding, name_source
@@ -111,6 +111,8 @@ _UNKNOWN = {
 def choose_records(spaces: Sequence[Space], count: int | None, seed: int = 0) -> list[Chosen]:
     """Choose records at random, as many of one space as of another; all copies of each that is.
 
+    Spaces of tables, which no backbone computes, are left out.
+
     Parameters
     ----------
     spaces : sequence of Space
@@ -127,6 +129,7 @@ def choose_records(spaces: Sequence[Space], count: int | None, seed: int = 0) ->
     """
     if count is not None and count < 1:
         raise ValueError(f"{count} records to compute again: expected 1 or more")
+    spaces = [space for space in spaces if space.spec["backbone"]["layer"] != TABLES]
     held = [_list_keys(space) for space in spaces]
     sizes = [len({key for keys in packs.values() for key in keys}) for packs in held]
     shares = sizes if count is None else _share(count, sizes)

@@ -19,6 +19,8 @@ KEY_VERSION = 2
 """Part of every key; goes up when the same request would give other keys or other numbers."""
 
 STORAGE_DTYPES = ("float16", "float32")
+TABLES = "tables"
+"""The layer of a space that holds no features, but what else is made of movies once."""
 
 Bounds: TypeAlias = tuple[float, float]
 UNIT_RANGE: Bounds = (0.0, 1.0)

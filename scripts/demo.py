@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
-from trackastra.data import CTCData, collate_sequence_padding
+from trackastra.data import collate_sequence_padding
 from trackastra.data.distributed import BalancedBatchSampler
 from trackastra.model import Trackastra
 
@@ -24,6 +24,7 @@ from feature_cache import FeatureCache, Movie, load_backbone
 from feature_cache.trackastra import (
     association_loss,
     cached_inference,
+    load_ctc,
     make_model,
     score_tracks,
     wrap,
@@ -159,10 +160,11 @@ def main() -> None:
     second = warm(cache, movies, backbone, options.pooling)
     print(f"warmed once: {first.computed} computed; once more: {second.computed} computed")
 
-    print("loading the movies into Trackastra's CTCData")
+    print("loading the movies as Trackastra's training data, built the first time")
     loaded = [
-        CTCData(
-            str(root),
+        load_ctc(
+            root,
+            cache,
             window_size=WINDOW,
             detection_folders=[options.detections],
             slice_pct=TRAINING,

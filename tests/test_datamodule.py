@@ -84,13 +84,15 @@ def test_every_epoch_has_its_copies(movies, records, tmp_path, workers, persiste
 
 def test_datasets_are_loaded_once(movies, tmp_path, monkeypatch):
     loaded = []
-    original = CTCData.__init__
+    original = CTCData._load_wrfeat
     monkeypatch.setattr(
-        CTCData, "__init__", lambda self, **kw: (loaded.append(kw["root"]), original(self, **kw))[0]
+        CTCData, "_load_wrfeat", lambda self: loaded.append(self.root) or original(self)
     )
     trainer, module = fit(movies, str(tmp_path), epochs=1, warm=True)
     trainer.validate(datamodule=module, model=trainer.model, verbose=False)
     assert len(loaded) == len(TRAIN) + len(VAL)
+    make_module(movies, str(tmp_path)).setup("fit")
+    assert len(loaded) == len(TRAIN) + len(VAL)  # nor are they built again by another
     assert [data.augmenter is None for data in module.datasets["train"].datasets] == [False, False]
     assert [data.augmenter is None for data in module.datasets["val"].datasets] == [True]
 

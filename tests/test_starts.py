@@ -16,8 +16,10 @@ import tifffile
 import torch
 from joblib import parallel_config
 from trackastra.data import CTCData
+from typer.testing import CliRunner
 
 from feature_cache import FeatureCache, FrameError
+from feature_cache.cli import app
 from feature_cache.memo import no_memo
 from feature_cache.movies import write_movie
 from feature_cache.testing import FakeBackbone
@@ -245,6 +247,33 @@ def test_what_is_kept_is_opened_without_reading_or_building(tmp_path, cache, mon
         assert kept(root, cache, window_size=3).n_objects == again.n_objects
     shutil.copytree(tmp_path / "movie", tmp_path / "elsewhere")
     assert len(kept(tmp_path / "elsewhere" / "01", cache, window_size=3)) == 5
+
+
+def test_a_change_is_named_when_it_is_built_again(tmp_path, cache, caplog):
+    root = write(tmp_path / "movie" / "01")
+    kept(root, cache, window_size=3)
+    edit_tiff(sorted(root.glob("*.tif"))[0], lambda frame: np.copyto(frame, frame + 1))
+    with caplog.at_level("INFO", "feature_cache"):
+        kept(root, cache, window_size=3)
+    assert f"{root}: frames differs: xxh3" in caplog.text
+
+
+def test_the_command_line_knows_what_is_kept(tmp_path, cache):
+    kept(write(tmp_path / "movie" / "01"), cache, window_size=3)
+    for words in (["ls"], ["stats"], ["verify"], ["verify", "--recompute", "1"], ["compact"]):
+        done = CliRunner().invoke(app, [*words, "--cache", str(cache.store.root)])
+        assert done.exit_code == 0, done.output
+    assert (
+        "trackastra-start"
+        in CliRunner().invoke(app, ["ls", "--cache", str(cache.store.root)]).output
+    )
+    assert (
+        CliRunner()
+        .invoke(app, ["gc", "--max-size", "1", "--yes", "--cache", str(cache.store.root)])
+        .exit_code
+        == 0
+    )
+    assert FeatureCache(cache.store.root).stats()["records"] == 0
 
 
 def test_a_mask_that_changes_after_opening_is_refused(tmp_path, cache):

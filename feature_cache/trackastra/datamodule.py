@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from trackastra.data import distributed as _distributed
 
 from ..augment import Augmentations
@@ -19,6 +20,7 @@ from .collation import collate
 from .dataset import Geometry, wrap
 from .held import check_inputs
 from .shallow import Props
+from .starts import load_all
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -158,6 +160,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     def setup(self, stage: str) -> None:
         """Load both datasets, if this process has not loaded them; their names are checked first.
 
+        They are kept in the cache, as by `load_ctc`; what is missing there is built in parallel.
+
         Parameters
         ----------
         stage : str
@@ -170,11 +174,22 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         """
         if self.datasets:
             return
-        inputs = (*self.input_train, *self.input_val)
-        check_inputs(inputs, self.dataset_kwargs.get("detection_folders", ["TRA"]))
-        super().setup(stage)
-        plain, self.datasets = self.datasets, {}
-        self.datasets = {split: self._wrap(data, split) for split, data in plain.items()}
+        inputs = {"train": self.input_train, "val": self.input_val}
+        roots = [root for split in inputs.values() for root in split]
+        check_inputs(roots, self.dataset_kwargs.get("detection_folders", ["TRA"]))
+        augment = {"train": self.augment, "val": 0}
+        movies = [
+            (root, {"augment": augment[split], **self.dataset_kwargs})
+            for split, some in inputs.items()
+            for root in some
+        ]
+        if not isinstance(self._cache, FeatureCache):
+            self._cache = FeatureCache(self._cache)
+        loaded = iter(load_all(movies, self._cache))
+        self.datasets = {
+            split: self._wrap(ConcatDataset(list(islice(loaded, len(some)))), split)
+            for split, some in inputs.items()
+        }
 
     def train_dataloader(self) -> LateDataLoader:
         """Give balanced batches of the training set; what those to come miss is computed ahead.
@@ -197,8 +212,6 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         return LateDataLoader(data, batch_sampler=ReadAhead(batch_sampler, data), **options)
 
     def _wrap(self, data: Any, split: str) -> Any:
-        if not isinstance(self._cache, FeatureCache):
-            self._cache = FeatureCache(self._cache)
         if isinstance(self._backbone, str):
             self._backbone = load_backbone(self._backbone)
         augmentations = self._augmentations if split == "train" else None

@@ -214,7 +214,8 @@ def wrap(
     ----------
     ctc_data : CTCData, or a ConcatDataset of these; or a movie, or its path
         Not changed. Features of its masks as it holds them, for its frames as they are on disk.
-        Of a movie in the folders of the Cell Tracking Challenge, the `CTCData` is loaded here.
+        Of a movie in the folders of the Cell Tracking Challenge, the `CTCData` is loaded here, by
+        `load_ctc`.
     cache : FeatureCache or path
     backbone : Backbone or str
         A name is loaded by `load_backbone`.
@@ -258,7 +259,7 @@ def wrap(
     """
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    ctc_data = load_data(ctc_data, dataset_options or {})
+    ctc_data = load_data(ctc_data, dataset_options or {}, cache)
     copies = Copies(augmentations) if augmentations is not None else None
     check_words(geometry, on_miss)
     check_props(additional_props)

@@ -10,6 +10,7 @@ from typing import Any
 
 from trackastra.data import data as _ctc
 
+from ..cache import FeatureCache
 from ..errors import MovieError, MovieNotFoundError, NoMasksError
 from ..movies import Images, Movie, Series
 from ..movies.files import ImageFiles
@@ -17,10 +18,13 @@ from ..movies.formats import image_folder, list_images
 from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
 from .late import HeldMasks, MaskFrames, Stack, count_masks
+from .starts import load_ctc
 
 
-def load_data(given: Any, options: Mapping[str, Any]) -> Any:
+def load_data(given: Any, options: Mapping[str, Any], cache: FeatureCache) -> Any:
     """Load the `CTCData` of a movie, or of the one at a path; give anything else back.
+
+    As `load_ctc` does.
 
     Raises
     ------
@@ -50,7 +54,7 @@ def load_data(given: Any, options: Mapping[str, Any]) -> Any:
         "downscale_temporal": source.downscale_temporal,
         "downscale_spatial": source.downscale_spatial,
     }
-    return _ctc.CTCData(str(movie.root), **{**known, **options})
+    return load_ctc(movie.root, cache, **{**known, **options})
 
 
 def frames_of(data: Any) -> Series:

@@ -95,13 +95,13 @@ class MaskFrames:
     def _read(self, t: int) -> NDArray[np.int32]:
         mask = self.own.read(t, mask_digest)
         if self.silver is not None:
-            return np.maximum(mask, self.silver.read(t, mask_digest))  # type: ignore[no-any-return]
+            return np.maximum(mask, self.silver.read(t, mask_digest))
         return np.ascontiguousarray(mask)
 
     @property
     def series(self) -> Series:
         """The same masks, as movies have them."""
-        own, over = self.own.images, self.silver and self.silver.images.source
+        own, over = self.own.images, None if self.silver is None else self.silver.images.source
         return Series(own.source, own.times, own.downscale, over, labels=True)
 
 
@@ -136,7 +136,7 @@ class ImageFrames:
         image = image[None] if self.planes and image.ndim == 2 else image
         if self.emptied is not None:
             image = _ctc._compress_img_mask_preproc(image, self.emptied[t], self.features)
-        return image  # type: ignore[no-any-return]
+        return image
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Late(_ctc._CompressedArray):  # type: ignore[misc]
 
     @property
     def _data(self) -> bytes:
-        return lz4.frame.compress(self.decompress())  # type: ignore[no-any-return]
+        return lz4.frame.compress(self.decompress())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -221,7 +221,7 @@ class Stack(Late):
 
     def frame(self, i: int) -> NDArray[Any]:
         """Read one: may be kept by others, and can't be written."""
-        return self.frames[self.times[i]]  # type: ignore[no-any-return]
+        return self.frames[self.times[i]]
 
     def part(self, start: int, stop: int) -> Stack:
         """Give consecutive ones; reads none."""
@@ -275,7 +275,7 @@ class Distances(Late):
 
     def decompress(self) -> NDArray[np.float64]:
         """Make it: (N, N) float64."""
-        return np.exp(-0.01 * cdist(self._coords, self._coords))  # type: ignore[no-any-return]
+        return np.exp(-0.01 * cdist(self._coords, self._coords))
 
 
 def order_tracks(graph: Any) -> dict[int, tuple[int, int]]:
@@ -332,7 +332,7 @@ class HeldMasks(Images):
     def _read(self, t: int) -> NDArray[Any]:
         held = self._held
         if not isinstance(held, _ctc._CompressedArray):
-            return held[t]  # type: ignore[no-any-return]
+            return held[t]
         if self._apart is None:
             self._apart = [lz4.frame.compress(np.ascontiguousarray(m)) for m in held.decompress()]
         mask = np.frombuffer(lz4.frame.decompress(self._apart[t]), held._dtype)

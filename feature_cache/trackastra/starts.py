@@ -49,8 +49,8 @@ from ..memo import Fingerprint, Memo
 from ..movies import ReadOptions, Series
 from ..movies.files import ImageFiles
 from ..movies.movie import detection_places
-from ..spec import BackboneSpec, Normalization, SpaceSpec
-from ..store import Entry, Space
+from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
+from ..store import Entry, Space, record_sources
 from .late import (
     Distances,
     Hashed,
@@ -165,7 +165,7 @@ def start_spec() -> SpaceSpec:
     """Give the space of these records, for the versions that are installed."""
     return SpaceSpec(
         BackboneSpec(
-            START_NAME, REVISION, "none", "tables", width=1, stride=1, channels="none",
+            START_NAME, REVISION, "none", TABLES, width=1, stride=1, channels="none",
             normalization=Normalization("none"),
             extra={package: _version(package) for package in PACKAGES},
         ),
@@ -293,7 +293,7 @@ class _Inputs:
 def _find_detections(data: Any, name: str) -> Path | None:
     """Find a detection folder as upstream does."""
     if data.root / name == data.gt_mask_folder:
-        return data.gt_mask_folder  # type: ignore[no-any-return]
+        return Path(data.gt_mask_folder)
     return next((place for place in detection_places(data.root, name) if place.exists()), None)
 
 
@@ -398,7 +398,7 @@ class _Detections:
             empty = part.start == part.stop
             coords = self.coords[part]
             first, last = self.lines[:, part]
-            window = {
+            window: dict[str, Any] = {
                 "coords": np.zeros((0, axes), int) if empty else coords,
                 "t1": t,
                 "img": images.part(t, t + size),
@@ -446,7 +446,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         self._own_cache, self._own_options, self._own_build = cache, dict(options), build
         self._own_detections: list[_Detections] = []
         self._own_n_divs: list[int] | None = None
-        super().__init__(os.fspath(root), **options)
+        super().__init__(root=os.fspath(root), **options)
 
     def _load(self) -> list[dict[str, Any]]:
         return self._start(super()._load)
@@ -484,7 +484,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         self, build: Callable[[], list[dict[str, Any]]], space: Space, key: Digest | None
     ) -> list[dict[str, Any]]:
         """Build it by upstream's code; keep its tables where they give back the same."""
-        _log.info("building the training data of %s", self.root)
+        _log.info("building the training data of %s: %s", self.root, self._explain(space))
         built = build()
         n_divs = super()._get_ndivs(built)
         facts, arrays = self._describe(n_divs)
@@ -528,7 +528,8 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         truth = inputs.masks_of(inputs.truth, shape, self)
         images = inputs.images_of(truth, shape, self)
         masks: dict[str, Stack] = {}
-        properties, windows = {}, []
+        properties: dict[str, Any] = {}
+        windows: list[dict[str, Any]] = []
         for number, (name, folder) in enumerate(inputs.detections):
             same = folder == inputs.truth
             masks[name] = truth if same else inputs.masks_of(folder, shape, self)
@@ -545,6 +546,15 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
             self.gt_graph.add_nodes_from(arrays["nodes"].tolist())
             self.gt_graph.add_edges_from(arrays["edges"].tolist())
         return windows
+
+    def _explain(self, space: Space) -> str:
+        """Say how this differs from the nearest that is kept of the same movie."""
+        asked = self._own_inputs.to_json(self._own_options)
+        kept = [s["inputs"] for _, s in record_sources(space) if s.get("movie") == str(self.root)]
+        unlike: list[list[str]] = [
+            list(differences(one, asked)) for one in kept if isinstance(one, dict)
+        ]
+        return "; ".join(min(unlike, key=len)) if unlike else "none of this movie are kept"
 
     def _provenance(self) -> dict[str, JSON]:
         own: dict[str, JSON] = {"inputs": self._own_inputs.to_json(self._own_options)}
