@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from .augment import Augmentations, Draw
 from .batch import Batch, Found, Sample, Tokens, pad
@@ -24,10 +24,41 @@ from .store import Space, Usage
 OnMiss = Literal["compute", "error"]
 
 
-def choose_copy(seed: int, epoch: int, index: int, copies: int) -> int:
+def choose_copy(seed: int, epoch: int, index: int, copies: int, *more: int) -> int:
     """Give the copy, 0 to `copies`, that a sample uses: a function of its arguments alone."""
-    digest = digest_json(["copy", seed, epoch, int(index)])
+    digest = digest_json(["copy", seed, epoch, int(index), *more])
     return int.from_bytes(digest[:8], "big") % (copies + 1)
+
+
+class Drawn(int):
+    """An index of a dataset that also says where it comes in an epoch's draws.
+
+    What our samplers give: a sample is then a function of these alone, for any number of workers.
+
+    Attributes
+    ----------
+    seed : int
+        Of the sampler.
+    place : (int, int, int)
+        Epoch, position in the epoch's draws of a rank, and that rank.
+    """
+
+    seed: int
+    place: tuple[int, int, int]
+
+    def __new__(cls, index: int, seed: int, place: tuple[int, int, int]) -> Drawn:
+        """Make it."""
+        made = super().__new__(cls, index)
+        made.seed, made.place = seed, place
+        return made
+
+    def __sub__(self, other: int) -> Drawn:
+        """Give the index in a part that begins at `other`, such as torch's ConcatDataset asks."""
+        return Drawn(int(self) - other, self.seed, self.place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all of it."""
+        return Drawn, (int(self), self.seed, self.place)
 
 
 def _no_epoch() -> Tensor:
@@ -40,8 +71,10 @@ def _no_epoch() -> Tensor:
 class Copies:
     """Which augmented copy each sample uses.
 
-    After `set_epoch`, a function of (seed, epoch, index), so the same for any number of workers and
-    ranks; before, drawn from torch's generator, which a DataLoader seeds in each worker.
+    Of an index that one of our samplers has `Drawn`, a function of (seed, epoch, position, rank):
+    a window that comes often has many copies. Of any other index, after `set_epoch`, a function of
+    (seed, epoch, index), and where a DataLoader asks for it again in the same epoch, of how often
+    its worker has; before, drawn from torch's generator, which a DataLoader seeds in each worker.
 
     Parameters
     ----------
@@ -50,6 +83,7 @@ class Copies:
 
     augmentations: Augmentations
     _epoch: Tensor = field(default_factory=_no_epoch)
+    _times: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.augmentations, Augmentations):
@@ -58,28 +92,53 @@ class Copies:
                 'Augmentations("default", copies=3, seed=0)'
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Share the epoch with workers to come, in pickled and deep copies as well."""
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; DataLoader workers that are already running see it too."""
         if epoch < 0:
             raise ValueError(f"epoch {epoch}: expected 0 or more")
         self._epoch.fill_(epoch)
 
-    def choose(self, index: int) -> int:
-        """Give the copy that sample `index` uses."""
-        copies, epoch = self.augmentations.copies, int(self._epoch)
+    def choose(self, index: int, *, again: bool = False) -> int:
+        """Give the copy that sample `index` uses.
+
+        Parameters
+        ----------
+        index : int or Drawn
+        again : bool
+            Whether an index that comes again in an epoch may have another.
+        """
+        seed, copies = self.augmentations.seed, self.augmentations.copies
+        if isinstance(index, Drawn):
+            epoch, position, rank = index.place
+            return choose_copy(seed, epoch, position, copies, rank)
+        epoch = int(self._epoch)
         if epoch < 0:
             return int(torch.randint(copies + 1, ()))
-        return choose_copy(self.augmentations.seed, epoch, index, copies)
+        more = self._count(epoch, index) if again else ()
+        return choose_copy(seed, epoch, index, copies, *more)
+
+    def _count(self, epoch: int, index: int) -> tuple[int, ...]:
+        """Count how often an index has come; give what tells the time from the first."""
+        if self._times.get(-1) != epoch:
+            self._times.clear()
+            self._times[-1] = epoch
+        times = self._times[index] = self._times.get(index, 0) + 1
+        worker = get_worker_info()
+        return () if times == 1 else (times, -1 if worker is None else worker.id)
 
     @property
     def count(self) -> int:
         """How many copies there are, beside the movie itself."""
         return self.augmentations.copies
 
-    @property
-    def has_epoch(self) -> bool:
-        """Whether an epoch has begun, so that the copy of a sample can be known."""
-        return int(self._epoch) >= 0
+    def knows(self, index: int) -> bool:
+        """Tell whether the copy of a sample is known before it is asked for."""
+        return isinstance(index, Drawn) or int(self._epoch) >= 0
 
     @cached_property
     def draws(self) -> tuple[Draw, ...]:
@@ -421,25 +480,26 @@ class CachedFeatureDataset(Dataset[Sample]):
 
         They are equal to those given one by one. Errors as `finish`.
         """
-        return finish([self._begin(index) for index in indices])
+        return finish([self._begin(index, again=True) for index in indices])
 
-    def _begin(self, index: int) -> Unfinished:
+    def _begin(self, index: int, *, again: bool = False) -> Unfinished:
         sample = dict(self.dataset[index])
         movie = 0 if self.movie_of is None else self.movie_of(index)
         copy = 0
         if self.copies is not None:
-            copy = sample["copy"] = self.copies.choose(index)
+            copy = sample["copy"] = self.copies.choose(index, again=again)
         return self.tokens.begin(sample, movie, copy)
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the records of coming samples computed in the background; waits for none.
 
-        Where there are augmented copies, only after `set_epoch`: before, the copy of a sample isn't
-        known. What doesn't fit in a bounded queue is passed over.
+        Where there are augmented copies, only of what our samplers draw, or after `set_epoch`:
+        otherwise the copy of a sample isn't known. What doesn't fit in a bounded queue is passed
+        over.
         """
-        if self.copies is not None and not self.copies.has_epoch:
-            return
         for index in indices:
+            if self.copies is not None and not self.copies.knows(index):
+                continue
             copy = 0 if self.copies is None else self.copies.choose(index)
             movie = 0 if self.movie_of is None else self.movie_of(index)
             self.tokens.prefetch(movie, self._frames_of(index), copy)

@@ -35,6 +35,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         {
             "movie": sample["movie"],
             "index": sample["index"],
+            "place": sample["place"],
             "copy": sample.get("copy"),
             "features": digest_features(sample["pretrained_feats"]),
         }
@@ -52,7 +53,8 @@ class Numbers(CTCData):
 
     def __getitem__(self, n: int, return_dense: bool | None = None) -> dict[str, Any]:
         sample = super().__getitem__(n, return_dense)
-        return {**sample, "index": int(n), "movie": self.root.parent.name}
+        place = getattr(n, "place", None)
+        return {**sample, "index": int(n), "place": place, "movie": self.root.parent.name}
 
 
 class NumberedCTCData(CachedCTCData, Numbers):

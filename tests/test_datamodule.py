@@ -10,7 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from joblib import parallel_config
 from trackastra.data import CTCData
 
 import probe
@@ -61,9 +63,11 @@ def digest_expected(records, line) -> str:
 
 
 def check_lines(records, lines) -> None:
-    """Check that every training sample has the copy of its (epoch, index), and its features."""
+    """Check that every training sample has the copy of its place in an epoch, and its features."""
     for line in lines:
-        assert line["copy"] == choose_copy(5, line["epoch"], line["index"], 3)
+        epoch, position, rank = line["place"]
+        assert [epoch, rank] == [line["epoch"], line["rank"]]
+        assert line["copy"] == choose_copy(5, epoch, position, 3, rank)
         assert line["features"] == digest_expected(records, line)
 
 
@@ -80,6 +84,56 @@ def test_every_epoch_has_its_copies(movies, records, tmp_path, workers, persiste
         assert (line["movie"], line["copy"]) == ("three", None)
         assert line["features"] == digest_expected(records, line)
     assert set(embeddings(tmp_path / "embedded").values()) == {1}
+
+
+def draw(movies, out, workers, epochs, **options):
+    """Give all batches of some epochs of training, and those of validation."""
+    options = {
+        "augment": 3,
+        "dataset_kwargs": {"window_size": WINDOW, "crop_size": (30, 40)},
+    } | options
+    module = make_module(movies, str(out), workers=workers, seed=8, **options)
+    module.setup("fit")
+    loader = module.train_dataloader()
+    batches = []
+    for epoch in epochs:
+        loader.batch_sampler.set_epoch(epoch)
+        batches += list(loader)
+    return batches + list(module.val_dataloader())
+
+
+def same(one, other) -> bool:
+    return all(
+        torch.equal(left[name], right[name])
+        for left, right in zip(one, other, strict=True)
+        for name in ("coords", "features", "assoc_matrix", "pretrained_feats", "labels")
+    )
+
+
+def test_batches_are_a_function_of_the_seed(movies, tmp_path):
+    with parallel_config(backend="sequential"):
+        first = draw(movies, tmp_path, 0, [0, 1])
+        np.random.seed(1)
+        torch.manual_seed(1)
+        assert same(first, draw(movies, tmp_path, 2, [0, 1], persistent=True))
+        assert same(first[6:], draw(movies, tmp_path, 0, [1]))  # resumed
+        state = torch.get_rng_state()
+        assert not same(first[:6], draw(movies, tmp_path, 0, [1])[:6])
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_window_that_comes_often_has_every_copy(movies, tmp_path):
+    sampler = {"batch_size": 2, "n_pool": 2, "num_samples": 2000}
+    module = make_module(movies, str(tmp_path), sampler_kwargs=sampler, seed=8)
+    module.setup("fit")
+    copies = module.datasets["train"].datasets[0].feature_cache_extras.copies
+    drawn = [n for batch in module.train_dataloader().batch_sampler.batch_sampler for n in batch]
+    table = np.zeros((len(module.datasets["train"]), copies.count + 1))
+    for n in drawn:
+        table[n, copies.choose(n)] += 1
+    assert table.sum() == 2000
+    assert scipy.stats.chi2_contingency(table).pvalue > 0.01
+    assert scipy.stats.chisquare(table.sum(axis=0)).pvalue > 0.01
 
 
 def test_datasets_are_loaded_once(movies, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_script_of_pull_request_61_trains_on_augmented_copies(movies, tmp_path
 
     def look(self, n, return_dense=None):
         sample = original(self, n, return_dense)
-        seen.append((self.root.parent.name, int(n), sample))
+        seen.append((self.root.parent.name, n, sample))
         return sample
 
     monkeypatch.setattr(CachedCTCData, "__getitem__", look)
@@ -114,7 +114,8 @@ def test_a_script_of_pull_request_61_trains_on_augmented_copies(movies, tmp_path
     assert len(training) == 2 * 12
     for epoch in range(2):
         for _, n, sample in training[epoch * 12 : (epoch + 1) * 12]:
-            assert sample["copy"] == choose_copy(7, epoch, n, 5)
+            assert n.place[0] == epoch
+            assert sample["copy"] == choose_copy(7, epoch, n.place[1], 5, 0)
     assert len({sample["copy"] for _, _, sample in training}) > 2
     draws = Augmentations("flips", copies=5, seed=7).draws()
     cache = FeatureCache(tmp_path / "expected")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from trackastra.data import distributed as _distributed
 
 from ..augment import Augmentations
 from ..backbones import load_backbone
 from ..cache import FeatureCache
-from ..dataset import OnMiss, warm_tokens
+from ..dataset import Drawn, OnMiss, warm_tokens
 from ..service import ReadAhead
+from .chance import mix_seeds, seeded_numpy
 from .collation import collate
 from .dataset import Geometry, wrap
 from .held import check_inputs
@@ -29,18 +32,34 @@ _logger = logging.getLogger(__name__)
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
-    """Choose other copies in a dataset, or in the parts of a concatenated one, that have copies."""
+    """Choose other copies in a dataset, or in the parts of a concatenated one, that have copies.
+
+    For indices that no sampler of ours draws.
+    """
     for part in getattr(dataset, "datasets", [dataset]):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
 
 class EpochBatchSampler(_distributed.BalancedBatchSampler):  # type: ignore[misc]
-    """Upstream's balanced batches, and the epoch passed on to the dataset."""
+    """Upstream's balanced batches, of indices that know their place (`Drawn`).
 
-    def __init__(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> None:
+    Batches and samples are a function of (seed, epoch, position). An epoch that is not set is the
+    one after the last.
+
+    Parameters
+    ----------
+    dataset, *args, **kwargs
+        As upstream.
+    seed : int, optional
+        By default from NumPy's global generator.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], *args: Any, seed: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, *args, **kwargs)
-        self.dataset = dataset
+        self.dataset, self.seed, self.epoch = dataset, _choose_seed(seed), 0
 
     @property
     def sampler(self) -> EpochBatchSampler:
@@ -48,17 +67,47 @@ class EpochBatchSampler(_distributed.BalancedBatchSampler):  # type: ignore[misc
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose other copies in the dataset."""
+        """Draw those of an epoch next."""
+        self.epoch = epoch
         set_epoch(self.dataset, epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Draw an epoch's batches."""
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        with seeded_numpy(mix_seeds("batches", self.seed, epoch, 0)):
+            batches = [*super().__iter__()]
+        positions = count()
+        for batch in batches:
+            places = ((epoch, next(positions), 0) for _ in batch)
+            yield [Drawn(n, self.seed, place) for n, place in zip(batch, places, strict=True)]
 
 
 class EpochDistributedSampler(_distributed.BalancedDistributedSampler):  # type: ignore[misc]
-    """Upstream's balanced indices of a rank, and the epoch passed on to the dataset."""
+    """Upstream's balanced indices of a rank, which know their place; as `EpochBatchSampler`."""
+
+    def __init__(
+        self, dataset: Dataset[Any], *args: Any, seed: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(dataset, *args, **kwargs, seed=seed or 0)
+        self.draw_seed = _choose_seed(seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle otherwise, and choose other copies in the dataset."""
+        """Draw those of an epoch next."""
         super().set_epoch(epoch)
         set_epoch(self.dataset, epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw an epoch's indices."""
+        epoch, rank = self.epoch, self.rank
+        with seeded_numpy(mix_seeds("batches", self.draw_seed, epoch, rank)):
+            drawn = [*super().__iter__()]
+        self.epoch += 1
+        for position, n in enumerate(drawn):
+            yield Drawn(n, self.draw_seed, (epoch, position, rank))
+
+
+def _choose_seed(seed: int | None) -> int:
+    return int(np.random.randint(1 << 31)) if seed is None else seed
 
 
 class LateDataLoader(DataLoader[Any]):
@@ -77,8 +126,9 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     """Trackastra's `BalancedDataModule`, its samples with cached features.
 
     Training samples have augmented copies and validation samples have none. The epoch reaches the
-    copies by itself: which one a sample has is a function of (seed, epoch, index), with any number
-    of workers, persistent or not, and of ranks, and after a resume.
+    copies by itself: a sample, its crop, augmentation and copy, is a function of (seed, epoch,
+    position in the epoch's draws, rank), with any number of workers, persistent or not, and after a
+    resume; one of validation is a function of (seed, index), the same in every epoch.
 
     Parameters
     ----------
@@ -100,6 +150,9 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     warm : bool
         Compute all that is missing, in every copy, before training: on one process of each node,
         while the others wait. Without, it is computed when a sample needs it.
+    seed : int, optional
+        Of all that is drawn; by default from NumPy's global generator. Copies have that of
+        `augmentations` beside it.
 
     Attributes
     ----------
@@ -130,6 +183,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         batch_size: int = 8,
         progress: bool = True,
         warm: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             input_train, input_val, None, augment, distributed,
@@ -138,7 +192,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         if cachedir is not None:
             _logger.info("cachedir %s is not used: its pickles may be stale", cachedir)
         self.datasets: dict[str, Any] = {}
-        self.warm = warm
+        self.warm, self.seed = warm, seed
         self._cache, self._backbone, self._augmentations = cache, backbone, augmentations
         self._options: dict[str, Any] = {
             "pooling": pooling,
@@ -199,11 +253,11 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         ValueError
             Sampler and loader have different batch sizes.
         """
-        data, options = self.datasets["train"], dict(self.loader_kwargs)
+        data, options = self.datasets["train"], {"generator": _own(self.seed), **self.loader_kwargs}
         if self.distributed:
-            sampler = EpochDistributedSampler(data, **self.sampler_kwargs)
+            sampler = EpochDistributedSampler(data, seed=self.seed, **self.sampler_kwargs)
             return LateDataLoader(data, sampler=sampler, **options)
-        batch_sampler = EpochBatchSampler(data, **self.sampler_kwargs)
+        batch_sampler = EpochBatchSampler(data, seed=self.seed, **self.sampler_kwargs)
         if options.pop("batch_size") != batch_sampler.batch_size:
             raise ValueError(
                 f"batch_size is {batch_sampler.batch_size} in sampler_kwargs and "
@@ -211,8 +265,26 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
             )
         return LateDataLoader(data, batch_sampler=ReadAhead(batch_sampler, data), **options)
 
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Give the validation set in order, a sample the same in every epoch."""
+        options = {"generator": _own(self.seed), **self.loader_kwargs, "persistent_workers": False}
+        return DataLoader(self.datasets["val"], shuffle=False, **{**options, "num_workers": 1})
+
     def _wrap(self, data: Any, split: str) -> Any:
         if isinstance(self._backbone, str):
             self._backbone = load_backbone(self._backbone)
         augmentations = self._augmentations if split == "train" else None
-        return wrap(data, self._cache, self._backbone, augmentations=augmentations, **self._options)
+        wrapped = wrap(
+            data, self._cache, self._backbone, augmentations=augmentations, **self._options
+        )
+        if split == "val":
+            for part in wrapped.datasets:
+                part.fix_samples(self.seed or 0)
+        return wrapped
+
+
+def _own(seed: int | None) -> torch.Generator:
+    """Make a loader's generator: workers' seeds come from none that a model draws from."""
+    generator = torch.Generator()
+    generator.manual_seed(_choose_seed(seed))
+    return generator

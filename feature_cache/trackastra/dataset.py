@@ -22,6 +22,7 @@ from ..geometry import map_coords, map_shallow
 from ..geometry import rotate_features as rotate
 from ..movies import Source
 from ..movies.check import check_movie
+from .chance import Randomness
 from .held import folders_of, frames_of, load_data, masks_of, owners_of
 from .shallow import Props, check_props, columns_of, exchange_shallow
 
@@ -43,11 +44,11 @@ class _Extras:
     columns: tuple[str, ...] | None
     rotate_features: bool
 
-    def begin(self, n: int, sample: dict[str, Any]) -> Unfinished:
+    def begin(self, n: int, sample: dict[str, Any], *, again: bool) -> Unfinished:
         """Give the sample of window `n` without its features, its geometry mapped as theirs."""
         copy = 0
         if self.copies is not None:
-            copy = self.copies.choose(n)
+            copy = self.copies.choose(n, again=again)
             sample = {**sample, "copy": copy}
             if self.columns is not None:
                 sample = self._map(sample, self.copies.draws[copy])
@@ -58,9 +59,9 @@ class _Extras:
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the records of coming windows computed in the background."""
-        if self.copies is not None and not self.copies.has_epoch:
-            return
         for n in indices:
+            if self.copies is not None and not self.copies.knows(n):
+                continue
             copy = 0 if self.copies is None else self.copies.choose(n)
             self.tokens.prefetch(self.movie_of[n], self.frames_of[n], copy)
 
@@ -87,6 +88,7 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
     def __init__(self, ctc_data: Any, extras: _Extras, props: Props | None) -> None:
         self.__dict__.update(ctc_data.__dict__)
         self.feature_cache_extras, self.additional_props = extras, props
+        self.randomness = Randomness(self)
 
     def __getitem__(self, n: int, return_dense: bool | None = None) -> dict[str, Any]:
         """Give window `n` as `CTCData` does, with the features of its tokens, row for row.
@@ -108,18 +110,28 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
         They are equal to those given one by one, and `collate` need not copy their features.
         Errors as one by one, and ValueError for features of different width.
         """
-        return finish([self.begin(n) for n in indices])
+        return finish([self.begin(n, again=True) for n in indices])
 
-    def begin(self, n: int, return_dense: bool | None = None) -> Unfinished:
-        """Give window `n` without its features; nothing is looked up yet."""
+    def begin(self, n: int, return_dense: bool | None = None, *, again: bool = False) -> Unfinished:
+        """Give window `n` without its features; nothing is looked up yet.
+
+        Parameters
+        ----------
+        n : int or Drawn
+        return_dense : bool, optional
+            As `CTCData`.
+        again : bool
+            As `feature_cache.dataset.Copies.choose`.
+        """
         try:
-            sample: dict[str, Any] = super().__getitem__(n, return_dense)
+            with self.randomness.of(n):
+                sample: dict[str, Any] = super().__getitem__(n, return_dense)
         except IndexError as error:
             self._check_tokens(n, error)
             raise
         if self.additional_props is None:
             sample["features"] = sample["features"][:, :0]
-        return self.feature_cache_extras.begin(n, sample)
+        return self.feature_cache_extras.begin(n, sample, again=again)
 
     def _check_tokens(self, n: int, error: IndexError) -> None:
         """Raise where that came of clipping a window whose first frame alone is too much."""
@@ -130,6 +142,10 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
                 f"{self.root}: max_tokens is {self.max_tokens}, and a frame of window {n} has "
                 f"{first} cells: expected more tokens than a frame has cells; raise max_tokens"
             ) from error
+
+    def fix_samples(self, seed: int) -> None:
+        """Make each sample a function of its index: its crop, and what upstream augments."""
+        self.randomness.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""
@@ -158,7 +174,7 @@ class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Give the windows of a batch, of several members, as `CachedCTCData` does."""
-        return finish([data.begin(n) for data, n in map(self._locate, indices)])
+        return finish([data.begin(n, again=True) for data, n in map(self._locate, indices)])
 
     def _locate(self, index: int) -> tuple[CachedCTCData, int]:
         """Give the member of a sample, and the sample's index there."""

@@ -1,0 +1,74 @@
+"""Chance as a function of seeds: what upstream draws from generators of its own, and of all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..dataset import Drawn
+from ..hashing import JSON, digest_json
+
+
+def mix_seeds(*parts: JSON) -> int:
+    """Give one seed, 32 bits, for several numbers and words."""
+    return int.from_bytes(digest_json(parts)[:4], "big")
+
+
+@contextmanager
+def seeded_numpy(seed: int) -> Iterator[None]:
+    """Seed NumPy's global generator for a while; then it goes on as before."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+class Randomness:
+    """What a `CTCData` draws for a sample: its crop, augmentation, and shift.
+
+    Its cropper and augmenter are copied, and their generators, each unseeded, become one.
+
+    Parameters
+    ----------
+    data : CTCData
+        Changed: it has the copies then.
+
+    Attributes
+    ----------
+    seed : int or None
+        Of samples whose index says nothing of its draw; None leaves these to chance.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.seed: int | None = None
+        self._generator = np.random.RandomState()
+        data.cropper, data.augmenter = copy.deepcopy((data.cropper, data.augmenter))
+        for part in (data.cropper, *getattr(data.augmenter, "augmentations", ())):
+            if isinstance(getattr(part, "_rng", None), np.random.RandomState):
+                part._rng = self._generator
+
+    def of(self, n: int) -> AbstractContextManager[None]:
+        """Draw as a sample's place in an epoch says, in this block."""
+        if isinstance(n, Drawn):
+            return self._seeded(mix_seeds("sample", n.seed, *n.place))
+        if self.seed is not None:
+            return self._seeded(mix_seeds("sample", self.seed, int(n)))
+        return nullcontext()
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        before = torch.get_rng_state()
+        torch.random.default_generator.manual_seed(seed)
+        self._generator.seed(seed)
+        try:
+            with seeded_numpy(seed + 1 & 0xFFFFFFFF):
+                yield
+        finally:
+            torch.set_rng_state(before)
