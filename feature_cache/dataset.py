@@ -193,14 +193,16 @@ class TokenFeatures:
         """Leave out weights, and what is of this process."""
         kept = {f: getattr(self, f) for f in self.__dataclass_fields__}
         movies = [replace(m, backbone=StandIn(m.spec.backbone)) for m in self.movies]
-        return {**kept, "movies": movies}
+        inherited = self._misses.addresses() if self.on_miss == "compute" else ()
+        return {**kept, "movies": movies, "_inherited": inherited}
 
     @cached_property
     def _misses(self) -> Misses:
         writable = [m for m in self.movies if m.cache.store.mode != "r"]
         records = sum(map(len, writable)) * (1 + (self.copies.count if self.copies else 0))
         caches = [(m.cache, m.backbone) for m in writable]
-        return Misses(caches, records, progress=self.progress)
+        inherited = self.__dict__.get("_inherited", ())
+        return Misses(caches, records, progress=self.progress, inherited=inherited)
 
     def __call__(self, movie: int, timepoints: Tensor, labels: Tensor, copy: int = 0) -> Tensor:
         """Give the features of some tokens of one movie.

@@ -23,11 +23,11 @@ LAYERS = [
     {"engine"},
     {"recompute"},
     {"cache"},
-    {"warm", "geometry", "doctor", "service", "batch"},
+    {"warm", "geometry", "doctor", "service", "batch", "train_options"},
     {"dataset", "evaluation"},
     {"report"},
-    {"cli"},
     {"trackastra"},
+    {"cli"},
 ]
 EXEMPT = {"testing", "__init__"}
 EXAMINE = "from feature_cache.doctor import examine"

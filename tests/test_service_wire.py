@@ -234,7 +234,7 @@ def test_errors_keep_their_class():
 
 
 def write_description(name, **changes):
-    place.make_runtime_folder()
+    runtime_folder().mkdir(mode=0o700, exist_ok=True)
     process = place.this_process()
     plain = {
         "version": 1, "pid": process.pid, "started": process.started, "host": process.host,
@@ -251,7 +251,7 @@ def test_descriptions_of_the_dead_are_removed_and_damaged_ones_passed_over():
     write_description("c", backbones=None)
     (runtime_folder() / "d.json").write_text("{")
     write_description("e")
-    assert [address.name for address in list_servers()] == ["e"]
+    assert [address.name for address in list_servers() if address.root == "/x"] == ["e"]
     assert "a.json" not in sockets()
     for name in "bcde":
         place.withdraw(name)
@@ -268,18 +268,36 @@ def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
     assert "a.json" not in sockets()
 
 
-def test_a_folder_that_others_may_enter_is_not_used(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_need_no_folder(tmp_path, monkeypatch, method):
     short = Path(tempfile.mkdtemp(prefix="fc-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    monkeypatch.setattr(place, "ANYWHERE", str(short / "nowhere"))
     (short / "feature_cache").mkdir()
-    (short / "feature_cache").chmod(0o755)
-    assert not list(list_servers())
-    with pytest.raises(ServiceError, match="is not yours alone"):
-        place.make_runtime_folder()
+    (short / "feature_cache").chmod(0o755)  # that others may enter is not used
     dataset = make_dataset(tmp_path / "cache")
-    assert "DataLoader workers can't ask this process" in caplog.text
-    assert len(dataset[0]["pretrained_feats"])
+    assert not os.listdir(short / "feature_cache")
+    assert not list(list_servers())
+    assert len(list(make_loader(dataset, 1, method))) == len(dataset)
     shutil.rmtree(short)
+
+
+def test_a_server_is_found_in_another_environment_and_after_a_logout(tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "ANYWHERE", str(tmp_path))
+    dataset = make_dataset(tmp_path / "cache")
+
+    def found():
+        return [a.name for a in list_servers() if a.name.startswith(f"{os.getpid()}-")]
+
+    names = found()
+    assert names
+    with monkeypatch.context() as cron:
+        cron.delenv("XDG_RUNTIME_DIR")
+        assert found() == names
+    shutil.rmtree(runtime_folder())
+    shutil.rmtree(tmp_path / f"feature_cache-{os.getuid()}")
+    assert len(list(make_loader(dataset, 1, "fork"))) == len(dataset)
+    assert wait_until(lambda: found() == names)
 
 
 def test_long_paths_are_not_used_for_sockets(tmp_path, monkeypatch):

@@ -1,21 +1,24 @@
-"""scripts/train_trackastra.py: its options, and a real run from movies to scored tracks."""
+"""feature-cache train: its options, and a real run from movies to scored tracks."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from joblib import parallel_config
+from trackastra.data import CTCData
 from trackastra.model import Trackastra
+from typer.testing import CliRunner
 
-from feature_cache import BackboneError, Movie, load_backbone
+from feature_cache import BackboneError, FeatureCache, Movie, load_backbone
+from feature_cache.cli import app
 from feature_cache.movies import link_by_overlap, write_movie
 from feature_cache.spec import SpaceSpec
 from feature_cache.trackastra import (
@@ -25,18 +28,11 @@ from feature_cache.trackastra import (
     score_tracks,
     write_tracks,
 )
+from feature_cache.trackastra import train as training
 from feature_cache.trackastra.training import save_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_trackastra.py"
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # upstream's
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_trackastra", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -52,7 +48,7 @@ def config(tmp_path, small_folder):
     return write
 
 
-def test_upstreams_files_are_understood(script, config, capsys):
+def test_upstreams_files_are_understood(config, capsys):
     given = config(
         features="pretrained_feats_aug",
         pretrained_feats_model="facebook/sam2.1-hiera-base-plus",
@@ -63,15 +59,19 @@ def test_upstreams_files_are_understood(script, config, capsys):
         crop_size=[320, 320],
         lr=1e-3,
         cachedir=".cache",
+        tracking_frequency=-1,
+        max_tokens="None",
         example_images=False,
     )
-    options = script.parse_options([*given, "--cache", "features", "--lr", "1e-4"])
+    options = training.parse_options([*given, "--cache", "features", "--lr", "1e-4"])
     assert options.model is None
     assert options.rotate_features is True
     assert (options.crop_size, options.lr) == ([320, 320], 1e-4)
+    assert options.max_tokens is None
     assert capsys.readouterr().err.splitlines() == [
         "ignored: cachedir (its pickles may be stale)",
         "ignored: example_images",
+        "ignored: tracking_frequency",
     ]
 
 
@@ -81,6 +81,7 @@ def test_upstreams_files_are_understood(script, config, capsys):
         ({"epoch": 3}, "unknown options: epoch"),
         ({"input_val": ["nowhere"]}, "no such movie folder: nowhere"),
         ({"features": "pretrained_feats"}, "needs --cache"),
+        ({"train_samples": 3}, "--train_samples 3 and --batch_size 8 make no batch"),
         ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
         ({"policy": "flp"}, "--policy: invalid choice: 'flp' (choose from 'none', 'flips', "),
         ({"pretrained_feats_mode": "avg"}, "invalid choice: 'avg' (choose from 'nearest_patch', "),
@@ -90,25 +91,25 @@ def test_upstreams_files_are_understood(script, config, capsys):
         ),
     ],
 )
-def test_wrong_options_end_with_what_is_wrong(script, config, capsys, given, message):
+def test_wrong_options_end_with_what_is_wrong(config, capsys, given, message):
     with pytest.raises(SystemExit) as ended:
-        script.parse_options(config(**given))
+        training.parse_options(config(**given))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_model_to_fine_tune_must_be_what_is_asked(script, config, tmp_path):
+def test_a_model_to_fine_tune_must_be_what_is_asked(config, tmp_path):
     folder = tmp_path / "model"
     save_model(make_model(pretrained_feat_dim=8, d_model=16, num_encoder_layers=1), folder)
-    options = script.parse_options(config(model=str(folder), d_model=16))
-    assert script.choose_model(options, 8, "regionprops2").config["num_encoder_layers"] == 1
-    options = script.parse_options(config(model=str(folder), d_model=32, dropout=0.5))
+    options = training.parse_options(config(model=str(folder), d_model=16))
+    assert training.choose_model(options, 8, "regionprops2").config["num_encoder_layers"] == 1
+    options = training.parse_options(config(model=str(folder), d_model=32, dropout=0.5))
     with pytest.raises(ValueError, match=r"d_model 16, asked 32; dropout 0\.1, asked 0\.5"):
-        script.choose_model(options, 8, "regionprops2")
+        training.choose_model(options, 8, "regionprops2")
     with pytest.raises(ValueError, match="pretrained_feat_dim 8, asked 9"):
-        script.choose_model(script.parse_options(config(model=str(folder))), 9, "regionprops2")
+        training.choose_model(training.parse_options(config(model=str(folder))), 9, "regionprops2")
     with pytest.raises(ValueError, match="it has pretrained features"):
-        script.choose_model(script.parse_options(config(model=str(folder))), 0, "regionprops2")
+        training.choose_model(training.parse_options(config(model=str(folder))), 0, "regionprops2")
 
 
 def fake_features(backbone: str = "efficientnet-lite0") -> ModelFeatures:
@@ -116,7 +117,7 @@ def fake_features(backbone: str = "efficientnet-lite0") -> ModelFeatures:
     return ModelFeatures.of(SpaceSpec(model.spec), model, None, True)
 
 
-def test_a_training_goes_on_only_with_the_same_features(script, config, tmp_path):
+def test_a_training_goes_on_only_with_the_same_features(config, tmp_path):
     """It ends before a movie is read."""
     (tmp_path / "run").mkdir()
     fake_features().write(tmp_path / "run")
@@ -130,18 +131,18 @@ def test_a_training_goes_on_only_with_the_same_features(script, config, tmp_path
         ({"features": "wrfeat"}, "and now there are none"),
     ):
         with pytest.raises(BackboneError, match=f"run holds a model that .*{says}"):
-            script.train(script.parse_options(config(**{**given, **options})))
+            training.train(training.parse_options(config(**{**given, **options})))
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["features.json"]
 
 
-def test_fine_tuning_on_other_features_says_which(script, config, tmp_path, capsys):
+def test_fine_tuning_on_other_features_says_which(config, tmp_path, capsys):
     fake_features().write(tmp_path)
-    options = script.parse_options(config(model=str(tmp_path)))
-    script.compare_start(options, fake_features())
+    options = training.parse_options(config(model=str(tmp_path)))
+    training.compare_start(options, fake_features())
     assert capsys.readouterr().err == ""
-    script.compare_start(options, fake_features("debug/random"))
+    training.compare_start(options, fake_features("debug/random"))
     assert "was trained on other features: name differs: efficient" in capsys.readouterr().err
-    script.compare_start(script.parse_options(config()), fake_features())
+    training.compare_start(training.parse_options(config()), fake_features())
     assert capsys.readouterr().err == ""
 
 
@@ -161,7 +162,7 @@ def break_a_frame(movie: Path) -> None:
     ],
 )
 def test_movies_that_are_no_use_are_named(
-    script, config, tmp_path, small_folder, features, given, arrange, says
+    config, tmp_path, small_folder, features, given, arrange, says
 ):
     if arrange is not None:
         arrange(small_folder())
@@ -171,29 +172,90 @@ def test_movies_that_are_no_use_are_named(
         "d_model": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_workers": 0,
     }  # fmt: skip
     with parallel_config(backend="sequential"), pytest.raises(ValueError, match=says):
-        script.train(script.parse_options(config(**{**options, "window": 3, **given})))
+        training.train(training.parse_options(config(**{**options, "window": 3, **given})))
 
 
-def test_an_error_is_one_line_from_a_worker_too(script, monkeypatch):
+def test_an_error_is_one_line_from_a_worker_too(monkeypatch):
     def train(_):
         raise ValueError("Caught ValueError in DataLoader worker 0.\nTraceback\nValueError: why\n")
 
-    monkeypatch.setattr(script, "parse_options", lambda: None)
-    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(training, "parse_options", lambda *_: None)
+    monkeypatch.setattr(training, "train", train)
     with pytest.raises(SystemExit, match=r"^error: ValueError: why$"):
-        script.main()
+        training.main()
 
 
-def test_a_folder_that_exists_is_gone_on_with_or_an_error(script, config, tmp_path):
+def test_a_folder_that_exists_is_gone_on_with_or_an_error(config, tmp_path):
     given = {"outdir": str(tmp_path), "timestamp": False}
-    options = script.parse_options(config(**given))
-    assert script.choose_folder(options) == (tmp_path / "run", None)
+    options = training.parse_options(config(**given))
+    assert training.choose_folder(options) == (tmp_path / "run", None)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     last.touch()
-    assert script.choose_folder(options) == (tmp_path / "run", last)
+    assert training.choose_folder(options) == (tmp_path / "run", last)
     with pytest.raises(ValueError, match="exists"):
-        script.choose_folder(script.parse_options(config(**given, resume=False)))
+        training.choose_folder(training.parse_options(config(**given, resume=False)))
+
+
+EXAMPLE = {  # upstream's scripts/example_config.yaml
+    "batch_size": 8, "crop_size": [256, 256], "detection_folders": ["TRA"], "dropout": 0.01,
+    "example_images": False, "max_tokens": 2048, "name": "example", "ndim": 2,
+    "num_decoder_layers": 5, "num_encoder_layers": 5, "outdir": "runs", "distributed": False,
+    "window": 6,
+}  # fmt: skip
+POSTED = {  # as posted in pull request 61
+    "features": "pretrained_feats_aug", "pretrained_feats_model": "debug/random",
+    "pretrained_feats_mode": "mean_patches_exact", "pretrained_n_augs": 2,
+    "pretrained_feats_additional_props": "regionprops_small", "rotate_features": True,
+    "reduced_pretrained_feat_dim": 128, "window": 4, "augment": 3, "compress": True,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given", [EXAMPLE, POSTED], ids=["example", "posted"])
+def test_warmed_by_its_configuration_a_training_computes_and_builds_nothing(
+    config, tmp_path, small_folder, monkeypatch, given
+):
+    words = config(**given, device="cpu", num_workers=0)
+    cache = str(tmp_path / "cache")
+    with parallel_config(backend="sequential"):
+        done = CliRunner().invoke(app, ["warm", words[1], "--cache", cache])
+        assert done.exit_code == 0, done.output
+        assert "training data of 1 movie built" in done.output
+        monkeypatch.setattr(CTCData, "_load_wrfeat", lambda _: pytest.fail("built again"))
+        options = training.parse_options([*words, "--cache", cache, "--only_prechecks"])
+        assert training.train(options).startswith("all is well: ")
+    before = FeatureCache(cache).stats(lifetime=True)["computed"]
+    assert before == (0 if given is EXAMPLE else 6 * 3)
+    if given is POSTED:
+        backbone = load_backbone("debug/random", device="cpu")
+        data = training.make_data(options, backbone, 4)
+        data.prepare_data()
+        data.setup("fit")
+        assert sum(split.warm() for split in data.datasets.values()) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_seed_makes_the_same_training_with_any_number_of_workers(config, tmp_path):
+    weights = []
+    for workers in (0, 2):
+        options = training.parse_options(config(
+            **POSTED | {"window": 3, "crop_size": [30, 40]}, device="cpu", num_workers=workers,
+            cache=str(tmp_path / "cache"), outdir=str(tmp_path / str(workers)), logger="none",
+            timestamp=False, d_model=16, num_encoder_layers=1, num_decoder_layers=1, epochs=3,
+            train_samples=16, batch_size=4, dropout=0.1, seed=4,
+        ))  # fmt: skip
+        with parallel_config(backend="sequential"):
+            assert training.train(options) == f"model: {tmp_path / str(workers) / 'run'}"
+        weights.append(torch.load(tmp_path / str(workers) / "run" / "model.pt"))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    command = ["track", options.input_val[0], "--model", str(tmp_path / "0" / "run"), "--json"]
+    command += ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "tracks")]
+    tracked = json.loads(CliRunner().invoke(app, command).output.splitlines()[-1])
+    assert tracked["scores"]["links"] > 0
+    assert (tmp_path / "tracks" / "tracks.zarr" / "zarr.json").exists()
+    assert FeatureCache(tmp_path / "cache").stats(lifetime=True)["computed"] == 6 * 3
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning and Trackastra, in tracking too

@@ -294,12 +294,31 @@ def test_sets_of_different_features_are_refused(small_folder, cache):
         ModelFeatures.of_data(ConcatDataset(sets))
 
 
-def test_a_loss_that_is_no_number_ends_the_training(small_folder, cache):
+class Spoiled(TrackingModule):
+    """Gives NaN in the first of some batches."""
+
+    spoiled = 0
+
+    def forward(self, batch):
+        logits = super().forward(batch)
+        if self.seen > self.spoiled or not self.training:
+            return logits
+        return logits * torch.nan
+
+
+@pytest.mark.parametrize("spoiled", [1, 3])
+def test_batches_that_give_nan_are_skipped_and_counted(small_folder, cache, caplog, spoiled):
     model = make_model(pretrained_feat_dim=8, **SMALL)
-    nn.init.constant_(model.norm.weight, torch.nan)
-    module, data = TrackingModule(model, epochs=1), loader(samples(small_folder, cache))
-    with pytest.raises(FloatingPointError, match="NaN in epoch 0"):
-        trainer(epochs=1, limit_val_batches=0).fit(module, data, data)
+    module, data = Spoiled(model, epochs=1), loader(samples(small_folder, cache))
+    module.spoiled = spoiled
+    fit = trainer(epochs=1, limit_val_batches=0)
+    if 2 * spoiled > len(data):
+        with pytest.raises(FloatingPointError, match=f"{spoiled} of {len(data)} batches give NaN"):
+            fit.fit(module, data, data)
+    else:
+        fit.fit(module, data, data)
+        assert f"1 of {len(data)} batches gave NaN in epoch 0 and were skipped" in caplog.text
+        assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
 def test_saving_again_leaves_no_other_files(tmp_path):

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError
-from . import check, compute, evaluate, keep, look, pictures, serve
+from . import check, compute, evaluate, keep, look, pictures, serve, train
 
 app = typer.Typer(
     name="feature-cache",
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(check.check, compute.warm, evaluate.evaluate, serve.serve, compute.explain),
+    *(train.train, train.track),
     *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
     *(pictures.report, pictures.show),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
@@ -38,7 +39,12 @@ def _register(command: Callable[..., None]) -> None:
     """Add a command; the example at the end of its docstring comes after its options."""
     text, _, example = (inspect.getdoc(command) or "").partition("Example: ")
     end = f"Example: {' '.join(example.split())}"
-    app.command(_NAMES.get(command), help=text.strip(), epilog=end)(command)
+    passed = {"ignore_unknown_options": True, "allow_extra_args": True}  # all of them to train.py
+    app.command(
+        _NAMES.get(command), help=text.strip(), epilog=end,
+        context_settings=passed if command is train.train else None,
+        add_help_option=command is not train.train,
+    )(command)  # fmt: skip
 
 
 for _command in _COMMANDS:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -164,8 +166,20 @@ def warm(
     """
     from ..augment import Augmentations
     from ..backbones.name import name_with_dtype
+    from ..train_options import find_training
     from ..warm import plan_warm
 
+    training = find_training(movies)
+    if training is not None:
+        said = _said_by(training, backbone if from_grids else "")
+        for name in said:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                said[name] = context.params[name]
+        if said["backbone"] is None and not from_grids:
+            _build_training(training, cache, plan)
+            return
+        backbone, weights, pooling, copies, seed, policy = said.values()
     named = backbone and name_with_dtype(backbone, compute_dtype)
     where = _Where(named, weights, device, scheduler, local_workers)
     where.check(from_grids, dense)
@@ -185,6 +199,7 @@ def warm(
         if store is None and plan:
             store = _open_to_plan(context, cache, codec, layer)
         store = store or _open_cache(cache, codec, layer)
+        apart = set() if training is None else {*training.input_val} - {*training.input_train}
         with RunProgress("hashing", frames, "frame") as progress:
             work = plan_warm(
                 store,
@@ -193,6 +208,7 @@ def warm(
                 pooling=poolings,
                 dtype=dtype,
                 augmentations=augmentations,
+                without_copies=[source for source, _ in opened if source.path in apart],
                 dense=dense,
                 failures=failures,
                 progress=progress.update,
@@ -202,7 +218,34 @@ def warm(
         else:
             done = _run(work, where, model, at_once, max_size, push)
             store.counter.save()
+            if training is not None and store.store.mode == "a":
+                _build_training(training, cache, plan)
             _show_report(done, as_json, report)
+
+
+def _said_by(training: Namespace, backbone: str | None) -> dict[str, Any]:
+    """Give what a training's configuration says of the options of `warm`, in their order."""
+    from ..train_options import PRETRAINED, copies_of
+
+    named = training.pretrained_feats_model if training.features in PRETRAINED else None
+    return {
+        "backbone": backbone or named,
+        "weights": training.weights,
+        "pooling": [training.pretrained_feats_mode],
+        "copies": copies_of(training),
+        "seed": training.seed,
+        "policy": training.policy,
+    }
+
+
+def _build_training(training: Namespace, root: Path, plan: bool) -> None:
+    """Build the training data of a configuration that the cache lacks; where trackastra is."""
+    if plan or find_spec("trackastra") is None:
+        return
+    from ..trackastra.starts import warm_starts
+
+    count = warm_starts(training, root)
+    typer.echo(f"training data of {count_text(count, 'movie')} built", err=True)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,23 +60,37 @@ class Misses:
         About how many records there are, for the progress line.
     progress : bool
         Whether to show it.
+    inherited : iterable of Address
+        Servers that the process which made this for another had.
 
     Notes
     -----
     In a process that is no DataLoader worker, this begins to serve: records are computed here, for
     this process without a socket, and for others at one. A worker asks: a ``feature-cache serve``
-    first, then its parent, then any other that serves the same cache and backbone.
+    first, then the process from which it has this, whose address it inherits, then any other that
+    serves the same cache and backbone.
     """
 
     def __init__(
-        self, caches: Sequence[tuple[OpenCache, Backbone]], records: int, *, progress: bool
+        self,
+        caches: Sequence[tuple[OpenCache, Backbone]],
+        records: int,
+        *,
+        progress: bool,
+        inherited: Iterable[Address] = (),
     ) -> None:
         self.caches, self.records, self.progress = caches, records, progress
         self.hits = 0
-        self._route = _Route()
-        self._ahead = _Ahead()
+        self._hosts: dict[int, Host] = {}
+        self._inherited = tuple(inherited)
+        self._route, self._ahead = _Route(self.addresses), _Ahead(self.addresses)
         self._run: _Run | None = None
         self._lock, self._process = threading.Lock(), os.getpid()
+
+    def addresses(self) -> list[Address]:
+        """Give the servers that this process, or one that it comes from, has opened."""
+        servers = [host.server for host in self._hosts.values() if host.server is not None]
+        return [*(server.address for server in servers), *self._inherited]
 
     def open(self) -> bool:
         """Begin to serve, unless this is a DataLoader worker; tell whether anything is served."""
@@ -90,6 +103,7 @@ class Misses:
                 hosts[id(host)] = host
         for host in hosts.values():
             host.service.progress.add(total=self.records // len(hosts))
+        self._hosts |= hosts
         return bool(hosts)
 
     def fetch(
@@ -151,7 +165,9 @@ class Misses:
         """Start anew in a forked child; what it inherited belongs to its parent."""
         if self._process != os.getpid():
             self._process, self._lock = os.getpid(), threading.Lock()
-            self._route, self._ahead, self._run = _Route(), _Ahead(), None
+            self._inherited, self._hosts = tuple(self.addresses()), {}
+            self._route, self._ahead = _Route(self.addresses), _Ahead(self.addresses)
+            self._run = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +202,16 @@ class _Run:
 
 
 class _Route:
-    """The way of one thread to who computes; connections are kept."""
+    """The way of one thread to who computes; connections are kept.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    known : callable
+        Gives servers that need not be looked for.
+    """
+
+    def __init__(self, known: Callable[[], list[Address]]) -> None:
+        self._known = known
         self._client: Client | None = None
 
     def run(self, ask: _Ask) -> tuple[list[Record], Sequence[int]]:
@@ -230,8 +253,7 @@ class _Route:
             if served and (kept.address.standalone or not own):
                 return kept
         self.close()
-        parent = multiprocessing.parent_process()
-        servers = find_servers(place, backbone, parent=parent.pid if parent else None)
+        servers = find_servers(place, backbone, known=self._known())
         for address in servers:
             if own and not address.standalone:
                 continue
@@ -342,7 +364,8 @@ def _hash_frames(movie: MovieFeatures, times: Iterable[int]) -> list[int]:
 class _Ahead:
     """A thread that has records computed before they are asked for; it ends when it is idle."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Callable[[], list[Address]]) -> None:
+        self._known = known
         self._asks: deque[_Ask] = deque()
         self._lock = threading.RLock()  # as the engine's
         self._changed = threading.Condition(self._lock)
@@ -369,7 +392,7 @@ class _Ahead:
             return self._asks.popleft()
 
     def _run(self) -> None:
-        route = _Route()
+        route = _Route(self._known)
         while (ask := self._next()) is not None:
             try:
                 there = ask.movie.contains(ask.block).tolist()

@@ -1,6 +1,9 @@
-"""Where servers are found: a socket and a description each, in the user's own runtime folder.
+"""Where servers are found: by what a process inherits, or by descriptions in the user's folders.
 
-``$XDG_RUNTIME_DIR/feature_cache``, or else ``<tmp>/feature_cache-<uid>``; for this user only.
+Descriptions are in ``$XDG_RUNTIME_DIR/feature_cache``, or else ``<tmp>/feature_cache-<uid>``, and
+in ``/tmp/feature_cache-<uid>``, where others find them whose environment is another; for this user
+only. On Linux a server listens at an abstract socket, which needs no folder: who has its address
+reaches it when the folders are gone.
 """
 
 from __future__ import annotations
@@ -8,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +28,9 @@ from ..errors import ServiceError
 from ..store.process import Process, this_host
 
 _VERSION = 1
+ANYWHERE = "/tmp"
+"""Where descriptions are, whatever the environment."""
+HAS_ABSTRACT = sys.platform == "linux"
 _LONGEST_PATH = 90
 """Paths of sockets are limited to about 100 bytes."""
 _DESCRIPTION_BYTES = 1 << 18
@@ -64,7 +72,9 @@ class Address:
 
     @property
     def socket(self) -> str:
-        """Path of the socket."""
+        """Name of the abstract socket, or path of the socket where there are none such."""
+        if HAS_ABSTRACT:
+            return f"\0feature_cache-{os.getuid()}-{self.name}"
         return str(runtime_folder() / f"{self.name}.sock")
 
     @property
@@ -130,15 +140,13 @@ def runtime_folder() -> Path:
     return own or Path("/tmp")
 
 
-def make_runtime_folder() -> Path:
-    """Make the folder, which nobody else may enter.
+def _folders() -> list[Path]:
+    """Give the folders of descriptions: that of this environment, and that of any."""
+    return list(dict.fromkeys([runtime_folder(), Path(ANYWHERE, f"feature_cache-{os.getuid()}")]))
 
-    Raises
-    ------
-    ServiceError
-        It belongs to somebody else, or others may enter it.
-    """
-    folder = runtime_folder()
+
+def _make_private(folder: Path) -> None:
+    """Make a folder which nobody else may enter; ServiceError where that can't be."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -150,7 +158,6 @@ def make_runtime_folder() -> Path:
             f"{folder} is not yours alone (owner, or mode other than 0700): remove it, or set "
             "XDG_RUNTIME_DIR to a folder of your own"
         )
-    return folder
 
 
 def _is_private(folder: Path) -> bool:
@@ -162,9 +169,42 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and private
 
 
+def listen(address: Address) -> socket.socket:
+    """Open a server's socket. OSError, of which ServiceError is one, where that can't be."""
+    if not HAS_ABSTRACT:
+        _make_private(runtime_folder())
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        opened.bind(address.socket)
+        opened.listen(64)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
 def publish(address: Address) -> None:
-    """Write a server's description, as a whole."""
-    folder = runtime_folder()
+    """Write a server's description, as a whole, in each folder where that can be.
+
+    Raises
+    ------
+    ServiceError
+        It can be in none.
+    """
+    failures = []
+    for folder in _folders():
+        try:
+            _make_private(folder)
+            _write(folder, address)
+        except ServiceError as error:
+            failures.append(error)
+        except OSError as error:
+            failures.append(ServiceError(f"can't write in {folder}: {error}"))
+    if len(failures) == len(_folders()):
+        raise failures[0]
+
+
+def _write(folder: Path, address: Address) -> None:
     temporary = folder / f"{address.name}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -172,19 +212,23 @@ def publish(address: Address) -> None:
     temporary.replace(folder / f"{address.name}.json")
 
 
+def is_published(name: str) -> bool:
+    """Tell whether a server's description is where it should be."""
+    return all((folder / f"{name}.json").exists() for folder in _folders())
+
+
 def withdraw(name: str) -> None:
     """Remove a server's files."""
-    for suffix in ("json", "sock", "tmp"):
-        with suppress(OSError):
-            (runtime_folder() / f"{name}.{suffix}").unlink()
+    for folder in _folders():
+        for suffix in ("json", "sock", "tmp"):
+            with suppress(OSError):
+                (folder / f"{name}.{suffix}").unlink()
 
 
 def list_servers() -> Iterator[Address]:
     """Read the descriptions of servers; those of dead processes are removed."""
-    folder = runtime_folder()
-    if not _is_private(folder):
-        return
-    for file in sorted(folder.glob("*.json")):
+    files = [file for f in _folders() if _is_private(f) for file in sorted(f.glob("*.json"))]
+    for file in {file.name: file for file in reversed(files)}.values():
         try:
             if file.stat().st_size > _DESCRIPTION_BYTES:
                 raise ValueError("too large")
@@ -202,16 +246,17 @@ def list_servers() -> Iterator[Address]:
 
 
 def find_servers(
-    cache: tuple[int, int], backbone: str, *, parent: int | None = None
+    cache: tuple[int, int], backbone: str, *, known: Iterable[Address] = ()
 ) -> list[Address]:
     """List the servers of a cache that have a backbone, the best first.
 
-    One that somebody started on purpose (``feature-cache serve``) comes first, then that of the
-    process `parent`, then those of other trainings. The process that asks is left out.
+    One that somebody started on purpose (``feature-cache serve``) comes first, then those that are
+    `known`, then those of other trainings. The process that asks is left out.
     """
+    ours = {address.name: address for address in known}
     found = [
         address
-        for address in list_servers()
+        for address in ({one.name: one for one in list_servers()} | ours).values()
         if address.cache == cache and backbone in address.backbones and address.pid != os.getpid()
     ]
-    return sorted(found, key=lambda a: (not a.standalone, a.pid != parent, a.started))
+    return sorted(found, key=lambda a: (not a.standalone, a.name not in ours, a.started))

@@ -25,10 +25,12 @@ from ..key import Record, record_key
 from ..spec import SpaceSpec
 from . import wire
 from .place import (
+    HAS_ABSTRACT,
     Address,
     identify,
+    is_published,
     list_servers,
-    make_runtime_folder,
+    listen,
     publish,
     this_process,
     withdraw,
@@ -39,6 +41,7 @@ from .wire import GONE, Connection
 TELL_SECONDS = 2.0
 """How often a client that waits is told that it does."""
 _LOOK_SECONDS = 0.2
+_PUBLISHED_SECONDS = 1.0
 _MOST_KEYS = 1 << 14
 _log = logging.getLogger(__name__)
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
@@ -56,31 +59,31 @@ class Server:
     Raises
     ------
     ServiceError
-        The runtime folder is not this user's alone.
+        It can't listen; or nobody could find one that is `standalone`, as no folder for its
+        description is this user's alone.
     """
 
     def __init__(self, service: Service, *, standalone: bool = False) -> None:
         self.service, self._closing = service, False
         self._connections: set[Connection] = set()
         self._threads: set[threading.Thread] = set()
-        self.used = time.monotonic()
-        make_runtime_folder()
+        self.used = self._looked = time.monotonic()
         list(list_servers())  # removes what dead ones left
         process, root = this_process(), service.cache.store.root
         self.address = Address(
             f"{os.getpid()}-{secrets.token_hex(4)}", process.pid, process.started, process.host,
             identify(root), str(root), frozenset(), "", standalone, secrets.token_bytes(32),
         )  # fmt: skip
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.bind(self.address.socket)
-            self._socket.listen(64)
-            self._socket.settimeout(_LOOK_SECONDS)
-            self.publish()
+            self._socket = listen(self.address)
         except OSError as error:
+            raise ServiceError(f"can't listen for DataLoader workers: {error}") from error
+        self._socket.settimeout(_LOOK_SECONDS)
+        try:
+            self.publish()
+        except ServiceError:
             self._socket.close()
-            withdraw(self.address.name)
-            raise ServiceError(f"can't listen at {self.address.socket}: {error}") from error
+            raise
         self._thread = threading.Thread(
             target=self._accept, name="feature_cache server", daemon=True
         )
@@ -88,13 +91,18 @@ class Server:
         _servers.add(self)
 
     def publish(self) -> None:
-        """Say which backbones there are now."""
+        """Say which backbones there are now, where others look; workers of ours need not."""
         backbones = dict(self.service.backbones)
         devices = {str(getattr(b, "device", "cpu")) for b in backbones.values()}
         self.address = replace(
             self.address, backbones=frozenset(backbones), device=",".join(sorted(devices))
         )
-        publish(self.address)
+        try:
+            publish(self.address)
+        except ServiceError as error:
+            if self.address.standalone or not HAS_ABSTRACT:
+                raise
+            _log.info("found by its own workers only: %s", error)
 
     def __len__(self) -> int:
         """Count who is connected."""
@@ -131,6 +139,7 @@ class Server:
                 try:
                     opened, _ = self._socket.accept()
                 except TimeoutError:
+                    self._stay_published()
                     continue
                 except OSError as error:
                     _log.warning("can't take a connection: %s", error)
@@ -141,6 +150,17 @@ class Server:
                 )
                 self._threads.add(thread)
                 thread.start()
+
+    def _stay_published(self) -> None:
+        """Write the description anew where it vanished, as at the end of a login."""
+        if time.monotonic() - self._looked < _PUBLISHED_SECONDS or self._closing:
+            return
+        self._looked = time.monotonic()
+        if not is_published(self.address.name):
+            with suppress(ServiceError):
+                self.publish()
+            if self._closing:
+                withdraw(self.address.name)
 
     def _talk(self, opened: socket.socket) -> None:
         try:

@@ -65,7 +65,7 @@ class Randomness:
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
         before = torch.get_rng_state()
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         self._generator.seed(seed)
         try:
             with seeded_numpy(seed + 1 & 0xFFFFFFFF):

@@ -6,12 +6,14 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from trackastra.data import distributed as _distributed
+from trackastra.data.data import CTCData
 
 from ..augment import Augmentations
 from ..backbones import load_backbone
@@ -20,7 +22,7 @@ from ..dataset import Drawn, OnMiss, warm_tokens
 from ..service import ReadAhead
 from .chance import mix_seeds, seeded_numpy
 from .collation import collate
-from .dataset import Geometry, wrap
+from .dataset import Geometry, PlacedCTCData, wrap
 from .held import check_inputs
 from .shallow import Props
 from .starts import load_all
@@ -144,7 +146,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     dataset_kwargs, sampler_kwargs, loader_kwargs : mapping
         As upstream; without a ``collate_fn``, batches are made by `collate`.
     cache, backbone, pooling, augmentations, geometry, additional_props, rotate_features, dtype
-        As `wrap`.
+        As `wrap`. Without a backbone, samples are Trackastra's own; without a cache, which features
+        need, datasets are built each time.
     on_miss, batch_size, progress
         As `wrap`. `batch_size` is the number of frames embedded at once.
     warm : bool
@@ -171,8 +174,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         sampler_kwargs: Mapping[str, Any],
         loader_kwargs: Mapping[str, Any],
         *,
-        cache: FeatureCache | str | os.PathLike[str],
-        backbone: Backbone | str,
+        cache: FeatureCache | str | os.PathLike[str] | None,
+        backbone: Backbone | str | None,
         pooling: str = "mean_patches_exact",
         augmentations: Augmentations | None = None,
         geometry: Geometry = "map",
@@ -185,6 +188,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         warm: bool = False,
         seed: int | None = None,
     ) -> None:
+        if backbone is not None and cache is None:
+            raise ValueError("features of a backbone need a cache: name its folder (cache)")
         super().__init__(
             input_train, input_val, None, augment, distributed,
             dict(dataset_kwargs), dict(sampler_kwargs), {"collate_fn": collate, **loader_kwargs},
@@ -193,7 +198,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
             _logger.info("cachedir %s is not used: its pickles may be stale", cachedir)
         self.datasets: dict[str, Any] = {}
         self.warm, self.seed = warm, seed
-        self._cache, self._backbone, self._augmentations = cache, backbone, augmentations
+        self._cache = FeatureCache(cache) if isinstance(cache, str | os.PathLike) else cache
+        self._backbone, self._augmentations = backbone, augmentations
         self._options: dict[str, Any] = {
             "pooling": pooling,
             "geometry": geometry,
@@ -209,7 +215,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         """Warm the cache, if that was asked for."""
         if self.warm:
             self.setup("fit")
-            warm_tokens([tokens for data in self.datasets.values() for tokens in data.all_tokens])
+            tokens = [getattr(data, "all_tokens", []) for data in self.datasets.values()]
+            warm_tokens([one for some in tokens for one in some])
 
     def setup(self, stage: str) -> None:
         """Load both datasets, if this process has not loaded them; their names are checked first.
@@ -237,9 +244,10 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
             for split, some in inputs.items()
             for root in some
         ]
-        if not isinstance(self._cache, FeatureCache):
-            self._cache = FeatureCache(self._cache)
-        loaded = iter(load_all(movies, self._cache))
+        if self._cache is None:
+            loaded = iter([CTCData(root=Path(root), **options) for root, options in movies])
+        else:
+            loaded = iter(load_all(movies, self._cache))
         self.datasets = {
             split: self._wrap(ConcatDataset(list(islice(loaded, len(some)))), split)
             for split, some in inputs.items()
@@ -263,7 +271,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
                 f"batch_size is {batch_sampler.batch_size} in sampler_kwargs and "
                 f"{self.loader_kwargs['batch_size']} in loader_kwargs: expected the same"
             )
-        return LateDataLoader(data, batch_sampler=ReadAhead(batch_sampler, data), **options)
+        ahead: Any = ReadAhead(batch_sampler, data) if hasattr(data, "prefetch") else batch_sampler
+        return LateDataLoader(data, batch_sampler=ahead, **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Give the validation set in order, a sample the same in every epoch."""
@@ -273,10 +282,13 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     def _wrap(self, data: Any, split: str) -> Any:
         if isinstance(self._backbone, str):
             self._backbone = load_backbone(self._backbone)
-        augmentations = self._augmentations if split == "train" else None
-        wrapped = wrap(
-            data, self._cache, self._backbone, augmentations=augmentations, **self._options
-        )
+        if self._backbone is None or self._cache is None:
+            wrapped: Any = ConcatDataset([PlacedCTCData(part) for part in data.datasets])
+        else:
+            augmentations = self._augmentations if split == "train" else None
+            wrapped = wrap(
+                data, self._cache, self._backbone, augmentations=augmentations, **self._options
+            )
         if split == "val":
             for part in wrapped.datasets:
                 part.fix_samples(self.seed or 0)

@@ -78,7 +78,25 @@ class _Extras:
         }
 
 
-class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
+class PlacedCTCData(_ctc.CTCData):  # type: ignore[misc]
+    """A `CTCData` whose samples are a function of their place in an epoch's draws."""
+
+    def __init__(self, ctc_data: Any) -> None:
+        self.__dict__.update(ctc_data.__dict__)
+        self.randomness = Randomness(self)
+
+    def __getitem__(self, n: int, return_dense: bool | None = None) -> dict[str, Any]:
+        """Give window `n` as `CTCData` does; cropped and augmented as its place says."""
+        with self.randomness.of(n):
+            sample: dict[str, Any] = super().__getitem__(n, return_dense)
+        return sample
+
+    def fix_samples(self, seed: int) -> None:
+        """Make each sample a function of its index: its crop, and what upstream augments."""
+        self.randomness.seed = seed
+
+
+class CachedCTCData(PlacedCTCData):
     """A `CTCData` whose samples carry ``pretrained_feats`` (N, C) float32. Made by `wrap`.
 
     It stands wherever the dataset that it was made from does: in samplers, `ConcatDataset`,
@@ -86,9 +104,8 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
     """
 
     def __init__(self, ctc_data: Any, extras: _Extras, props: Props | None) -> None:
-        self.__dict__.update(ctc_data.__dict__)
+        super().__init__(ctc_data)
         self.feature_cache_extras, self.additional_props = extras, props
-        self.randomness = Randomness(self)
 
     def __getitem__(self, n: int, return_dense: bool | None = None) -> dict[str, Any]:
         """Give window `n` as `CTCData` does, with the features of its tokens, row for row.
@@ -124,8 +141,7 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
             As `feature_cache.dataset.Copies.choose`.
         """
         try:
-            with self.randomness.of(n):
-                sample: dict[str, Any] = super().__getitem__(n, return_dense)
+            sample = super().__getitem__(n, return_dense)
         except IndexError as error:
             self._check_tokens(n, error)
             raise
@@ -142,10 +158,6 @@ class CachedCTCData(_ctc.CTCData):  # type: ignore[misc]
                 f"{self.root}: max_tokens is {self.max_tokens}, and a frame of window {n} has "
                 f"{first} cells: expected more tokens than a frame has cells; raise max_tokens"
             ) from error
-
-    def fix_samples(self, seed: int) -> None:
-        """Make each sample a function of its index: its crop, and what upstream augments."""
-        self.randomness.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""

@@ -16,7 +16,6 @@ import typer
 from lightning.fabric.strategies.launchers import subprocess_script as _fabric
 from lightning.pytorch.strategies.launchers import subprocess_script as _pytorch
 
-from ..cli.options import CacheOption, DtypeOption, PolicyOption, SeedOption, WeightsOption
 from ..errors import FeatureCacheError
 from .patching import patch, replaced
 
@@ -25,15 +24,19 @@ def run(
     script: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     arguments: Annotated[list[str] | None, typer.Argument(help="Of the script.")] = None,
     *,
-    cache: CacheOption,
+    cache: Annotated[
+        Path, typer.Option(help="The cache's folder.", envvar="FEATURE_CACHE_DIR", metavar="FOLDER")
+    ],
     backbone: Annotated[
         str | None, typer.Option(help="In the place of the script's own choice.")
     ] = None,
-    weights: WeightsOption = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the backbone: a checkpoint, or random:<seed>.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: the best.")] = None,
-    dtype: DtypeOption = "float16",
-    seed: SeedOption = 0,
-    policy: PolicyOption = "default",
+    dtype: Annotated[str, typer.Option(help="Of what is stored.")] = "float16",
+    seed: Annotated[int, typer.Option(help="Of augmented copies.")] = 0,
+    policy: Annotated[str, typer.Option(help="Of augmented copies.")] = "default",
     geometry: Annotated[
         str, typer.Option(help="Coordinates of a copy: map them as its pixels, or keep them.")
     ] = "map",

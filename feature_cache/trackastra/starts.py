@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ import joblib
 import networkx as nx
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 from trackastra.data import wrfeat as _wrfeat
@@ -51,6 +53,7 @@ from ..movies.files import ImageFiles
 from ..movies.movie import detection_places
 from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
 from ..store import Entry, Space, record_sources
+from ..train_options import ARCHITECTURE, data_options
 from .late import (
     Distances,
     Hashed,
@@ -145,6 +148,32 @@ def load_all(
         root, options = movies[i]
         loaded[i] = _load_data(root, cache, options, build=True)
     return loaded
+
+
+def warm_starts(training: Namespace, cache: FeatureCache | str | os.PathLike[str]) -> int:
+    """Build the training data of a configuration that a cache lacks; give of how many movies.
+
+    Parameters
+    ----------
+    training : Namespace
+        From `feature_cache.train_options.parse_training`.
+    cache : FeatureCache or path
+
+    Raises
+    ------
+    As `load_ctc`.
+    """
+    cache, window = _open(cache), training.window
+    if window is None and training.model is not None:
+        window = yaml.safe_load((Path(training.model) / "config.yaml").read_text())["window"]
+    options = {**data_options(training), "window_size": window or ARCHITECTURE["window"][1]}
+    roots = dict.fromkeys([*training.input_train, *training.input_val])
+    space = cache.space(start_spec())
+    space.refresh()
+    before = len(space)
+    load_all([(root, options) for root in roots], cache)
+    space.refresh()
+    return len(space) - before
 
 
 def _build(root: str | os.PathLike[str], options: Mapping[str, Any], cache: FeatureCache) -> None:
@@ -554,7 +583,8 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         unlike: list[list[str]] = [
             list(differences(one, asked)) for one in kept if isinstance(one, dict)
         ]
-        return "; ".join(min(unlike, key=len)) if unlike else "none of this movie are kept"
+        unlike.sort(key=len)
+        return "; ".join(unlike[0]) if unlike else "none of this movie are kept"
 
     def _provenance(self) -> dict[str, JSON]:
         own: dict[str, JSON] = {"inputs": self._own_inputs.to_json(self._own_options)}

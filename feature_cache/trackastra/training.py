@@ -6,6 +6,7 @@ The loss and the schedule are those of ``scripts/train.py`` of weigertlab/tracka
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from .model_features import ModelFeatures, check_resumed
 from .shallow import columns_of
 
 Batch = Mapping[str, Tensor]
+_log = logging.getLogger(__name__)
 _EPS = torch.finfo(torch.float32).eps
 _HALF = torch.finfo(torch.float16)
 
@@ -35,6 +37,7 @@ def make_model(
     *,
     pretrained_feat_dim: int = 0,
     additional_props: str | None = "regionprops2",
+    feat_dim: int | None = None,
     **architecture: Any,
 ) -> nn.Module:
     """Make an untrained model for samples as `wrap` or `CTCData` give them.
@@ -47,6 +50,8 @@ def make_model(
         Width of the pretrained features; 0 makes Trackastra's own model, without any.
     additional_props : str or None
         The samples' shallow features, as in `wrap`.
+    feat_dim : int, optional
+        How many shallow features there are, where they are others.
     **architecture
         Of ``TrackingTransformer`` and ``TrackingTransformerwPretrainedFeats``, such as ``d_model``.
 
@@ -55,7 +60,8 @@ def make_model(
     UnknownNameError
         No such set of shallow features.
     """
-    sizes = {"coord_dim": ndim, "feat_dim": len(columns_of(additional_props, ndim))}
+    width = len(columns_of(additional_props, ndim)) if feat_dim is None else feat_dim
+    sizes = {"coord_dim": ndim, "feat_dim": width}
     if not pretrained_feat_dim:
         return TrackingTransformer(**sizes, **architecture)
     return TrackingTransformerwPretrainedFeats(
@@ -187,6 +193,7 @@ class TrackingModule(LightningModule):
         self.epochs, self.warmup_epochs = epochs, min(warmup_epochs, epochs)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.delta_cutoff, self.division_weight = delta_cutoff, division_weight
+        self.skipped = self.seen = 0
 
     def forward(self, batch: Batch) -> Tensor:
         """Predict the links of each window: logits (B, N, N)."""
@@ -198,12 +205,44 @@ class TrackingModule(LightningModule):
                 batch["coords"], pretrained_features=batch["pretrained_feats"], **inputs
             )
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
-        """Give the loss of a batch."""
-        return self._loss(batch, "train_loss")
+    def on_train_epoch_start(self) -> None:
+        """Count the batches of this epoch that give NaN."""
+        self.skipped = self.seen = 0
+
+    def training_step(self, batch: Batch, _: int) -> Tensor | None:
+        """Give the loss of a batch; one that gives NaN is skipped, and counted."""
+        self.seen += 1
+        loss = self._loss(batch, "train_loss")
+        if loss is not None:
+            return loss
+        self.skipped += 1
+        if self.trainer.world_size == 1:
+            return None
+        # Other ranks wait for gradients.
+        return torch.stack([(p * 0).nan_to_num().sum() for p in self.parameters()]).sum()
+
+    def on_train_epoch_end(self) -> None:
+        """Say how many were skipped.
+
+        Raises
+        ------
+        FloatingPointError
+            Most of them were.
+        """
+        if 2 * self.skipped > self.seen:
+            raise FloatingPointError(
+                f"{self.skipped} of {self.seen} batches give NaN in epoch {self.current_epoch}: "
+                "lower the learning rate, train in float32, or look for NaN in coordinates and "
+                "features"
+            )
+        if self.skipped:
+            _log.warning(
+                "%d of %d batches gave NaN in epoch %d and were skipped",
+                self.skipped, self.seen, self.current_epoch,
+            )  # fmt: skip
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """Log the loss of a batch."""
+        """Log the loss of a batch; one that gives NaN is left out."""
         self._loss(batch, "val_loss")
 
     def configure_optimizers(self) -> Any:
@@ -216,13 +255,10 @@ class TrackingModule(LightningModule):
         )
         return [optimizer], [schedule]
 
-    def _loss(self, batch: Batch, name: str) -> Tensor:
+    def _loss(self, batch: Batch, name: str) -> Tensor | None:
         logits = self(batch)
         if torch.isnan(logits).any():
-            raise FloatingPointError(
-                f"the model gives NaN in epoch {self.current_epoch} ({name}): lower the learning "
-                "rate, train in float32, or look for NaN in coordinates and features"
-            )
+            return None
         loss = association_loss(
             logits,
             batch,
@@ -230,6 +266,8 @@ class TrackingModule(LightningModule):
             delta_cutoff=self.delta_cutoff,
             division_weight=self.division_weight,
         )
+        if torch.isnan(loss):
+            return None
         self.log(
             name, loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True,
             batch_size=len(batch["coords"]),

@@ -285,6 +285,7 @@ def plan_warm(
     pooling: str | Sequence[str | None] | None = "mean_patches_exact",
     dtype: str = "float16",
     augmentations: Augmentations | None = None,
+    without_copies: Collection[Source] = (),
     dense: str = "none",
     failures: Iterable[Failure] = (),
     progress: Progress | None = None,
@@ -306,6 +307,8 @@ def plan_warm(
         Several are computed from one embedding.
     augmentations : Augmentations, optional
         Copies to warm beside the movies themselves.
+    without_copies : collection of Source
+        Movies of which there are no copies, such as those of validation.
     dense : str
         One of `DENSE`: of what to keep grids too, in float32.
     failures : iterable of Failure
@@ -324,9 +327,10 @@ def plan_warm(
     layers = specs_of(backbone)
     specs = tuple(dict.fromkeys(SpaceSpec(s, name, dtype) for s in layers for name in poolings))
     copies = augmentations or Augmentations("none", copies=0)
-    planner = _Planner(cache, backbone, specs, copies, dense, list(failures))
+    planner = _Planner(cache, backbone, specs, dense, list(failures))
     for movie in _open_all(movies, planner.failures):
-        planner.add(movie, progress)
+        none = movie.source is not None and movie.source in without_copies
+        planner.add(movie, Augmentations("none", copies=0) if none else copies, progress)
     return planner.plan()
 
 
@@ -366,12 +370,11 @@ class _Planner:
         cache: FeatureCache,
         backbone: Backbone | Layers,
         specs: tuple[SpaceSpec, ...],
-        copies: Augmentations,
         dense: str,
         failures: list[Failure],
     ) -> None:
         self.cache, self.backbone, self.specs = cache, backbone, specs
-        self.copies, self.dense, self.failures = copies, dense, failures
+        self.dense, self.failures = dense, failures
         self.grids = tuple(map(grid_spec, specs_of(backbone)))
         self.tasks: list[Task] = []
         self.rows: list[PlanRow] = []
@@ -388,8 +391,8 @@ class _Planner:
             tuple(self.asked),
         )  # fmt: skip
 
-    def add(self, movie: Movie, progress: Progress | None) -> None:
-        specs = [self._specs_of(number) for number in range(self.copies.copies + 1)]
+    def add(self, movie: Movie, draws: Augmentations, progress: Progress | None) -> None:
+        specs = [self._specs_of(number) for number in range(draws.copies + 1)]
         self.movies.append(PlannedMovie.of(movie))
         try:
             features = self._bind(movie)
@@ -402,8 +405,8 @@ class _Planner:
         self.failures += tally.failures
         sizes, before = _Sizes(movie), len(self.tasks)
         copies = [
-            features.with_draw(draw, self.copies.name_of(number))
-            for number, draw in enumerate(self.copies.draws())
+            features.with_draw(draw, draws.name_of(number))
+            for number, draw in enumerate(draws.draws())
         ]
         every = tuple(dict.fromkeys(spec for group in specs for spec in group))
         wanted: dict[int, list[Spot]] = defaultdict(list)

@@ -1,0 +1,92 @@
+"""Tracking a movie from its files: ``feature-cache track``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from trackastra.model import Trackastra
+from trackastra.tracking import write_to_geff
+
+from ..cache import FeatureCache
+from ..errors import MovieError, NoMasksError
+from ..movies import Movie
+from .inference import cached_inference
+from .metrics import score_tracks, write_tracks
+
+
+def track_movie(
+    movie: Movie,
+    model: str | os.PathLike[str],
+    cache: FeatureCache | str | os.PathLike[str],
+    folder: Path,
+    *,
+    mode: str = "greedy",
+    weights: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Track the cells of a movie, on cached features of the model's own kind.
+
+    Parameters
+    ----------
+    movie : Movie
+        With masks.
+    model : str or path
+        A model's folder, or the name of one of Trackastra's own.
+    cache : FeatureCache or path
+    folder : Path
+        Where masks, ``man_track.txt`` and ``tracks.zarr`` (GEFF) are written, over an earlier
+        result.
+    mode : str
+        Of Trackastra's linking.
+    weights : str, optional
+        Of the backbone, as `cached_inference`.
+    device : str, optional
+        Of the model; by default the best.
+
+    Returns
+    -------
+    dict
+        ``tracks`` and ``cells``, how many; ``scores``, as `score_tracks`, where the movie's masks
+        are tracked ones, or else empty.
+
+    Raises
+    ------
+    NoMasksError
+        The movie has no masks.
+    MovieError
+        As `write_tracks`.
+    As `cached_inference`.
+    """
+    if movie.masks is None:
+        raise NoMasksError(f"{movie.name} has no masks: name them (--detections, --masks)")
+    frames, masks = np.stack(list(movie.frames)), np.stack(list(movie.masks))
+    place = Path(model)
+    with cached_inference(cache, weights=weights):
+        if place.is_dir():
+            tracker = Trackastra.from_folder(place, device=device)
+        else:
+            tracker = Trackastra.from_pretrained(str(model), device=device)
+        graph, _ = tracker.track(frames, masks, mode=mode)
+    write_tracks(graph, masks, folder)
+    geff = folder / "tracks.zarr"
+    shutil.rmtree(geff, ignore_errors=True)
+    write_to_geff(graph, masks, outdir=geff)
+    tracks = sum(line.strip() != "" for line in (folder / "man_track.txt").open())
+    return {"tracks": tracks, "cells": len(graph), "scores": _score(movie, folder)}
+
+
+def _score(movie: Movie, folder: Path) -> dict[str, float]:
+    """Compare with the tracks that stand beside the movie's masks, where there are any."""
+    truth, source = movie.detection_folder, movie.source
+    whole = source is not None and source.is_whole and source.downscale_spatial == 1
+    if truth is None or not whole:
+        return {}
+    try:
+        movie.tracks  # noqa: B018 - whether there are any
+    except MovieError:
+        return {}
+    return score_tracks(truth, folder)

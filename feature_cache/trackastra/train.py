@@ -1,0 +1,336 @@
+"""Train or fine-tune Trackastra's models out of a configuration: ``feature-cache train``.
+
+The model folder is <outdir>/<name>; Trackastra.from_folder loads it, and
+feature_cache.trackastra.cached_inference tracks with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tifffile
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from trackastra.data import collate_sequence_padding
+from trackastra.model import TrackingTransformer
+from trackastra.model.pretrained import download_pretrained
+from trackastra.utils import seed
+
+from ..augment import Augmentations
+from ..backbones import load_backbone
+from ..cache import FeatureCache
+from ..errors import BackboneError, FeatureCacheError, MissingDependencyError
+from ..movies import ReadOptions, read_image
+from ..spec import SpaceSpec
+from ..train_options import (
+    ARCHITECTURE,
+    IGNORED,
+    PRETRAINED,
+    PRETRAINED_ARCHITECTURE,
+    check_training,
+    copies_of,
+    data_options,
+    parse_training,
+)
+from .collation import collate
+from .datamodule import CachedDataModule
+from .held import folders_of
+from .late import count_masks
+from .model_features import ModelFeatures, check_resumed
+from .patching import replaced
+from .training import BestModel, TrackingModule, make_model
+
+
+def parse_options(
+    words: Sequence[str] | None = None, prog: str | None = None
+) -> argparse.Namespace:
+    """Read the options; end with what is wrong, say what is ignored."""
+    options = parse_training(sys.argv[1:] if words is None else words, prog=prog)
+    for name in options.ignored:
+        print(f"ignored: {name}" + f" ({IGNORED[name]})" * bool(IGNORED[name]), file=sys.stderr)
+    try:
+        check_training(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return options
+
+
+PLAIN_WIDTHS = {
+    2: {"none": 0, "wrfeat": 7, "regionprops": 7, "regionprops2": 6, "patch": 256,
+        "patch_regionprops": 261},
+    3: {"none": 0, "wrfeat": 12, "regionprops2": 11, "patch_regionprops": 264},
+}  # fmt: skip
+"""How many of Trackastra's own features a sample has, by its axes and their name."""
+
+
+def choose_model(options: argparse.Namespace, width: int, props: str | None) -> Any:
+    """Make a model, or load the one to fine-tune; its architecture must be what was asked for."""
+    own = None if width else PLAIN_WIDTHS[options.ndim].get(options.features)
+    if not width and own is None:
+        raise ValueError(f"--features {options.features}: there are none such for --ndim 3")
+    sizes = {"pretrained_feat_dim": width, "additional_props": props, "feat_dim": own}
+    asked = {**ARCHITECTURE, **(PRETRAINED_ARCHITECTURE if width else {})}
+    given = {name: getattr(options, name) for name in asked if getattr(options, name) is not None}
+    if options.model is None:
+        defaults = {name: default for name, (_, default) in asked.items()}
+        return make_model(options.ndim, **sizes, **{**defaults, **given})
+    folder = Path(options.model)
+    model = TrackingTransformer.from_folder(
+        folder if folder.is_dir() else download_pretrained(options.model), map_location="cpu"
+    )
+    expected = make_model(options.ndim, **sizes).config
+    given |= {name: expected[name] for name in ("coord_dim", "feat_dim")}
+    given |= {"pretrained_feat_dim": width} if width else {}
+    unlike = [
+        f"{name} {model.config.get(name)}, asked {value}"
+        for name, value in given.items()
+        if model.config.get(name) != value
+    ]
+    if unlike or ("pretrained_feat_dim" in model.config) != bool(width):
+        raise ValueError(
+            f"the model {options.model} doesn't fit these options; it has "
+            f"{'; '.join(unlike) or 'pretrained features'}: change the options, or leave them out"
+        )
+    return model
+
+
+def name_features(options: argparse.Namespace, backbone: Any) -> ModelFeatures | None:
+    """Name the features of this training in full."""
+    if backbone is None:
+        return None
+    return ModelFeatures.of(
+        SpaceSpec(backbone.spec, options.pretrained_feats_mode),
+        backbone,
+        options.pretrained_feats_additional_props,
+        options.rotate_features,
+    )
+
+
+def compare_start(options: argparse.Namespace, features: ModelFeatures | None) -> None:
+    """Say where fine-tuning goes on from a model of other features."""
+    try:
+        before = None if options.model is None else ModelFeatures.of_folder(Path(options.model))
+        unlike = before.unlike(features) if before is not None and features is not None else []
+    except BackboneError as error:
+        unlike = [str(error)]
+    for line in unlike:
+        print(f"{options.model} was trained on other features: {line}", file=sys.stderr)
+
+
+def make_data(options: argparse.Namespace, backbone: Any, window: int) -> CachedDataModule:
+    """Make the data module; without a backbone, of Trackastra's own features alone."""
+    copies = copies_of(options)
+    return CachedDataModule(
+        input_train=options.input_train,
+        input_val=options.input_val,
+        cachedir=None,
+        augment=options.augment,
+        distributed=options.distributed,
+        dataset_kwargs={**data_options(options), "window_size": window},
+        sampler_kwargs={
+            "batch_size": options.batch_size,
+            "n_pool": options.n_pool_sampler,
+            "num_samples": options.train_samples,
+            "weight_by_ndivs": options.weight_by_ndivs,
+            "weight_by_dataset": options.weight_by_dataset,
+        },
+        loader_kwargs={
+            "batch_size": options.batch_size,
+            "num_workers": options.num_workers,
+            "persistent_workers": options.num_workers > 0,
+            "pin_memory": on_gpu(options),
+            "collate_fn": collate_sequence_padding if backbone is None else collate,
+        },
+        cache=None if options.cache is None else FeatureCache(options.cache),
+        backbone=backbone,
+        pooling=options.pretrained_feats_mode,
+        augmentations=Augmentations(options.policy, copies=copies, seed=options.seed)
+        if copies
+        else None,
+        additional_props=options.pretrained_feats_additional_props,
+        rotate_features=options.rotate_features,
+        warm=options.warm and backbone is not None,
+        seed=options.seed,
+    )
+
+
+class CheckMovies(Callback):
+    """Ends where a movie gives no windows: upstream's samplers would not say which."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at all movies."""
+        check_movies(trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def check_movies(module: Any) -> None:
+    """Raise ValueError for a movie that gives no windows, MovieError for one without masks."""
+    for data in module.datasets.values():
+        for part in data.datasets:
+            check_movie(part)
+
+
+def check_movie(data: Any) -> None:
+    """Do so for one."""
+    folders_of(data)
+    if not data.windows:
+        raise ValueError(
+            f"{data.root} has {count_masks(data.gt_masks)} frames: expected at least the "
+            f"{data.window_size} of a window; pass a smaller --window, or leave the movie out"
+        )
+
+
+def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str, Any]) -> Trainer:
+    """Make Lightning's trainer, with all that writes."""
+    loggers: dict[str, Any] = {
+        "tensorboard": lambda: TensorBoardLogger(folder, name="tb"),
+        "csv": lambda: CSVLogger(folder, name="csv"),
+        "wandb": lambda: WandbLogger(options.name, project=options.wandb_project),
+        "none": lambda: False,
+    }
+    kind = "none" if options.dry else options.logger
+    if kind == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise MissingDependencyError("wandb", "--logger wandb", "pip install wandb")
+    patience = options.epochs // 6 if options.patience is None else options.patience
+    callbacks: list[Callback] = [CheckMovies()]
+    if not options.dry:
+        checkpoints = ModelCheckpoint(folder / "checkpoints", monitor="val_loss", save_last=True)
+        callbacks += [BestModel(folder, train_args), checkpoints]
+    if patience:
+        callbacks.append(EarlyStopping("val_loss", patience=patience))
+    if kind != "none":
+        callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+    gpu = on_gpu(options)
+    return Trainer(
+        accelerator="gpu" if gpu else "cpu",
+        devices=torch.cuda.device_count() if gpu and options.distributed else 1,
+        strategy="ddp" if options.distributed else "auto",
+        precision="16-mixed" if gpu and options.mixedp else 32,
+        logger=loggers[kind](),
+        enable_checkpointing=not options.dry,
+        max_epochs=options.epochs,
+        callbacks=callbacks,
+        log_every_n_steps=1,
+    )
+
+
+def on_gpu(options: argparse.Namespace) -> bool:
+    """Tell whether it trains on a GPU."""
+    return options.device == "cuda" and torch.cuda.is_available()
+
+
+def choose_folder(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Give the model folder, and the checkpoint to go on from."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_") if options.timestamp else ""
+    folder = options.outdir / f"{stamp}{options.name}"
+    last = folder / "checkpoints" / "last.ckpt"
+    if not folder.exists():
+        return folder, None
+    if not options.resume:
+        raise ValueError(f"{folder} exists: pass --resume true to go on there, or another --name")
+    return folder, last if last.exists() else None
+
+
+def train(options: argparse.Namespace) -> str:
+    """Train; say what there is at the end.
+
+    Raises
+    ------
+    ValueError
+        A movie, or the options, are no use.
+    BackboneError
+        The folder's model was trained on other features.
+    FloatingPointError
+        Most batches of an epoch gave NaN.
+    """
+    seed(options.seed)
+    folder, checkpoint = choose_folder(options)
+    backbone, props = None, "regionprops2"
+    if options.features in PRETRAINED:
+        device = None if on_gpu(options) else "cpu"
+        backbone = load_backbone(options.pretrained_feats_model, options.weights, device)
+        props = options.pretrained_feats_additional_props
+    features = name_features(options, backbone)
+    check_resumed(folder, features)
+    model = choose_model(options, backbone.spec.width if backbone else 0, props)
+    compare_start(options, features)
+    module = TrackingModule(
+        model,
+        epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        delta_cutoff=options.delta_cutoff,
+        division_weight=options.div_upweight,
+    )
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    data = make_data(options, backbone, model.config["window"])
+    read = partial(read_image, options=ReadOptions(labels=True))
+    with replaced(tifffile, "imread", read):  # upstream's names no file that is damaged
+        if options.only_prechecks:
+            data.setup("fit")
+            check_movies(data)
+            return f"all is well: {len(data.datasets['train'])} windows to train on"
+        trainer = make_trainer(options, folder, {**plain, **model.config})
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}")
+        started = _steps_of(checkpoint)
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint)
+        except KeyboardInterrupt:
+            trainer.interrupted = True
+    return _describe_end(trainer, options, folder, started)
+
+
+def _steps_of(checkpoint: Path | None) -> int:
+    if checkpoint is None:
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])
+
+
+def _describe_end(trainer: Trainer, options: argparse.Namespace, folder: Path, started: int) -> str:
+    """Say what a training left; ValueError where it made no step."""
+    kept = "nothing (--dry)" if options.dry else f"model: {folder}"
+    if not options.dry and not (folder / "model.pt").exists():
+        kept = "no model: no epoch was validated"
+    if getattr(trainer, "interrupted", False):
+        last = folder / "checkpoints" / "last.ckpt"
+        goes_on = f"; start again with --timestamp false to go on from {last}"
+        print(
+            f"interrupted in epoch {trainer.current_epoch}, after {trainer.global_step} steps; "
+            f"kept: {kept}{goes_on if last.exists() else ''}",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    if trainer.global_step == started and trainer.current_epoch < options.epochs:
+        raise ValueError(
+            f"no step was made: --train_samples {options.train_samples} and --batch_size "
+            f"{options.batch_size} give no batch; pass more samples, or smaller batches"
+        )
+    if trainer.global_step == started:
+        return f"nothing to do: {options.epochs} epochs are done; {kept}"
+    return kept
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Train, from a command line; what goes wrong becomes one line."""
+    options = parse_options(words, prog)
+    try:
+        print(train(options))
+    except (
+        FeatureCacheError, FloatingPointError, ValueError, FileNotFoundError, yaml.YAMLError,
+    ) as error:  # fmt: skip
+        text = str(error)
+        if text.startswith("Caught "):  # in a DataLoader worker, and its traceback
+            text = text.strip().splitlines()[-1]
+        sys.exit(f"error: {text}")

@@ -1,0 +1,287 @@
+"""The options of a training, and its configuration: one reader for whoever trains or warms.
+
+The names are those of ``scripts/train.py`` of weigertlab/trackastra, and of its pull request 61.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .augment.policy import PRESETS
+from .errors import MovieError
+from .pooling import POOLINGS
+
+PROPS = ("regionprops_small", "regionprops", "regionprops2")
+PRETRAINED = ("pretrained_feats", "pretrained_feats_aug")
+"""The features that are read from a cache."""
+PLAIN = ("none", "regionprops", "regionprops2", "patch", "patch_regionprops", "wrfeat")
+NOTHING = ("", "~", "null", "Null", "NULL", "None")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+
+
+def _optional(text: str) -> str | None:
+    return None if text in NOTHING else text
+
+
+ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # option: type, default where training from scratch
+    "d_model": (int, 256),
+    "window": (int, 10),
+    "num_encoder_layers": (int, 6),
+    "num_decoder_layers": (int, 6),
+    "pos_embed_per_dim": (int, 32),
+    "feat_embed_per_dim": (int, 8),
+    "dropout": (float, 0.0),
+    "spatial_pos_cutoff": (int, 256),
+    "attn_positional_bias": (str, "rope"),
+    "attn_positional_bias_n_spatial": (int, 16),
+    "attn_dist_mode": (str, "v0"),
+    "causal_norm": (str, "quiet_softmax"),
+}
+PRETRAINED_ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # of models for pretrained features alone
+    "reduced_pretrained_feat_dim": (int, 128),
+    "disable_xy_coords": (_boolean, False),
+    "disable_all_coords": (_boolean, False),
+}
+IGNORED = {
+    "cachedir": "its pickles may be stale",
+    "example_images": "",
+    "from_subfolder": "upstream ignores it too",
+    "input_test": "upstream ignores it too",
+    "preallocate": "",
+    "profile": "",
+    "tracking_frequency": "",
+}
+
+
+class _Ignored(argparse.Action):
+    """Keeps in mind that an option was given."""
+
+    def __call__(self, _: Any, options: argparse.Namespace, *others: Any) -> None:
+        options.ignored = dict.fromkeys([*options.ignored, self.dest])
+
+
+def parse_training(
+    words: Sequence[str], *, prog: str | None = None, strict: bool = True
+) -> argparse.Namespace:
+    """Read the options of a training; what stands in ``-c FILE`` counts less than what is given.
+
+    Parameters
+    ----------
+    words : sequence of str
+        As on a command line; the first may be the configuration itself.
+    prog : str, optional
+        What the command is called.
+    strict : bool
+        Whether unknown options are an error.
+
+    Raises
+    ------
+    SystemExit
+        With what is wrong on stderr, status 2; or help was asked for.
+    MovieError
+        The configuration can't be read.
+    """
+    parser = _make_parser(prog)
+    if words and not words[0].startswith("-"):
+        words = ["-c", *words]
+    file = _find_file(words)
+    if file is not None:
+        words = [*_read_words(file, parser), *words]
+    options, unknown = parser.parse_known_args(words)
+    if unknown and strict:
+        names = dict.fromkeys(text.split("=")[0].lstrip("-") for text in unknown)
+        parser.error(f"unknown options: {', '.join(names)}; --help lists those there are")
+    return options
+
+
+def check_training(options: argparse.Namespace) -> None:
+    """Find what a training can't begin with; ValueError says what."""
+    for name in ("input_train", "input_val"):
+        if not getattr(options, name):
+            raise ValueError(f"no movies in --{name}: name at least one")
+    missing = [path for path in options.input_train + options.input_val if not Path(path).is_dir()]
+    if missing:
+        raise ValueError(f"no such movie folder: {', '.join(missing)}")
+    if options.name is None and not options.dry:
+        raise ValueError("the training has no name: pass --name, or write name: into the file")
+    for name in ("cache", "pretrained_feats_model") if options.features in PRETRAINED else ():
+        if getattr(options, name) is None:
+            raise ValueError(f"--features {options.features} needs --{name}")
+    if options.train_samples < options.batch_size:
+        raise ValueError(
+            f"--train_samples {options.train_samples} and --batch_size {options.batch_size} make "
+            "no batch: expected at least as many samples as a batch has"
+        )
+
+
+def find_training(words: Sequence[str]) -> argparse.Namespace | None:
+    """Read the options of a training where words name nothing but its configuration."""
+    if len(words) != 1 or Path(words[0]).suffix.lower() not in (".yaml", ".yml"):
+        return None
+    file = Path(words[0]).expanduser()
+    if not file.is_file() or "input_train" not in file.read_text(errors="replace"):
+        return None
+    return parse_training(["-c", str(file)], strict=False)
+
+
+def copies_of(options: argparse.Namespace) -> int:
+    """Count the augmented copies of a movie in ``input_train``; others have none."""
+    augmented = options.features == "pretrained_feats_aug" and options.augment > 0
+    return int(options.pretrained_n_augs) if augmented else 0
+
+
+def data_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Give what `CTCData` is made with, beside movie, level of augmentation and window."""
+    return {
+        "ndim": options.ndim,
+        "detection_folders": options.detection_folders,
+        "max_tokens": options.max_tokens,
+        "features": "wrfeat" if options.features in PRETRAINED else options.features,
+        "slice_pct": tuple(options.slice_pct),
+        "downscale_temporal": options.downscale_temporal,
+        "downscale_spatial": options.downscale_spatial,
+        "sanity_dist": options.sanity_dist,
+        "crop_size": options.crop_size,
+        "compress": options.compress,
+    }
+
+
+def _find_file(words: Sequence[str]) -> Path | None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("-c", "--config"):
+            return Path(following)
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def _read_words(file: Path, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Give what a configuration says as words of a command line."""
+    import yaml
+
+    try:
+        plain = yaml.load(file.read_text(), yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MovieError(f"can't read the configuration {file}: {error}") from error
+    if not isinstance(plain, dict):
+        raise MovieError(f"{file} is no configuration of a training: expected names and values")
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    for name, value in plain.items():
+        action = known.get(f"--{name}")
+        if value in NOTHING and not isinstance(action, _Ignored):
+            continue
+        if isinstance(value, list):
+            yield from (f"--{name}", *map(str, value))
+        elif action is not None and action.nargs == 0:
+            if _boolean(value):
+                yield f"--{name}"
+        elif action is not None and action.nargs in ("+", "*"):
+            yield from (f"--{name}", str(value))
+        else:
+            yield f"--{name}={value}"
+
+
+def _make_parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train or fine-tune Trackastra on cached features. CONFIG is a YAML file of "
+        "these options, as for Trackastra's own train.py; what stands on the command line counts "
+        "before it.",
+        usage="%(prog)s CONFIG [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", type=Path, help="YAML with any of these")
+
+    out = parser.add_argument_group("what is written")
+    out.add_argument("-o", "--outdir", type=Path, default=Path("runs"))
+    out.add_argument("--name", help="of the folder in --outdir")
+    out.add_argument("--timestamp", type=_boolean, default=True, help="put before --name")
+    out.add_argument(
+        "--resume", type=_boolean, default=True,
+        help="go on from the last checkpoint of this folder (needs --timestamp false)",
+    )  # fmt: skip
+    loggers = ("tensorboard", "csv", "wandb", "none")
+    out.add_argument("--logger", choices=loggers, default="tensorboard")
+    out.add_argument("--wandb_project", default="trackastra")
+    out.add_argument("--dry", action="store_true", help="write nothing")
+    out.add_argument("--only_prechecks", action="store_true", help="load all, and end")
+
+    data = parser.add_argument_group("movies, in the layout of the Cell Tracking Challenge")
+    data.add_argument("--input_train", nargs="+", default=[])
+    data.add_argument("--input_val", nargs="+", default=[])
+    data.add_argument("--detection_folders", nargs="+", default=["TRA"])
+    data.add_argument("--ndim", type=int, choices=(2, 3), default=2)
+    data.add_argument("--slice_pct", type=float, nargs=2, default=[0.0, 1.0], help="of each movie")
+    data.add_argument("--downscale_temporal", type=int, default=1)
+    data.add_argument("--downscale_spatial", type=int, default=1)
+    data.add_argument("--crop_size", type=int, nargs="+", help="of random crops")
+    data.add_argument("--augment", type=int, default=3, help="level, of the coordinates")
+    data.add_argument("--compress", type=_boolean, default=True)
+    data.add_argument("--sanity_dist", action="store_true")
+    data.add_argument("--max_tokens", type=int)
+
+    features = parser.add_argument_group("features")
+    features.add_argument(
+        "--features", choices=(*PLAIN, *PRETRAINED),
+        default="wrfeat", help="Trackastra's own, or pretrained ones too, or their copies too",
+    )  # fmt: skip
+    features.add_argument("--cache", type=Path, help="folder of the feature cache")
+    features.add_argument("--pretrained_feats_model", type=_optional, help="the backbone")
+    features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")
+    features.add_argument(
+        "--pretrained_feats_mode", choices=POOLINGS, default="mean_patches_exact", help="pooling"
+    )
+    features.add_argument(
+        "--pretrained_feats_additional_props", type=_optional, choices=(None, *PROPS)
+    )
+    features.add_argument("--pretrained_n_augs", type=int, default=3, help="augmented copies")
+    features.add_argument("--policy", choices=PRESETS, default="default", help="of the copies")
+    features.add_argument("--rotate_features", type=_boolean, default=True)
+    features.add_argument(
+        "--warm", action="store_true", help="compute all that is missing before training"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "-m", "--model", "--pretrained_model_path", type=_optional,
+        help="fine-tune this model folder, or one of Trackastra's by its name",
+    )  # fmt: skip
+    short = {"d_model": ["-d"], "window": ["-w"]}
+    for name, (kind, default) in {**ARCHITECTURE, **PRETRAINED_ARCHITECTURE}.items():
+        said = f"default {default}, or the model's"
+        model.add_argument(*short.get(name, []), f"--{name}", type=kind, help=said)
+
+    how = parser.add_argument_group("training")
+    how.add_argument("--epochs", type=int, default=100)
+    how.add_argument("--warmup_epochs", type=int, default=10)
+    how.add_argument("--train_samples", type=int, default=50000, help="in an epoch")
+    how.add_argument("--batch_size", type=int, default=8)
+    how.add_argument("--lr", type=float, default=1e-4)
+    how.add_argument("--weight_decay", type=float, default=1e-5)
+    how.add_argument("--delta_cutoff", type=int, default=2, help="frames that a link may span")
+    how.add_argument("--div_upweight", type=float, default=2)
+    how.add_argument("--n_pool_sampler", type=int, default=8)
+    how.add_argument("--weight_by_ndivs", type=_boolean, default=True)
+    how.add_argument("--weight_by_dataset", type=_boolean, default=False)
+    how.add_argument("--patience", type=int, help="epochs without a better one; a sixth of all")
+    how.add_argument("--num_workers", type=int, default=4)
+    how.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="if there is one")
+    how.add_argument("--distributed", type=_boolean, default=False, help="all GPUs of this host")
+    how.add_argument("--mixedp", type=_boolean, default=True, help="float16 on a GPU")
+    how.add_argument("--seed", type=int, default=0)
+
+    ignored = parser.add_argument_group("known, and ignored")
+    parser.set_defaults(ignored={})
+    for name, why in IGNORED.items():
+        ignored.add_argument(f"--{name}", nargs="*", action=_Ignored, help=why or None)
+    return parser
