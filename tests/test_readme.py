@@ -33,7 +33,6 @@ SHORTER = {
     'pip install ".[trackastra,demo]"': "pip install --dry-run --no-deps --no-build-isolation "
     "--quiet $ROOT",
     "--device cuda:0,cuda:1": "--device cpu",
-    "python scripts/train": "python $ROOT/scripts/train",
     "--epochs 100": "--epochs 1 --train_samples 8 -d 16",
     "--lr 1e-5": "--lr 1e-5 --epochs 1 --train_samples 8",
     " train.py ": " $ROOT/tests/standin.py --input_val movies/bacteria/01 --outdir out --dim 112 "

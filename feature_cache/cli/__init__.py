@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError
-from . import check, compute, evaluate, keep, look, pictures, serve, train
+from . import check, compute, evaluate, keep, look, pictures, serve, tracking
 
 app = typer.Typer(
     name="feature-cache",
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(check.check, compute.warm, evaluate.evaluate, serve.serve, compute.explain),
-    *(train.train, train.track),
+    *(tracking.train, tracking.track),
     *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
     *(pictures.report, pictures.show),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
@@ -42,8 +42,8 @@ def _register(command: Callable[..., None]) -> None:
     passed = {"ignore_unknown_options": True, "allow_extra_args": True}  # all of them to train.py
     app.command(
         _NAMES.get(command), help=text.strip(), epilog=end,
-        context_settings=passed if command is train.train else None,
-        add_help_option=command is not train.train,
+        context_settings=passed if command is tracking.train else None,
+        add_help_option=command is not tracking.train,
     )(command)  # fmt: skip
 
 

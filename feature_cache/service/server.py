@@ -157,10 +157,13 @@ class Server:
             return
         self._looked = time.monotonic()
         if not is_published(self.address.name):
-            with suppress(ServiceError):
-                self.publish()
-            if self._closing:
-                withdraw(self.address.name)
+            self._publish_again()
+
+    def _publish_again(self) -> None:
+        with suppress(ServiceError):
+            self.publish()
+        if self._closing:  # by another thread, meanwhile
+            withdraw(self.address.name)
 
     def _talk(self, opened: socket.socket) -> None:
         try:

@@ -63,7 +63,9 @@ def track_movie(
     """
     if movie.masks is None:
         raise NoMasksError(f"{movie.name} has no masks: name them (--detections, --masks)")
-    frames, masks = np.stack(list(movie.frames)), np.stack(list(movie.masks))
+    frames, masks = (
+        np.stack([images[t] for t in range(len(images))]) for images in (movie.frames, movie.masks)
+    )
     place = Path(model)
     with cached_inference(cache, weights=weights):
         if place.is_dir():

@@ -79,7 +79,11 @@ def choose_model(options: argparse.Namespace, width: int, props: str | None) -> 
     own = None if width else PLAIN_WIDTHS[options.ndim].get(options.features)
     if not width and own is None:
         raise ValueError(f"--features {options.features}: there are none such for --ndim 3")
-    sizes = {"pretrained_feat_dim": width, "additional_props": props, "feat_dim": own}
+    sizes: dict[str, Any] = {
+        "pretrained_feat_dim": width,
+        "additional_props": props,
+        "feat_dim": own,
+    }
     asked = {**ARCHITECTURE, **(PRETRAINED_ARCHITECTURE if width else {})}
     given = {name: getattr(options, name) for name in asked if getattr(options, name) is not None}
     if options.model is None:
@@ -89,7 +93,7 @@ def choose_model(options: argparse.Namespace, width: int, props: str | None) -> 
     model = TrackingTransformer.from_folder(
         folder if folder.is_dir() else download_pretrained(options.model), map_location="cpu"
     )
-    expected = make_model(options.ndim, **sizes).config
+    expected: Any = make_model(options.ndim, **sizes).config
     given |= {name: expected[name] for name in ("coord_dim", "feat_dim")}
     given |= {"pretrained_feat_dim": width} if width else {}
     unlike = [
@@ -285,11 +289,20 @@ def train(options: argparse.Namespace) -> str:
         if checkpoint is not None:
             print(f"going on from {checkpoint}")
         started = _steps_of(checkpoint)
+        interrupted = False
         try:
             trainer.fit(module, data, ckpt_path=checkpoint)
-        except KeyboardInterrupt:
-            trainer.interrupted = True
-    return _describe_end(trainer, options, folder, started)
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
+            interrupted = True
+    kept = _describe_kept(options, folder)
+    if interrupted:
+        print(
+            f"interrupted in epoch {trainer.current_epoch}, after {trainer.global_step} steps; "
+            f"kept: {kept}",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    return _describe_end(trainer, options, kept, started)
 
 
 def _steps_of(checkpoint: Path | None) -> int:
@@ -298,28 +311,26 @@ def _steps_of(checkpoint: Path | None) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])
 
 
-def _describe_end(trainer: Trainer, options: argparse.Namespace, folder: Path, started: int) -> str:
+def _describe_kept(options: argparse.Namespace, folder: Path) -> str:
+    if options.dry:
+        return "nothing (--dry)"
+    last = folder / "checkpoints" / "last.ckpt"
+    goes_on = f", and {last}, from which --resume goes on" if last.exists() else ""
+    if not (folder / "model.pt").exists():
+        return f"no model, as no epoch was validated{goes_on}"
+    return f"model: {folder}"
+
+
+def _describe_end(trainer: Trainer, options: argparse.Namespace, kept: str, started: int) -> str:
     """Say what a training left; ValueError where it made no step."""
-    kept = "nothing (--dry)" if options.dry else f"model: {folder}"
-    if not options.dry and not (folder / "model.pt").exists():
-        kept = "no model: no epoch was validated"
-    if getattr(trainer, "interrupted", False):
-        last = folder / "checkpoints" / "last.ckpt"
-        goes_on = f"; start again with --timestamp false to go on from {last}"
-        print(
-            f"interrupted in epoch {trainer.current_epoch}, after {trainer.global_step} steps; "
-            f"kept: {kept}{goes_on if last.exists() else ''}",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    if trainer.global_step == started and trainer.current_epoch < options.epochs:
-        raise ValueError(
-            f"no step was made: --train_samples {options.train_samples} and --batch_size "
-            f"{options.batch_size} give no batch; pass more samples, or smaller batches"
-        )
-    if trainer.global_step == started:
+    if trainer.global_step > started:
+        return kept
+    if trainer.current_epoch >= options.epochs and started:
         return f"nothing to do: {options.epochs} epochs are done; {kept}"
-    return kept
+    raise ValueError(
+        f"no step was made: --train_samples {options.train_samples} and --batch_size "
+        f"{options.batch_size} give no batch; pass more samples, or smaller batches"
+    )
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
