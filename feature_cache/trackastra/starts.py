@@ -415,8 +415,9 @@ class _Detections:
         for t in range(len(self.ends) - 1):
             part = slice(self.ends[t], self.ends[t + 1])
             coords, labels = self.coords[part], self.labels[part]
-            held = {"coords": coords, "labels": labels}
-            found[t] = {k: list(v) for k, v in held.items()} if listed else held
+            found[t] = {"coords": coords, "labels": labels}
+            if listed:
+                found[t] = {"coords": list(coords), "labels": labels.tolist()}
         return found
 
     def windows(self, data: Any, images: Stack, masks: Stack) -> Iterator[dict[str, Any]]:
