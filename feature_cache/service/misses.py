@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,16 +81,14 @@ class Misses:
     ) -> None:
         self.caches, self.records, self.progress = caches, records, progress
         self.hits = 0
-        self._hosts: dict[int, Host] = {}
-        self._inherited = tuple(inherited)
-        self._route, self._ahead = _Route(self.addresses), _Ahead(self.addresses)
+        self._known = _Known(inherited)
+        self._route, self._ahead = _Route(self._known), _Ahead(self._known)
         self._run: _Run | None = None
         self._lock, self._process = threading.Lock(), os.getpid()
 
     def addresses(self) -> list[Address]:
         """Give the servers that this process, or one that it comes from, has opened."""
-        servers = [host.server for host in self._hosts.values() if host.server is not None]
-        return [*(server.address for server in servers), *self._inherited]
+        return self._known.addresses()
 
     def open(self) -> bool:
         """Begin to serve, unless this is a DataLoader worker; tell whether anything is served."""
@@ -103,7 +101,7 @@ class Misses:
                 hosts[id(host)] = host
         for host in hosts.values():
             host.service.progress.add(total=self.records // len(hosts))
-        self._hosts |= hosts
+        self._known.hosts |= hosts
         return bool(hosts)
 
     def fetch(
@@ -165,9 +163,21 @@ class Misses:
         """Start anew in a forked child; what it inherited belongs to its parent."""
         if self._process != os.getpid():
             self._process, self._lock = os.getpid(), threading.Lock()
-            self._inherited, self._hosts = tuple(self.addresses()), {}
-            self._route, self._ahead = _Route(self.addresses), _Ahead(self.addresses)
+            self._known = _Known(self.addresses())
+            self._route, self._ahead = _Route(self._known), _Ahead(self._known)
             self._run = None
+
+
+class _Known:
+    """Servers that need not be looked for: those opened here, and those inherited."""
+
+    def __init__(self, inherited: Iterable[Address]) -> None:
+        self.hosts: dict[int, Host] = {}
+        self._inherited = tuple(inherited)
+
+    def addresses(self) -> list[Address]:
+        servers = [host.server for host in self.hosts.values() if host.server is not None]
+        return [*(server.address for server in servers), *self._inherited]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +216,10 @@ class _Route:
 
     Parameters
     ----------
-    known : callable
-        Gives servers that need not be looked for.
+    known : _Known
     """
 
-    def __init__(self, known: Callable[[], list[Address]]) -> None:
+    def __init__(self, known: _Known) -> None:
         self._known = known
         self._client: Client | None = None
 
@@ -253,7 +262,7 @@ class _Route:
             if served and (kept.address.standalone or not own):
                 return kept
         self.close()
-        servers = find_servers(place, backbone, known=self._known())
+        servers = find_servers(place, backbone, known=self._known.addresses())
         for address in servers:
             if own and not address.standalone:
                 continue
@@ -364,7 +373,7 @@ def _hash_frames(movie: MovieFeatures, times: Iterable[int]) -> list[int]:
 class _Ahead:
     """A thread that has records computed before they are asked for; it ends when it is idle."""
 
-    def __init__(self, known: Callable[[], list[Address]]) -> None:
+    def __init__(self, known: _Known) -> None:
         self._known = known
         self._asks: deque[_Ask] = deque()
         self._lock = threading.RLock()  # as the engine's
