@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from .augment import Augmentations, Draw
 from .batch import Batch, Found, Sample, Tokens, pad
@@ -73,8 +73,8 @@ class Copies:
 
     Of an index that one of our samplers has `Drawn`, a function of (seed, epoch, position, rank):
     a window that comes often has many copies. Of any other index, after `set_epoch`, a function of
-    (seed, epoch, index), and where a DataLoader asks for it again in the same epoch, of how often
-    its worker has; before, drawn from torch's generator, which a DataLoader seeds in each worker.
+    (seed, epoch, index); before, drawn anew each time from torch's generator, which a DataLoader
+    seeds in each worker.
 
     Parameters
     ----------
@@ -83,7 +83,6 @@ class Copies:
 
     augmentations: Augmentations
     _epoch: Tensor = field(default_factory=_no_epoch)
-    _times: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.augmentations, Augmentations):
@@ -103,15 +102,8 @@ class Copies:
             raise ValueError(f"epoch {epoch}: expected 0 or more")
         self._epoch.fill_(epoch)
 
-    def choose(self, index: int, *, again: bool = False) -> int:
-        """Give the copy that sample `index` uses.
-
-        Parameters
-        ----------
-        index : int or Drawn
-        again : bool
-            Whether an index that comes again in an epoch may have another.
-        """
+    def choose(self, index: int) -> int:
+        """Give the copy that sample `index`, an int or `Drawn`, uses."""
         seed, copies = self.augmentations.seed, self.augmentations.copies
         if isinstance(index, Drawn):
             epoch, position, rank = index.place
@@ -119,17 +111,7 @@ class Copies:
         epoch = int(self._epoch)
         if epoch < 0:
             return int(torch.randint(copies + 1, ()))
-        more = self._count(epoch, index) if again else ()
-        return choose_copy(seed, epoch, index, copies, *more)
-
-    def _count(self, epoch: int, index: int) -> tuple[int, ...]:
-        """Count how often an index has come; give what tells the time from the first."""
-        if self._times.get(-1) != epoch:
-            self._times.clear()
-            self._times[-1] = epoch
-        times = self._times[index] = self._times.get(index, 0) + 1
-        worker = get_worker_info()
-        return () if times == 1 else (times, -1 if worker is None else worker.id)
+        return choose_copy(seed, epoch, index, copies)
 
     @property
     def count(self) -> int:
@@ -482,14 +464,14 @@ class CachedFeatureDataset(Dataset[Sample]):
 
         They are equal to those given one by one. Errors as `finish`.
         """
-        return finish([self._begin(index, again=True) for index in indices])
+        return finish([self._begin(index) for index in indices])
 
-    def _begin(self, index: int, *, again: bool = False) -> Unfinished:
+    def _begin(self, index: int) -> Unfinished:
         sample = dict(self.dataset[index])
         movie = 0 if self.movie_of is None else self.movie_of(index)
         copy = 0
         if self.copies is not None:
-            copy = sample["copy"] = self.copies.choose(index, again=again)
+            copy = sample["copy"] = self.copies.choose(index)
         return self.tokens.begin(sample, movie, copy)
 
     def prefetch(self, indices: Iterable[int]) -> None:

@@ -44,11 +44,11 @@ class _Extras:
     columns: tuple[str, ...] | None
     rotate_features: bool
 
-    def begin(self, n: int, sample: dict[str, Any], *, again: bool) -> Unfinished:
+    def begin(self, n: int, sample: dict[str, Any]) -> Unfinished:
         """Give the sample of window `n` without its features, its geometry mapped as theirs."""
         copy = 0
         if self.copies is not None:
-            copy = self.copies.choose(n, again=again)
+            copy = self.copies.choose(n)
             sample = {**sample, "copy": copy}
             if self.columns is not None:
                 sample = self._map(sample, self.copies.draws[copy])
@@ -127,19 +127,10 @@ class CachedCTCData(PlacedCTCData):
         They are equal to those given one by one, and `collate` need not copy their features.
         Errors as one by one, and ValueError for features of different width.
         """
-        return finish([self.begin(n, again=True) for n in indices])
+        return finish([self.begin(n) for n in indices])
 
-    def begin(self, n: int, return_dense: bool | None = None, *, again: bool = False) -> Unfinished:
-        """Give window `n` without its features; nothing is looked up yet.
-
-        Parameters
-        ----------
-        n : int or Drawn
-        return_dense : bool, optional
-            As `CTCData`.
-        again : bool
-            As `feature_cache.dataset.Copies.choose`.
-        """
+    def begin(self, n: int, return_dense: bool | None = None) -> Unfinished:
+        """Give window `n` without its features; nothing is looked up yet."""
         try:
             sample = super().__getitem__(n, return_dense)
         except IndexError as error:
@@ -147,7 +138,7 @@ class CachedCTCData(PlacedCTCData):
             raise
         if self.additional_props is None:
             sample["features"] = sample["features"][:, :0]
-        return self.feature_cache_extras.begin(n, sample, again=again)
+        return self.feature_cache_extras.begin(n, sample)
 
     def _check_tokens(self, n: int, error: IndexError) -> None:
         """Raise where that came of clipping a window whose first frame alone is too much."""
@@ -186,7 +177,7 @@ class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Give the windows of a batch, of several members, as `CachedCTCData` does."""
-        return finish([data.begin(n, again=True) for data, n in map(self._locate, indices)])
+        return finish([data.begin(n) for data, n in map(self._locate, indices)])
 
     def _locate(self, index: int) -> tuple[CachedCTCData, int]:
         """Give the member of a sample, and the sample's index there."""
