@@ -206,13 +206,13 @@ MISTAKES = [
         "a backbone misspelled",
         WARM.replace("debug/random", "debug/randm"),
         "error: unknown backbone 'debug/randm': did you mean 'debug/random'? Known: "
-        f"{ALL}… in all: see feature-cache backbones)",
+        f"{ALL}… in all: see feature-cache backbones; or name it transformers/… or timm/…)",
     ),
     Mistake(
         "half of a backbone's name",
         WARM.replace("debug/random", "SAM2.1"),
         "error: unknown backbone 'SAM2.1': did you mean 'facebook/sam2.1-hiera-tiny'? Known: "
-        f"{ALL}… in all: see feature-cache backbones)",
+        f"{ALL}… in all: see feature-cache backbones; or name it transformers/… or timm/…)",
     ),
     Mistake(
         "a pooling misspelled",

@@ -225,8 +225,9 @@ class Repository(LayeredBackbone):
     def _weights_file(self) -> Path | None:
         if self._seed() is not None:
             return None
-        if self.weights is not None:
-            return model_file(Path(self.weights))
+        return self._own_weights() if self.weights is None else model_file(Path(self.weights))
+
+    def _own_weights(self) -> Path:
         return hub_file(self._repository, "model.safetensors", self.revision_of_hub)
 
     def _create(self) -> Any:
