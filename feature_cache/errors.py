@@ -90,7 +90,7 @@ def _find_nearest(name: str, known: tuple[str, ...]) -> str | None:
     """Find the name that was probably meant: one that contains it, or is spelled much alike."""
     close = get_close_matches(name, known, n=1)
     holding = [one for one in known if len(name) > 2 and name.casefold() in one.casefold()]
-    return next(iter([*holding, *close]), None)
+    return next(iter([*get_close_matches(name, holding, n=1, cutoff=0.0), *close]), None)
 
 
 def _enumerate(known: tuple[str, ...], listing: str) -> str:
