@@ -177,14 +177,14 @@ class _Run:
         while self.waiting and len(self.running) < window:
             if self.budget is not None and self.budget.spent:
                 return
-            unit, order = self.waiting.pop()
+            unit, order = self.waiting[-1]
             if self.budget is not None:
                 order = replace(order, max_bytes=self._allowance(window))
             order = replace(order, name=self._key(unit))
             future = self.client.submit(
                 compute_order, order, key=order.name, retries=RETRIES, pure=True
             )
-            self.running[future] = unit, order
+            self.running[future] = self.waiting.pop()[0], order
             future.add_done_callback(self.finished.put)
 
     def _key(self, unit: Unit) -> str:
@@ -220,11 +220,11 @@ class _Run:
         if future.status in ("cancelled", "lost"):
             raise SchedulerGoneError(_gone(self.client))
         error = future.exception()
+        outcome: Outcome | None = None if error is not None else future.result()
         unit, order = self.running.pop(future)
-        if error is not None:
+        if outcome is None:
             self._give_up([(unit, order)], f"{type(error).__name__}: {error}")
             return
-        outcome: Outcome = future.result()
         for failure in outcome.failures:
             self.tally.fail(failure)
         if outcome.stopped:
@@ -250,12 +250,14 @@ class _Run:
             raise SchedulerGoneError(_gone(self.client))
 
     def _give_up(self, units: Sequence[tuple[Unit, Order]], reason: str) -> None:
-        """Report units that nobody will do; what is there by now is not among them."""
-        for unit, _ in units:
-            left = unit.missing().records
-            self.tally.add(elsewhere=unit.records - left)
-            if left:
-                self.tally.fail(Failure(unit.where, reason, left))
+        """Report units that nobody will do, at once; what is there by now is not among them."""
+        left = [unit.missing() for unit, _ in units]
+        count = sum(unit.records for unit in left)
+        self.tally.add(elsewhere=sum(unit.records for unit, _ in units) - count)
+        lost = [unit.where for unit in left if unit.records]
+        if lost:
+            more = f", and {len(lost) - 1} parts more" if lost[1:] else ""
+            self.tally.fail(Failure(f"{lost[0]}{more}", reason, count))
 
     def _leave(self) -> None:
         """Take back what has not begun; what has begun ends soon, commits, and is counted."""
