@@ -432,10 +432,10 @@ class Bench:
         """Compare the way of the device with the plain one there, and with the CPU."""
         device, cpu = self.backbone(self.device), self.backbone("cpu")
         wanted = self.embeddings()
-        found = compute(OnDevice(device, device.spec), wanted, len(wanted))
+        found = compute(OnDevice(device, (device.spec,)), wanted, len(wanted))
         ways = {"the plain way on the same device": device, "the CPU": cpu}
         for name, backbone in ways.items():
-            expected = compute(Plain(backbone, backbone.spec), wanted, 1)
+            expected = compute(Plain(backbone, (backbone.spec,)), wanted, 1)
             pairs = [
                 (spec, one, other)
                 for each, ours, theirs in zip(wanted, found, expected, strict=True)
@@ -530,7 +530,10 @@ def compute(way: Any, wanted: Sequence[Embedding], batch_size: int) -> list[list
         for each in batch:
             way.prepare(each.frame)
         grids = way.embed(way.draw(batch))
-        records += [way.make_records(each, grid) for each, grid in zip(batch, grids, strict=True)]
+        records += [
+            way.make_records(each, layers[each.specs[0].backbone])
+            for each, layers in zip(batch, grids, strict=True)
+        ]
     return records
 
 

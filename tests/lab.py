@@ -18,6 +18,8 @@ from typing import Any
 from crowd import content
 from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
+from feature_cache.spec import TABLES
+from feature_cache.store import Space
 from feature_cache.store.contents import read_keys
 from processes import outcome
 from synthetic import make_movie
@@ -176,10 +178,17 @@ def counts(folder: Path) -> Counter[str]:
     return Counter(lines(folder))
 
 
+def holds_tables(space: Space) -> bool:
+    """Tell whether a space has training data instead of features."""
+    return space.spec["backbone"]["layer"] == TABLES
+
+
 def contents(cache: Path) -> dict[tuple[str, bytes], Any]:
-    """Read every record: its bits by space and key; each is there once."""
+    """Read every record of features: its bits by space and key; each is there once."""
     found: dict[tuple[str, bytes], Any] = {}
     for space in FeatureCache(cache, "r").spaces():
+        if holds_tables(space):
+            continue
         for name in space.pack_names():
             keys = read_keys(space.packs_folder / name)
             for key, record in zip(keys, space.read(keys), strict=True):

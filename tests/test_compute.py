@@ -163,7 +163,7 @@ class TestRange:
         for frame in frames:
             frame.image = np.full((1, 48, 64), 0.5, np.float32)
         frames[3].image[0, 7, 7] = 1.5
-        model = Model(backbone, backbone.spec)
+        model = Model(backbone, (backbone.spec,))
         wanted = [Embedding(f, IDENTITY, (SpaceSpec(backbone.spec),)) for f in frames]
         outcomes = list(model.embed(wanted))
         assert [isinstance(one, Exception) for one in outcomes] == [t == 3 for t in range(6)]

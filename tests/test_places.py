@@ -44,6 +44,8 @@ LOOK_OR_TIDY = {
 MAKE = {
     "warm": f"warm 01 {MODEL}",
     "serve": "serve --idle 0.1s",
+    "evaluate": f"evaluate 01 {MODEL}",
+    "track": "track 01 --model here",
     "pull": "pull file://{here}/pushed",
 }
 EVERY = {**LOOK_OR_TIDY, **MAKE, "doctor": "doctor"}

@@ -124,7 +124,10 @@ def _verify(cache: Path) -> list[Finding]:
 
 
 def _only_backbone(cache: FeatureCache) -> str:
-    names = sorted({str(space.spec["backbone"]["name"]) for space in cache.spaces()})
+    from ..spec import TABLES
+
+    found = [space.spec["backbone"] for space in cache.spaces()]
+    names = sorted({str(one["name"]) for one in found if one["layer"] != TABLES})
     if len(names) != 1:
         raise typer.BadParameter(f"name a --backbone; stored: {', '.join(names) or 'none'}")
     return names[0]

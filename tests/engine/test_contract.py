@@ -35,7 +35,7 @@ from callers import (
 )
 from feature_cache import FeatureCache
 from feature_cache.testing import FakeBackbone
-from lab import contents, wait_until
+from lab import contents, holds_tables, wait_until
 
 MakeWork = Callable[..., Work]
 Right = Callable[[Work], dict[Any, Any]]
@@ -132,7 +132,8 @@ def test_what_is_pooled_from_stored_grids_needs_no_model(
 
 
 def packs_of(work: Work) -> int:
-    return FeatureCache(work.cache, "r").stats()["packs"]
+    spaces = FeatureCache(work.cache, "r").spaces()
+    return sum(len(space.pack_names()) for space in spaces if not holds_tables(space))
 
 
 @each(
