@@ -214,6 +214,8 @@ class ArrayFile:
         """Give the sizes of the chunks in a shard, and at last of the list of them."""
         listed = self.chunks_in_file * _PLACE_BYTES + _CRC_BYTES
         places = np.frombuffer(_read_at(file.fileno(), listed, max(0, size - listed)), "u1")
+        if len(places) < listed:
+            raise CorruptRecordError(f"{self.chunk_file(*index)} was cut short")
         pairs = places[:-_CRC_BYTES].view("<u8").reshape(-1, 2).astype(np.int64)
         sizes = [*pairs[pairs[:, 0] >= 0, 1].tolist(), listed]  # a place of -1: no chunk there
         starts = np.sort(pairs[pairs[:, 0] >= 0, 0]).tolist()
