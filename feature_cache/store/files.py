@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 from ..errors import NotACacheError, ReadOnlyCacheError, StoreError
 from ..hashing import JSON
@@ -72,6 +72,10 @@ def open_file(file: Path) -> BinaryIO:
     return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=0))
 
 
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -81,7 +85,7 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
         If the file holds anything else, or more than `limit` bytes.
     """
     try:
-        plain = json.loads(read_file(file, limit))
+        plain = json.loads(read_file(file, limit), parse_constant=_refuse)
     except RecursionError as error:
         raise ValueError(f"{file} is nested too deeply") from error
     if not isinstance(plain, dict):

@@ -76,7 +76,7 @@ def check_metadata(pack: Path) -> None:
     if version == 1:
         return
     digest = str(own.get("digest"))
-    blank = text.replace(digest.encode(), NO_DIGEST.encode(), 1)
+    blank = text.replace(digest.encode(errors="replace"), NO_DIGEST.encode(), 1)
     try:
         changed = metadata_digest(pack, blank) != digest
     except ValueError as error:
