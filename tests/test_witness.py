@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,15 +311,16 @@ class TestAdapters:
         assert count(cache) == 0
 
     def test_a_network_that_changes_between_two_batches(self, cache):
-        network = tiny().module
+        network, lock = tiny().module, threading.Lock()
 
         class Frames(list):
             times = 0
 
             def __getitem__(self, t):
-                Frames.times += 1
-                if Frames.times == 9:  # hashed once, and three are read to be computed
-                    scale(network[0].weight)
+                with lock:
+                    Frames.times += 1
+                    if Frames.times == 9:  # hashed once, and three are read to be computed
+                        scale(network[0].weight)
                 return super().__getitem__(t)
 
         frames, masks = movie(0)

@@ -29,14 +29,16 @@ class Witness:
     ----------
     backbone : Backbone
         One with a method ``check`` is asked for itself, as `TorchBackbone`. Of others, networks
-        that are attributes are compared with what they were when the first batch came.
+        that are attributes are compared with what they are when the witness is made.
     specs : tuple of BackboneSpec
         Of its layers, of which the keys were made.
     """
 
     def __init__(self, backbone: Backbone | Layers, specs: tuple[BackboneSpec, ...]) -> None:
         self.backbone, self.specs = backbone, specs
-        self._states: dict[str, NetworkState] | None = None
+        held = {} if hasattr(backbone, "check") else getattr(backbone, "__dict__", {})
+        self._networks = [value for value in held.values() if isinstance(value, nn.Module)]
+        self._states = [NetworkState(network) for network in self._networks]
 
     def check(self) -> None:
         """Check the backbone.
@@ -70,15 +72,11 @@ class Witness:
 
     def _check_networks(self) -> None:
         name = self.specs[0].name
-        if self._states is None:
-            held = getattr(self.backbone, "__dict__", {})
-            networks = {key: v for key, v in held.items() if isinstance(v, nn.Module)}
-            for network in networks.values():
-                if any(module.training for module in network.modules()):
-                    raise BackboneError(
-                        f"the network of {name} is in training mode, in which numbers depend on "
-                        "chance and on the batch: call eval() on it before it is asked for its spec"
-                    )
-            self._states = {key: NetworkState(network) for key, network in networks.items()}
-        for state in self._states.values():
+        for network in self._networks:
+            if any(module.training for module in network.modules()):
+                raise BackboneError(
+                    f"the network of {name} is in training mode, in which numbers depend on chance "
+                    "and on the batch: call eval() on it before it is asked for its spec"
+                )
+        for state in self._states:
             state.check(name)

@@ -169,18 +169,22 @@ class Model:
     def _attempt(self, batch: Sequence[Embedding]) -> list[Any] | FeatureCacheError:
         """Embed one batch; where memory ran out, nothing holds on to it."""
         try:
-            with self._lock:
-                self._witness.check()
-        except BackboneError as error:
-            return error  # whatever the frame
-        try:
             groups = self._way.draw(batch)
             with self._lock:
-                return self._measure(groups)
+                # Nothing may come between: a network that changes then would not be noticed.
+                changed = self._look_at_network()
+                return self._measure(groups) if changed is None else changed
         except Exception as error:  # noqa: BLE001 - it goes to those who asked for the frame
             if _is_out_of_memory(error):
                 return self._lower(batch, error)
             return _as_ours(error, self.spec.name, batch[0].frame.where)
+
+    def _look_at_network(self) -> BackboneError | None:
+        try:
+            self._witness.check()
+        except BackboneError as error:
+            return error  # whatever the frame
+        return None
 
     def _measure(self, groups: Sequence[Group]) -> list[Any]:
         """Embed a batch; see how many fit by what the first takes, where that can be seen."""
