@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -16,6 +15,7 @@ from .augment import Augmentations, Draw
 from .batch import Batch, Found, Sample, Tokens, pad
 from .cache import MovieFeatures, check_batch_size, warm_movies
 from .errors import DrawError, MissingRecordError, UnknownNameError
+from .forks import cached_property
 from .hashing import DIGEST_BYTES, Digest, digest_json
 from .key import Record
 from .service import Misses, StandIn, check_writable

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from .errors import FrameError, UnknownNameError
+from .forks import cached_property
 from .hashing import mask_labels
 
 Floats: TypeAlias = NDArray[np.float32]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from .errors import FrameError
+from .forks import cached_property
 from .pooling import EPSILON, ORDINARY, GridShape, steps_of
 
 _VOTES_AT_ONCE = 1 << 24

@@ -95,6 +95,8 @@ def nothing_left() -> Iterator[None]:
     """Check that no socket and no thread of ours is there afterwards."""
     import threading
 
+    gc.collect()
+    close_all()  # what earlier tests left
     before = {*sockets()}  # of a process that was killed as it made one
     yield
     gc.collect()

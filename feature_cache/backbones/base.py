@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, FrameError, UnknownNameError
+from ..forks import Lock, cached_property
 from ..hashing import Digest, state_digest
 from ..memo import Memo, remembered_digest
 from ..spec import BackboneSpec
 from .name import COMPUTE_DTYPES
 from .state import NetworkState, exact_float32
+
+_loading = Lock()
 
 
 @runtime_checkable
@@ -157,7 +159,7 @@ class TorchBackbone(Frozen, ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the loaded module: another process builds its own if it needs one."""
         state = self.__dict__.copy()
-        state.pop("_loaded", None)
+        state.pop("_kept", None)
         return state
 
     @cached_property
@@ -179,14 +181,20 @@ class TorchBackbone(Frozen, ABC):
     @property
     def is_loaded(self) -> bool:
         """Whether the network is in memory."""
-        return "_loaded" in vars(self)
+        return "_kept" in vars(self)
 
     def share(self, other: TorchBackbone) -> None:
         """Use the network of another backbone, which was made alike but for what is read of it."""
         self._shared = other
 
-    @cached_property
+    @property
     def _loaded(self) -> _Loaded:
+        with _loading:
+            if "_kept" not in vars(self):
+                self._kept = self._load()
+            return self._kept
+
+    def _load(self) -> _Loaded:
         if self._shared is not None:
             return self._shared._loaded
         with torch.inference_mode(False):

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, UnknownNameError
+from ..forks import cached_property
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded, standardize
 from .checkpoint import as_json, check_config, model_file

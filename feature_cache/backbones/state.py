@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from ..errors import BackboneError
+from ..forks import Lock
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SIMPLE = (bool, int, float, str, tuple, type(None))
@@ -101,7 +102,7 @@ def _changed(name: str, where: str) -> BackboneError:
     )
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _depth = 0
 _before: list[tuple[Any, str, Any]] = []
 
@@ -123,8 +124,7 @@ def exact_float32() -> Iterator[None]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                for owner, name, before in _before:
-                    setattr(owner, name, before)
+                _switch_back()
 
 
 @contextmanager
@@ -134,6 +134,22 @@ def undisturbed(device: torch.device | str) -> Iterator[None]:
         for kind in {"cpu", torch.device(device).type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _switch_back() -> None:
+    for owner, name, before in _before:
+        setattr(owner, name, before)
+    _before.clear()
+
+
+def _start_anew() -> None:
+    """Give a forked child what its process has chosen, where a thread of its parent was inside."""
+    global _depth
+    _depth = 0
+    _switch_back()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def _precision_switches() -> list[tuple[Any, str, Any]]:

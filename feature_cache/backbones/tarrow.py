@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..forks import cached_property
 from ..spec import BackboneSpec, Normalization
 from .base import TorchBackbone, load_into, seeded
 from .checkpoint import read_tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError
+from ..forks import cached_property
 from ..spec import BackboneSpec
 from .base import Frozen
 from .layers import Layers

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..forks import cached_property
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
 from .hub import hub_file

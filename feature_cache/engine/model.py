@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -19,6 +18,7 @@ from ..backbones.base import mixes_sizes
 from ..backbones.layers import Layers
 from ..backbones.witness import Witness
 from ..errors import BackboneError, FeatureCacheError, FrameError, StoreError
+from ..forks import Lock
 from ..hashing import DIGEST_BYTES
 from ..key import Record, record_key
 from ..rounding import difference, rounding_bound
@@ -39,7 +39,7 @@ GRID_DTYPE = "float32"
 """Grids in any other dtype are rounded: what is pooled from them has other bits."""
 
 _log = logging.getLogger(__name__)
-_locks: dict[tuple[bytes, str], threading.RLock] = {}
+_locks: dict[tuple[bytes, str], Lock] = {}
 """By backbone and device: one batch at a time, however many engines a process has."""
 
 
@@ -80,7 +80,7 @@ class Model:
         self._witness = Witness(backbone, specs)
         self._most_slices: int | None = None
         self.fitting, self._is_measured = FIRST_BATCH, False
-        self._lock = _locks.setdefault((self.digest, str(self.device)), threading.RLock())
+        self._lock = _locks.setdefault((self.digest, str(self.device)), Lock())
         self.mixes_sizes = _mixes_sizes(backbone)
         self._plain = Plain(backbone, specs)
         self._way = self._plain if is_plain(self.device) else OnDevice(backbone, specs)

@@ -18,11 +18,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import MovieError, MovieNotFoundError, NoMasksError
+from ..forks import cached_property
 from ..hashing import JSON
 from .arrays import images_of
 from .check import MovieCheck, check_movie

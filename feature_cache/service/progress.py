@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from contextlib import suppress
 from typing import Any
+
+from ..forks import Lock
 
 
 def progress_text(computed: int, total: int, rate: float, hits: int, misses: int) -> str:
@@ -36,7 +37,7 @@ class Progress:
         self.computed = self.total = self.hits = self.misses = 0
         self._bar: Any = None
         self._busy, self._last = 0.0, 0.0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def add(self, *, computed: int = 0, hits: int = 0, misses: int = 0, total: int = 0) -> None:
         """Count more of something."""

@@ -26,6 +26,7 @@ from typing import Protocol
 
 import psutil
 
+from ..forks import Lock
 from ..hashing import JSON, canonical_json, digest_json
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, share_with_group
 from .uses import Uses
@@ -51,9 +52,6 @@ class Member(Protocol):
 
     def note(self) -> None:
         """Tell `Presence.uses` what was used."""
-
-    def renew_lock(self) -> None:
-        """Start with a free lock: another thread may have held it when this process was forked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,7 @@ class Presence:
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self.uses = Uses(root, self.name)
         self._process = Process(this_host(), os.getpid(), _start_of(psutil.Process()))
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self.announced = self._left = False
         self.is_inherited = False
 
@@ -270,8 +268,6 @@ def _start_anew() -> None:
     global _heart, _joining
     for presence in _present.values():
         presence.is_inherited = True
-        for member in list(presence.members):
-            member.renew_lock()
     _present.clear()
     _heart, _joining = None, threading.Lock()
 

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import secrets
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError, ReadOnlyCacheError
+from ..forks import Lock
 from ..hashing import JSON
 from ..key import Keys, Record
 from .contents import read_keys
@@ -82,7 +82,7 @@ class Space:
         self._listing = Listing()
         self._untabled = 0
         self._presence: Presence | None = None
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     @property
     def name(self) -> str:
@@ -110,10 +110,6 @@ class Space:
     def __setstate__(self, state: tuple[Path, Mapping[str, Any], Mode]) -> None:
         """Start with nothing open."""
         self.__init__(*state)  # type: ignore[misc]
-
-    def renew_lock(self) -> None:
-        """Start with a free lock, in a forked child."""
-        self._lock = threading.RLock()
 
     def _join(self) -> Presence:
         if self._presence is None or self._presence.is_inherited:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
+from ..forks import Lock
 from ..hashing import canonical_json
 from .files import TEMPORARY_PREFIX, list_folder, read_json, share_with_group
 
@@ -51,7 +51,7 @@ class Uses:
 
     def __init__(self, root: Path, process: str) -> None:
         self.file = root / "uses" / process
-        self._root, self._lock = root, threading.Lock()
+        self._root, self._lock = root, Lock()
         self._times: dict[str, dict[str, float]] = {}
         self._changed, self._next = False, 0.0
 
@@ -178,14 +178,15 @@ def _give(root: Path, times: Mapping[Pack, float]) -> bool:
     """Give packs' folders the times of their last use; tell whether all have theirs now."""
     spaces = set(list_folder(root / "spaces"))
     done = [
-        _set_time(root / "spaces" / space / "packs" / pack, used)
+        set_last_use(root / "spaces" / space / "packs" / pack, used)
         for (space, pack), used in times.items()
         if space in spaces and pack.isalnum()
     ]
     return all(done)
 
 
-def _set_time(folder: Path, used: float) -> bool:
+def set_last_use(folder: Path, used: float) -> bool:
+    """Give a pack the time of its last use, unless it has a later one; tell whether it has it."""
     try:
         if folder.stat().st_mtime >= used:
             return True

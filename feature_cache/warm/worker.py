@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ..backbones.layers import specs_of
 from ..cache import FeatureCache
 from ..engine import PART_FAILS, Budget, Failure, Tally
 from ..errors import BackboneError
+from ..forks import Lock
 from ..hashing import Digest
 from ..movies import Movie, Source
 from ..spec import SpaceSpec
@@ -203,7 +203,7 @@ def _open_movie(source: Source) -> Movie:
     return source.open()
 
 
-_loading = threading.Lock()
+_loading = Lock()
 _loaded: dict[Recipe, Backbone] = {}
 
 

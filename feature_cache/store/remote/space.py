@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CorruptRecordError
+from ...forks import Lock
 from ...key import Keys
 from ..index import Index
 from .connection import enter_process
@@ -41,7 +41,7 @@ class RemoteSpace:
         self.remote, self.name, self.refresh_seconds = remote, name, refresh_seconds
         self._index, self._refreshed = Index(), -float("inf")
         self._damaged: frozenset[str] = frozenset()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         """Count the records known since the last refresh."""
