@@ -170,6 +170,30 @@ def test_the_newest_use_is_kept_and_another_compaction_is_waited_for(
     assert last_uses(space) == {name: 1e9 + 2}
 
 
+def test_who_keeps_a_record_inherits_the_use_of_the_one_that_goes(root: Path, space: Space) -> None:
+    space.write(make_entries(range(8)), {})
+    [large] = space.pack_names()
+    space.write(make_entries([3]), {})
+    [small] = {*space.pack_names()} - {large}
+    for name, used in [(large, 1e9), (small, 2e9)]:
+        os.utime(space.packs_folder / name, (used, used))
+    assert compact_space(space).duplicates == 1
+    assert last_uses(space) == {large: 2e9}
+
+
+def test_what_is_used_every_day_is_kept_apart_from_what_is_not(root: Path, space: Space) -> None:
+    days = [0, 1, 5, 5, 20, 0, 21, 1, 22]
+    write_each(space, range(len(days)))
+    now = Store(root).presence.now()
+    for name, days_ago in zip(space.pack_names(), days, strict=True):
+        os.utime(space.packs_folder / name, (0, now - 86400 * (days_ago + 0.5)))
+    compact_space(space)
+    ages = sorted(round((now - used) / 86400 - 0.5) for used in last_uses(space).values())
+    assert ages == [0, 1, 5, 20]
+    assert compact_space(space).merged == 0
+    assert contents(space, range(len(days))) == expected(range(len(days)))
+
+
 def test_records_held_and_open_spaces_outlive_a_compaction(root: Path, space: Space) -> None:
     write_each(space, range(5))
     held = space.read(make_keys(range(5)))

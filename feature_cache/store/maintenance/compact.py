@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..filesystem import find_file_system
 from ..pack import Pack, check_metadata, read_provenance
 from ..process import join
 from ..space import Space
+from ..uses import set_last_use
 from ..writer import Entry
 from .last_use import last_uses
 from .removal import remove_tree
@@ -98,21 +100,29 @@ class CompactReport:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A pack to merge, and what its writer said of it and of each record."""
+    """A pack to merge, what its writer said of it and of each record, and how old its last use is.
+
+    Ages are 0 up to a day, 1 up to three, 2 up to seven, and so on by powers of two.
+    """
 
     pack: Pack
     origin: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
+    age: int
 
     @property
-    def kind(self) -> tuple[str, tuple[int, ...]]:
-        """Codec and shape, the same for all records of a pack."""
-        return self.pack.features.codec, self.pack.features.shape[1:]
+    def kind(self) -> tuple[str, tuple[int, ...], int]:
+        """Codec, shape and age: a pack's records have all three in common."""
+        return self.pack.features.codec, self.pack.features.shape[1:], self.age
 
     @property
     def bytes(self) -> int:
         """The size of the features, decoded, so that no codec makes a pack small."""
         return self.pack.features.array_bytes
+
+
+_Heirs = defaultdict[str, set[str]]
+"""The packs, by name, whose records others hold by now, by these others' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,7 @@ class _Row:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Packs of one kind first, then movie, draw and frame."""
+        """Records of one kind together, then movie, draw and frame."""
         said = self.source.records[self.row]
         draw, frame = canonical_json(said.get("draw", [])), said.get("frame", 0)
         movie = str(said.get("movie"))
@@ -138,6 +148,9 @@ def compact_space(
     progress: Callable[[int], None] | None = None,
 ) -> CompactReport:
     """Merge the small packs of a space, and drop records that are there twice.
+
+    What is used every day does not share a pack with what nobody has used for weeks, so that `gc`
+    can tell them apart.
 
     Readers go on undisturbed: the new packs are committed first, then the old ones removed. Killed
     at any moment, nothing is lost; what is there twice is dropped the next time. On a network file
@@ -277,14 +290,14 @@ def _merge(
     most: int | None = None,
 ) -> CompactReport:
     """Merge those of some packs that are small, or hold what another holds; all of them if done."""
-    opened = [source for name in names if (source := _open(space, name)) is not None]
+    ages = {} if most is not None else _ages(space)
+    opened = [s for name in names if (s := _open(space, name, ages.get(name, 0))) is not None]
     while True:
-        merged, rows, duplicates = _choose(space, opened, target_bytes, most)
+        merged, rows, duplicates, heirs = _choose(space, opened, target_bytes, most)
         if not merged:
             return CompactReport(space.name)
-        last_use = _last_use(space, merged)
         try:
-            written = _write(space, merged, rows, target_bytes, progress, last_use)
+            written = _write(space, merged, rows, target_bytes, progress)
         except (CorruptRecordError, FileNotFoundError):
             space.refresh()
             opened = [source for source in opened if _is_sound(space, source)]
@@ -292,12 +305,19 @@ def _merge(
         names = [source.pack.name for source in merged if source.pack.name not in written]
         stay = [] if written else [s.pack.path for s in opened if s.pack.name not in names]
         with writing(space.root):
+            _hand_on_uses(space, written, heirs)
             _known[space.path].replaced.update(dict.fromkeys(names, _since(space, stay)))
             _remove_replaced(space)
         return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
 
 
-def _open(space: Space, name: str) -> _Source | None:
+def _ages(space: Space) -> dict[str, int]:
+    now = join(space.root).now()
+    uses = last_uses(space)
+    return {name: int(log2(1.0 + max(0.0, now - used) / 86400.0)) for name, used in uses.items()}
+
+
+def _open(space: Space, name: str, age: int) -> _Source | None:
     """Open a pack; None for one that is gone, or damaged, which is then set aside."""
     try:
         pack = Pack(space.packs_folder / name)
@@ -309,7 +329,7 @@ def _open(space: Space, name: str) -> _Source | None:
         space.condemn(name, error)
         return None
     records = origin.pop("records")
-    return _Source(pack, origin, [*records, *({} for _ in range(len(pack) - len(records)))])
+    return _Source(pack, origin, [*records, *({} for _ in range(len(pack) - len(records)))], age)
 
 
 def _is_sound(space: Space, source: _Source) -> bool:
@@ -326,8 +346,8 @@ def _is_sound(space: Space, source: _Source) -> bool:
 
 def _choose(
     space: Space, opened: Sequence[_Source], target_bytes: int, most: int | None
-) -> tuple[list[_Source], list[_Row], int]:
-    """Choose packs to merge; give the records to keep, and how many are elsewhere too."""
+) -> tuple[list[_Source], list[_Row], int, _Heirs]:
+    """Choose packs to merge; give the records to keep, how many are elsewhere too, and where."""
     small = {source.pack.name for source in opened if source.bytes < target_bytes / 2}
     _known[space.path].large.update(s.pack.name for s in opened if s.pack.name not in small)
     seen: dict[bytes, str] = {}
@@ -338,6 +358,7 @@ def _choose(
     kinds = Counter(source.kind for source in opened if source.pack.name in wanted)
     merged: list[_Source] = []
     rows: list[_Row] = []
+    heirs: _Heirs = defaultdict(set)
     total = size = 0
     for source in opened:
         name = source.pack.name
@@ -346,13 +367,12 @@ def _choose(
         if is_chosen and (most is None or size + source.bytes <= most):
             merged.append(source)
             rows += [_Row(source, row) for row in own]
+            for key in source.pack.keys:
+                heirs[seen[key.tobytes()]].add(name)
             total, size = total + len(source.pack), size + source.bytes
-    return merged, rows, total - len(rows)
-
-
-def _last_use(space: Space, sources: Iterable[_Source]) -> float:
-    uses = last_uses(space)
-    return max((uses.get(source.pack.name, 0.0) for source in sources), default=0.0)
+    for source in merged:
+        heirs.pop(source.pack.name, None)
+    return merged, rows, total - len(rows), heirs
 
 
 def _write(
@@ -361,21 +381,28 @@ def _write(
     rows: Sequence[_Row],
     target_bytes: int,
     progress: Callable[[int], None] | None,
-    last_use: float,
-) -> set[str]:
-    """Write records as new packs, which were used when the newest of the old ones was."""
-    origins, written = _join_origins(merged), set[str]()
+) -> _Heirs:
+    """Write records as new packs."""
+    origins, written = _join_origins(merged), _Heirs(set)
     ordered = sorted(rows, key=lambda row: row.order)
     for kind, group in groupby(ordered, lambda row: row.source.kind):
-        for entries in _read_entries(group, target_bytes):
-            names = space.write(entries, {"compacted_from": origins}, codec=kind[0])
-            written.update(names)
-            for name in names:
-                with suppress(PermissionError):  # it was there, and is another user's
-                    os.utime(space.packs_folder / name, (last_use, last_use))
+        for entries, sources in _read_entries(group, target_bytes):
+            for name in space.write(entries, {"compacted_from": origins}, codec=kind[0]):
+                written[name] |= sources
             if progress is not None:
                 progress(len(entries))
     return written
+
+
+def _hand_on_uses(space: Space, written: _Heirs, heirs: _Heirs) -> None:
+    """Let packs have been used when the last of those was whose records they hold now."""
+    uses = last_uses(space)
+    for name, sources in written.items():
+        used = max(uses.get(source, 0.0) for source in sources)
+        with suppress(PermissionError):  # it was there, and is another user's
+            os.utime(space.packs_folder / name, (used, used))
+    for name, sources in heirs.items():
+        set_last_use(space.packs_folder / name, max(uses.get(source, 0.0) for source in sources))
 
 
 def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
@@ -387,20 +414,24 @@ def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
     return [json.loads(text) for text in sorted(found)]
 
 
-def _read_entries(rows: Iterable[_Row], target_bytes: int) -> Iterator[list[Entry]]:
-    """Read records, verified, in lists of about one pack's size."""
+def _read_entries(
+    rows: Iterable[_Row], target_bytes: int
+) -> Iterator[tuple[list[Entry], set[str]]]:
+    """Read records, verified, in lists of about one pack's size, and name the packs of each."""
     entries: list[Entry] = []
+    sources: set[str] = set()
     size = 0
     for row in rows:
         pack, number = row.source.pack, row.row
         record = pack.record(number)
         entries.append(Entry(pack.keys[number].tobytes(), record, row.source.records[number]))
+        sources.add(pack.name)
         size += record.features.nbytes
         if size >= target_bytes:
-            yield entries
-            entries, size = [], 0
+            yield entries, sources
+            entries, sources, size = [], set(), 0
     if entries:
-        yield entries
+        yield entries, sources
 
 
 def _since(space: Space, stay: Iterable[Path]) -> float:
