@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from .hashing import JSON, canonical_json
 from .spec import describe, differences, short_text
+
+if TYPE_CHECKING:
+    from .store import Asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Explanation:
 
     def to_json(self) -> dict[str, JSON]:
         """Give the fields by name."""
-        return {"what": self.what, "key": self.key, "hit": self.hit, "reason": self.reason}
+        return asdict(self)
 
     def __str__(self) -> str:
         """Write one line for people."""
@@ -41,10 +44,43 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A space as it is on disk: its spec, and the sources of its records."""
+    """A space as it is on disk: its spec, the sources of its records, and what was asked for.
+
+    Attributes
+    ----------
+    spec : mapping
+    sources : sequence of mapping
+        As the records say: for whoever stored them first.
+    asked : sequence of (Asked, mapping)
+        Movies that were asked for in this space, and where each of their draws came from.
+    """
 
     spec: Mapping[str, Any]
     sources: Sequence[Mapping[str, Any]]
+    asked: Sequence[tuple[Asked, Mapping[str, str]]] = ()
+
+    def was_asked(self, source: Mapping[str, Any]) -> bool:
+        """Tell whether this very record was asked for."""
+        draw, frame = canonical_json(source["draw"]), source["frame_digest"]
+        return any(
+            f == frame and source["mask_digest"] in (None, m)
+            for movie, draws in self.asked
+            for _, f, m in (movie.frames if draw in draws else ())
+        )
+
+    def frames_of(self, movie: str) -> Iterator[tuple[str, str]]:
+        """Give place and digest of a movie's frames as records name them, and as asked for."""
+        for row in self.sources:
+            if row.get("movie") == movie:
+                yield _place(row), str(row.get("frame_digest"))
+        there = {row.get("frame_digest") for row in self.sources}
+        for asked, _ in self.asked:
+            if asked.movie == movie:
+                yield from ((place, frame) for place, frame, _ in asked.frames if frame in there)
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    return str(source.get("file") or source.get("frame"))
 
 
 def explain_miss(
@@ -69,7 +105,7 @@ def explain_miss(
     asked = canonical_json(spec)
     own = [s for s in spaces if canonical_json(s.spec) == asked]
     for stored in own:
-        reason = _nearest_record(source, stored.sources, copies_present)
+        reason = _nearest_record(source, stored, copies_present)
         if reason:
             return reason
     others = [s for s in spaces if canonical_json(s.spec) != asked]
@@ -87,10 +123,11 @@ def explain_miss(
     return f"{stands} {where} the space {describe(nearest.spec)!r}, where {listed}"
 
 
-def _nearest_record(
-    source: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], copies: Sequence[int]
-) -> str:
+def _nearest_record(source: Mapping[str, Any], stored: Stored, copies: Sequence[int]) -> str:
     """Describe the nearest record of the same space; empty if none is near."""
+    if stored.was_asked(source):
+        return "it was asked for, and was not computed yet, or gc has let go of it"
+    sources = stored.sources
     same = _matching(sources, source, "frame_digest", "mask_digest")
     if same:
         return _other_draw(source, same, copies)
@@ -100,9 +137,10 @@ def _nearest_record(
         return f"labels differ from the mask stored with this frame: {found} stored, " + (
             f"{short_text(source['mask_digest'])} asked"
         )
-    same = _matching(sources, source, "movie", "frame") if source["movie"] else []
-    if same:
-        found = short_text(same[-1]["frame_digest"])
+    named = stored.frames_of(source["movie"]) if source["movie"] else ()
+    before = [frame for place, frame in named if place == _place(source)]
+    if before:
+        found = short_text(before[-1])
         return f"pixels differ from the record stored for this frame before: {found} stored, " + (
             f"{short_text(source['frame_digest'])} asked"
         )

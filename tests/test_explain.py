@@ -78,6 +78,31 @@ def test_another_movie(warm, small):
     assert reasons(warm, (other, small[1]), name="other") == [(False, expected)] * 6
 
 
+def ask(cache, frames, masks, name):
+    """Bind a movie, and ask for it as whoever warms or wraps it does."""
+    movie = cache.movie(frames, masks, FakeBackbone(), name=name)
+    movie.want([movie])
+    return movie
+
+
+def test_a_movie_that_shares_frames_is_spoken_of_as_it_was_asked_for(warm, small):
+    frames, masks = small[0][2:5].copy(), small[1][2:5]
+    assert ask(warm, frames, masks, "part").warm() == 0
+    frames[1, 0, 0] += 1
+    hit, missed, _ = reasons(warm, (frames, masks), name="part")
+    assert hit == (True, "stored")
+    assert re.match(r"pixels differ from the record stored for this frame before", missed[1])
+
+
+def test_what_gc_let_go_of_is_known_to_have_been_asked_for(cache, small):
+    ask(cache, *small, "movie").warm()
+    cache.gc(max_bytes=0, dry_run=False)
+    gone = "it was asked for, and was not computed yet, or gc has let go of it"
+    assert reasons(cache, small) == [(False, gone)] * 6
+    changed = small[0] + 1
+    assert gone not in {reason for _, reason in reasons(cache, (changed, small[1]))}
+
+
 def test_a_copy_that_was_never_warmed(warm, small):
     movie = warm.movie(*small, FakeBackbone(), name="movie")
     augmentations = Augmentations("default", copies=9, seed=42)

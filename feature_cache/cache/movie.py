@@ -43,14 +43,11 @@ from ..key import Keys, Record, record_key
 from ..memo import Fingerprint, Memo
 from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
-from ..store import Asked, Index, Space, Span, Usage, add_asked, record_sources
+from ..store import Asked, Index, Space, Span, Usage, add_asked, read_asked, record_sources
 from .opened import OpenCache
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
-
-
-"""Threads that hash frames and masks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -435,12 +432,11 @@ class MovieFeatures:
         return asked._explain(frames, [self.with_draw(draw) for draw in augmentations.draws()])
 
     def _explain(self, frames: Sequence[int], copies: Sequence[MovieFeatures]) -> list[Explanation]:
+        for folder in self.space.folders:
+            folder.refresh()
         there = self.contains(frames)
         present = [movie.contains(frames) for movie in copies]
-        spaces = [] if there.all() else self.cache.spaces()
-        stored = [
-            Stored(space.spec, [source for _, source in record_sources(space)]) for space in spaces
-        ]
+        stored = [] if there.all() else list(self._stored())
         spec = self.spec.to_json()
         explanations = []
         for i, t in enumerate(frames):
@@ -452,6 +448,16 @@ class MovieFeatures:
                 Explanation(self.where(t), self.key(t).hex(), bool(there[i]), reason)
             )
         return explanations
+
+    def _stored(self) -> Iterator[Stored]:
+        """Give the spaces of all folders, and what was asked for there."""
+        for store in self.cache.stores():
+            asked = list(read_asked(store.root))
+            for space in store.spaces():
+                wanted = [
+                    (one, one.wanted[space.name]) for one in asked if space.name in one.wanted
+                ]
+                yield Stored(space.spec, [source for _, source in record_sources(space)], wanted)
 
     def read(self, t: int) -> Frame:
         """Read frame `t` and its mask, to be computed. FrameError where they changed."""
