@@ -13,13 +13,14 @@ import feature_cache
 
 PACKAGE = Path(feature_cache.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "forks"},
     {"hashing", "units", "cores"},
     {"pooling", "memo"},
     {"spec", "movies"},
     {"augment", "backbones", "normalize", "pooling_torch"},
     {"key"},
-    {"store", "explain", "rounding"},
+    {"store", "rounding"},
+    {"explain"},
     {"engine"},
     {"recompute"},
     {"cache"},

@@ -26,8 +26,9 @@ from feature_cache import (
 )
 from feature_cache.store.remote import open_remote, pull, push
 from feature_cache.testing import FakeBackbone
+from hub import hub
 
-__all__ = ["aws", "bucket", "endpoint", "service"]
+__all__ = ["aws", "bucket", "endpoint", "hub", "service"]
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
@@ -238,6 +239,39 @@ def test_a_web_server_is_no_place_to_push_to_or_to_pull_from(tmp_path, shared, w
     push(shared[0], open_remote(f"file://{web[0]}/features"))
     with pytest.raises(StoreError, match=r"can't list http://.*--layer"):
         pull(tmp_path / "own", open_remote(url))
+
+
+@pytest.mark.parametrize("place", ["", "@main/some/folder"])
+def test_a_dataset_of_the_hub_is_pushed_to_pulled_from_and_a_layer(
+    tmp_path, small, shared, hub, place
+):
+    (root, records), url = shared, f"hf://datasets/lab/features{place}"
+    assert push(root, open_remote(url)).packs == 1
+    assert push(root, open_remote(url)).packs == 0
+    frames, masks = small
+    cache = FeatureCache(tmp_path / "own", layers=[url])
+    assert same(cache.get(frames[:4], masks[:4], FakeBackbone()), records)
+    assert pull(tmp_path / "other", open_remote(url)).packs == 1
+    [sent] = hub.rglob("spaces/*/packs/*/features/c.0.0")
+    data = bytearray(sent.read_bytes())
+    data[0] ^= 1
+    sent.write_bytes(data)
+    assert len(pull(tmp_path / "third", open_remote(url)).failures) == 1
+
+
+def test_datasets_of_the_hub_that_are_no_caches(tmp_path, hub, shared, monkeypatch):
+    with pytest.raises(NotACacheError, match="no feature cache at hf://datasets/lab/features/no"):
+        FeatureCache(tmp_path / "own", layers=["hf://datasets/lab/features/no"])
+    with pytest.raises(StoreError, match="names no dataset"):
+        open_remote("hf://datasets/lab")
+    with pytest.raises(StoreError, match="can't read hf://datasets/lab/other"):
+        push(shared[0], open_remote("hf://datasets/lab/other"))
+    (hub / "data.csv").write_text("1,2")
+    with pytest.raises(NotACacheError, match=r"it holds 'data\.csv'"):
+        push(shared[0], open_remote("hf://datasets/lab/features"))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(StoreError, match="can't read hf://datasets/lab/features"):
+        push(shared[0], open_remote("hf://datasets/lab/features"))
 
 
 def test_no_remote_is_at_an_address_that_lacks_a_cache(tmp_path, bucket):

@@ -340,8 +340,8 @@ MISTAKES = [
     Mistake(
         "a URL without a scheme",
         f"{FRESH} --push bucket/features",
-        "error: unknown kind of remote 'bucket/features': Known: s3://, gs://, az://, file://, "
-        "https://, http://",
+        "error: unknown kind of remote 'bucket/features': Known: s3://, gs://, az://, "
+        "hf://datasets/, file://, https://, http://",
     ),
     Mistake(
         "a remote without its extra",

@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 from ..errors import NotACacheError, StoreError
 
 READ_ONLY = ("https://", "http://")
-SCHEMES = ("s3://", "gs://", "az://", "file://", *READ_ONLY)
+HUB = "hf://datasets/"
+SCHEMES = ("s3://", "gs://", "az://", HUB, "file://", *READ_ONLY)
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 """With one slash as well: pathlib takes the other away."""

@@ -722,7 +722,7 @@ class TestConnection:
 
     @pytest.mark.parametrize("url", ["ftp://host/x", "folder", "s3:/x", ""])
     def test_unknown_scheme(self, url):
-        with pytest.raises(UnknownNameError, match="s3://, gs://, az://, file://"):
+        with pytest.raises(UnknownNameError, match="s3://, gs://, az://, hf://datasets/, file://"):
             open_remote(url)
 
     @pytest.mark.parametrize("url", ["file://host/x", "file:///", "file://"])

@@ -13,7 +13,7 @@ remote: names are checked before they become paths, and every record of a pack b
 committed.
 
 Whatever runs obstore can't be used in a process forked after that: it would wait forever. So a
-remote is pickled without its client, and says so in such a process.
+remote, of any kind, is pickled without its client, and says so in such a process.
 """
 
 from __future__ import annotations

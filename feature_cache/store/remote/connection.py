@@ -1,9 +1,10 @@
-"""Connecting with obstore: clients, the processes that may have them, and what their errors say."""
+"""Connecting: clients of obstore, the processes that may have them, and what their errors say."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,18 +71,23 @@ def enter_process(url: str) -> None:
 
 @contextmanager
 def talking(doing: str, place: str) -> Iterator[None]:
-    """Turn what obstore says into an error of ours."""
-    from obstore.exceptions import BaseError
-
+    """Turn what obstore or the hub's library says into an error of ours."""
     try:
         yield
     except StoreError:
         raise
-    except (BaseError, OSError, ValueError, TypeError) as error:
+    except _errors() as error:
         raise StoreError(
             f"can't {doing} {place.rstrip('/')}: {_reason(error)}; check the address, the "
             "credentials and the network, and run it again: what was moved stays"
         ) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Give what is raised by what is loaded; huggingface_hub lets its client's errors through."""
+    names = ("obstore.exceptions", "BaseError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError")
+    own = (getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+    return (*own, OSError, ValueError, TypeError)
 
 
 def _reason(error: Exception) -> str:

@@ -11,13 +11,14 @@ from ...errors import StoreError
 from ..files import share_with_group, sync_file, sync_folder, writing
 from ..url import READ_ONLY, url_folder
 from .connection import connect, enter_process, talking
-from .pieces import PIECE_BYTES, Progress, read_pieces, tell
+from .pieces import PIECE_BYTES, Progress, each, read_pieces, tell
 
 if TYPE_CHECKING:
     from obstore import Bytes
     from obstore.store import ObjectStore
 
-_SMALL_BYTES = 1 << 28
+SMALL_BYTES = 1 << 28
+_OBJECTS_AT_ONCE = 8
 
 
 class Objects:
@@ -94,11 +95,11 @@ class Objects:
                 found = obstore.get(self._open(), name)
             except FileNotFoundError:
                 return None
-            if found.meta["size"] > _SMALL_BYTES:
-                raise ValueError(f"it has {found.meta['size']} bytes, expected {_SMALL_BYTES}")
+            if found.meta["size"] > SMALL_BYTES:
+                raise ValueError(f"it has {found.meta['size']} bytes, expected {SMALL_BYTES}")
             return found.bytes().to_bytes()
 
-    def get_piece(self, name: str, start: int, length: int) -> Bytes | None:
+    def get_piece(self, name: str, start: int, length: int) -> Bytes | bytes | None:
         """Read a piece of an object; None where there is none."""
         import obstore
 
@@ -108,10 +109,11 @@ class Objects:
             except FileNotFoundError:
                 return None
 
-    def put(
-        self, name: str, data: bytes, mode: Literal["create", "overwrite"] = "overwrite"
-    ) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """Write a small object, durably."""
+        self._put(name, data, "overwrite")
+
+    def _put(self, name: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
         import obstore
 
         with talking("write", f"{self.url}/{name}"):
@@ -123,15 +125,18 @@ class Objects:
         from obstore.exceptions import AlreadyExistsError, NotSupportedError
 
         try:
-            self.put(name, data, mode="create")
+            self._put(name, data, "create")
         except StoreError as error:
             if isinstance(error.__cause__, NotSupportedError):
                 self.put(name, data)
             elif not isinstance(error.__cause__, AlreadyExistsError):
                 raise
 
-    def put_file(self, name: str, file: Path, progress: Progress | None) -> None:
-        """Send a file, a large one in pieces; `settle` makes it durable."""
+    def put_files(self, files: Mapping[str, Path], progress: Progress | None) -> None:
+        """Send files, by name, large ones in pieces; `settle` makes them durable."""
+        each(lambda item: self._put_file(*item, progress), files.items(), _OBJECTS_AT_ONCE)
+
+    def _put_file(self, name: str, file: Path, progress: Progress | None) -> None:
         import obstore
 
         small = file.stat().st_size <= PIECE_BYTES

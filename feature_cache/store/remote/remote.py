@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,8 +28,9 @@ from ..pack import check_pack
 from ..space import PACK_NAME
 from ..store import FORMAT_VERSION, ROOT_TEXT, TAG
 from ..table import NO_PACKS, PackTable, encode_table, parse_table, read_row
-from ..url import SCHEMES, find_folder, parse_url
+from ..url import HUB, SCHEMES, find_folder, parse_url
 from ..writer import install_pack
+from .hub import HubObjects
 from .layout import (
     GROUP,
     check_same,
@@ -53,11 +55,12 @@ def open_remote(url: str, **options: Any) -> Remote:
     Parameters
     ----------
     url : str
-        ``s3://bucket/prefix``, ``gs://…``, ``az://…``, or ``file:///folder``; ``https://…`` of
-        what was pushed to any of them, only as a layer.
+        ``s3://bucket/prefix``, ``gs://…``, ``az://…``, ``hf://datasets/owner/name/folder``, or
+        ``file:///folder``; ``https://…`` of what was pushed to any of them, only as a layer.
     **options
-        For obstore's ``from_url``; credentials and endpoints that are not given come from the
-        environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ``AWS_ALLOW_HTTP``, …).
+        For obstore's ``from_url``, or huggingface_hub's ``HfApi``; credentials and endpoints that
+        are not given come from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
+        ``HF_TOKEN``, …).
 
     Returns
     -------
@@ -68,7 +71,7 @@ def open_remote(url: str, **options: Any) -> Remote:
     UnknownNameError
         For another scheme.
     MissingDependencyError
-        If obstore is not installed.
+        If obstore, or huggingface_hub, is not installed.
     StoreError
         For a folder that is not written as ``file://`` URL, or such a URL that names none of this
         host.
@@ -79,11 +82,12 @@ def open_remote(url: str, **options: Any) -> Remote:
         )
     if not url.startswith(SCHEMES):
         raise UnknownNameError("kind of remote", url, SCHEMES)
+    package, extra = ("huggingface_hub", "hub") if url.startswith(HUB) else ("obstore", "remote")
     try:
-        import obstore  # noqa: F401
+        import_module(package)
     except ImportError as error:
-        install = "pip install 'feature-cache[remote]'"
-        raise MissingDependencyError("obstore", f"the remote {url}", install) from error
+        install = f"pip install 'feature-cache[{extra}]'"
+        raise MissingDependencyError(package, f"the remote {url}", install) from error
     return Remote(url, options)
 
 
@@ -103,7 +107,7 @@ class Remote:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self._objects = Objects(url, options)
+        self._objects = (HubObjects if url.startswith(HUB) else Objects)(url, options)
         self.url, self.options = self._objects.url, self._objects.options
         self.folder = self._objects.folder
 
@@ -297,7 +301,8 @@ class Remote:
         files = pack_files(pack)
         sizes = {name: file.stat().st_size for name, file in files.items()}
         group = files.pop(GROUP)
-        each(partial(self._send, prefix, progress), files.items(), _OBJECTS_AT_ONCE)
+        sent = {f"{prefix}/{name}": file for name, file in files.items()}
+        self._objects.put_files(sent, progress)
         self._check_sent(prefix, {name: sizes[name] for name in files})
         self._objects.put_new(f"{prefix}/{GROUP}", group.read_bytes())
         tell(progress, sizes[GROUP])
@@ -444,10 +449,6 @@ class Remote:
                     "sent: another process sends the same pack with another codec; push again"
                 )
         self._objects.settle(f"{prefix}/{name}" for name in sizes)
-
-    def _send(self, prefix: str, progress: Progress | None, item: tuple[str, Path]) -> None:
-        name, file = item
-        self._objects.put_file(f"{prefix}/{name}", file, progress)
 
     def _fetch(
         self, prefix: str, folder: Path, progress: Progress | None, piece: tuple[str, int, int]
