@@ -213,7 +213,7 @@ class Profile:
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self.own_seconds = 0.0
-        self._clocks: dict[int, float] = {}
+        self._clocks: dict[int | None, float] = {}
         self._ended = threading.Event()
         self._looking = ThreadPoolExecutor(1)
 
@@ -232,18 +232,20 @@ class Profile:
     def _look(self) -> float:
         own = threading.get_ident()
         while not self._ended.wait(LOOK_SECONDS):
+            names = {thread.ident: thread.native_id for thread in threading.enumerate()}
             for ident, frame in sys._current_frames().items():
-                if ident != own:
-                    self._add(ident, frame)
+                if ident != own and names.get(ident) is not None:
+                    self._add(names[ident], frame)
         return time.thread_time()
 
-    def _add(self, ident: int, frame: FrameType) -> None:
+    def _add(self, thread: int | None, frame: FrameType) -> None:
+        # By a file: pthread_getcpuclockid of a thread that has just ended is a segmentation fault.
         try:
-            now = time.clock_gettime(time.pthread_getcpuclockid(ident))
-        except OSError:  # it has just ended
+            now = int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]) * 1e-9
+        except (OSError, ValueError):
             return
-        spent = now - self._clocks.get(ident, now)
-        self._clocks[ident] = now
+        spent = now - self._clocks.get(thread, now)
+        self._clocks[thread] = now
         if spent > 0:
             self.seconds[stage_of(frame)] += spent
 
@@ -413,8 +415,11 @@ def sixteen_cores() -> Iterator[None]:
 
 
 def frames_for(seconds: float, least: int, total: float) -> int:
-    """Give how many frames take a total in all copies: at least some, at most 128."""
-    return min(128, max(least, round(total / seconds / (1 + COPIES))))
+    """Give how many frames take a total in all copies, at least some.
+
+    What a job costs once, however long, counts for little then.
+    """
+    return max(least, round(total / seconds / (1 + COPIES)))
 
 
 @contextmanager
