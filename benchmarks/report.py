@@ -1,7 +1,8 @@
-"""The README's tables and picture: python -m benchmarks.report RESULTS.json [--readme README.md].
+"""Tables and picture of the results: python -m benchmarks.report RESULTS.json [--page FILE].
 
-Printed is the table of the design's targets. With --readme, it replaces what stands between the
-marks of the README, with the picture (written beside the results) and the model of a large cache.
+Printed is the table of the design's targets. With --page docs/explanation/performance.md, it
+replaces what stands between the marks of the page, with the picture (written beside it) and the
+model of a large cache.
 """
 
 from __future__ import annotations
@@ -105,19 +106,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="a page with the marks")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page with the marks")
     options = parser.parse_args()
     results = load_results(options.results)
     machine = describe(json.loads(options.results.read_text())["machine"])
     table = "\n".join([machine, "", *make_table(results)])
     print(table)
-    if options.readme:
-        picture = options.results.with_suffix(".svg").resolve()
+    if options.page:
+        picture = options.page.with_name(f"{options.results.stem}.svg")
         draw(results, picture)
-        link = picture.relative_to(options.readme.resolve().parent).as_posix()
-        text = f"{table}\n\n![Windows read, and the growth of the index]({link})"
-        replace_part(options.readme, "benchmarks", text)
-        replace_part(options.readme, "scale", "\n".join(model(results["opening"])))
+        text = f"{table}\n\n![Windows read, and the growth of the index]({picture.name})"
+        replace_part(options.page, "benchmarks", text)
+        replace_part(options.page, "scale", "\n".join(model(results["opening"])))
 
 
 if __name__ == "__main__":

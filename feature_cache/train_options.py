@@ -91,7 +91,7 @@ def parse_training(
     MovieError
         The configuration can't be read.
     """
-    parser = _make_parser(prog)
+    parser = make_parser(prog)
     if words and not words[0].startswith("-"):
         words = ["-c", *words]
     file = _find_file(words)
@@ -191,7 +191,8 @@ def _read_words(file: Path, parser: argparse.ArgumentParser) -> Iterator[str]:
             yield f"--{name}={value}"
 
 
-def _make_parser(prog: str | None) -> argparse.ArgumentParser:
+def make_parser(prog: str | None) -> argparse.ArgumentParser:
+    """Give the parser of a training's options."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train or fine-tune Trackastra on cached features. CONFIG is a YAML file of "

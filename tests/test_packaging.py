@@ -64,11 +64,11 @@ def test_the_wheel_is_the_package_and_nothing_else(wheel):
 
 def test_the_sdist_has_package_and_tests(sdist):
     assert sources() <= set(sdist)
-    wanted = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "tests/conftest.py"}
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "tests/conftest.py", "docs/index.md"}
     assert wanted <= set(sdist)
     assert {name.split("/")[0] for name in sdist} <= {
-        *("feature_cache", "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"),
-        *("PKG-INFO", ".gitignore"),
+        *("feature_cache", "tests", "docs", "mkdocs.yml", "pyproject.toml"),
+        *("README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", ".gitignore"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The README's blocks, run in order in one folder, as a reader would."""
+"""The blocks of README and pages, run in order in one folder, as a reader would."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ from feature_cache.movies import link_by_overlap, write_movie
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PRINTED = [
-    "movies/bacteria/01",
-    "112 3",
-    "0 computed",
-    "20",
-    "torch.Size([3, 112])",
-    "13 [{'name': 'd4', 'element': 'rotate_180'}]",
-    "['AOGM', 'TRA', 'division_f1', 'divisions', 'found', 'links', 'links_f1', 'missed', 'wrong']",
-    "(2, 2)",
-    "float16 True",
-]
-"""The last line that each block of Python prints."""
 SHORTER = {
     'pip install ".[trackastra,demo]"': "pip install --dry-run --no-deps --no-build-isolation "
     "--quiet $ROOT",
@@ -48,11 +36,28 @@ SHORTER = {
 """What stands for what would take too long, or for what is not here."""
 
 
-def blocks() -> Iterator[tuple[str, str]]:
-    """Give kind and content of each block that can be run."""
-    found = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert {kind for kind, _ in found} == {"bash", "console", "python"}
-    yield from found
+def pages() -> list[Path]:
+    """List the README and the pages, in the order of the site's navigation."""
+    names = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    found = {ROOT / "docs" / name for name in names}
+    assert found == set((ROOT / "docs").rglob("*.md"))
+    return [README, *(ROOT / "docs" / name for name in names)]
+
+
+def blocks() -> Iterator[tuple[Path, str, str]]:
+    """Give page, kind and content of each block that can be run."""
+    for page in pages():
+        found = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        for kind, block in found:
+            assert kind in {"bash", "console", "python"}, page
+            yield page, kind, block
+
+
+def shown_at_end(block: str) -> list[str]:
+    """Give the comments at the end of a block of Python: what it prints last."""
+    lines = block.splitlines()
+    code = max(number for number, line in enumerate(lines) if not line.startswith("# "))
+    return [line.removeprefix("# ") for line in lines[code + 1 :]]
 
 
 def mask_times(text: str) -> list[str]:
@@ -102,27 +107,33 @@ def test_every_block_does_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.setenv("ROOT", str(ROOT))
     monkeypatch.setenv("HERE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    printed = iter(PRINTED)
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
-        for kind, block in blocks():
+        for page, kind, block in blocks():
             if kind == "python":
                 shown = run([sys.executable, "-c", block], tmp_path)
-                assert shown.splitlines()[-1] == next(printed)
+                expected = shown_at_end(block)
+                assert expected, (page, block)
+                assert shown.splitlines()[-len(expected) :] == expected, (page, block)
                 if "write_example" in block:
-                    for root in map(Path, shown.splitlines()):
+                    for root in map(Path, expected):
                         crop(root)
             elif kind == "bash":
                 commands = shorten(block, cluster.scheduler_address)
-                assert "error" not in run(f"set -e\n{commands}", tmp_path)
+                assert "error" not in run(f"set -e\n{commands}", tmp_path), (page, block)
             else:
                 for command, expected in transcript(block):
-                    assert mask_times(run(command, tmp_path)) == expected, command
-    assert next(printed, None) is None
+                    assert mask_times(run(command, tmp_path)) == expected, (page, command)
 
 
-def test_scripts_that_the_readme_names_exist():
-    for script in re.findall(r"\./scripts/\w+", README.read_text()):
-        assert (ROOT / script).stat().st_mode & 0o111
+def test_what_the_pages_name_is_there():
+    for page in [*pages(), ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text()
+        for script in re.findall(r"\./scripts/[\w-]+", text):
+            assert (ROOT / script).stat().st_mode & 0o111, (page, script)
+        for link in re.findall(r"\]\((?!\w+:)([^)#]+)", text):
+            assert (page.parent / link).exists(), (page, link)
+        for file in re.findall(r"`((?:tests|benchmarks|feature_cache)/[\w/.-]+)`", text):
+            assert (ROOT / file).exists(), (page, file)
 
 
 @pytest.mark.slow
