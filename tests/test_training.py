@@ -17,7 +17,7 @@ from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm
 
-from feature_cache import BackboneError
+from feature_cache import BackboneError, MissingDependencyError
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import ModelFeatures, wrap
 from feature_cache.trackastra.training import (
@@ -327,3 +327,11 @@ def test_saving_again_leaves_no_other_files(tmp_path):
     save_model(model, tmp_path / "model")
     save_model(model, tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.yaml", "model.pt"]
+
+
+def test_a_model_without_its_package_says_how_to_get_it(monkeypatch):
+    name = make_model.__module__
+    monkeypatch.setitem(sys.modules, "trackastra_pretrained_feats", None)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(MissingDependencyError, match="--no-deps trackastra-pretrained-feats"):
+        importlib.import_module(name)

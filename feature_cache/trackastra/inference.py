@@ -31,6 +31,7 @@ from ..geometry import rotate_features as rotate
 from ..hashing import Digest, digest_json
 from ..movies import Movie, Series
 from ..store import Usage
+from ..train_options import MODEL_INSTALL, MODEL_PACKAGE
 from .model_features import ModelFeatures, check_equal
 from .shallow import check_props, measure_regions
 
@@ -275,9 +276,7 @@ def cached_inference(
     """
     if not _api.PRETRAINED_FEATS_INSTALLED:
         raise MissingDependencyError(
-            "trackastra-pretrained-feats",
-            "tracking with pretrained features",
-            'pip install "feature-cache[trackastra]"',
+            MODEL_PACKAGE, "tracking with pretrained features", MODEL_INSTALL
         )
     if weights is not None and backbone is not None and not isinstance(backbone, str):
         raise ValueError("weights are for a backbone that is loaded by name; this one has its own")
