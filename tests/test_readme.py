@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from dask.distributed import LocalCluster
 
-from feature_cache import Movie
+import feature_cache
+from feature_cache import Movie, errors, trackastra
 from feature_cache.movies import link_by_overlap, write_movie
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PYTHON = ROOT / "docs" / "reference" / "python.md"
 SHORTER = {
     'pip install ".[trackastra,demo]"': "pip install --dry-run --no-deps --no-build-isolation "
     "--quiet $ROOT",
@@ -134,6 +136,14 @@ def test_what_the_pages_name_is_there():
             assert (page.parent / link).exists(), (page, link)
         for file in re.findall(r"`((?:tests|benchmarks|feature_cache)/[\w/.-]+)`", text):
             assert (ROOT / file).exists(), (page, file)
+
+
+def test_the_reference_has_all_that_is_public():
+    listed = set(re.findall(r"^::: feature_cache\.(\S+)", PYTHON.read_text(), re.MULTILINE))
+    listed |= set(re.findall(r"\w+Error", str(errors.__doc__)))
+    assert (
+        set(feature_cache.__all__) | {f"trackastra.{name}" for name in trackastra.__all__} <= listed
+    )
 
 
 @pytest.mark.slow
