@@ -121,9 +121,9 @@ def test_equal_features_are_chance_not_luck(tmp_path: Path) -> None:
 
 
 def test_links_by_overlap_of_stacks_with_divisions_and_gaps(cache: FeatureCache) -> None:
-    """Two cells; one divides at time 3, and one is not there at time 5."""
+    """Two cells; one, of the largest label, divides at time 3; one is not there at time 5."""
     masks = np.zeros((8, 3, 24, 48), np.int32)
-    masks[:, :, 4:20, 4:20] = 9
+    masks[:, :, 4:20, 4:20] = 2**31 - 1
     masks[3:, :, 11:13, 4:20] = 0
     masks[3:, :, 13:20, 4:20] = 8
     masks[:, :, 8:16, 32:40] = 5

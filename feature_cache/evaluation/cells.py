@@ -76,10 +76,9 @@ class Cells:
             truth = "overlap"
             masks = [movie.masks[t] for t in range(len(movie))]
             linked, table = link_by_overlap(masks)
-            tracks = np.concatenate([
-                _look_up(mask, new, found[0])
-                for mask, new, found in zip(masks, linked, measured, strict=True)
-            ])  # fmt: skip
+            tracks = np.concatenate(
+                [_take_each(new, mask) for new, mask in zip(linked, masks, strict=True)]
+            )
         parents = {int(label): int(parent) for label, _, _, parent in table if parent}
         frames = np.repeat(np.arange(len(movie)), counts)
         return cls(movie.name, truth, frames, labels, tracks, parents, places, shapes)
@@ -121,11 +120,10 @@ def _rows_of(record: Record, labels: NDArray[np.int64], t: int, movie: str) -> N
     return record.features
 
 
-def _look_up(mask: Masks, linked: Masks, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give the labels that a relabelled mask has for those of the mask."""
-    lookup = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
-    lookup[mask] = linked
-    return lookup[labels]
+def _take_each(linked: Masks, mask: Masks) -> NDArray[np.int64]:
+    """Give what a relabelled mask has for each label of the mask, in their order."""
+    _, first = np.unique(mask[mask > 0], return_index=True)
+    return linked[mask > 0][first].astype(np.int64)
 
 
 def _measure(frame: NDArray[Any], mask: NDArray[Any]) -> tuple[NDArray[np.int64], Floats, Floats]:

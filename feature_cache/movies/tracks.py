@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -105,17 +106,20 @@ def link_by_overlap(masks: Sequence[NDArray[Any]]) -> tuple[list[Masks], Tracks]
     linked: list[Masks] = []
     tracks: dict[int, list[int]] = {}
     for t, mask in enumerate(masks):
-        parents = _most_overlapped(linked[-1], mask) if linked else {}
-        found = np.unique(mask[mask > 0]).tolist()
-        heirs = [parents.get(label, 0) for label in found]
-        lookup = np.zeros(int(mask.max()) + 1, np.int32)
-        for label, parent in zip(found, heirs, strict=True):
-            if parent and heirs.count(parent) == 1:
-                lookup[label], tracks[parent][1] = parent, t
+        found, inside = np.unique(mask[mask > 0], return_inverse=True)
+        regions = np.zeros(mask.shape, np.int32)  # 1 to their number, however large labels are
+        regions[mask > 0] = inside + 1
+        parents = _most_overlapped(linked[-1], regions) if linked else {}
+        heirs = Counter(parents.values())
+        lookup = np.zeros(len(found) + 1, np.int32)
+        for region in range(1, len(lookup)):
+            parent = parents.get(region, 0)
+            if heirs[parent] == 1:
+                lookup[region], tracks[parent][1] = parent, t
             else:
-                lookup[label] = len(tracks) + 1
+                lookup[region] = len(tracks) + 1
                 tracks[len(tracks) + 1] = [t, t, parent]
-        linked.append(lookup[mask])
+        linked.append(lookup[regions])
     return linked, np.array([[n, *row] for n, row in tracks.items()], np.int64).reshape(-1, 4)
 
 
