@@ -249,6 +249,15 @@ class TestMistakes:
         assert code[0] == 2
         assert "no permission to write in" in code[1]
 
+    def test_evaluating_what_is_there_needs_no_permission(self, run, public_movie):
+        root = public_movie("movie", frames=4)
+        words = ["evaluate", root, "--cache", "cache", "--backbone", "debug/random"]
+        assert run(*words)[0] == 0
+        assert _in_another_user(lambda: run(*words)[0]) == 0
+        code, _, err = _in_another_user(lambda: run(*words, "--backbone", "debug/encoded_labels"))
+        assert code == 2
+        assert "warm it where you may write" in err
+
     def test_no_permission_to_look(self, run, public_movie, public_folder):
         root = public_movie("movie")
         warm(run, root)

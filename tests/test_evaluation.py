@@ -144,12 +144,43 @@ def test_a_network_is_compared_with_its_random_twin(tmp_path: Path) -> None:
     name = f"timm/test_vit?weights={weights}"
     found = evaluate(movie, [name], tmp_path / "cache", layers=["0", "1"], device="cpu")
     setups = [score.setup for score in found.steps[0].scores]
-    layers = ["blocks.0", "blocks.0", "blocks.1", "blocks.1"]
-    assert [setup.layer for setup in setups] == layers
-    assert [setup.random for setup in setups] == [False, True, False, True]
+    layers = ["blocks.0", "blocks.1"]
+    assert [setup.layer for setup in setups] == 2 * layers
+    assert [setup.random for setup in setups] == [False, False, True, True]
     spaces = FeatureCache(tmp_path / "cache", "r").spaces()
     assert len({space.spec["backbone"]["weights"] for space in spaces}) == 2
     assert len(spaces) == 4
+
+
+def test_layers_that_are_named_together_share_a_forward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    movie = tracked(tmp_path / "01", *textured(swapping()[:4], tiles()))
+    kind, passes = type(load_backbone("timm/test_vit", "random:0").module), []
+    whole = kind.forward_intermediates
+
+    def count(self: torch.nn.Module, images: torch.Tensor, **options: object) -> object:
+        passes.append(len(images))
+        return whole(self, images, **options)
+
+    monkeypatch.setattr(kind, "forward_intermediates", count)
+    name = "timm/test_vit?weights=random:0&layer="
+    found = evaluate(movie, [f"{name}0,1", f"{name}1,2"], tmp_path / "cache", device="cpu")
+    setups = [score.setup for score in found.steps[0].scores]
+    assert [setup.layer for setup in setups] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert sum(passes) == 4 + 4  # of layer 1 nothing is computed again
+
+
+def test_options_are_told_and_a_tiled_network_has_a_random_twin(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.save(load_backbone("timm/test_vit", "random:7").module.state_dict(), weights)
+    movie = tracked(tmp_path / "01", *textured(swapping()[:4], tiles()))
+    name = f"timm/test_vit?weights={weights}&input_size=96"
+    found = evaluate(movie, [name, f"{name}&tile=64"], tmp_path / "cache", device="cpu")
+    setups = [score.setup for score in found.steps[0].scores]
+    names = ["timm/test_vit?input_size=96", "timm/test_vit?input_size=96&tile=64"]
+    assert [setup.name for setup in setups] == [names[0], names[0], names[1], names[1]]
+    assert [setup.random for setup in setups] == [False, True, False, True]
 
 
 def test_command(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Where the two wings meet: records are looked up in the store, and computed by backbones."""
 
 from ..engine import GRID_DTYPE, Progress, grid_spec
-from .cache import FeatureCache
+from .cache import FeatureCache, open_to_fill
 from .movie import MovieFeatures, check_batch_size, request_all, warm_movies
 from .opened import OpenCache
 
@@ -13,6 +13,7 @@ __all__ = [
     "Progress",
     "check_batch_size",
     "grid_spec",
+    "open_to_fill",
     "request_all",
     "warm_movies",
 ]

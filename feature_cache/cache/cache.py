@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..augment import IDENTITY, Draw
 from ..engine import Progress
-from ..errors import DrawError
+from ..errors import DrawError, ReadOnlyCacheError
 from ..explain import Explanation
 from ..key import Record
 from ..movies import Given, Movie
@@ -385,3 +387,16 @@ class FeatureCache(OpenCache):
     def unpin(self, what: str) -> None:
         """Take back `pin`."""
         maintenance.remove_pin(self.store, what)
+
+
+def open_to_fill(
+    root: str | os.PathLike[str], codec: str = "raw", layers: Sequence[str] = ()
+) -> FeatureCache:
+    """Open a cache to fill it; one that can only be read will do where nothing is missing."""
+    try:
+        return FeatureCache(root, codec=codec, layers=layers)
+    except ReadOnlyCacheError as error:
+        if not (Path(root) / "zarr.json").exists():
+            raise
+        _log.info("%s", error)
+        return FeatureCache(root, "r", codec, layers=layers)

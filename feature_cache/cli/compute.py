@@ -166,6 +166,7 @@ def warm(
     """
     from ..augment import Augmentations
     from ..backbones.name import name_with_dtype
+    from ..cache import open_to_fill
     from ..train_options import find_training
     from ..warm import plan_warm
 
@@ -198,7 +199,7 @@ def warm(
         frames = sum(len(movie) for _, movie in opened)
         if store is None and plan:
             store = _open_to_plan(context, cache, codec, layer)
-        store = store or _open_cache(cache, codec, layer)
+        store = store or open_to_fill(cache, codec, layer)
         apart = set() if training is None else {*training.input_val} - {*training.input_train}
         with RunProgress("hashing", frames, "frame") as progress:
             work = plan_warm(
@@ -297,11 +298,11 @@ def _open(
     """Find what stands for the backbone; only stored grids need the cache for that."""
     if not from_grids:
         return None, where.load()
-    from ..cache import FeatureCache
+    from ..cache import FeatureCache, open_to_fill
     from ..warm import StoredGrids
 
     FeatureCache(root, "r")
-    cache = _open_cache(root, codec, layers)
+    cache = open_to_fill(root, codec, layers)
     return cache, StoredGrids.find(cache, where.backbone)
 
 
@@ -425,20 +426,6 @@ class _NoMovieError(FeatureCacheError):
 
 class _NoReportError(FeatureCacheError):
     """The report can't be written."""
-
-
-def _open_cache(root: Path, codec: str, layers: Sequence[str] = ()) -> FeatureCache:
-    """Open a cache for warming; one that can only be read will do where nothing is missing."""
-    from ..cache import FeatureCache
-    from ..errors import ReadOnlyCacheError
-
-    try:
-        return FeatureCache(root, codec=codec, layers=layers)
-    except ReadOnlyCacheError as error:
-        if not (root / "zarr.json").exists():
-            raise
-        logging.getLogger(__name__).info("%s", error)
-        return FeatureCache(root, "r", codec, layers=layers)
 
 
 def _open_to_plan(

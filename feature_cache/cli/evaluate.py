@@ -106,7 +106,7 @@ def evaluate(
     Example: feature-cache evaluate data/01 --cache features --backbone efficientnet-lite0
     --step 1 --step 4
     """
-    from ..cache import FeatureCache
+    from ..cache import open_to_fill
     from ..errors import MovieError
     from ..evaluation import evaluate as compare
 
@@ -117,7 +117,7 @@ def evaluate(
     found = compare(
         [movie for _, movie in opened],
         backbone,
-        FeatureCache(cache, layers=below) if below else cache,  # made when all else is in order
+        open_to_fill(cache, layers=below) if below else cache,  # made when all else is in order
         layers=layer,
         poolings=pooling,
         steps=step,

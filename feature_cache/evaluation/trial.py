@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,16 @@ from numpy.typing import NDArray
 
 from ..backbones import load_backbone
 from ..backbones.base import TorchBackbone
+from ..backbones.layers import LayeredBackbone, Layers, specs_of
 from ..backbones.name import join_name, split_name
-from ..cache import FeatureCache, MovieFeatures
+from ..backbones.tiles import Tiled
+from ..cache import FeatureCache, MovieFeatures, open_to_fill
 from ..cache.movie import warm_movies
 from ..engine import Tally
 from ..errors import MovieError
 from ..movies import Given, Movie
 from ..spec import SpaceSpec
+from ..warm.plan import bind_movie
 from ..warm.rates import recall_rate, remember_rate
 from .cells import Cells, Floats
 from .intervals import Bootstrap
@@ -89,39 +93,47 @@ def evaluate(
         As `FeatureCache.get_or_compute`.
     """
     _check_given(backbones, poolings, steps)
-    made = _make_all(backbones, layers, random_weights, device)
-    store = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
+    arms = [arm for one in backbones for arm in _make_arms(one, layers, random_weights, device)]
+    store = cache if isinstance(cache, FeatureCache) else open_to_fill(cache)
     given = [movies] if isinstance(movies, Movie | str | Path) else movies
     opened = [Movie.of(movie) for movie in given]
     cells = [Cells.of(movie) for movie in opened]
     if len({one.places.shape[1] for one in cells}) != 1:
         raise MovieError(f"{len(cells)} movies, some of stacks, some flat: evaluate them apart")
     trials = [_Trial(cells, step) for step in dict.fromkeys(steps)]
-    setups: list[Setup] = []
-    for model, is_random in _take_each(made):
-        specs = [SpaceSpec(model.spec, pooling, dtype) for pooling in dict.fromkeys(poolings)]
-        views = [_open_views(store, movie, model, specs) for movie in opened]
-        total = sum(map(len, opened)) * len(specs)
-        with nullcontext() if progress is None else progress(model.spec.name, total) as bar:
-            seconds = _warm(model, views, batch_size, getattr(bar, "update", None))
-        for number, spec in enumerate(specs):
-            records = [view[number].get_or_compute(batch_size=batch_size) for view in views]
-            stored = [record for movie in records for record in movie]
-            setups.append(Setup(
-                name=spec.backbone.name,
+    setups: dict[SpaceSpec, Setup] = {}
+    while arms:
+        arm = arms.pop(0)  # its network is let go with it
+        specs = [
+            SpaceSpec(layer, pooling, dtype)
+            for layer in specs_of(arm.backbone)
+            for pooling in dict.fromkeys(poolings)
+        ]
+        views = _open_views(store, opened, arm.backbone, [s for s in specs if s not in setups])
+        if not views:
+            continue
+        total = sum(len(view) for movie in views for view in movie)
+        with nullcontext() if progress is None else progress(arm.name, total) as bar:
+            seconds = _warm(arm.backbone, views, batch_size, getattr(bar, "update", None))
+        for space in zip(*views, strict=True):
+            records = [view.get_or_compute(batch_size=batch_size) for view in space]
+            spec, stored = space[0].spec, [record for movie in records for record in movie]
+            setups[spec] = Setup(
+                name=arm.name,
                 layer=spec.backbone.layer,
                 pooling=str(spec.pooling),
-                random=is_random,
+                random=arm.is_random,
                 width=spec.backbone.width,
                 bytes=sum(record.features.nbytes for record in stored) / len(stored),
                 seconds=seconds,
-            ))  # fmt: skip
+            )
             features = np.concatenate(
                 [one.select(found) for one, found in zip(cells, records, strict=True)]
             )
             for trial in trials:
                 trial.add(features)
-    found = tuple(trial.finish(setups, len(trials)) for trial in trials)
+        del arm, views, space
+    found = tuple(trial.finish(list(setups.values()), len(trials)) for trial in trials)
     return Evaluation({one.movie: one.truth for one in cells}, found)
 
 
@@ -135,56 +147,67 @@ def _check_given(*given: Sequence[Any]) -> None:
 
 
 def _open_views(
-    cache: FeatureCache, movie: Movie, backbone: Backbone, specs: Sequence[SpaceSpec]
-) -> list[MovieFeatures]:
-    """Bind a movie to each space of a backbone."""
-    first = cache.movie(movie, None, backbone, pooling=specs[0].pooling, dtype=specs[0].dtype)
-    return [first, *map(first.in_space, specs[1:])]
+    cache: FeatureCache,
+    movies: Sequence[Movie],
+    backbone: Backbone | Layers,
+    specs: Sequence[SpaceSpec],
+) -> list[list[MovieFeatures]]:
+    """Bind each movie to each space, where there is any."""
+    if not specs:
+        return []
+    firsts = [bind_movie(cache, movie, backbone, specs) for movie in movies]
+    return [[first.in_space(spec) for spec in specs] for first in firsts]
 
 
-def _make_all(
-    backbones: Sequence[str | Backbone], layers: Sequence[str], twins: bool, device: str | None
-) -> list[tuple[Backbone, bool]]:
-    """Make each backbone, and whether its weights are random; its twin with such weights next.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arm:
+    """A backbone to compare, or several layers of one; what it is called, but for its layers."""
+
+    backbone: Backbone | Layers
+    name: str
+    is_random: bool
+
+
+def _make_arms(
+    one: str | Backbone, layers: Sequence[str], twins: bool, device: str | None
+) -> Iterator[_Arm]:
+    """Make a backbone; its twin with random weights next.
 
     No weights are loaded yet, so that all mistakes in names are found before anything is embedded.
     """
-    return [
-        pair
-        for one in backbones
-        for layer in (layers if isinstance(one, str) else ()) or (None,)
-        for pair in _make_pair(one, layer, twins, device)
-    ]
-
-
-def _take_each(made: list[tuple[Backbone, bool]]) -> Iterator[tuple[Backbone, bool]]:
-    """Take one after the other out of the list, each spec once: one network is in memory."""
-    seen = set()
-    while made:
-        model, is_random = made.pop(0)
-        if model.spec.digest not in seen:
-            seen.add(model.spec.digest)
-            yield model, is_random
-
-
-def _make_pair(
-    one: str | Backbone, layer: str | None, twins: bool, device: str | None
-) -> Iterator[tuple[Backbone, bool]]:
     if not isinstance(one, str):
-        yield one, False
+        yield _Arm(one, one.spec.name, False)
         return
     name, told = split_name(one)
-    if layer is not None:
-        told["layer"] = layer
-    model = load_backbone(join_name(name, told), device=device)
-    is_random = told.pop("weights", "").startswith("random:")
-    yield model, is_random
-    if twins and not is_random and isinstance(model, TorchBackbone):
-        yield load_backbone(join_name(name, told), RANDOM, device), True
+    weights = told.pop("weights", None)
+    wanted = layers or told.get("layer", "").split(",")
+    shown = join_name(name, {option: told[option] for option in told if option != "layer"})
+    is_random = weights is not None and weights.startswith("random:")
+    for chosen, random in ((weights, is_random), (RANDOM, True)):
+        made = [
+            load_backbone(
+                join_name(name, told | ({"layer": layer} if layer else {})), chosen, device
+            )
+            for layer in wanted
+        ]
+        for backbone in (
+            [Layers(made)]
+            if made[1:] and all(isinstance(one, LayeredBackbone) for one in made)
+            else made
+        ):
+            yield _Arm(backbone, shown, random)
+        if is_random or not (twins and all(map(_has_weights, made))):
+            return
+
+
+def _has_weights(backbone: Backbone) -> bool:
+    """Tell whether a backbone is a network of ours, which can have random weights."""
+    inner = backbone.backbone if isinstance(backbone, Tiled) else backbone
+    return isinstance(inner, TorchBackbone)
 
 
 def _warm(
-    backbone: Backbone,
+    backbone: Backbone | Layers,
     views: Sequence[Sequence[MovieFeatures]],
     batch_size: int | None,
     progress: Callable[[int], Any] | None,
