@@ -14,7 +14,7 @@ from ..errors import UnknownNameError
 from ..hashing import Digest
 from ..spec import BackboneSpec, SpaceSpec
 from ..store import CODECS, Counter, Mode, Space, Store
-from ..store.layers import FolderBelow, layer_space, open_layers
+from ..store.layers import layer_space, open_layers
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -66,10 +66,7 @@ class OpenCache:
 
     def stores(self) -> list[Store]:
         """Give the folders: this one, and those below it."""
-        return [
-            self.store,
-            *(cache.store for cache in self.layers if isinstance(cache, FolderBelow)),
-        ]
+        return [self.store, *(cache for cache in self.layers if isinstance(cache, Store))]
 
     def open_engine(
         self,

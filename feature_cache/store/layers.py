@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +26,6 @@ from .url import parse_url, url_folder
 from .writer import install_pack
 
 _log = logging.getLogger(__name__)
-
-
-class Layer(Protocol):
-    """The same space in a cache below: only read."""
-
-    def contains(self, keys: Keys) -> NDArray[np.bool_]:
-        """Tell which records it has."""
-
-    def find(self, keys: Keys, top: Space) -> list[Record | None]:
-        """Read records, None where there is none; may bring whole packs into `top`."""
 
 
 class FolderLayer:
@@ -66,34 +56,8 @@ class FolderLayer:
         return records
 
 
-class Below(Protocol):
-    """A cache below: a folder, or an object store that was pushed to.
-
-    Attributes
-    ----------
-    place : str
-        The path or URL that opens it again.
-    """
-
-    place: str
-
-    def space(self, spec: SpaceSpec, *, promote: bool) -> Layer:
-        """Give one space of it, present or not; StoreError where it is damaged."""
-
-
-class FolderBelow:
-    """A cache folder that is only read."""
-
-    def __init__(self, store: Store) -> None:
-        self.store, self.place = store, str(store.root)
-
-    def space(self, spec: SpaceSpec, *, promote: bool) -> Layer:
-        """Give one space of it; StoreError where it is damaged."""
-        return FolderLayer(self.store.space(spec), promote=promote)
-
-
-def open_layers(places: Iterable[str | os.PathLike[str]]) -> tuple[Below, ...]:
-    """Open caches below, by path or URL.
+def open_layers(places: Iterable[str | os.PathLike[str]]) -> tuple[Store | Remote, ...]:
+    """Open caches below, by path or URL, to be read.
 
     Raises
     ------
@@ -103,52 +67,30 @@ def open_layers(places: Iterable[str | os.PathLike[str]]) -> tuple[Below, ...]:
     return tuple(_open_layer(os.fspath(place)) for place in places)
 
 
-def _open_layer(place: str) -> Below:
+def _open_layer(place: str) -> Store | Remote:
     url = parse_url(place)
     if url is None or url_folder(url) is not None:
-        return FolderBelow(Store(place, "r"))
-    return RemoteBelow(open_remote(url))
+        return Store(place, "r")
+    remote = open_remote(url)
+    if remote.version() is None:
+        raise NotACacheError(f"there is no feature cache at {url}; check the address")
+    return remote
 
 
-def layer_space(top: Space, spec: SpaceSpec, below: Sequence[Below], *, promote: bool) -> Space:
+def layer_space(
+    top: Space, spec: SpaceSpec, below: Sequence[Store | Remote], *, promote: bool
+) -> Space:
     """Give a space with the same space of caches below under it."""
-    layers = []
+    layers: list[FolderLayer | RemoteSpace] = []
     for cache in below:
         try:
-            layers.append(cache.space(spec, promote=promote))
+            if isinstance(cache, Store):
+                layers.append(FolderLayer(cache.space(spec), promote=promote))
+            else:
+                layers.append(RemoteSpace(cache, spec.folder_name))
         except StoreError as error:
             _log.warning("the layer %s is left out: %s", cache.place, error)
     return LayeredSpace(top, layers) if layers else top
-
-
-class RemoteLayer:
-    """A space of a remote; packs are brought here when their records are wanted."""
-
-    def __init__(self, space: RemoteSpace) -> None:
-        self.space = space
-
-    def contains(self, keys: Keys) -> NDArray[np.bool_]:
-        """Tell which records it has."""
-        return self.space.contains(keys)
-
-    def find(self, keys: Keys, top: Space) -> list[Record | None]:
-        """Bring packs into `top`, verified, and read them there."""
-        top.create()
-        self.space.fetch(keys, top.packs_folder, writer=join(top.root).name)
-        return Space.find(top, keys)
-
-
-class RemoteBelow:
-    """A cache that was pushed to an object store."""
-
-    def __init__(self, remote: Remote) -> None:
-        self.remote, self.place = remote, remote.url
-        if remote.version() is None:
-            raise NotACacheError(f"there is no feature cache at {remote.url}; check the address")
-
-    def space(self, spec: SpaceSpec, *, promote: bool) -> Layer:
-        """Give one space of it; its packs always are brought here."""
-        return RemoteLayer(RemoteSpace(self.remote, spec.folder_name))
 
 
 class LayeredSpace(Space):
@@ -158,7 +100,7 @@ class LayeredSpace(Space):
     never stops a read from what is below, or a write.
     """
 
-    def __init__(self, top: Space, layers: Sequence[Layer]) -> None:
+    def __init__(self, top: Space, layers: Sequence[FolderLayer | RemoteSpace]) -> None:
         super().__init__(top.path, top.spec, top.mode)
         self.layers = tuple(layers)
 

@@ -81,6 +81,13 @@ class Store:
     create : bool
         Whether it is made in mode ``"a"``.
 
+    Attributes
+    ----------
+    root : Path
+        Absolute.
+    place : str
+        The same, which opens it again.
+
     Raises
     ------
     NotACacheError
@@ -101,6 +108,7 @@ class Store:
                 f"root is a {type(root).__name__}: expected a folder, such as 'features'"
             )
         self.root, self.mode = find_folder(root), mode
+        self.place = str(self.root)
         with reading(self.root):
             ready = _check_root(self.root, mode, create=create and mode == "a")
         if ready:

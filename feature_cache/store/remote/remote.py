@@ -102,13 +102,16 @@ class Remote:
 
     Attributes
     ----------
+    place : str
+        The URL, which opens it again.
     folder : Path or None
         Where it is, if it is a folder (``file://``).
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._objects = (HubObjects if url.startswith(HUB) else Objects)(url, options)
-        self.url, self.options = self._objects.url, self._objects.options
+        self.url = self.place = self._objects.url
+        self.options = self._objects.options
         self.folder = self._objects.folder
 
     def __repr__(self) -> str:

@@ -12,8 +12,10 @@ import numpy as np
 
 from ...errors import CorruptRecordError
 from ...forks import Lock
-from ...key import Keys
+from ...key import Keys, Record
 from ..index import Index
+from ..process import join
+from ..space import Space
 from .connection import enter_process
 from .pieces import PACKS_AT_ONCE, each
 from .remote import Remote
@@ -132,6 +134,12 @@ class RemoteSpace:
                 self._index = self._index.drop(failed)
             fetched += len(names) - len(failed)
         return fetched
+
+    def find(self, keys: Keys, top: Space) -> list[Record | None]:
+        """Bring packs into a space here, verified, and read the records there; None for others."""
+        top.create()
+        self.fetch(keys, top.packs_folder, writer=join(top.root).name)
+        return Space.find(top, keys)
 
     def _absent_packs(self, keys: Keys, packs_folder: Path) -> list[str]:
         index = self._index
