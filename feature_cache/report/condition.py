@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..store import Run, Space, Store, Usage
-from ..store.files import list_folder, tree_bytes
+from ..store.files import list_folder, read_each, tree_bytes
 from ..store.maintenance import Pin, last_uses, read_pins
 from ..store.maintenance.collect import find_leftovers, find_quarantined
-from ..store.maintenance.pins import find_damaged_pins
+from ..store.maintenance.pins import read_pin
 from ..store.process import living
 
 _DAY = 86400.0
@@ -141,7 +141,7 @@ def examine_health(store: Store) -> Health:
     known = {path.name for path, _ in quarantined}
     names = list_folder(store.root / "quarantine")
     now = store.presence.now()
-    damaged_pins = len(find_damaged_pins(store.root))
+    damaged_pins = len(read_each(store.root / "pins", read_pin)[1])
     others = set(living(store.root, now)) - {store.presence.name}
     return Health(
         quarantined=quarantined,

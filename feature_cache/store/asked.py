@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..hashing import JSON, canonical_json, digest_json
-from .files import check_there, list_folder, make_folder, read_json, write_text
+from .files import check_there, list_folder, make_folder, read_each, read_json, write_text
 
 ASKED_SECONDS = 180 * 86400.0
 _TOUCHED_SECONDS = 86400.0
@@ -95,34 +95,19 @@ def add_asked(root: Path, asked: Asked) -> None:
         _log.info("what was asked for of %s is not noted: %s", asked.movie, error)
 
 
-def read_asked(root: Path) -> Iterator[Asked]:
-    """Give what was asked for; a file that holds something else is left out."""
-    for file in asked_files(root):
-        try:
-            yield Asked.read(file)
-        except (OSError, ValueError) as error:
-            _log.info("%s is left out: %s", file, error)
+def read_asked(root: Path) -> list[Asked]:
+    """Give what was asked for; a file that holds something else, or can't be read, is left out."""
+    return [*read_each(root / "asked", _read_if_allowed)[0].values()]
 
 
-def find_damaged_asked(root: Path) -> list[Path]:
-    """List the files that hold something else."""
-    damaged = []
-    for file in asked_files(root):
-        try:
-            Asked.read(file)
-        except ValueError:
-            damaged.append(file)
-        except FileNotFoundError:
-            continue
-    return damaged
-
-
-def asked_files(root: Path) -> list[Path]:
-    """List the files."""
-    names = list_folder(root / "asked")
-    return [root / "asked" / name for name in names if name.endswith(".json")]
+def _read_if_allowed(file: Path) -> Asked:
+    try:
+        return Asked.read(file)
+    except PermissionError as error:  # of somebody who keeps it to himself
+        raise ValueError("no permission") from error
 
 
 def find_forgotten(root: Path, now: float) -> list[Path]:
     """List what nobody asked for in `ASKED_SECONDS`; `now` as the file system has it."""
-    return [f for f in asked_files(root) if now - f.lstat().st_mtime > ASKED_SECONDS]
+    files = (root / "asked" / name for name in list_folder(root / "asked"))
+    return [f for f in files if f.suffix == ".json" and now - f.lstat().st_mtime > ASKED_SECONDS]

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 from ..errors import NotACacheError, ReadOnlyCacheError, StoreError
 from ..hashing import JSON
 
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 TEMPORARY_PREFIX = ".tmp-"
 TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
 """How names begin that come and go: ours, and those of NFS for open files that were removed."""
@@ -91,6 +94,28 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise ValueError(f"{file} holds no JSON object")
     return plain
+
+
+def read_each(folder: Path, read: Callable[[Path], T]) -> tuple[dict[str, T], list[Path]]:
+    """Read the JSON files in a folder, by name; list those that hold something else.
+
+    Parameters
+    ----------
+    folder : Path
+    read : callable
+        ValueError where a file holds something else.
+    """
+    found, damaged = dict[str, T](), list[Path]()
+    for name in list_folder(folder):
+        if name.endswith(".json"):
+            try:
+                found[name] = read(folder / name)
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                _log.info("leaving out %s, which is damaged: %s", folder / name, error)
+                damaged.append(folder / name)
+    return found, damaged
 
 
 def make_folders(folder: Path, root: Path | None = None) -> None:

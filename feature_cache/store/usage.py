@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StoreError
 from ..hashing import canonical_json
 from .claims import Claims
-from .files import list_folder, make_folder, read_json, reading, write_text, writing
+from .files import make_folder, read_each, read_json, reading, write_text, writing
 from .process import join, living, this_host
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Give all by name."""
-        times = {"host": self.host, "pid": self.pid, "started": self.started, "ended": self.ended}
-        return {**times, **self.usage.to_json()}
+        plain = asdict(self)
+        return {**plain, **plain.pop("usage")}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Run:
@@ -145,15 +145,20 @@ class Counter:
 
 def read_runs(root: Path) -> list[Run]:
     """Read how each process used a cache, oldest first; processes long gone are one run."""
-    files, _ = _read_files(root)
+    with reading(root / "stats"):
+        files, _ = read_each(root / "stats", read_run)
     merged = {name for _, names in files.values() for name in names}
     runs = [run for name, (run, _) in files.items() if name not in merged]
     return sorted(runs, key=lambda run: run.ended)
 
 
-def find_damaged_runs(root: Path) -> list[Path]:
-    """List the files of counters that can't be read."""
-    return [root / "stats" / name for name in _read_files(root)[1]]
+def read_run(file: Path) -> tuple[Run, frozenset[str]]:
+    """Read a file of counters, with the names of those that it stands for; else ValueError."""
+    try:
+        plain = read_json(file, _FILE_LIMIT)
+        return Run.from_json(plain), frozenset(map(str, plain.get("of", ())))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{file} holds no counters") from error
 
 
 def sum_usage(runs: Iterable[Run]) -> Usage:
@@ -185,7 +190,7 @@ def merge_runs(root: Path, before: float) -> int:
 def _merge(root: Path, before: float) -> int:
     living_processes = living(root, join(root).now()).values()
     alive = {(process.host, process.pid) for process in living_processes}
-    files, _ = _read_files(root)
+    files, _ = read_each(root / "stats", read_run)
     done = {name for _, names in files.values() for name in names}
     old = {
         name: run
@@ -201,21 +206,3 @@ def _merge(root: Path, before: float) -> int:
     for name in done & set(files):
         (root / "stats" / name).unlink(missing_ok=True)
     return len(old) if len(old) > 1 else 0
-
-
-def _read_files(root: Path) -> tuple[dict[str, tuple[Run, frozenset[str]]], list[str]]:
-    """Read each file, with the names of those that it stands for; name those that are damaged."""
-    found, damaged = {}, []
-    with reading(root / "stats"):
-        for name in list_folder(root / "stats"):
-            if not name.endswith(".json"):
-                continue
-            try:
-                plain = read_json(root / "stats" / name, _FILE_LIMIT)
-                found[name] = Run.from_json(plain), frozenset(map(str, plain.get("of", ())))
-            except FileNotFoundError:
-                continue
-            except (ValueError, TypeError, OverflowError) as error:
-                _log.warning("leaving out stats/%s, which is damaged: %s", name, error)
-                damaged.append(name)
-    return found, damaged

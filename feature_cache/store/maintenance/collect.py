@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 
@@ -56,13 +56,7 @@ class Eviction:
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
-        return {
-            "space": self.space,
-            "pack": self.pack,
-            "bytes": self.bytes,
-            "records": self.records,
-            "last_use": self.last_use,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +100,8 @@ class GarbagePlan:
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
         return {
+            **asdict(self),
             "bytes": self.bytes,
-            "kept_bytes": self.kept_bytes,
-            "pinned_bytes": self.pinned_bytes,
-            "other_bytes": self.other_bytes,
-            "unseen": self.unseen,
-            "max_bytes": self.max_bytes,
-            "evictions": [eviction.to_json() for eviction in self.evictions],
             "leftovers": [{"path": str(path), "bytes": size} for path, size in self.leftovers],
             "quarantined": [{"path": str(path), "bytes": size} for path, size in self.quarantined],
         }
@@ -138,12 +127,7 @@ class GarbageReport:
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
-        return {
-            "evicted": self.evicted,
-            "records": self.records,
-            "freed_bytes": self.freed_bytes,
-            "is_done": self.is_done,
-        }
+        return asdict(self)
 
 
 def plan_gc(

@@ -15,7 +15,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from math import log2
 from pathlib import Path
@@ -88,14 +88,7 @@ class CompactReport:
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
-        return {
-            "space": self.space,
-            "merged": self.merged,
-            "written": self.written,
-            "records": self.records,
-            "duplicates": self.duplicates,
-            "busy": self.busy,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

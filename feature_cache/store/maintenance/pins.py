@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import MissingRecordError, StoreError
 from ...hashing import JSON, canonical_json, digest_json
 from ..contents import read_keys
-from ..files import list_folder, make_folder, read_json, reading, write_text, writing
+from ..files import make_folder, read_each, read_json, reading, write_text, writing
 from ..inspect import record_sources
 from ..space import Space
 from ..store import Store
@@ -106,35 +106,23 @@ def read_pins(root: Path) -> list[Pin]:
         One of them is damaged: nothing should be collected before it is repaired.
     """
     with reading(root / "pins"):
-        return [_read_pin(file) for file in _pin_files(root)]
+        pins, damaged = read_each(root / "pins", read_pin)
+    if damaged:
+        raise StoreError(
+            f"{damaged[0]} is damaged: run feature-cache verify --repair, and pin again"
+        )
+    return [*pins.values()]
 
 
-def find_damaged_pins(root: Path) -> list[Path]:
-    """List the files of pins that can't be read."""
-    damaged = []
-    for file in _pin_files(root):
-        try:
-            _read_pin(file)
-        except StoreError:
-            damaged.append(file)
-    return damaged
-
-
-def _pin_files(root: Path) -> list[Path]:
-    names = list_folder(root / "pins")
-    return [root / "pins" / name for name in names if name.endswith(".json")]
-
-
-def _read_pin(file: Path) -> Pin:
+def read_pin(file: Path) -> Pin:
+    """Read one; ValueError where the file holds none."""
     try:
         plain = read_json(file, _LIMIT)
         listed = plain["keys"]
         keys = None if listed is None else frozenset(map(bytes.fromhex, listed))
         return Pin(str(plain["what"]), str(plain["space"]), keys)
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{file} is damaged: run feature-cache verify --repair, and pin again"
-        ) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no pin") from error
 
 
 def _file_name(pin: Pin) -> str:

@@ -16,13 +16,14 @@ import numpy as np
 from ...errors import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
 from ...hashing import JSON, digest_json
 from ..array import ArrayFile
-from ..asked import find_damaged_asked
+from ..asked import Asked
 from ..contents import OLD_ARRAYS, join_parts, missing_is_corrupt, read_contents
 from ..files import (
     TRANSIENT,
     group_text,
     list_folder,
     make_folders,
+    read_each,
     read_file,
     reading,
     write_text,
@@ -32,13 +33,18 @@ from ..pack import Pack, read_provenance
 from ..process import join
 from ..space import PACK_NAME, Space, quarantine_folder
 from ..store import OWN_NAMES, ROOT_TEXT, ROOT_TEXTS, TAG, read_spec, read_version
-from ..usage import find_damaged_runs
+from ..usage import read_run
 from ..writer import Entry
 from .collect import choose_names, find_leftovers
 from .compact import alone
-from .pins import find_damaged_pins
+from .pins import read_pin
 from .removal import remove_tree
 
+_SMALL_FILES: tuple[tuple[str, Callable[[Path], object], str], ...] = (
+    ("pins", read_pin, "is no pin: pin again"),
+    ("stats", read_run, "holds no counters"),
+    ("asked", Asked.read, "names no movie"),
+)
 Progress = Callable[[int], None]
 """Called with the number of packs just verified."""
 
@@ -166,12 +172,9 @@ def _check_root(root: Path) -> Iterator[Finding]:
     yield from _check_text(root / "CACHEDIR.TAG", TAG)
     if any(_is_made(root / "spaces" / name) for name in list_folder(root / "spaces")):
         yield from _check_text(root / "spaces" / "zarr.json", group_text({}))
-    for files, what in (
-        (find_damaged_pins(root), "is no pin; repair moves it to quarantine: pin again"),
-        (find_damaged_runs(root), "holds no counters; repair moves it to quarantine"),
-        (find_damaged_asked(root), "names no movie; repair moves it to quarantine"),
-    ):
-        yield from (Finding("damaged", file, what) for file in files)
+    for name, read, what in _SMALL_FILES:
+        damaged = read_each(root / name, read)[1]
+        yield from (Finding("damaged", file, f"{what}; repair sets it aside") for file in damaged)
     for path in _find_unknown(root):
         yield _unknown(path)
 
