@@ -87,12 +87,17 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
     ValueError
         If the file holds anything else, or more than `limit` bytes.
     """
+    return parse_json(read_file(file, limit), file)
+
+
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """Read a JSON object from bytes; ValueError, which names where they are, for anything else."""
     try:
-        plain = json.loads(read_file(file, limit), parse_constant=_refuse)
+        plain = json.loads(data, parse_constant=_refuse)
     except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply") from error
+        raise ValueError(f"{where} is nested too deeply") from error
     if not isinstance(plain, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{where} holds no JSON object")
     return plain
 
 
@@ -185,17 +190,23 @@ def _sync(path: Path, flags: int) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file as a whole, durably, in place of what was there."""
+    write_bytes(file, text.encode(), is_durable=True)
+    sync_folder(file.parent)
+
+
+def write_bytes(file: Path, data: bytes, *, is_durable: bool = False) -> None:
+    """Write a file as a whole in place of what was there, as others see it."""
     temporary = file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
-        with open(temporary, "w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
+        with open(temporary, "wb") as opened:
+            opened.write(data)
+            if is_durable:
+                opened.flush()
+                os.fsync(opened.fileno())
         share_with_group(temporary)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(file.parent)
 
 
 def create_exclusive(file: Path, text: str) -> bool:

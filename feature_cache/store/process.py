@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ import psutil
 
 from ..forks import Lock
 from ..hashing import JSON, canonical_json, digest_json
-from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, share_with_group
+from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, write_bytes
 from .uses import Uses
 
 BEAT_SECONDS = 30.0
@@ -70,10 +70,6 @@ class Process:
     host: str
     pid: int
     started: float
-
-    def to_text(self) -> str:
-        """Write it as the file holds it."""
-        return canonical_json({"host": self.host, "pid": self.pid, "started": self.started})
 
     @classmethod
     def read(cls, file: Path) -> Process:
@@ -187,10 +183,7 @@ class Presence:
                 _log.debug("not refreshed: %s", error)
 
     def _write(self) -> None:
-        temporary = self.file.with_name(f"{TEMPORARY_PREFIX}{self.name}")
-        temporary.write_text(self._process.to_text())
-        share_with_group(temporary)
-        temporary.replace(self.file)
+        write_bytes(self.file, canonical_json(asdict(self._process)).encode())
         self.announced = True
 
     def now(self) -> float:

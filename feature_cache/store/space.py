@@ -37,7 +37,7 @@ from .index import Index
 from .listing import Listing
 from .pack import Pack, Span
 from .process import Presence, join
-from .table import read_row, read_table, write_table
+from .table import read_rows, read_table, write_table
 from .uses import Uses
 from .writer import Entry, write_pack
 
@@ -188,8 +188,7 @@ class Space:
         missing = sorted(set(names) - set(old.names))
         self._untabled = len(missing)
         if len(missing) >= enough:
-            read = (read_row(self.packs_folder / name) for name in missing)
-            new = [row for row in read if row is not None]
+            new = read_rows(self.packs_folder / name for name in missing)
             write_table(self.root, self._table, old.choose(set(names)).extended(new))
             self._untabled = 0
 

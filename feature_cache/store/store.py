@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from .files import (
     group_text,
     list_folder,
     make_folders,
-    read_json,
+    parse_json,
+    read_file,
     reading,
     write_text,
     writing,
@@ -207,13 +209,18 @@ def read_version(root: Path) -> int:
     StoreError
         The file is damaged.
     """
-    version = _read_attributes(root).get("format_version")
+    return check_version(_read_attributes(root), root, "folder")
+
+
+def check_version(own: Mapping[str, Any], where: object, what: str) -> int:
+    """Give the format version that is among the attributes of a cache; errors as `read_version`."""
+    version = own.get("format_version")
     if type(version) is not int:
-        raise NotACacheError(f"{root} is a Zarr group, but no feature cache; name another folder")
+        raise NotACacheError(f"{where} is a Zarr group, but no feature cache; name another {what}")
     if version > FORMAT_VERSION:
         raise CacheVersionError(
-            f"{root} has format version {version}, this feature_cache reads up to "
-            f"{FORMAT_VERSION}: upgrade feature-cache, or name another folder"
+            f"{where} has format version {version}, this feature_cache reads up to "
+            f"{FORMAT_VERSION}: upgrade feature-cache, or name another {what}"
         )
     return version
 
@@ -227,8 +234,17 @@ def read_spec(space: Path) -> dict[str, Any]:
 
 
 def _read_attributes(folder: Path) -> dict[str, Any]:
+    file = folder / "zarr.json"
     try:
-        own = read_json(folder / "zarr.json")["attributes"].get("feature_cache")
+        return own_attributes(read_file(file, 1 << 20), file)
+    except ValueError as error:
+        raise StoreError(f"{file} is damaged: {error}") from error
+
+
+def own_attributes(data: bytes, where: object) -> dict[str, Any]:
+    """Read what is ours of a group's ``zarr.json``; StoreError where it is damaged."""
+    try:
+        own = parse_json(data, where)["attributes"].get("feature_cache")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{folder / 'zarr.json'} is damaged: no attributes in it") from error
+        raise StoreError(f"{where} is damaged: no attributes in it") from error
     return own if isinstance(own, dict) else {}

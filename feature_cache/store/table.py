@@ -8,10 +8,11 @@ Whoever lists many packs that are not in it writes it anew.
 from __future__ import annotations
 
 import logging
-import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,13 @@ from ..errors import CorruptRecordError
 from ..hashing import DIGEST_BYTES
 from ..key import Keys
 from .contents import pack_name, read_contents
-from .files import TEMPORARY_PREFIX, make_folders, read_file, share_with_group, tree_bytes
+from .files import make_folders, read_file, tree_bytes, write_bytes
 from .pack import find_salt
 
 _MAGIC = b"feature_cache packs 1\n"
 _HEAD = struct.Struct(f"<{len(_MAGIC)}sQQ")
 _LIMIT = 1 << 36
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackRow:
-    """One pack: its name, the salt in it, what it takes on the disk, keys and checksums."""
-
-    name: str
-    salt: int
-    size: int
-    keys: Keys
-    checksums: NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,15 +83,13 @@ class PackTable:
         rows = np.repeat(kept, self.counts)
         return PackTable(names, self.packs[kept], self.keys[rows], self.checksums[rows])
 
-    def extended(self, rows: Sequence[PackRow]) -> PackTable:
-        """Give the table with more packs."""
-        packs = [[len(row.keys), row.size, row.salt] for row in rows]
-        return PackTable(
-            (*self.names, *(row.name for row in rows)),
-            np.concatenate([self.packs, np.array(packs, np.int64).reshape(-1, 3)]),
-            np.concatenate([self.keys, *(row.keys for row in rows)]),
-            np.concatenate([self.checksums, *(row.checksums for row in rows)]),
+    def extended(self, others: Iterable[PackTable]) -> PackTable:
+        """Give the table with the packs of others too."""
+        names, *columns = zip(
+            *((one.names, one.packs, one.keys, one.checksums) for one in (self, *others)),
+            strict=True,
         )
+        return PackTable(tuple(chain(*names)), *map(np.concatenate, columns))
 
 
 NO_PACKS = PackTable(
@@ -109,14 +97,17 @@ NO_PACKS = PackTable(
 )
 
 
-def read_row(pack: Path) -> PackRow | None:
-    """Read what a table says of a pack; None where it is gone or damaged."""
-    try:
-        found = read_contents(pack)
-        salt = find_salt(pack, found, pack.name)
-        return PackRow(pack.name, salt, tree_bytes(pack), found.keys, found.checksums)
-    except (FileNotFoundError, CorruptRecordError):
-        return None
+def read_rows(packs: Iterable[Path]) -> list[PackTable]:
+    """Read what a table says of packs, in a table each; those gone or damaged are left out."""
+    rows = []
+    for pack in packs:
+        with suppress(FileNotFoundError, CorruptRecordError):
+            found = read_contents(pack)
+            about = [[len(found.keys), tree_bytes(pack), find_salt(pack, found, pack.name)]]
+            rows.append(
+                PackTable((pack.name,), np.array(about, np.int64), found.keys, found.checksums)
+            )
+    return rows
 
 
 def read_table(file: Path) -> PackTable:
@@ -172,14 +163,8 @@ def encode_table(table: PackTable) -> bytes:
 
 def write_table(root: Path, file: Path, table: PackTable) -> None:
     """Write a table in place of the one before; where that fails, say so in the log and go on."""
-    temporary = file.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     try:
         make_folders(file.parent, root)
-        try:
-            temporary.write_bytes(encode_table(table))
-            share_with_group(temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(file, encode_table(table))
     except OSError as error:
         _log.debug("%s is not written: %s", file, error)

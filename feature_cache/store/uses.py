@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..forks import Lock
 from ..hashing import canonical_json
-from .files import TEMPORARY_PREFIX, list_folder, read_json, share_with_group
+from .files import TEMPORARY_PREFIX, list_folder, read_json, write_bytes
 
 LATELY_SECONDS = 86400.0
 """What a running process read within this time goes after everything else."""
@@ -72,11 +72,8 @@ class Uses:
                 space: {pack: round(now - used, 1) for pack, used in packs.items()}
                 for space, packs in self._times.items()
             }
-            temporary = self.file.with_name(f"{TEMPORARY_PREFIX}{self.file.name}")
             try:
-                temporary.write_text(canonical_json(ages))
-                share_with_group(temporary)
-                temporary.replace(self.file)
+                write_bytes(self.file, canonical_json(ages).encode())
                 self._changed = False
             except OSError as error:
                 _log.info("gc does not see what is read here, as it can't be noted: %s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ...errors import StoreError
 from ...hashing import canonical_json, digest_json
 from ..space import PACK_NAME
+from ..store import own_attributes
 
 GROUP = "zarr.json"
 """The metadata of a group; a pack is there when this object is."""
@@ -51,15 +51,6 @@ def sent_bytes(pack: Path) -> int:
         return sum(file.stat().st_size for file in pack_files(pack).values())
     except FileNotFoundError:
         return 0
-
-
-def own_attributes(text: bytes, where: str) -> dict[str, Any]:
-    """Read what is ours of a group's ``zarr.json``."""
-    try:
-        own = json.loads(text)["attributes"].get("feature_cache")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{where} is damaged: no attributes in it") from error
-    return own if isinstance(own, dict) else {}
 
 
 def parse_spec(text: bytes, where: str, name: str) -> dict[str, Any]:

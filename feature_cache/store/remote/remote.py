@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import (
-    CacheVersionError,
     CorruptRecordError,
     MissingDependencyError,
     NotACacheError,
@@ -26,8 +25,8 @@ from ..contents import read_keys
 from ..files import TEMPORARY_PREFIX, group_text, make_folders, writing
 from ..pack import check_pack
 from ..space import PACK_NAME
-from ..store import FORMAT_VERSION, ROOT_TEXT, TAG
-from ..table import NO_PACKS, PackTable, encode_table, parse_table, read_row
+from ..store import FORMAT_VERSION, ROOT_TEXT, TAG, check_version, own_attributes
+from ..table import NO_PACKS, PackTable, encode_table, parse_table, read_rows
 from ..url import HUB, SCHEMES, find_folder, parse_url
 from ..writer import install_pack
 from .hub import HubObjects
@@ -35,7 +34,6 @@ from .layout import (
     GROUP,
     check_same,
     is_safe,
-    own_attributes,
     pack_files,
     pack_prefix,
     packs_prefix,
@@ -206,8 +204,7 @@ class Remote:
         """
         there, old = set(self.pack_names(space)), self.table(space)
         kept = old.choose(there).proved()
-        found = (read_row(packs_folder / name) for name in sorted(there - set(kept.names)))
-        rows = [row for row in found if row is not None]
+        rows = read_rows(packs_folder / name for name in sorted(there - set(kept.names)))
         if rows or len(kept.names) < len(old.names):
             self._objects.put(f"tables/{space}", encode_table(kept.extended(rows)))
 
@@ -327,7 +324,7 @@ class Remote:
             return None
         text = self._objects.get(GROUP)
         if text is not None:
-            return self._parse_version(text)
+            return check_version(own_attributes(text, f"{self.url}/{GROUP}"), self.url, "place")
         if not self._objects.is_listed:
             return None
         folders, objects = self._objects.list_level("")
@@ -366,19 +363,6 @@ class Remote:
                 self._objects.put_new(f"{folder}/{GROUP}", group_text({}).encode())
             text = group_text({"feature_cache": {"space": dict(spaces[name])}})
             self._objects.put_new(f"spaces/{name}/{GROUP}", text.encode())
-
-    def _parse_version(self, text: bytes) -> int:
-        version = own_attributes(text, f"{self.url}/{GROUP}").get("format_version")
-        if type(version) is not int:
-            raise NotACacheError(
-                f"{self.url} is a Zarr group, but no feature cache; name another place"
-            )
-        if version > FORMAT_VERSION:
-            raise CacheVersionError(
-                f"{self.url} has format version {version}, this feature_cache reads up to "
-                f"{FORMAT_VERSION}: upgrade feature-cache, or name another place"
-            )
-        return version
 
     def _pack_objects(self, prefix: str) -> dict[str, int]:
         """Give the sizes of a complete pack's objects by name, each name a safe relative path."""
