@@ -92,6 +92,8 @@ def open_remote(url: str, **options: Any) -> Remote:
 class Remote:
     """A cache in an object store; made by `open_remote`.
 
+    Whatever can't be read or written there, or here, is a StoreError.
+
     Parameters
     ----------
     url : str
@@ -130,14 +132,7 @@ class Remote:
         return self._objects.is_listed
 
     def spaces(self) -> dict[str, dict[str, Any]]:
-        """Give the specs of all spaces, as JSON, by name.
-
-        Raises
-        ------
-        StoreError
-            For a name that is none of a space, a spec that is not the one its name says, or a
-            remote that can't be read.
-        """
+        """Give the specs of all spaces, as JSON, by name; StoreError for one that is none."""
         names = [path.rpartition("/")[2] for path in self._objects.list_level("spaces")[0]]
         for name in names:
             if not is_safe(name):
@@ -152,23 +147,11 @@ class Remote:
         }
 
     def pack_names(self, space: str) -> list[str]:
-        """List the complete packs of a space, sorted.
-
-        Raises
-        ------
-        StoreError
-            If the remote can't be read.
-        """
+        """List the complete packs of a space, sorted."""
         return sorted(self.pack_sizes(space))
 
     def pack_sizes(self, space: str) -> dict[str, int]:
-        """Give the bytes of each complete pack of a space, by name.
-
-        Raises
-        ------
-        StoreError
-            If the remote can't be read.
-        """
+        """Give the bytes of each complete pack of a space, by name."""
         if not self._objects.is_listed:
             table = self.table(space).proved()
             return dict(zip(table.names, table.sizes.tolist(), strict=True))
@@ -180,13 +163,7 @@ class Remote:
         return {pack: sum(all_.values()) for pack, all_ in packs.items() if GROUP in all_}
 
     def table(self, space: str) -> PackTable:
-        """Fetch names, keys and sizes of the packs of a space as of the last push; see `table`.
-
-        Raises
-        ------
-        StoreError
-            If the remote can't be read.
-        """
+        """Fetch names, keys and sizes of the packs of a space as of the last push; see `table`."""
         try:
             data = self._objects.get(f"tables/{packs_prefix(space).split('/')[1]}")
             return NO_PACKS if data is None else parse_table(data)
@@ -195,13 +172,7 @@ class Remote:
             return NO_PACKS
 
     def renew_table(self, space: str, packs_folder: Path) -> None:
-        """Write the table of a space anew, where it lacks packs that are here and there.
-
-        Raises
-        ------
-        StoreError
-            If the remote can't be read or written.
-        """
+        """Write the table of a space anew, where it lacks packs that are here and there."""
         there, old = set(self.pack_names(space)), self.table(space)
         kept = old.choose(there).proved()
         rows = read_rows(packs_folder / name for name in sorted(there - set(kept.names)))
@@ -209,15 +180,7 @@ class Remote:
             self._objects.put(f"tables/{space}", encode_table(kept.extended(rows)))
 
     def read_keys(self, space: str, pack: str) -> Keys:
-        """Fetch the keys of a pack, checked by their CRC: (n, 16) uint8.
-
-        Raises
-        ------
-        CorruptRecordError
-            If they are not there, or not what was written.
-        StoreError
-            If the remote can't be read.
-        """
+        """Fetch the keys of a pack, (n, 16) uint8; CorruptRecordError where they are damaged."""
         prefix = pack_prefix(space, pack)
         with tempfile.TemporaryDirectory(prefix="feature_cache-") as folder:
             try:
@@ -255,8 +218,6 @@ class Remote:
         ------
         CorruptRecordError
             If the pack is not complete there, or not what was written; it is not committed.
-        StoreError
-            If the remote can't be read, or the folder not written.
         """
         prefix = pack_prefix(space, pack)
         objects = self._pack_objects(prefix)
@@ -293,8 +254,6 @@ class Remote:
             If the pack is damaged; nothing is sent.
         FileNotFoundError
             If the pack is gone.
-        StoreError
-            If the remote can't be written.
         """
         prefix = pack_prefix(space, pack.name)
         check_pack(pack, pack.name)
@@ -317,8 +276,6 @@ class Remote:
             If there is something else.
         CacheVersionError
             If a newer version of feature_cache wrote it.
-        StoreError
-            If the remote can't be read.
         """
         if self.folder is not None and not self.folder.exists():
             return None
@@ -335,17 +292,9 @@ class Remote:
         return None
 
     def create(self, spaces: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make the cache and spaces there, where they are missing.
+        """Make the cache and spaces, by name and spec, where they are missing.
 
-        Parameters
-        ----------
-        spaces : mapping of str to JSON
-            Names and specs.
-
-        Raises
-        ------
-        StoreError
-            If a space there has another spec, or the remote can't be written.
+        StoreError where a space there has another spec.
         """
         self._objects.check_listed("write to")
         version = self.version()

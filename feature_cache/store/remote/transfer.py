@@ -114,10 +114,6 @@ def plan_push(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None
     spaces : sequence of str, optional
         Names; all by default.
 
-    Returns
-    -------
-    TransferPlan
-
     Raises
     ------
     UnknownNameError
@@ -148,11 +144,8 @@ def push(
 
     Parameters
     ----------
-    root : Path
-        A cache.
-    remote : Remote
-    spaces : sequence of str, optional
-        Names; all by default.
+    root, remote, spaces
+        As `plan_push`.
     plan : TransferPlan, optional
         By `plan_push`, which this calls itself otherwise.
     progress : callable, optional
@@ -165,10 +158,7 @@ def push(
 
     Raises
     ------
-    UnknownNameError
-        For a space that is not in the cache.
-    StoreError
-        If one of the sides is no cache or a newer one, or can't be read or written.
+    As `plan_push`; StoreError also where the remote can't be written.
     """
     plan = plan or plan_push(root, remote, spaces=spaces)
     remote.create(plan.spaces)
