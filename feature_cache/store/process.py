@@ -71,6 +71,10 @@ class Process:
     pid: int
     started: float
 
+    def to_text(self) -> str:
+        """Write it as the file holds it."""
+        return canonical_json(asdict(self))
+
     @classmethod
     def read(cls, file: Path) -> Process:
         """Read it; ValueError where the file holds none."""
@@ -183,7 +187,7 @@ class Presence:
                 _log.debug("not refreshed: %s", error)
 
     def _write(self) -> None:
-        write_bytes(self.file, canonical_json(asdict(self._process)).encode())
+        write_bytes(self.file, self._process.to_text().encode())
         self.announced = True
 
     def now(self) -> float:
