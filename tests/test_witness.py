@@ -23,6 +23,7 @@ from feature_cache import (
 )
 from feature_cache.backbones.base import TorchBackbone, load_checkpoint, load_into, seeded
 from feature_cache.backbones.efficientnet import EfficientNetLite0
+from feature_cache.backbones.tiles import Tiled
 from feature_cache.testing import FakeBackbone, check_backbone
 from feature_cache.warm import plan_warm, run_warm
 from synthetic import make_movie
@@ -259,7 +260,8 @@ class TestIdentity:
         assert lites[0] != lites[1]
         assert Described("tiny", "random:0", "cpu").spec == specs[0]
 
-    def test_a_spec_that_changes_while_it_is_used(self, cache):
+    @pytest.mark.parametrize("tile", [None, 16])
+    def test_a_spec_that_changes_while_it_is_used(self, cache, tile):
         class Late(FakeBackbone):
             revision = 1
 
@@ -275,8 +277,9 @@ class TestIdentity:
                 type(self).revision += 1
                 return FakeBackbone(seed=self.revision).embed(frames)
 
+        late = Late() if tile is None else Tiled(Late(), tile)
         with pytest.raises(BackboneError, match="the spec of fake has changed: weights differ"):
-            cache.get_or_compute(*movie(0), Late(), batch_size=2)
+            cache.get_or_compute(*movie(0), late, batch_size=2)
         assert count(cache) <= 2
 
     @pytest.mark.parametrize(
@@ -301,11 +304,13 @@ class Adapter:
 
 
 class TestAdapters:
-    def test_training_mode_is_refused(self, cache):
+    @pytest.mark.parametrize("tile", [None, 16])
+    def test_training_mode_is_refused(self, cache, tile):
         network = tiny().module
         network[3].train()
+        backbone = Adapter(network) if tile is None else Tiled(Adapter(network), tile)
         with pytest.raises(BackboneError, match="network of adapter is in training mode"):
-            cache.get_or_compute(*movie(0), Adapter(network))
+            cache.get_or_compute(*movie(0), backbone)
         with pytest.raises(BackboneError, match="training mode"):
             check_backbone(Adapter(network))
         assert count(cache) == 0

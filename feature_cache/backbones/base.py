@@ -157,10 +157,11 @@ class TorchBackbone(Frozen, ABC):
             raise UnknownNameError("compute dtype", self.dtype, COMPUTE_DTYPES)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the loaded module: another process builds its own if it needs one."""
-        state = self.__dict__.copy()
-        state.pop("_kept", None)
-        return state
+        """Leave out the loaded module, and what was found: another process finds its own."""
+        owners = (vars(kind).items() for kind in type(self).__mro__)
+        found = {name for own in owners for name, v in own if isinstance(v, cached_property)}
+        left_out = {"_kept", *found} - {"spec"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @cached_property
     def spec(self) -> BackboneSpec:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, UnknownNameError
 from ..forks import cached_property
+from ..hashing import digest_json
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded, standardize
 from .checkpoint import as_json, check_config, model_file
@@ -30,6 +31,8 @@ from .transformers import import_transformers
 
 Fpn: TypeAlias = Literal["fpn-0", "fpn-1", "fpn-2", "fpn-3"]
 _RESAMPLE = MappingProxyType({2: "bilinear", 3: "bicubic"})
+_NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Of a configuration, what decides no number here."""
 _SCALES = ("image_mean", "image_std")
 _TOKENS = (
     *("cls_token", "class_embedding", "distillation_token"),
@@ -101,13 +104,17 @@ class Repository(LayeredBackbone):
     # What the model is
 
     @cached_property
+    def _plain_config(self) -> Mapping[str, Any]:
+        """What the repository says of the model."""
+        known = KNOWN.get(self._repository)
+        return self._read_json("config.json") if known is None else as_json(known.config)
+
+    @cached_property
     def _config(self) -> Any:
         """The configuration of the vision model."""
         transformers = import_transformers(self.name)
-        known = KNOWN.get(self._repository)
-        plain = self._read_json("config.json") if known is None else as_json(known.config)
         try:
-            config = transformers.AutoConfig.for_model(**plain)
+            config = transformers.AutoConfig.for_model(**self._plain_config)
         except (KeyError, ValueError, TypeError) as error:
             raise BackboneError(
                 f"transformers {transformers.__version__} does not know the model of "
@@ -187,15 +194,11 @@ class Repository(LayeredBackbone):
             std=std if self.standardize else (),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what another process finds by itself."""
-        state = super().__getstate__()
-        for name in ("_plan", "_config", "_preprocessing", "_outline", "_tokens"):
-            state.pop(name, None)
-        return state
-
     def _describe(self, weights: str) -> BackboneSpec:
-        plan = self._plan
+        plan, settings = self._plan, {}
+        if self._repository not in KNOWN:  # which decide numbers, and may be others at any time
+            told = {k: v for k, v in self._plain_config.items() if k not in _NOTES}
+            settings = {"config": digest_json(told).hex()}
         return BackboneSpec(
             name=self.name,
             revision=self.revision,
@@ -208,6 +211,7 @@ class Repository(LayeredBackbone):
             mean=plan.mean,
             std=plan.std,
             dtype=self.dtype,
+            extra=settings,
         )
 
     def _name_layer(self) -> str:

@@ -53,22 +53,17 @@ class Tiled(Frozen):
     @cached_property
     def spec(self) -> BackboneSpec:
         """The backbone's, with tile and halo."""
-        return self._add_terms(self.backbone.spec)
+        return self.add_terms(self.backbone.spec)
 
     def describe(self, weights: str) -> BackboneSpec:
         """Give the spec with weights of such a digest, as `TorchBackbone.describe`."""
         describe: Any = getattr(self.backbone, "describe", None)
         inner = self.backbone.spec if describe is None else describe(weights)
-        return self._add_terms(replace(inner, weights=weights))
+        return self.add_terms(replace(inner, weights=weights))
 
-    def _add_terms(self, spec: BackboneSpec) -> BackboneSpec:
+    def add_terms(self, spec: BackboneSpec) -> BackboneSpec:
+        """Give the backbone's spec tile and halo."""
         return replace(spec, extra={**spec.extra, "tile": self.tile, "halo": self.halo})
-
-    def check(self) -> None:
-        """Check the network, as the backbone does."""
-        check: Any = getattr(self.backbone, "check", None)
-        if check is not None:
-            check()
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32. Errors as the backbone.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, MissingDependencyError, UnknownNameError
 from ..forks import cached_property
+from ..hashing import JSON
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
 from .hub import hub_file
@@ -82,15 +83,11 @@ class Timm(LayeredBackbone):
             network = self._create()
         return _plan(self.name, network, self.layer, self.input_size)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what another process finds by itself."""
-        state = super().__getstate__()
-        state.pop("_plan", None)
-        state.pop("_hub_config", None)
-        return state
-
     def _describe(self, weights: str) -> BackboneSpec:
-        plan = self._plan
+        plan, hub = self._plan, self._hub_config if self._repository else {}
+        built: dict[str, JSON] = {
+            name: hub[name] for name in ("architecture", "model_args") if name in hub
+        }
         return BackboneSpec(
             name=self.name,
             revision=self.revision,
@@ -103,7 +100,7 @@ class Timm(LayeredBackbone):
             mean=plan.mean,
             std=plan.std,
             dtype=self.dtype,
-            extra={"norm": plan.norm},
+            extra={"norm": plan.norm, **built},
         )
 
     def _weights_purpose(self) -> str:
@@ -165,7 +162,7 @@ class Timm(LayeredBackbone):
             options["img_size"] = self.input_size
         if self._repository:
             options = {**self._hub_config.get("model_args", {}), **options}
-            overlay = {**self._hub_config["pretrained_cfg"], "hf_hub_id": self._repository}
+            overlay = {**self._hub_config.get("pretrained_cfg", {}), "hf_hub_id": self._repository}
             options["pretrained_cfg_overlay"] = overlay | options.get("pretrained_cfg_overlay", {})
         try:
             return cast(nn.Module, timm.create_model(name, **options))

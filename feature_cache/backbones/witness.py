@@ -16,6 +16,7 @@ from ..errors import BackboneError
 from ..spec import BackboneSpec, differences
 from .layers import specs_of
 from .state import NetworkState
+from .tiles import Tiled
 
 if TYPE_CHECKING:
     from .base import Backbone
@@ -36,7 +37,8 @@ class Witness:
 
     def __init__(self, backbone: Backbone | Layers, specs: tuple[BackboneSpec, ...]) -> None:
         self.backbone, self.specs = backbone, specs
-        held = {} if hasattr(backbone, "check") else getattr(backbone, "__dict__", {})
+        self._inner = backbone.backbone if isinstance(backbone, Tiled) else backbone
+        held = {} if hasattr(self._inner, "check") else getattr(self._inner, "__dict__", {})
         self._networks = [value for value in held.values() if isinstance(value, nn.Module)]
         self._states = [NetworkState(network) for network in self._networks]
 
@@ -54,14 +56,17 @@ class Witness:
                 f"torch's default dtype is {torch.get_default_dtype()}, with which networks give "
                 "other numbers: torch.set_default_dtype(torch.float32)"
             )
-        own = getattr(self.backbone, "check", None)
+        own = getattr(self._inner, "check", None)
         if own is not None:
             own()
         else:
             self._check_networks()
 
     def _check_spec(self) -> None:
-        for spec, before in zip(specs_of(self.backbone), self.specs, strict=True):
+        specs = specs_of(self._inner)
+        if isinstance(self.backbone, Tiled):
+            specs = tuple(map(self.backbone.add_terms, specs))
+        for spec, before in zip(specs, self.specs, strict=True):
             if spec is not before and spec != before:
                 words = ("when keys were made", "now")
                 differing = "; ".join(differences(before.to_json(), spec.to_json(), words))

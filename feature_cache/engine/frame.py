@@ -56,10 +56,11 @@ class Frame:
 
     def normalized(self, normalization: Normalization) -> NDArray[np.float32]:
         """Normalise the pixels, once: (Z, H, W) float32. Errors as `normalize`."""
-        if self.image is None:
+        normalized = self.image  # which another thread may let go
+        if normalized is None:
             image = normalize(self.pixels, normalization, self.where)
-            self.image = image[None] if image.ndim == 2 else image
-        return self.image
+            normalized = self.image = image[None] if image.ndim == 2 else image
+        return normalized
 
     def regions(self) -> Regions:
         """Sort the mask's pixels by region, once.

@@ -228,6 +228,24 @@ def test_one_network_gives_one_grid_by_any_of_its_names(tmp_path, blobs):
         assert torch.equal(again.embed(frames), ours.embed(frames))
 
 
+def test_a_configuration_that_gives_other_numbers_gives_other_keys(tmp_path, blobs):
+    """Of one set of weights; who wrote it does not matter."""
+    make("siglip", tmp_path)
+    file, frames = tmp_path / "config.json", blobs(64, 64)
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"transformers_version": "4.0.0"}))
+    first = load("siglip", tmp_path)
+    file.write_text(json.dumps(plain))
+    assert load("siglip", tmp_path).spec == first.spec
+    expected = first.embed(frames)
+    plain["vision_config"]["num_attention_heads"] = 4
+    file.write_text(json.dumps(plain))
+    other = load("siglip", tmp_path)
+    assert other.spec.weights == first.spec.weights
+    assert not torch.equal(other.embed(frames), expected)
+    assert other.spec != first.spec
+
+
 class TestMistakes:
     def test_a_checkpoint_of_another_model(self, tmp_path):
         torch.save({"a": torch.zeros(3)}, tmp_path / "a.pth")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 
@@ -132,6 +133,16 @@ class TestWeights:
         )
         assert load("test_vit", None).spec == load("test_vit", tmp_path / "a.pth").spec
         assert set(asked) == {("timm/test_vit.r160_in1k", "model.safetensors")}
+
+    def test_how_a_repository_builds_its_model_is_in_the_key(self, monkeypatch, tmp_path):
+        file = tmp_path / "config.json"
+        monkeypatch.setattr("feature_cache.backbones.timm.hub_file", lambda *names: file)
+        specs = []
+        for args in ({}, {"act_layer": "relu"}):
+            file.write_text(json.dumps({"architecture": "test_vit", "model_args": args}))
+            specs.append(load_backbone("timm/hf-hub:acme/vit", "random:0", "cpu").spec)
+        assert specs[0].weights == specs[1].weights
+        assert specs[0] != specs[1]
 
 
 class TestMistakes:
