@@ -6,7 +6,7 @@ The names are those of ``scripts/train.py`` of weigertlab/trackastra, and of its
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from .errors import MovieError
 from .pooling import POOLINGS
 
 PROPS = ("regionprops_small", "regionprops", "regionprops2")
-PRETRAINED = ("pretrained_feats", "pretrained_feats_aug")
+AUGMENTED = "pretrained_feats_aug"
+PRETRAINED = ("pretrained_feats", AUGMENTED)
 """The features that are read from a cache."""
+COPIES, POOLING = 3, "mean_patches_exact"
+"""What pull request 61 takes where nothing is said."""
 PLAIN = ("none", "regionprops", "regionprops2", "patch", "patch_regionprops", "wrfeat")
 MODEL_PACKAGE = "trackastra-pretrained-feats"
 MODEL_INSTALL = f"pip install --no-deps {MODEL_PACKAGE}==0.0.2"
@@ -138,10 +141,19 @@ def find_training(words: Sequence[str]) -> argparse.Namespace | None:
     return parse_training(["-c", str(file)], strict=False)
 
 
-def copies_of(options: argparse.Namespace) -> int:
+def find_seed(words: Sequence[str]) -> int:
+    """Read the seed of a training script: what its words say, or its configuration, or 0."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0)
+    file = _find_file(words)
+    before = _read_words(file, parser) if file is not None and file.is_file() else ()
+    return int(parser.parse_known_args([*before, *words])[0].seed)
+
+
+def copies_of(options: Mapping[str, Any]) -> int:
     """Count the augmented copies of a movie in ``input_train``; others have none."""
-    augmented = options.features == "pretrained_feats_aug" and options.augment > 0
-    return int(options.pretrained_n_augs) if augmented else 0
+    augmented = options.get("features") == AUGMENTED and options.get("augment", 0) > 0
+    return int(options.get("pretrained_n_augs", COPIES)) if augmented else 0
 
 
 def data_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -161,7 +173,7 @@ def data_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _find_file(words: Sequence[str]) -> Path | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word in ("-c", "--config"):
             return Path(following)
         if word.startswith("--config="):
@@ -244,12 +256,12 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     features.add_argument("--pretrained_feats_model", type=_optional, help="the backbone")
     features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")
     features.add_argument(
-        "--pretrained_feats_mode", choices=POOLINGS, default="mean_patches_exact", help="pooling"
+        "--pretrained_feats_mode", choices=POOLINGS, default=POOLING, help="pooling"
     )
     features.add_argument(
         "--pretrained_feats_additional_props", type=_optional, choices=(None, *PROPS)
     )
-    features.add_argument("--pretrained_n_augs", type=int, default=3, help="augmented copies")
+    features.add_argument("--pretrained_n_augs", type=int, default=COPIES, help="augmented copies")
     features.add_argument("--policy", choices=PRESETS, default="default", help="of the copies")
     features.add_argument("--rotate_features", type=_boolean, default=True)
     features.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from functools import partial
@@ -42,6 +43,7 @@ from feature_cache.trackastra import (
     inference,
     wrap,
 )
+from feature_cache.trackastra import run as command
 from feature_cache.trackastra.shallow import columns_of
 from synthetic import make_movie
 
@@ -306,6 +308,29 @@ class TestWhatIsComputed:
             link(make_model(coord_dim=3), *make_movie()[:2])
         assert graph.number_of_edges() > 3
         assert backbone.frames == 6
+
+    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of models it loads
+    def test_upstreams_own_command_embeds_a_movie_once(
+        self, make_model, small_folder, tmp_path, monkeypatch, capsys
+    ):
+        root, weights = small_folder(), "random:3"
+        backbone = load_backbone("efficientnet-lite0", weights)
+        make_model(named=trained_on(backbone), width=backbone.spec.width)
+        tables = []
+        for name in ("first", "again"):
+            words = [
+                *("--cache", tmp_path / "cache", "--weights", weights, "trackastra", "track"),
+                *("-i", root, "-m", f"{root}_GT/TRA", "--model-custom", tmp_path / "model"),
+                *("--device", "cpu", "--output-edge-table", tmp_path / name),
+            ]
+            monkeypatch.setattr(sys, "argv", ["run", *map(str, words)])
+            command.app(standalone_mode=False)
+            tables.append((tmp_path / name).read_bytes())
+            monkeypatch.setattr(type(backbone), "embed", pytest.fail)
+        assert tables[0].count(b"\n") > 4
+        assert tables[0] == tables[1]
+        assert all(FeatureCache(tmp_path / "cache").contains(root, None, backbone))
+        assert "asked nothing" not in capsys.readouterr().err
 
     def test_folders_are_paired_by_time_not_by_text(self, make_model, small_folder, cache):
         root = small_folder(frames=12)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from joblib import parallel_config
 from torch.utils.data import ConcatDataset, DataLoader
@@ -319,6 +320,36 @@ def test_errors_of_ours_are_one_line_and_the_scripts_own_stay(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(KeyError, match="of the script"):
         command.main()
+
+
+def test_a_script_that_asks_the_cache_for_nothing_is_told(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("")
+    monkeypatch.setattr(sys, "argv", ["run", "--cache", str(tmp_path / "cache"), str(script)])
+    command.app(standalone_mode=False)
+    assert "train.py asked nothing of" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["run", "--cache", str(tmp_path / "cache"), "no-such"])
+    with pytest.raises(typer.BadParameter, match="no-such is neither a file nor the command"):
+        command.app(standalone_mode=False)
+
+
+@pytest.mark.parametrize(("words", "seed"), [([], 7), (["--seed", "4"], 4)])
+def test_copies_have_the_seed_of_the_scripts_configuration(
+    movies, tmp_path, monkeypatch, words, seed
+):
+    """So what ``warm CONFIG`` computes is what such a training asks for."""
+    script, config = tmp_path / "train.py", tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump({"seed": 7, "input_train": [str(movies / "one/01")]}))
+    script.write_text(
+        "import sys\nfrom trackastra.data import CTCData\n"
+        f"data = CTCData(root=r'{movies / 'one/01'}', window_size=3, augment=1, "
+        "features='pretrained_feats_aug', pretrained_feats_model='debug/random')\n"
+        "sys.seed = data.feature_cache_extras.copies.augmentations.seed\n"
+    )
+    given = ["run", "--cache", tmp_path / "cache", script, "-c", config, *words]
+    monkeypatch.setattr(sys, "argv", [*map(str, given)])
+    command.app(standalone_mode=False)
+    assert vars(sys).pop("seed") == seed
 
 
 def test_without_trackastra_the_command_says_so_in_one_line(tmp_path):

@@ -60,6 +60,11 @@ class OpenCache:
             self._spaces[digest] = layer_space(top, spec, self.layers, promote=self.promote)
         return self._spaces[digest]
 
+    @property
+    def was_asked(self) -> bool:
+        """Whether anything was asked of a space, through this object."""
+        return bool(self._spaces)
+
     def spaces(self) -> list[Space]:
         """List the spaces on disk, here and in folders below."""
         return [space for store in self.stores() for space in store.spaces()]

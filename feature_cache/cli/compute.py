@@ -233,7 +233,7 @@ def _said_by(training: Namespace, backbone: str | None) -> dict[str, Any]:
         "backbone": backbone or named,
         "weights": training.weights,
         "pooling": [training.pretrained_feats_mode],
-        "copies": copies_of(training),
+        "copies": copies_of(vars(training)),
         "seed": training.seed,
         "policy": training.policy,
     }

@@ -23,15 +23,13 @@ from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..dataset import OnMiss
 from ..errors import BackboneError
+from ..train_options import AUGMENTED, POOLING, PRETRAINED, copies_of
 from .datamodule import EpochBatchSampler, EpochDistributedSampler, LateDataLoader
 from .dataset import CachedCTCData, Geometry, check_words, wrap
 from .model_features import ModelFeatures, check_resumed
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
-
-PRETRAINED = ("pretrained_feats", "pretrained_feats_aug")
-"""The ``features`` of a `CTCData` that `patch` provides."""
 
 Arguments = Mapping[str, Any]
 _log = logging.getLogger(__name__)
@@ -163,7 +161,7 @@ class _Provider:
             data,
             self.cache,
             self._backbone_of(asked),
-            pooling=asked.get("pretrained_feats_mode", "mean_patches_exact"),
+            pooling=asked.get("pretrained_feats_mode", POOLING),
             augmentations=self._augmentations_of(asked),
             additional_props=asked.get("pretrained_feats_additional_props"),
             rotate_features=asked.get("rotate_features", False),
@@ -197,12 +195,12 @@ class _Provider:
         return self.load(name)
 
     def _augmentations_of(self, asked: Arguments) -> Augmentations | None:
-        if asked["features"] != "pretrained_feats_aug":
-            return None
-        if asked.get("augment", 0) > 0:
+        copies = copies_of(asked)
+        if copies:
             self.augmented = True
-            return replace(self.augmentations, copies=asked.get("pretrained_n_augs", 3))
-        if not self.augmented:
+            return replace(self.augmentations, copies=copies)
+        level = asked.get("augment", 0)
+        if asked["features"] == AUGMENTED and level == 0 and not self.augmented:
             warnings.warn(
                 f"{asked.get('root')} is loaded with features='pretrained_feats_aug' and "
                 "augment=0, so without augmented copies, as for validation; training sets need "

@@ -134,7 +134,7 @@ def compare_start(options: argparse.Namespace, features: ModelFeatures | None) -
 
 def make_data(options: argparse.Namespace, backbone: Any, window: int) -> CachedDataModule:
     """Make the data module; without a backbone, of Trackastra's own features alone."""
-    copies = copies_of(options)
+    copies = copies_of(vars(options))
     return CachedDataModule(
         input_train=options.input_train,
         input_val=options.input_val,
