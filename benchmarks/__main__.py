@@ -18,7 +18,7 @@ from .harness import Case, Options, describe_machine, format_case, load_results,
 
 NAMES = (
     *("windows", "batches", "dense", "writing", "opening", "packs", "hashing", "pooling"),
-    *("lazy", "warming", "witness", "epochs", "backbones"),
+    *("lazy", "warming", "training", "witness", "epochs", "backbones"),
 )
 
 

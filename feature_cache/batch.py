@@ -108,11 +108,23 @@ class Tokens:
         return ordered
 
     def _select_all(self, span: Span) -> NDArray[np.floating[Any]] | None:
-        """Give all features of a span, if it has just these tokens in this order."""
+        """Give the features from a span at once, if it has these tokens."""
         if span.offsets is None or span.labels is None:
             return None
-        same = tuple(span.offsets.tolist()) == self.bounds and (span.labels == self.labels).all()
-        return span.features if same else None
+        offsets = span.offsets.tolist()
+        if tuple(offsets) == self.bounds and (span.labels == self.labels).all():
+            return span.features
+        known, asked = _number(span.labels, offsets), _number(self.labels, self.bounds)
+        rows = np.searchsorted(known, asked)
+        if rows.max(initial=-1) >= len(known) or (known[rows] != asked).any():
+            return None
+        return span.features[rows]
+
+
+def _number(labels: NDArray[np.integer[Any]], bounds: Sequence[int]) -> NDArray[np.int64]:
+    """Give labels of several frames one after the other a number each, by frame and label."""
+    frames = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return (frames << 32) + labels
 
 
 def _group(times: NDArray[np.int64]) -> tuple[tuple[int, ...], tuple[int, ...]]:

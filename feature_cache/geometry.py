@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .augment import Draw
+from .errors import FrameError
 
 SHALLOW = ("equivalent_diameter_area", "area", "inertia_tensor")
 """The shallow features that a draw's geometry changes; intensities and ``border_dist`` stay."""
@@ -29,11 +31,29 @@ def map_coords(coords: Tensor, draw: Draw, shape: tuple[int, int]) -> Tensor:
     Returns
     -------
     (N, 1 + ndim) float32
+
+    Raises
+    ------
+    FrameError
+        Places that are no finite numbers.
     """
-    moved = coords.clone()
-    points = draw.map_points(coords[:, -2:].numpy(), shape)
-    moved[:, -2:] = torch.from_numpy(points).to(coords.dtype)
+    moved, matrix = coords.clone(), _matrix(draw, shape)
+    points = coords[:, -2:].numpy().astype(np.float64)
+    if matrix is None:
+        points = draw.map_points(points, shape)
+    elif not np.isfinite(points).all():
+        raise FrameError("tokens are at places that are no finite numbers")
+    else:
+        points = points @ matrix[:, :2].T + matrix[:, 2]
+    moved[:, -2:] = torch.from_numpy(points)
     return moved
+
+
+@lru_cache(maxsize=1 << 12)
+def _matrix(draw: Draw, shape: tuple[int, int]) -> NDArray[np.float64] | None:
+    """Give a draw's map of points as (2, 3), where it has one."""
+    matrix = draw.matrix(shape)
+    return None if matrix is None else matrix[:2]
 
 
 def map_shallow(
@@ -61,37 +81,56 @@ def map_shallow(
     order ndim, and second moments C of the pixels become ``J C J^T``; scikit-image's inertia tensor
     is ``tr(C) 1 - C``.
     """
-    if not len(features):
-        return features
-    jacobians = draw.jacobians(coords[:, -2:].numpy(), shape)
-    growth = np.abs(np.linalg.det(jacobians))
-    ndim = coords.shape[1] - 1
-    mapped = features.numpy().astype(np.float64)
-    names = np.array(columns)
-    mapped[:, names == "area"] *= growth[:, None]
-    mapped[:, names == "equivalent_diameter_area"] *= growth[:, None] ** (1 / ndim)
-    inertia = names == "inertia_tensor"
-    if inertia.any():
-        tensors = mapped[:, inertia].reshape(-1, ndim, ndim)
-        mapped[:, inertia] = _map_inertia(tensors, jacobians).reshape(len(mapped), -1)
+    columns, ndim = tuple(columns), coords.shape[1] - 1
+    if _matrix(draw, shape) is None:
+        jacobians = draw.jacobians(coords[:, -2:].numpy(), shape)
+        factors, turns = _plan_shallow(jacobians, columns, ndim)
+    else:
+        factors, turns = _plan_affine(draw, shape, columns, ndim)
+    before = features.numpy().astype(np.float64)
+    mapped = before * factors
+    if "inertia_tensor" in columns:
+        first = columns.index("inertia_tensor")
+        block = slice(first, first + ndim**2)
+        mapped[:, block] = np.einsum("nf,nfg->ng", before[:, block], turns)
     return torch.from_numpy(mapped).to(features.dtype)
+
+
+@lru_cache(maxsize=1 << 12)
+def _plan_affine(
+    draw: Draw, shape: tuple[int, int], columns: tuple[str, ...], ndim: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Plan for a draw that is the same everywhere, once."""
+    return _plan_shallow(draw.jacobians([[0.0, 0.0]], shape), columns, ndim)
+
+
+def _plan_shallow(
+    jacobians: NDArray[np.float64], columns: tuple[str, ...], ndim: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Give factors (n, F) of the columns, and maps (n, D, D) of flat inertia tensors."""
+    growth = np.abs(np.linalg.det(jacobians))
+    powers = {"area": 1.0, "equivalent_diameter_area": 1 / ndim}
+    factors = growth[:, None] ** [powers.get(name, 0.0) for name in columns]
+    each = np.eye(ndim**2).reshape(1, -1, ndim, ndim)
+    turns = _map_inertia(each, jacobians[:, None]).reshape(len(jacobians), -1, ndim**2)
+    return factors, turns
 
 
 def _map_inertia(
     tensors: NDArray[np.float64], jacobians: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Map (N, ndim, ndim) inertia tensors; a draw leaves the z axis alone."""
-    ndim = tensors.shape[1]
+    """Map (..., ndim, ndim) inertia tensors; a draw leaves the z axis alone."""
+    ndim = tensors.shape[-1]
     one = np.eye(ndim)
-    linear = np.tile(one, (len(tensors), 1, 1))
-    linear[:, -2:, -2:] = jacobians
+    linear = np.broadcast_to(one, (*jacobians.shape[:-2], ndim, ndim)).copy()
+    linear[..., -2:, -2:] = jacobians
     moments = _trace(tensors) / (ndim - 1) * one - tensors
-    moved = linear @ moments @ linear.swapaxes(1, 2)
+    moved = linear @ moments @ linear.swapaxes(-2, -1)
     return _trace(moved) * one - moved
 
 
 def _trace(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.trace(matrices, axis1=1, axis2=2)[:, None, None]
+    return np.trace(matrices, axis1=-2, axis2=-1)[..., None, None]
 
 
 def rotate_features(features: Tensor, coords: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -336,7 +336,7 @@ class Draw:
         at = self.map_points(points, shape)
         matrix = self.matrix(shape)
         if matrix is not None:
-            return np.tile(matrix[:2, :2], (len(at), 1, 1))
+            return np.broadcast_to(matrix[:2, :2], (len(at), 2, 2))
         start = np.array(points, dtype=np.float64)
         steps = [
             self.map_points(start + step, shape) - self.map_points(start - step, shape)

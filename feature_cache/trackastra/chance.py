@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 from ..dataset import Drawn
 from ..hashing import JSON, digest_json
@@ -20,20 +21,25 @@ def mix_seeds(*parts: JSON) -> int:
 
 
 @contextmanager
-def seeded_numpy(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator for a while; then it goes on as before."""
-    before = np.random.get_state()
-    np.random.seed(seed)
+def seeded_numpy(seed: int, generator: np.random.RandomState | None = None) -> Iterator[None]:
+    """Have NumPy's global functions draw from a generator, seeded; then they go on as before.
+
+    But for the second of a pair of normal numbers: keeping it costs more than a sample's crop.
+    """
+    before = mtrand.get_bit_generator()
+    mtrand.set_bit_generator((generator or np.random.RandomState())._bit_generator)
     try:
+        np.random.seed(seed)
         yield
     finally:
-        np.random.set_state(before)
+        mtrand.set_bit_generator(before)
 
 
 class Randomness:
     """What a `CTCData` draws for a sample: its crop, augmentation, and shift.
 
-    Its cropper and augmenter are copied, and their generators, each unseeded, become one.
+    Its cropper and augmenter are copied, and their generators, each unseeded, become one, from
+    which NumPy's global functions draw too while a sample is made.
 
     Parameters
     ----------
@@ -66,9 +72,8 @@ class Randomness:
     def _seeded(self, seed: int) -> Iterator[None]:
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
-        self._generator.seed(seed)
         try:
-            with seeded_numpy(seed + 1 & 0xFFFFFFFF):
+            with seeded_numpy(seed, self._generator):
                 yield
         finally:
             torch.set_rng_state(before)

@@ -50,8 +50,9 @@ class _Extras:
         if self.copies is not None:
             copy = self.copies.choose(n)
             sample = {**sample, "copy": copy}
-            if self.columns is not None:
-                sample = self._map(sample, self.copies.draws[copy])
+            draw = self.copies.draws[copy]
+            if self.columns is not None and not draw.is_identity:
+                sample = self._map(sample, draw)
         turn = None
         if self.rotate_features:
             turn = partial(rotate, coords=sample["coords"], shape=self.shape)
