@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from feature_cache import FeatureCache, MissingRecordError, ServiceError
+from feature_cache.movies import Source
 from feature_cache.service import Service, list_servers, place, runtime_folder, wire
-from feature_cache.service.client import Client, connect
+from feature_cache.service import client as asking
+from feature_cache.service.client import Ask, Client, connect
 from feature_cache.service.server import Server
 from feature_cache.testing import FakeBackbone
 from serving import make_dataset, make_loader, nothing_left, sockets, wait_until
@@ -52,7 +54,7 @@ def server(movie):
 def is_served(server, movie):
     """Check that the server goes on: another client gets its record."""
     client = Client(server.address)
-    answer = client.fetch(movie, [0], 1, batch_size=4)
+    answer = client.fetch(Ask(movie, [0], 1, 4))
     client.close()
     return answer.records[0].features.shape == (5, 4)
 
@@ -223,6 +225,36 @@ def test_a_client_that_leaves_in_the_middle_leaves_no_memory_behind(server, movi
     assert server.service.engine.reserved == 0
 
 
+def test_frames_in_files_are_asked_for_by_name(server, movie, small_folder, monkeypatch):
+    """The server reads them; the client need not have read a pixel, if their digests are known."""
+    stored = movie.cache.movie(small_folder(), None, movie.backbone)
+    monkeypatch.setattr(asking, "read_frames", pytest.fail)
+    client = Client(server.address)
+    answer = client.fetch(Ask(stored, [1, 2, 3], 2, 8))
+    client.close()
+    assert sorted(answer.sent) == [0, 1, 2]
+    assert same(answer.records, movie.cache.get_or_compute(*make_movie()[:2], movie.backbone)[1:3])
+
+
+@pytest.mark.parametrize("elsewhere", ["gone", "other"])
+def test_pixels_are_sent_where_the_server_reads_other_files_or_none(
+    server, movie, small_folder, elsewhere
+):
+    stored = movie.cache.movie(small_folder(), None, movie.backbone)
+    other = small_folder("other", seed=5) if elsewhere == "other" else "/no/such/movie/01"
+    stored.source = Source(str(other))  # as where another file system is mounted there
+    client = Client(server.address)
+    answer = client.fetch(Ask(stored, [1, 2], 2, 8))
+    client.close()
+    assert same(answer.records, movie.cache.get_or_compute(*make_movie()[:2], movie.backbone)[1:3])
+
+
+def same(records, expected):
+    return len(records) == len(expected) and all(
+        np.array_equal(a.features, b.features) for a, b in zip(records, expected, strict=True)
+    )
+
+
 def test_errors_keep_their_class():
     for error in (MissingRecordError("a"), ServiceError("b"), RuntimeError("c")):
         again = wire.make_error(*wire.error_text(error))
@@ -323,5 +355,5 @@ def test_a_server_that_hangs_is_given_up(movie, monkeypatch):
                                  frozenset(), "", False, b"k")  # fmt: skip
     greeting.join()
     with pytest.raises(ServiceError, match="said nothing for 0 s"):
-        made.fetch(movie, [0], 1, batch_size=1)
+        made.fetch(Ask(movie, [0], 1, 1))
     kept[0].close()

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..cache import MovieFeatures
 from ..engine import Frame
-from ..errors import FeatureCacheError, ServiceError
+from ..errors import FeatureCacheError, FrameError, MovieError, ServiceError
 from ..key import Record
 from . import wire
 from .place import Address, withdraw
@@ -34,10 +34,66 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Records that were asked for, and the numbers of those frames whose pixels were sent."""
+    """Records that were asked for, and the numbers of those frames that were to be computed."""
 
     records: list[Record | FeatureCacheError]
     sent: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What to have computed, of one movie.
+
+    Attributes
+    ----------
+    movie : MovieFeatures
+    block : sequence of int
+        Frames to have computed.
+    need : int
+        How many of these, from the first on, are to be answered.
+    batch_size : int
+        Frames to embed at once, and to compute at most beside those that are needed.
+    ahead : bool
+        Nobody waits for them.
+    hits : int
+        Records that were found since the last time, to be counted.
+    """
+
+    movie: MovieFeatures
+    block: Sequence[int]
+    need: int
+    batch_size: int
+    ahead: bool = False
+    hits: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the message that asks."""
+        movie, spec = self.movie, self.movie.spec
+        return {
+            "do": "want",
+            "backbone": spec.backbone.digest.hex(),
+            "pooling": spec.pooling,
+            "dtype": spec.dtype,
+            "space": spec.digest.hex(),
+            "draw": movie.draw.to_json(),
+            "keys": [movie.key(t).hex() for t in self.block],
+            "need": self.need,
+            "batch_size": self.batch_size,
+            "ahead": self.ahead,
+            "hits": self.hits,
+        }
+
+    def names(self) -> dict[str, Any]:
+        """Give what else the message has where the movie can be opened by others."""
+        movie, source = self.movie, self.movie.source
+        if source is None:
+            return {}
+        return {
+            "source": source.absolute().to_json(),
+            "name": movie.name,
+            "origin": movie.origin,
+            "frames": [[t, *(d and d.hex() for d in movie.digests(t))] for t in self.block],
+        }
 
 
 def connect(address: Address) -> Connection:
@@ -86,25 +142,10 @@ class Client:
         with suppress(OSError):
             self._connection.close()
 
-    def fetch(
-        self, movie: MovieFeatures, block: Sequence[int], need: int, *,
-        batch_size: int, ahead: bool = False, hits: int = 0,
-    ) -> Answer:  # fmt: skip
-        """Ask for records of a movie's frames, and send the pixels of those that must be computed.
+    def fetch(self, ask: Ask) -> Answer:
+        """Ask for records of frames: by their names, or else with their pixels.
 
-        Parameters
-        ----------
-        movie : MovieFeatures
-        block : sequence of int
-            Frames to have computed.
-        need : int
-            How many of these, from the first on, are to be answered.
-        batch_size : int
-            Frames to embed at once, and to send at most beside those that are needed.
-        ahead : bool
-            Nobody waits for them.
-        hits : int
-            Records that were found since the last time, to be counted.
+        Pixels are sent where the server can't read the frames, or reads others.
 
         Returns
         -------
@@ -118,27 +159,11 @@ class Client:
         FrameError, MovieError
             A frame that is needed can't be read.
         """
-        spec = movie.spec
         try:
-            self._send({
-                "do": "want",
-                "backbone": spec.backbone.digest.hex(),
-                "pooling": spec.pooling,
-                "dtype": spec.dtype,
-                "space": spec.digest.hex(),
-                "draw": movie.draw.to_json(),
-                "keys": [movie.key(t).hex() for t in block],
-                "need": need,
-                "batch_size": batch_size,
-                "ahead": ahead,
-                "hits": hits,
-            })  # fmt: skip
-            lacking = self._receive("pixels")["pixels"]
-            sent = choose_pixels(lacking, need, batch_size)
-            if lacking:
-                self._send_pixels(movie, block, sent, need)
-            records = self._receive_records(spec.dtype)
-            return Answer(records, sent)
+            answer = self._ask(ask, named=True)
+            if any(isinstance(record, FrameError | MovieError) for record in answer.records):
+                answer = replace(self._ask(replace(ask, hits=0), named=False), sent=answer.sent)
+            return answer
         except ServiceError:
             self.close()
             raise
@@ -148,6 +173,14 @@ class Client:
         except (*GONE, KeyError, TypeError, ValueError) as error:
             self.close()
             raise ServiceError(self._say(f"is gone ({error!r})")) from error
+
+    def _ask(self, ask: Ask, *, named: bool) -> Answer:
+        self._send(ask.to_json() | (ask.names() if named else {}))
+        told = self._receive("pixels")
+        sent = told.get("named") or choose_pixels(told["pixels"], ask.need, ask.batch_size)
+        if told["pixels"]:
+            self._send_pixels(ask.movie, ask.block, sent, ask.need)
+        return Answer(self._receive_records(ask.movie.spec.dtype), sent)
 
     def _send_pixels(
         self, movie: MovieFeatures, block: Sequence[int], numbers: Sequence[int], need: int

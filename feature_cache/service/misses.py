@@ -19,7 +19,7 @@ from ..errors import FeatureCacheError, MissingRecordError, ServiceError
 from ..key import Record
 from ..spec import BackboneSpec
 from ..store import Usage
-from .client import Answer, Client, choose_pixels
+from .client import Answer, Ask, Client, choose_pixels
 from .hosting import Host, find_host, open_host
 from .place import Address, find_servers, identify
 from .service import Service
@@ -122,7 +122,7 @@ class Misses:
         with self._lock:
             block = plan_block(movie, absent, batch_size)
             hits, self.hits = self.hits, 0
-            ask = _Ask(movie, block, len(absent), batch_size, hits=hits)
+            ask = Ask(movie, block, len(absent), batch_size, hits=hits)
             try:
                 records, sent = self._route.run(ask)
             except MissingRecordError:  # it was closed, or this is a fork that outlives its parent
@@ -141,9 +141,9 @@ class Misses:
         self._renew()
         good = _hash_frames(movie, times)
         if good:
-            self._ahead.put(_Ask(movie, good, 0, batch_size, ahead=True))
+            self._ahead.put(Ask(movie, good, 0, batch_size, ahead=True))
 
-    def _read_on(self, movie: MovieFeatures, ask: _Ask, sent: Sequence[int]) -> None:
+    def _read_on(self, movie: MovieFeatures, ask: Ask, sent: Sequence[int]) -> None:
         """Read one block more ahead, where frames are asked for one after the other."""
         place, first, last = id(movie), ask.block[0], ask.block[ask.need - 1]
         before = self._run if self._run is not None and self._run.place == place else None
@@ -156,7 +156,7 @@ class Misses:
         if goes_on and self._run is not None:
             following = _hash_frames(movie, range(self._run.end, self._run.end + ask.batch_size))
             if following:
-                self._ahead.put(_Ask(movie, following, 0, ask.batch_size, ahead=True))
+                self._ahead.put(Ask(movie, following, 0, ask.batch_size, ahead=True))
                 self._run = _Run(place, following[-1] + 1, following[0])
 
     def _renew(self) -> None:
@@ -178,18 +178,6 @@ class _Known:
     def addresses(self) -> list[Address]:
         servers = [host.server for host in self.hosts.values() if host.server is not None]
         return [*(server.address for server in servers), *self._inherited]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ask:
-    """What to have computed: frames of a movie, of which the first ones are needed."""
-
-    movie: MovieFeatures
-    block: Sequence[int]
-    need: int
-    batch_size: int
-    ahead: bool = False
-    hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +211,7 @@ class _Route:
         self._known = known
         self._client: Client | None = None
 
-    def run(self, ask: _Ask) -> tuple[list[Record], Sequence[int]]:
+    def run(self, ask: Ask) -> tuple[list[Record], Sequence[int]]:
         """Have it done; give what is needed, and which of the block was to be computed for it."""
         failed: ServiceError | None = None
         for _ in range(8):
@@ -238,15 +226,12 @@ class _Route:
                 failed = error
         raise failed or ServiceError("nobody answers")
 
-    def _try(self, ask: _Ask, failed: ServiceError | None) -> Answer:
+    def _try(self, ask: Ask, failed: ServiceError | None) -> Answer:
         backbone = ask.movie.spec.backbone.digest.hex()
         host = _own_host(ask.movie.cache, backbone)
         client = self._connected(ask.movie.cache, backbone, failed, own=host is not None)
         if client is not None:
-            return client.fetch(
-                ask.movie, ask.block, ask.need, batch_size=ask.batch_size, ahead=ask.ahead,
-                hits=ask.hits,
-            )  # fmt: skip
+            return client.fetch(ask)
         if host is not None and not (failed is not None and host.service.engine.closing):
             return _compute_here(host.service, ask)
         raise failed or _nobody(ask)
@@ -278,7 +263,7 @@ class _Route:
             _log.info("%s", error)
             return None
 
-    def _look_again(self, ask: _Ask) -> list[Record] | None:
+    def _look_again(self, ask: Ask) -> list[Record] | None:
         """Read what may have been committed meanwhile."""
         records = ask.movie.space.read(ask.movie.keys(ask.block[: ask.need]))
         found = [record for record in records if record is not None]
@@ -303,7 +288,7 @@ def _own_host(cache: OpenCache, backbone: str) -> Host | None:
     return host if host is not None and backbone in host.service.backbones else None
 
 
-def _nobody(ask: _Ask) -> MissingRecordError:
+def _nobody(ask: Ask) -> MissingRecordError:
     movie = ask.movie
     worker = "a DataLoader worker" if get_worker_info() is not None else "a process without it"
     first = movie.where(ask.block[0])
@@ -315,7 +300,7 @@ def _nobody(ask: _Ask) -> MissingRecordError:
     )
 
 
-def _compute_here(service: Service, ask: _Ask) -> Answer:
+def _compute_here(service: Service, ask: Ask) -> Answer:
     """Have the engine of this process compute; wait for what is needed."""
     movie, engine = ask.movie, service.engine
     model = service.model(movie.spec.backbone)
@@ -375,12 +360,12 @@ class _Ahead:
 
     def __init__(self, known: _Known) -> None:
         self._known = known
-        self._asks: deque[_Ask] = deque()
+        self._asks: deque[Ask] = deque()
         self._lock = threading.RLock()  # as the engine's
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
 
-    def put(self, ask: _Ask) -> None:
+    def put(self, ask: Ask) -> None:
         with self._lock:
             if len(self._asks) >= AHEAD_BLOCKS:
                 return
@@ -392,7 +377,7 @@ class _Ahead:
                 self._thread.start()
             self._changed.notify()
 
-    def _next(self) -> _Ask | None:
+    def _next(self) -> Ask | None:
         with self._lock:
             self._changed.wait_for(lambda: self._asks, _IDLE_SECONDS)
             if not self._asks:
@@ -407,7 +392,7 @@ class _Ahead:
                 there = ask.movie.contains(ask.block).tolist()
                 missing = [t for t, found in zip(ask.block, there, strict=True) if not found]
                 if missing:
-                    route.run(_Ask(ask.movie, missing, 0, ask.batch_size, ahead=True))
+                    route.run(Ask(ask.movie, missing, 0, ask.batch_size, ahead=True))
             except (FeatureCacheError, OSError, ValueError) as error:
                 _log.info("not read ahead: %s", error)  # the sample that needs it is told
         route.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -12,18 +13,22 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from multiprocessing import AuthenticationError
 from typing import Any
 
 import numpy as np
 
 from ..augment import Draw
-from ..engine import Frame, Promise, Request, Wanted
+from ..cache import MovieFeatures
+from ..engine import Frame, Promise, Request, Wanted, request_frame
 from ..errors import FeatureCacheError, FrameError, MissingRecordError, ServiceError
-from ..hashing import DIGEST_BYTES, Digest, frame_digest, mask_digest
+from ..hashing import DIGEST_BYTES, Digest, canonical_json, frame_digest, mask_digest
 from ..key import Record, record_key
+from ..movies import Movie, Source
 from ..spec import SpaceSpec
 from . import wire
+from .client import choose_pixels
 from .place import (
     HAS_ABSTRACT,
     Address,
@@ -214,6 +219,7 @@ class _Conversation:
 
     def __init__(self, service: Service, connection: Connection, header: dict[str, Any]) -> None:
         self.service, self.engine, self.connection = service, service.engine, connection
+        self.header = header
         self.keys = _read_keys(header)
         self.need, self.batch_size = int(header["need"]), int(header["batch_size"])
         self.is_ahead = bool(header.get("ahead"))
@@ -227,12 +233,52 @@ class _Conversation:
     def run(self) -> None:
         promises = self.engine.find(self.space, self.keys)
         lacking = [i for i, promise in enumerate(promises) if promise is None]
-        wire.send(self.connection, {"pixels": lacking})
+        named = self._read_named(choose_pixels(lacking, self.need, self.batch_size))
+        told = {"pixels": [], "named": [*named]} if named else {"pixels": lacking}
+        wire.send(self.connection, told)
         self.service.progress.add(misses=sum(i < self.need for i in lacking))
-        if lacking:
+        if named:
+            for i, promise in named.items():
+                promises[i] = promise
+        elif lacking:
             for i, promise in self._receive_pixels(set(lacking)):
                 promises[i] = promise
         self._send_records([self._wait(promise) for promise in promises[: self.need]])
+
+    def _read_named(self, numbers: Sequence[int]) -> dict[int, Promise]:
+        """Have frames read here, by the names that the client gave; none where that can't be."""
+        if "source" not in self.header or not numbers:
+            return {}
+        try:
+            movie = self._open_named(str(self.header["name"]), str(self.header["origin"]))
+            model = self.service.model(self.spec.backbone)
+            promises = {i: Promise() for i in numbers}
+            requests = []
+            for i, promise in promises.items():
+                t, *digests = self.header["frames"][i]
+                frame, mask = (None if d is None else bytes.fromhex(d) for d in digests)
+                if frame is None or not 0 <= t < len(movie):
+                    return {}
+                movie.know({t: (frame, mask)})
+                if movie.key(t) != self.keys[i]:
+                    raise ServiceError(f"{movie.where(t)} has other digests than its key")
+                request = request_frame(model, t, [(movie, promise)], self.batch_size)
+                request.ahead = self.is_ahead
+                requests.append(request)
+        except (FeatureCacheError, OSError) as error:
+            _log.info("pixels are asked for: %s", error)
+            return {}
+        self.engine.submit(requests)
+        return promises
+
+    def _open_named(self, name: str, origin: str) -> MovieFeatures:
+        source = canonical_json(self.header["source"])
+        opened = _open_source(source)
+        backbone = self.service.backbones[self.spec.backbone.digest.hex()]
+        return MovieFeatures(
+            self.service.cache, opened.frames, opened.masks, backbone, self.spec, self.draw, name,
+            origin, Source.from_json(json.loads(source)),
+        )  # fmt: skip
 
     def _receive_pixels(self, lacking: set[int]) -> Iterator[tuple[int, Promise]]:
         described = wire.receive(self.connection)["frames"]
@@ -301,6 +347,11 @@ class _Conversation:
             headers.append({"features": list(features.shape), "labels": length})
             arrays += [features] if labels is None else [features, labels]
         wire.send(self.connection, {"records": headers}, arrays)
+
+
+@lru_cache(maxsize=256)
+def _open_source(source: str) -> Movie:
+    return Source.from_json(json.loads(source)).open()
 
 
 def _read_keys(header: dict[str, Any]) -> list[Digest]:

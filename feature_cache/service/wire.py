@@ -4,8 +4,10 @@ A conversation is one of
 
 ::
 
-    -> {"do": "want", "pooling", "dtype", "backbone", "space", "draw", "keys", "need", …}
-    <- {"pixels": [numbers of the keys whose frames are to be sent]}
+    -> {"do": "want", "pooling", "dtype", "backbone", "space", "draw", "keys", "need", …,
+        where the movie is in files: "source", "frames": [[frame, digest, digest of the mask], …]}
+    <- {"pixels": [numbers of the keys whose frames are to be sent]}, none where "named" lists those
+       that the server reads by itself; then straight to the records
     -> {"frames": [{"frame": shape, "mask": shape, "digest", "mask_digest", …}, …]}
     <- {"go": true}, after memory for them is set aside
     -> the arrays: frame, mask, frame, mask, …
