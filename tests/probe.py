@@ -173,6 +173,20 @@ def read_log(out: Path, log: str = "seen", split: str = "train") -> list[dict[st
     return [line for line in lines if line["split"] == split]
 
 
+def note_builds(out: str) -> None:
+    """Have each movie whose training data are built become a line of ``built`` in `out`."""
+    build = CTCData._load_wrfeat
+
+    def note(data: CTCData) -> Any:
+        with open(f"{out}/built", "a") as log:
+            log.write(f"{data.root.parent.name}\n")
+        return build(data)
+
+    CTCData._load_wrfeat = note
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    fit(**json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[1])
+    note_builds(arguments["out"])
+    fit(**arguments)

@@ -236,4 +236,5 @@ def test_two_ranks_share_the_work_of_a_cold_cache(movies, records, tmp_path):
     assert [len(each) for each in seen] == [12, 12]  # 12 samples an epoch, half of them a rank
     check_lines(records, lines)
     assert set(embeddings(tmp_path / "embedded").values()) == {1}
+    assert sorted((tmp_path / "built").read_text().split()) == sorted(SEEDS)
     assert not damage(tmp_path / "cache")

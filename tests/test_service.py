@@ -97,6 +97,7 @@ def check(samples, expected):
         (1, "spawn", True),
         pytest.param(2, "spawn", False, marks=pytest.mark.slow),
         pytest.param(4, "spawn", True, marks=pytest.mark.slow),
+        pytest.param(2, "forkserver", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_cold_start_computes_each_record_once(
