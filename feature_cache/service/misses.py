@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..cache import MovieFeatures
-from ..engine import Engine, Promise, request_frame
+from ..engine import Engine, Promise
 from ..errors import FeatureCacheError, MissingRecordError, ServiceError
 from ..key import Record
 from ..spec import BackboneSpec
@@ -303,18 +303,13 @@ def _nobody(ask: Ask) -> MissingRecordError:
 def _compute_here(service: Service, ask: Ask) -> Answer:
     """Have the engine of this process compute; wait for what is needed."""
     movie, engine = ask.movie, service.engine
-    model = service.model(movie.spec.backbone)
     promises = engine.find(movie.space, [movie.key(t) for t in ask.block])
     lacking = [i for i, promise in enumerate(promises) if promise is None]
     service.progress.add(hits=ask.hits, misses=sum(i < ask.need for i in lacking))
     numbers = choose_pixels(lacking, ask.need, ask.batch_size)
-    requests = []
-    for i in numbers:
-        promises[i] = promise = Promise()
-        request = request_frame(model, ask.block[i], [(movie, promise)], ask.batch_size)
-        request.ahead = ask.ahead
-        requests.append(request)
-    engine.submit(requests)
+    frames = {i: ask.block[i] for i in numbers}
+    for i, promise in service.submit(movie, frames, ask.batch_size, ahead=ask.ahead).items():
+        promises[i] = promise
     return Answer([_wait(engine, promise) for promise in promises[: ask.need]], numbers)
 
 

@@ -21,8 +21,14 @@ import numpy as np
 
 from ..augment import Draw
 from ..cache import MovieFeatures
-from ..engine import Frame, Promise, Request, Wanted, request_frame
-from ..errors import FeatureCacheError, FrameError, MissingRecordError, ServiceError
+from ..engine import Frame, Promise, Request, Wanted
+from ..errors import (
+    FeatureCacheError,
+    FrameError,
+    MissingRecordError,
+    MovieError,
+    ServiceError,
+)
 from ..hashing import DIGEST_BYTES, Digest, canonical_json, frame_digest, mask_digest
 from ..key import Record, record_key
 from ..movies import Movie, Source
@@ -237,12 +243,10 @@ class _Conversation:
         told = {"pixels": [], "named": [*named]} if named else {"pixels": lacking}
         wire.send(self.connection, told)
         self.service.progress.add(misses=sum(i < self.need for i in lacking))
-        if named:
-            for i, promise in named.items():
-                promises[i] = promise
-        elif lacking:
-            for i, promise in self._receive_pixels(set(lacking)):
-                promises[i] = promise
+        if lacking and not named:
+            named = dict(self._receive_pixels(set(lacking)))
+        for i, promise in named.items():
+            promises[i] = promise
         self._send_records([self._wait(promise) for promise in promises[: self.need]])
 
     def _read_named(self, numbers: Sequence[int]) -> dict[int, Promise]:
@@ -251,25 +255,21 @@ class _Conversation:
             return {}
         try:
             movie = self._open_named(str(self.header["name"]), str(self.header["origin"]))
-            model = self.service.model(self.spec.backbone)
-            promises = {i: Promise() for i in numbers}
-            requests = []
-            for i, promise in promises.items():
-                t, *digests = self.header["frames"][i]
-                frame, mask = (None if d is None else bytes.fromhex(d) for d in digests)
-                if frame is None or not 0 <= t < len(movie):
-                    return {}
-                movie.know({t: (frame, mask)})
-                if movie.key(t) != self.keys[i]:
-                    raise ServiceError(f"{movie.where(t)} has other digests than its key")
-                request = request_frame(model, t, [(movie, promise)], self.batch_size)
-                request.ahead = self.is_ahead
-                requests.append(request)
+            frames = {i: self._know_named(movie, i) for i in numbers}
         except (FeatureCacheError, OSError) as error:
             _log.info("pixels are asked for: %s", error)
             return {}
-        self.engine.submit(requests)
-        return promises
+        return self.service.submit(movie, frames, self.batch_size, ahead=self.is_ahead)
+
+    def _know_named(self, movie: MovieFeatures, number: int) -> int:
+        """Take a frame's digests, with which its pixels are compared when they are read."""
+        t, frame, mask = self.header["frames"][number]
+        if not 0 <= t < len(movie):
+            raise MovieError(f"{movie.name} has {len(movie)} frames here, and {t} is asked for")
+        movie.know({t: (bytes.fromhex(frame), None if mask is None else bytes.fromhex(mask))})
+        if movie.key(t) != self.keys[number]:
+            raise ServiceError(f"{movie.where(t)} came with other digests than its key stands for")
+        return int(t)
 
     def _open_named(self, name: str, origin: str) -> MovieFeatures:
         source = canonical_json(self.header["source"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..cache import OpenCache
-from ..engine import Model
+from ..cache import MovieFeatures, OpenCache
+from ..engine import Model, Promise, request_frame
 from ..errors import MissingRecordError
 from ..spec import BackboneSpec
 from .progress import Progress
@@ -57,6 +58,20 @@ class Service:
                     raise MissingRecordError(f"{spec.name} is not served here")
                 self._models[digest] = self.cache.open_model(backbone, spec)
             return self._models[digest]
+
+    def submit(
+        self, movie: MovieFeatures, frames: Mapping[int, int], batch_size: int, *, ahead: bool
+    ) -> dict[int, Promise]:
+        """Have numbered frames of a movie read and computed; promise the record of each."""
+        model = self.model(movie.spec.backbone)
+        promises = {i: Promise() for i in frames}
+        requests = [
+            request_frame(model, t, [(movie, promises[i])], batch_size) for i, t in frames.items()
+        ]
+        for request in requests:
+            request.ahead = ahead
+        self.engine.submit(requests)
+        return promises
 
     def close(self) -> None:
         """Commit what is computed, and end."""
