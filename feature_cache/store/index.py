@@ -121,6 +121,11 @@ class Index:
         counted = [np.bincount(run.pack, minlength=len(self.packs)) for run in self._runs]
         return np.sum(counted, axis=0, dtype=np.int64) if counted else np.zeros(0, np.int64)
 
+    def packs_of(self, keys: Keys) -> list[str]:
+        """Name the packs where `find` finds some keys."""
+        numbers = np.unique(self.find(keys)[0])
+        return [self.packs[number] for number in numbers.tolist() if number >= 0]
+
     def holders(self, keys: Keys) -> list[str]:
         """Name all packs that hold one of some keys, also those that another pack holds too."""
         high, low = _halves(keys)

@@ -146,13 +146,8 @@ def _describe_pack(space: Space, name: str) -> dict[str, JSON]:
     provenance = read_provenance(space.packs_folder / name)
     sources = provenance.pop("records")
     records = [{"key": key, **source} for key, source in zip(keys, sources, strict=False)]
-    return {
-        "kind": "pack",
-        "name": name,
-        "space": space.path.name,
-        **provenance,
-        "records": records,
-    }
+    named = {"kind": "pack", "name": name, "space": space.path.name}
+    return {**named, **provenance, "records": records}
 
 
 def _describe_record(space: Space, name: str, row: int) -> dict[str, JSON]:

@@ -165,7 +165,9 @@ class Presence:
             if self._left:
                 return
             try:
-                self._refresh_members()
+                for member in list(self.members):
+                    with suppress(OSError):
+                        member.refresh()
                 if not self.announced:
                     self._write()
                 os.utime(self.file)
@@ -178,13 +180,6 @@ class Presence:
         for member in list(self.members):
             member.note()
         self.uses.save()
-
-    def _refresh_members(self) -> None:
-        for member in list(self.members):
-            try:
-                member.refresh()
-            except OSError as error:
-                _log.debug("not refreshed: %s", error)
 
     def _write(self) -> None:
         write_bytes(self.file, self._process.to_text().encode())

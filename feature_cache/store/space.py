@@ -39,7 +39,7 @@ from .pack import Pack, Span
 from .process import Presence, join
 from .table import read_rows, read_table, write_table
 from .uses import Uses
-from .writer import Entry, write_pack
+from .writer import Entry, shape_of, write_pack
 
 Mode = Literal["a", "r"]
 
@@ -207,9 +207,7 @@ class Space:
 
     def packs_of(self, keys: Keys) -> list[str]:
         """Name the packs that hold these records, as known since the last refresh."""
-        index = self._index
-        numbers = np.unique(index.find(keys)[0])
-        return [index.packs[number] for number in numbers.tolist() if number >= 0]
+        return self._index.packs_of(keys)
 
     def holders(self, keys: Keys) -> list[str]:
         """Name all packs that hold one of these records, as known since the last refresh."""
@@ -528,7 +526,5 @@ def quarantine_folder(space: Space, name: str) -> Path:
 def _by_shape(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     groups: dict[tuple[int, ...], list[Entry]] = {}
     for entry in entries:
-        grid = entry.record.labels is None
-        shape = entry.record.features.shape if grid else entry.record.features.shape[1:]
-        groups.setdefault(shape, []).append(entry)
+        groups.setdefault(shape_of(entry.record), []).append(entry)
     yield from groups.values()

@@ -57,18 +57,8 @@ ROOT_TEXTS = tuple(
 )
 ROOT_TEXT = ROOT_TEXTS[-1]
 OWN_NAMES = {
-    "CACHEDIR.TAG",
-    "asked",
-    "claims",
-    "pins",
-    "processes",
-    "quarantine",
-    "retired",
-    "spaces",
-    "stats",
-    "tables",
-    "uses",
-    "zarr.json",
+    *("CACHEDIR.TAG", "asked", "claims", "pins", "processes", "quarantine", "retired", "spaces"),
+    *("stats", "tables", "uses", "zarr.json"),
 }
 
 

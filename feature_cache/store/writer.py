@@ -132,7 +132,7 @@ def _check_entries(entries: Sequence[Entry]) -> None:
     if dtypes not in ({DTYPES["float16"]}, {DTYPES["float32"]}):
         found = ", ".join(sorted(map(str, dtypes))) or "none"
         raise ValueError(f"a pack of dtypes {found}: expected all float16 or all float32")
-    shapes = {_shape_of(entry.record) for entry in entries}
+    shapes = {shape_of(entry.record) for entry in entries}
     if len(shapes) > 1:
         raise ValueError(f"a pack of shapes {shapes}: expected one kind and one width")
     if len({entry.key for entry in entries}) < len(entries):
@@ -148,7 +148,7 @@ def _check_entries(entries: Sequence[Entry]) -> None:
             )
 
 
-def _shape_of(record: Record) -> tuple[int, ...]:
+def shape_of(record: Record) -> tuple[int, ...]:
     """Give what records of one pack share: the shape of a grid, or the width of regions."""
     return record.features.shape[record.labels is not None :]
 

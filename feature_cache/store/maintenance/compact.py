@@ -118,20 +118,16 @@ _Heirs = defaultdict[str, set[str]]
 """The packs, by name, whose records others hold by now, by these others' names."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One record to write again."""
+_Row = tuple[_Source, int]
+"""One record to write again."""
 
-    source: _Source
-    row: int
 
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """Records of one kind together, then movie, draw and frame."""
-        said = self.source.records[self.row]
-        draw, frame = canonical_json(said.get("draw", [])), said.get("frame", 0)
-        movie = str(said.get("movie"))
-        return self.source.kind, movie, draw, frame if type(frame) is int else 0
+def _order(record: _Row) -> tuple[Any, ...]:
+    """Sort by kind, then movie, draw and frame."""
+    source, row = record
+    said = source.records[row]
+    draw, frame = canonical_json(said.get("draw", [])), said.get("frame", 0)
+    return source.kind, str(said.get("movie")), draw, frame if type(frame) is int else 0
 
 
 def compact_space(
@@ -284,7 +280,7 @@ def _merge(
 ) -> CompactReport:
     """Merge those of some packs that are small, or hold what another holds; all of them if done."""
     ages = {} if most is not None else _ages(space)
-    opened = [s for name in names if (s := _open(space, name, ages.get(name, 0))) is not None]
+    opened = _open(space, names, ages)
     while True:
         merged, rows, duplicates, heirs = _choose(space, opened, target_bytes, most)
         if not merged:
@@ -293,7 +289,7 @@ def _merge(
             written = _write(space, merged, rows, target_bytes, progress)
         except (CorruptRecordError, FileNotFoundError):
             space.refresh()
-            opened = [source for source in opened if _is_sound(space, source)]
+            opened = _choose_sound(space, opened)
             continue
         names = [source.pack.name for source in merged if source.pack.name not in written]
         stay = [] if written else [s.pack.path for s in opened if s.pack.name not in names]
@@ -310,31 +306,39 @@ def _ages(space: Space) -> dict[str, int]:
     return {name: int(log2(1.0 + max(0.0, now - used) / 86400.0)) for name, used in uses.items()}
 
 
-def _open(space: Space, name: str, age: int) -> _Source | None:
-    """Open a pack; None for one that is gone, or damaged, which is then set aside."""
+def _open(space: Space, names: Iterable[str], ages: Mapping[str, int]) -> list[_Source]:
+    """Open packs, those that are sound as far as this reads them."""
+    opened = []
+    for name in names:
+        with _leaving_out(space, name):
+            pack = Pack(space.packs_folder / name)
+            check_metadata(pack.path)
+            origin = read_provenance(pack.path)
+            records = origin.pop("records")
+            records += [{} for _ in range(len(pack) - len(records))]
+            opened.append(_Source(pack, origin, records, ages.get(name, 0)))
+    return opened
+
+
+def _choose_sound(space: Space, opened: Iterable[_Source]) -> list[_Source]:
+    """Give the packs of which all is as it was written."""
+    sound = []
+    for source in opened:
+        with _leaving_out(space, source.pack.name):
+            source.pack.check()
+            sound.append(source)
+    return sound
+
+
+@contextmanager
+def _leaving_out(space: Space, name: str) -> Iterator[None]:
+    """Go on without a pack that is gone, or damaged, which is set aside."""
     try:
-        pack = Pack(space.packs_folder / name)
-        check_metadata(pack.path)
-        origin = read_provenance(pack.path)
+        yield
     except FileNotFoundError:
-        return None
+        return
     except CorruptRecordError as error:
         space.condemn(name, error)
-        return None
-    records = origin.pop("records")
-    return _Source(pack, origin, [*records, *({} for _ in range(len(pack) - len(records)))], age)
-
-
-def _is_sound(space: Space, source: _Source) -> bool:
-    """Tell whether all of a pack is as it was written; one that is not is set aside."""
-    try:
-        source.pack.check()
-    except FileNotFoundError:
-        return False
-    except CorruptRecordError as error:
-        space.condemn(source.pack.name, error)
-        return False
-    return True
 
 
 def _choose(
@@ -359,7 +363,7 @@ def _choose(
         is_chosen = len(own) < len(source.pack) or (name in wanted and kinds[source.kind] > 1)
         if is_chosen and (most is None or size + source.bytes <= most):
             merged.append(source)
-            rows += [_Row(source, row) for row in own]
+            rows += [(source, row) for row in own]
             for key in source.pack.keys:
                 heirs[seen[key.tobytes()]].add(name)
             total, size = total + len(source.pack), size + source.bytes
@@ -377,8 +381,7 @@ def _write(
 ) -> _Heirs:
     """Write records as new packs."""
     origins, written = _join_origins(merged), _Heirs(set)
-    ordered = sorted(rows, key=lambda row: row.order)
-    for kind, group in groupby(ordered, lambda row: row.source.kind):
+    for kind, group in groupby(sorted(rows, key=_order), lambda record: record[0].kind):
         for entries, sources in _read_entries(group, target_bytes):
             for name in space.write(entries, {"compacted_from": origins}, codec=kind[0]):
                 written[name] |= sources
@@ -414,11 +417,10 @@ def _read_entries(
     entries: list[Entry] = []
     sources: set[str] = set()
     size = 0
-    for row in rows:
-        pack, number = row.source.pack, row.row
-        record = pack.record(number)
-        entries.append(Entry(pack.keys[number].tobytes(), record, row.source.records[number]))
-        sources.add(pack.name)
+    for source, row in rows:
+        record = source.pack.record(row)
+        entries.append(Entry(source.pack.keys[row].tobytes(), record, source.records[row]))
+        sources.add(source.pack.name)
         size += record.features.nbytes
         if size >= target_bytes:
             yield entries, sources

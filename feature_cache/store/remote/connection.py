@@ -17,19 +17,9 @@ if TYPE_CHECKING:
 
 _VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _CLIENT_KEYS = (
-    "allow_http",
-    "allow_invalid_certificates",
-    "connect_timeout",
-    "http1_only",
-    "http2_only",
-    "pool_idle_timeout",
-    "pool_max_idle_per_host",
-    "proxy_ca_certificate",
-    "proxy_excludes",
-    "proxy_url",
-    "read_timeout",
-    "timeout",
-    "user_agent",
+    *("allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only"),
+    *("pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes"),
+    *("proxy_url", "read_timeout", "timeout", "user_agent"),
 )
 _CLIENT_OPTIONS = {"connect_timeout": "5s", "timeout": "60s"}
 _RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}

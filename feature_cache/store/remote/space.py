@@ -142,9 +142,7 @@ class RemoteSpace:
         return Space.find(top, keys)
 
     def _absent_packs(self, keys: Keys, packs_folder: Path) -> list[str]:
-        index = self._index
-        numbers = np.unique(index.find(keys)[0])
-        names = [index.packs[number] for number in numbers.tolist() if number >= 0]
+        names = self._index.packs_of(keys)
         return [name for name in names if not (packs_folder / name).is_dir()]
 
     def _pull(self, packs_folder: Path, writer: str, name: str) -> str | None:
