@@ -37,6 +37,8 @@ RETRIES = 2
 """How often a unit whose worker raised an error is tried again, on any worker."""
 
 _UNITS_PER_THREAD = 3
+_LEAST_UNITS_PER_THREAD, _MOST_EMBEDDINGS = 16, 1024
+"""Units are as large as leaves so many for each thread, up to a size."""
 _LOOK_SECONDS = 2.0
 _LEAVE_SECONDS = 30.0
 CONNECT_SECONDS = 10.0
@@ -53,7 +55,6 @@ def run_on_cluster(
     failed: FailureListener | None = None,
     max_bytes: int | None = None,
     push: str | None = None,
-    unit_embeddings: int = UNIT_EMBEDDINGS,
 ) -> WarmReport:
     """Have workers compute and commit what a plan found missing.
 
@@ -69,8 +70,6 @@ def run_on_cluster(
     client : distributed.Client
     batch_size, progress, failed, max_bytes, push
         As `run_warm`. Each worker sends the packs that it writes.
-    unit_embeddings : int
-        About how many frames and copies a worker is given at once.
 
     Raises
     ------
@@ -87,11 +86,12 @@ def run_on_cluster(
     plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
     tally = Tally(progress, failed)
     pushing = None if push is None else Pushing(plan.cache, push)
+    embeddings = _unit_embeddings(plan, client)
     orders = [
         (unit, _order(plan, unit, source, recipe, batch_size, push))
         for task in plan.tasks
         for source in [_source_of(task)]
-        for unit in task.units(unit_embeddings)
+        for unit in task.units(embeddings)
     ]
     budget = None if max_bytes is None else open_budget(plan.cache, max_bytes)
     _Run(plan, client, tally, budget, orders[::-1]).work_off()
@@ -99,6 +99,19 @@ def run_on_cluster(
         tally.fail(over_budget(plan, budget.max_bytes, tally))
     finish_push(pushing, tally)
     return make_report(plan, tally, started)
+
+
+def _unit_embeddings(plan: WarmPlan, client: Client) -> int:
+    """Choose how much a worker is given at once: much, as long as all end at about the same time.
+
+    Each unit costs the one scheduler some milliseconds, and the file system a pack.
+    """
+    with _reaching(client):
+        threads = sum(client.ncores().values())
+    share = sum(task.embeddings for task in plan.tasks) // (
+        _LEAST_UNITS_PER_THREAD * max(1, threads)
+    )
+    return min(max(UNIT_EMBEDDINGS, share), _MOST_EMBEDDINGS)
 
 
 def _source_of(task: Task) -> Source:

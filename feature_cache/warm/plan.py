@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 UNIT_EMBEDDINGS = 64
-"""Frames and copies of a unit: what a worker is given at once."""
+"""Frames and copies of a unit: what a worker is given at once, at least."""
 
 DENSE = ("none", "original", "all")
 """Of what to keep grids too: nothing, the movies themselves, all copies."""
