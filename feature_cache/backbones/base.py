@@ -302,6 +302,9 @@ class TorchBackbone(Frozen, ABC):
     def _describe(self, weights: str) -> BackboneSpec:
         """Complete the spec, given the hex digest of the weights."""
 
+    def _make_spec(self, weights: str, **terms: Any) -> BackboneSpec:
+        return BackboneSpec(self.name, self.revision, weights, dtype=self.dtype, **terms)
+
     @abstractmethod
     def _build(self) -> nn.Module:
         """Build the network with its weights, on the CPU."""

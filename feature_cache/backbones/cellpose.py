@@ -67,16 +67,13 @@ class CellposeSam(HubBackbone):
         self.checkpoint = checkpoint
 
     def _describe(self, weights: str) -> BackboneSpec:
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer="readout",
             width=_WIDTH,
             stride=_PATCH,
             input_size=(_INPUT, _INPUT),
             resize="bilinear",
-            dtype=self.dtype,
             normalization=Normalization("percentile", 0, 100),
             extra={"percentiles": list(_PERCENTILES), "clipped": False},
         )

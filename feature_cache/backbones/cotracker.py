@@ -61,16 +61,13 @@ class CoTracker(TorchBackbone):
 
     def _describe(self, weights: str) -> BackboneSpec:
         mean, std = _RANGES[self.input_range]
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer="fnet",
             width=128,
             stride=4,
             mean=(mean,) * 3,
             std=(std,) * 3,
-            dtype=self.dtype,
             extra={"input_range": self.input_range, "cells": "l2"},
         )
 

@@ -51,16 +51,13 @@ class EfficientNetLite0(LayeredBackbone):
         self.layer = layer
 
     def _describe(self, weights: str) -> BackboneSpec:
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer=self.layer,
             width=_LAYERS[self.layer][1],
             stride=int(self.layer.removeprefix("stride-")),
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
-            dtype=self.dtype,
         )
 
     def _weights_file(self) -> Path | None:

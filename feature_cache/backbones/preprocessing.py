@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import BackboneError
@@ -28,6 +29,12 @@ def check_input_size(size: int | tuple[int, int], multiple: int, name: str) -> t
             f"multiple of {multiple} and at least {multiple}"
         )
     return pair[0], pair[1]
+
+
+def round_up(shape: Sequence[int], stride: int) -> tuple[int, int]:
+    """Give the least (H, W) of whole cells in which a shape fits."""
+    height, width = (-(-length // stride) * stride for length in shape)
+    return height, width
 
 
 def scale_by_percentiles(frames: Tensor, low: float, high: float) -> Tensor:

@@ -26,7 +26,7 @@ from .checkpoint import as_json, check_config, model_file
 from .hub import hub_file
 from .known import KNOWN
 from .layers import LayeredBackbone
-from .preprocessing import check_input_size
+from .preprocessing import check_input_size, round_up
 from .transformers import import_transformers
 
 Fpn: TypeAlias = Literal["fpn-0", "fpn-1", "fpn-2", "fpn-3"]
@@ -199,10 +199,8 @@ class Repository(LayeredBackbone):
         if self._repository not in KNOWN:  # which decide numbers, and may be others at any time
             told = {k: v for k, v in self._plain_config.items() if k not in _NOTES}
             settings = {"config": digest_json(told).hex()}
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer=self._name_layer(),
             width=plan.width,
             stride=plan.stride,
@@ -210,7 +208,6 @@ class Repository(LayeredBackbone):
             resize=plan.resize,
             mean=plan.mean,
             std=plan.std,
-            dtype=self.dtype,
             extra=settings,
         )
 
@@ -278,7 +275,7 @@ class Repository(LayeredBackbone):
 
     def _as_input(self, images: Tensor) -> Tensor:
         spec = self.spec
-        size = spec.input_size or _round_up(images.shape[1:], spec.stride)
+        size = spec.input_size or round_up(images.shape[1:], spec.stride)
         images = resize_frames(images, size, spec.resize.removeprefix("round-up-"))
         if not spec.mean:
             return images[:, None].expand(-1, 3, -1, -1)
@@ -362,11 +359,6 @@ def _pair(size: Any) -> tuple[int, int] | None:
     if isinstance(size, int):
         return size, size
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else None
-
-
-def _round_up(shape: Sequence[int], stride: int) -> tuple[int, int]:
-    height, width = (-(-length // stride) * stride for length in shape)
-    return height, width
 
 
 def _cut_prefix(state: dict[str, Tensor], wanted: Mapping[str, object]) -> dict[str, Tensor]:

@@ -104,10 +104,8 @@ class SegmentAnything(HubBackbone):
         self.fit = fit
 
     def _describe(self, weights: str) -> BackboneSpec:
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer="neck",
             width=256,
             stride=_PATCH,
@@ -115,7 +113,6 @@ class SegmentAnything(HubBackbone):
             resize=_RESIZE,
             mean=self.mean,
             std=self.std,
-            dtype=self.dtype,
             extra={"fit": self.fit},
         )
 

@@ -77,10 +77,8 @@ class SAM2(TorchBackbone):
 
     def _describe(self, weights: str) -> BackboneSpec:
         highres, scaled = self._is_highres, self.standardize
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer="backbone_fpn[0], conv_s0" if highres else "backbone_fpn[-1]",
             width=32 if highres else 256,
             stride=4 if highres else 16,
@@ -88,7 +86,6 @@ class SAM2(TorchBackbone):
             resize=self.resize,
             mean=IMAGENET_MEAN if scaled else (0.0, 0.0, 0.0),
             std=IMAGENET_STD if scaled else (1.0, 1.0, 1.0),
-            dtype=self.dtype,
             extra={"no_mem_embed": not highres},
         )
 

@@ -54,15 +54,12 @@ class TimeArrow(TorchBackbone):
         super().__init__(name, weights, device, dtype)
 
     def _describe(self, weights: str) -> BackboneSpec:
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer=self.architecture,
             width=_WIDTHS[self.architecture],
             stride=1,
             channels="single",
-            dtype=self.dtype,
             normalization=Normalization("percentile", 0, 100),
             extra={"percentiles": list(_PERCENTILES), "clipped": False},
         )

@@ -22,7 +22,7 @@ from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
 from .hub import hub_file
 from .layers import LayeredBackbone
-from .preprocessing import check_input_size
+from .preprocessing import check_input_size, round_up
 
 _INSTALL = 'pip install "feature-cache[timm]"'
 
@@ -88,10 +88,8 @@ class Timm(LayeredBackbone):
         built: dict[str, JSON] = {
             name: hub[name] for name in ("architecture", "model_args") if name in hub
         }
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer=plan.layer,
             width=plan.width,
             stride=plan.stride,
@@ -99,7 +97,6 @@ class Timm(LayeredBackbone):
             resize=plan.resize,
             mean=plan.mean,
             std=plan.std,
-            dtype=self.dtype,
             extra={"norm": plan.norm, **built},
         )
 
@@ -189,7 +186,7 @@ class Timm(LayeredBackbone):
 
     def _as_input(self, images: Tensor) -> Tensor:
         spec = self.spec
-        size = spec.input_size or _round_up(images.shape[1:], spec.stride)
+        size = spec.input_size or round_up(images.shape[1:], spec.stride)
         rule = spec.resize.removeprefix("round-up-")
         return super()._as_input(resize_frames(images, size, rule))
 
@@ -251,11 +248,6 @@ def _has_own_size(config: Any) -> bool:
     """Whether a model is made for one input size."""
     read = config.get if isinstance(config, dict) else lambda key: getattr(config, key)
     return bool(read("fixed_input_size"))
-
-
-def _round_up(shape: Sequence[int], stride: int) -> tuple[int, int]:
-    height, width = (-(-length // stride) * stride for length in shape)
-    return height, width
 
 
 def _import_timm(name: str) -> ModuleType:

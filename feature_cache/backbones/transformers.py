@@ -123,10 +123,8 @@ class _Stretched(HubBackbone):
         self.input_size = check_input_size(wanted, self.patch, name)
 
     def _describe(self, weights: str) -> BackboneSpec:
-        return BackboneSpec(
-            name=self.name,
-            revision=self.revision,
-            weights=weights,
+        return self._make_spec(
+            weights,
             layer="last_hidden_state",
             width=self._width(),
             stride=self.patch,
@@ -134,7 +132,6 @@ class _Stretched(HubBackbone):
             resize="bicubic-antialias",
             mean=self.mean,
             std=self.std,
-            dtype=self.dtype,
         )
 
     def _width(self) -> int:
