@@ -70,7 +70,11 @@ def finish(function: Callable[[], None]) -> None:
     In a thread: what a signal raises (Ctrl-C; torch, of a worker killed) comes to the main one.
     """
     working = threading.Thread(target=function, daemon=True)
-    working.start()
+    try:
+        working.start()
+    except RuntimeError:  # since Python 3.12 none starts while the interpreter ends
+        function()
+        return
     try:
         working.join()
     except BaseException:
