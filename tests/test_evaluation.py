@@ -78,6 +78,8 @@ def test_features_that_tell_are_found_ranked_and_kept(tmp_path: Path) -> None:
         assert [score.setup.name for score in result.ranking] == ["fake", "debug/random"]
         assert result.best is result.scores[1]
         assert result.scores[1].alone.value > 0.95
+        for share in (result.position, result.shape, *(s.alone for s in result.scores)):
+            assert 0 <= share.low <= share.value <= share.high <= 1
         assert not result.scores[0].gain.is_positive
         assert "layer projection of fake, mean_patches_exact: +0." in result.verdict
     opened = Movie.open(movie)

@@ -11,7 +11,7 @@ Job = Callable[[], object]
 
 
 class Crew:
-    """As many threads as there are jobs for, up to a number; they end with the process.
+    """A thread more with each job, up to a number; they end with the process.
 
     An executor of the standard library takes 0.1 ms for each job, of which nobody needs the result.
 
@@ -29,7 +29,7 @@ class Crew:
 
     def submit(self, job: Job) -> None:
         """Have a job done; after `close`, perhaps not."""
-        if len(self._threads) < self._most and (not self._threads or not self._jobs.empty()):
+        if len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._threads.append(thread)
             thread.start()

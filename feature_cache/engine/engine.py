@@ -396,7 +396,8 @@ class Engine:
         if not batch:
             return
         try:
-            mine = self._look_again(self._claim(batch))
+            batch = self._claim(batch)  # what is set aside is not to fail with what is ours
+            mine = self._look_again(batch)
         except StoreError as error:
             for request in batch:
                 self._fail(request.wanted, error)

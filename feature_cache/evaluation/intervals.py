@@ -64,8 +64,12 @@ class Bootstrap:
         random = np.random.Generator(np.random.Philox(seed))
         self._draws = random.multinomial(count, np.full(count, 1 / count), DRAWS)
 
-    def share(self, hits: Floats, comparisons: float = 1) -> Share:
-        """Give the mean of (L,) hits, or differences of hits, with its interval.
+    def share(self, hits: Floats) -> Share:
+        """Give the mean of (L,) hits, each 0 to 1, with its interval."""
+        return self._mean(hits, 0.0, 1)
+
+    def difference(self, hits: Floats, comparisons: float = 1) -> Share:
+        """Give the mean of (L,) differences of hits with its interval.
 
         Parameters
         ----------
@@ -79,12 +83,15 @@ class Bootstrap:
         frames less one as degrees of freedom: percentiles of the draws alone are too narrow where
         frames are few.
         """
+        return self._mean(hits, -1.0, comparisons)
+
+    def _mean(self, hits: Floats, least: float, comparisons: float) -> Share:
         frames, value = len(self._sizes), float(hits.mean())
         if frames < 2:
-            return Share(value, -1.0, 1.0)
+            return Share(value, least, 1.0)
         error = float(self._draw(hits).std()) * np.sqrt(frames / (frames - 1))
         width = error * float(stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, frames - 1))
-        return Share(value, value - width, value + width)
+        return Share(value, max(least, value - width), min(1.0, value + width))
 
     def count_independent(self, hits: Sequence[Floats]) -> float:
         """Say as how many independent ones these (L,) hits count, which are mostly alike.

@@ -266,14 +266,14 @@ class _Trial:
             chance=links.chance,
             position=frames.share(self._place),
             shape=frames.share(self._shape),
-            shape_gain=frames.share(self._shape - self._place),
+            shape_gain=frames.difference(self._shape - self._place),
             scores=tuple(
                 Score(
                     setup=setup,
                     alone=frames.share(alone),
                     combined=frames.share(combined),
-                    gain=frames.share(gain, comparisons),
-                    behind=frames.share(best - combined, comparisons),
+                    gain=frames.difference(gain, comparisons),
+                    behind=frames.difference(best - combined, comparisons),
                 )
                 for setup, gain, (alone, combined) in zip(setups, gains, self._found, strict=True)
             ),
