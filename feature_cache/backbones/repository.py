@@ -31,6 +31,8 @@ from .transformers import import_transformers
 
 Fpn: TypeAlias = Literal["fpn-0", "fpn-1", "fpn-2", "fpn-3"]
 _RESAMPLE = MappingProxyType({2: "bilinear", 3: "bicubic"})
+_PARTS = ("detector_config", "vision_config")
+"""Where the vision model stands in a larger model's configuration, one in the other."""
 _NOTES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Of a configuration, what decides no number here."""
 _SCALES = ("image_mean", "image_std")
@@ -121,8 +123,8 @@ class Repository(LayeredBackbone):
                 f"{self._repository}: {str(error).splitlines()[0]}; try a newer one, or "
                 "timm/<model>"
             ) from error
-        config = getattr(config, "detector_config", config)
-        config = getattr(config, "vision_config", config)
+        for part in _PARTS:
+            config = getattr(config, part, config)
         if hasattr(config, "vision_use_head"):
             config.vision_use_head = False
         return config
@@ -197,7 +199,10 @@ class Repository(LayeredBackbone):
     def _describe(self, weights: str) -> BackboneSpec:
         plan, settings = self._plan, {}
         if self._repository not in KNOWN:  # which decide numbers, and may be others at any time
-            told = {k: v for k, v in self._plain_config.items() if k not in _NOTES}
+            told = self._plain_config
+            for part in _PARTS:
+                told = told.get(part, told)
+            told = {k: v for k, v in told.items() if k not in _NOTES}
             settings = {"config": digest_json(told).hex()}
         return self._make_spec(
             weights,
