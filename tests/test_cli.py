@@ -603,7 +603,8 @@ def test_shells_complete_names(run, monkeypatch, shell, words, found):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_can_be_shown(shell):
+def test_completion_can_be_shown(shell, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # there may be none
     command = Path(sys.executable).with_name("feature-cache")
     done = subprocess.run(
         [command, "--show-completion", shell], capture_output=True, text=True, check=True
