@@ -31,11 +31,12 @@ from ..hashing import JSON, canonical_json, digest_json
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, write_bytes
 from .uses import Uses
 
-BEAT_SECONDS = 30.0
+BEAT_SECONDS = 15.0
 NOTE_SECONDS = 5.0
 """How soon what was read is written down, for gc."""
-SILENT_SECONDS = 120.0
-"""A process of another host that was not heard of for so long has lost its claims."""
+SILENT_SECONDS = 90.0
+"""A process of another host that was not heard of for so long has lost its claims: two beats, and
+the minute for which a client of NFS may show a time that is old."""
 GONE_SECONDS = 900.0
 """One that was not heard of for so long uses nothing any more."""
 
