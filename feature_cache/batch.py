@@ -107,6 +107,16 @@ class Tokens:
         ordered[self.order] = features
         return ordered
 
+    def write(self, found: Found, rows: Tensor) -> None:
+        """Write the features of the tokens into rows of a batch, and zeros into those left.
+
+        Errors as `select`.
+        """
+        if self.times:
+            _cast(self.select(found), rows)
+        if len(self.labels) < len(rows):
+            rows[len(self.labels) :] = 0
+
     def _select_all(self, span: Span) -> NDArray[np.floating[Any]] | None:
         """Give the features from a span at once, if it has these tokens."""
         if span.offsets is None or span.labels is None:
@@ -154,27 +164,13 @@ def _select_rows(
     return record.features[rows]
 
 
-def pad(tokens: Sequence[Tokens], found: Sequence[Found]) -> Tensor:
-    """Write the features of a batch into one tensor.
-
-    Parameters
-    ----------
-    tokens : sequence of Tokens
-        B samples.
-    found : sequence of Found
-        For each sample, the records of its frames.
-
-    Returns
-    -------
-    (B, N, C) float32
-        N is that of the longest sample; the others end in zeros.
+def begin_batch(tokens: Sequence[Tokens]) -> Tensor:
+    """Make room for the features of some samples: (B, N, C) float32, N that of the longest.
 
     Raises
     ------
     ValueError
         Features of different width.
-    FrameError
-        A label is not in the mask of its frame.
     """
     widths = {one.movie.spec.backbone.width: one.movie.spec.backbone.name for one in tokens}
     if len(widths) > 1:
@@ -184,13 +180,7 @@ def pad(tokens: Sequence[Tokens], found: Sequence[Found]) -> Tensor:
             "use one backbone for all movies, or batches of one sample"
         )
     longest = max((len(one.labels) for one in tokens), default=0)
-    padded = torch.empty(len(tokens), longest, *(widths or (0,)))
-    for rows, one, records in zip(padded, tokens, found, strict=True):
-        if one.times:
-            _cast(one.select(records), rows)
-        if len(one.labels) < longest:
-            rows[len(one.labels) :] = 0
-    return padded
+    return torch.empty(len(tokens), longest, *(widths or (0,)))
 
 
 def _cast(features: NDArray[np.floating[Any]], rows: Tensor) -> None:

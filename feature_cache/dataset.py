@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augmentations, Draw
-from .batch import Batch, Found, Sample, Tokens, pad
+from .batch import Batch, Sample, Tokens, begin_batch
 from .cache import MovieFeatures, check_batch_size, warm_movies
 from .errors import DrawError, MissingRecordError, UnknownNameError
 from .forks import cached_property
@@ -335,7 +335,18 @@ def finish(unfinished: Sequence[Unfinished]) -> Batch:
     movie and copy by copy. Errors as `TokenFeatures`, and ValueError for features of different
     width.
     """
-    padded = pad([one.tokens for one in unfinished], _read(unfinished))
+    padded = begin_batch([one.tokens for one in unfinished])
+    apart = []
+    for one, rows in zip(unfinished, padded, strict=True):
+        # Read and copied one after the other, they take the same memory again.
+        span = one.tokens.movie.span(one.tokens.times)
+        if span is None:
+            apart.append((one, rows))
+        else:
+            one.source.count(one.tokens.movie, len(span), span.features.nbytes)
+            one.tokens.write(span, rows)
+    for (one, rows), records in zip(apart, _look_up([one for one, _ in apart]), strict=True):
+        one.tokens.write(records, rows)
     samples = []
     for one, rows in zip(unfinished, padded, strict=True):
         features = rows[: len(one.tokens.labels)]
@@ -343,16 +354,6 @@ def finish(unfinished: Sequence[Unfinished]) -> Batch:
             features.copy_(one.change(features))
         samples.append({**one.sample, "pretrained_feats": features})
     return Batch(samples, padded)
-
-
-def _read(unfinished: Sequence[Unfinished]) -> list[Found]:
-    """Give, for each sample, its records as one span, or else each of them."""
-    spans = [one.tokens.movie.span(one.tokens.times) for one in unfinished]
-    for one, span in zip(unfinished, spans, strict=True):
-        if span is not None:
-            one.source.count(one.tokens.movie, len(span), span.features.nbytes)
-    apart = iter(_look_up([u for u, span in zip(unfinished, spans, strict=True) if span is None]))
-    return [next(apart) if span is None else span for span in spans]
 
 
 def _look_up(unfinished: Sequence[Unfinished]) -> list[list[Record]]:

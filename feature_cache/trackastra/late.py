@@ -149,19 +149,15 @@ class NoFrames:
         return np.zeros_like(self.masks[t])
 
 
-class Late(_ctc._CompressedArray):  # type: ignore[misc]
+class Late:
     """An array that is made when it is used, each time anew."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self._shape, self._dtype = shape, np.dtype(dtype).type
 
-    def decompress(self) -> NDArray[Any]:
+    def make(self) -> NDArray[Any]:
         """Make it."""
         raise NotImplementedError
-
-    @property
-    def _data(self) -> bytes:
-        return lz4.frame.compress(self.decompress())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,18 +180,34 @@ class Late(_ctc._CompressedArray):  # type: ignore[misc]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Make it, for NumPy."""
-        return self.decompress() if dtype is None else self.decompress().astype(dtype)
+        return self.make() if dtype is None else self.make().astype(dtype)
 
     def __getitem__(self, place: Any) -> Any:
         """Make it, and give a part."""
-        return self.decompress()[place]
+        return self.make()[place]
 
     def astype(self, dtype: Any) -> NDArray[Any]:
         """Make it, in another dtype."""
-        return self.decompress().astype(dtype)
+        return self.make().astype(dtype)
+
+    def copy(self) -> NDArray[Any]:
+        """Make it."""
+        return self.make()
 
 
-class Stack(Late):
+class Decompressed(Late, _ctc._CompressedArray):  # type: ignore[misc]
+    """One that Trackastra decompresses where it needs the numbers."""
+
+    def decompress(self) -> NDArray[Any]:
+        """Make it."""
+        return self.make()
+
+    @property
+    def _data(self) -> bytes:
+        return lz4.frame.compress(self.make())
+
+
+class Stack(Decompressed):
     """Frames or masks of a movie, (T, …): each is read when it is used.
 
     Parameters
@@ -212,7 +224,7 @@ class Stack(Late):
         super().__init__((len(times), *shape), dtype)
         self.frames, self.times = frames, times
 
-    def decompress(self) -> NDArray[Any]:
+    def make(self) -> NDArray[Any]:
         """Read them all."""
         made = np.empty(self._shape, self._dtype)
         for i, t in enumerate(self.times):
@@ -233,11 +245,13 @@ class Stack(Late):
             return self.frame(int(place)).copy()
         if isinstance(place, slice):
             return Stack(self.frames, self.times[place], self._shape[1:], self._dtype)
-        return self.decompress()[place]
+        return self.make()[place]
 
 
 class Links(Late):
     """The association matrix (N, N) of a window: which detections are of one line of descent.
+
+    Cropped as Trackastra crops, ``links[rows][:, rows]``, it is made of these alone.
 
     Parameters
     ----------
@@ -249,31 +263,50 @@ class Links(Late):
     def __init__(self, first: NDArray[np.int32], last: NDArray[np.int32]) -> None:
         super().__init__((len(first), len(first)), bool)
         self._first, self._last = first, last
-        self._tracks: tuple[NDArray[np.bool_], NDArray[np.intp]] | None = None
 
-    def decompress(self) -> NDArray[np.bool_]:
-        """Make it: (N, N) bool."""
-        if self._tracks is None:
-            self._tracks = self._of_tracks()
-        among, track = self._tracks
-        return among.take(track, axis=1).take(track, axis=0)
-
-    def _of_tracks(self) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
-        """Give the same for the window's tracks, and the track of each detection."""
+    def make(self) -> NDArray[np.bool_]:
+        """Make it: (N, N) bool. What is the same for all of a track is compared once."""
         first, place, track = np.unique(self._first, return_index=True, return_inverse=True)
         last = self._last[place]
         below = (first[:, None] <= first) & (first < last[:, None])
-        return below | below.T, track
+        return (below | below.T).take(track, axis=1).take(track, axis=0)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Give rows that are not made yet, or make it and give a part."""
+        if isinstance(place, np.ndarray) and place.ndim == 1 and place.dtype.kind == "i":
+            return _Rows(self, place)
+        return super().__getitem__(place)
+
+    def crop(self, rows: NDArray[np.integer[Any]]) -> Links:
+        """Give the matrix of some detections."""
+        return Links(self._first[rows], self._last[rows])
 
 
-class Distances(Late):
+class _Rows(Late):
+    """Rows of `Links`; of the same columns, they are `Links` again."""
+
+    def __init__(self, links: Links, rows: NDArray[np.integer[Any]]) -> None:
+        super().__init__((len(rows), len(links)), bool)
+        self._links, self._rows = links, rows
+
+    def make(self) -> NDArray[np.bool_]:
+        made: NDArray[np.bool_] = self._links.make()[self._rows]
+        return made
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, tuple) and len(place) == 2 and place[1] is self._rows:
+            return self._links.crop(self._rows)[place[0]]
+        return super().__getitem__(place)
+
+
+class Distances(Decompressed):
     """What `CTCData` takes for associations under ``sanity_dist``."""
 
     def __init__(self, coords: NDArray[Any]) -> None:
         super().__init__((len(coords), len(coords)), np.float64)
         self._coords = coords
 
-    def decompress(self) -> NDArray[np.float64]:
+    def make(self) -> NDArray[np.float64]:
         """Make it: (N, N) float64."""
         return np.exp(-0.01 * cdist(self._coords, self._coords))
 
