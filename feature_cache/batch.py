@@ -125,16 +125,16 @@ class Tokens:
         if tuple(offsets) == self.bounds and (span.labels == self.labels).all():
             return span.features
         known, asked = _number(span.labels, offsets), _number(self.labels, self.bounds)
-        rows = np.searchsorted(known, asked)
-        if rows.max(initial=-1) >= len(known) or (known[rows] != asked).any():
+        rows = known.searchsorted(asked)
+        if not len(known) or (known.take(rows, mode="clip") != asked).any():
             return None
-        return span.features[rows]
+        return span.features.take(rows, axis=0)
 
 
 def _number(labels: NDArray[np.integer[Any]], bounds: Sequence[int]) -> NDArray[np.int64]:
     """Give labels of several frames one after the other a number each, by frame and label."""
-    frames = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return (frames << 32) + labels
+    counts = [end - start for start, end in pairwise(bounds)]
+    return np.repeat(np.arange(len(counts)) << 32, counts) + labels
 
 
 def _group(times: NDArray[np.int64]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -37,16 +37,16 @@ def map_coords(coords: Tensor, draw: Draw, shape: tuple[int, int]) -> Tensor:
     FrameError
         Places that are no finite numbers.
     """
-    moved, matrix = coords.clone(), _matrix(draw, shape)
-    points = coords[:, -2:].numpy().astype(np.float64)
+    moved, matrix = coords.numpy().copy(), _matrix(draw, shape)
+    points = moved[:, -2:].astype(np.float64)
     if matrix is None:
         points = draw.map_points(points, shape)
-    elif not np.isfinite(points).all():
+    elif not math.isfinite(points.sum()):  # of float32, it doesn't overflow
         raise FrameError("tokens are at places that are no finite numbers")
     else:
         points = points @ matrix[:, :2].T + matrix[:, 2]
-    moved[:, -2:] = torch.from_numpy(points)
-    return moved
+    moved[:, -2:] = points
+    return torch.from_numpy(moved)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -93,7 +93,7 @@ def map_shallow(
         first = columns.index("inertia_tensor")
         block = slice(first, first + ndim**2)
         mapped[:, block] = np.einsum("nf,nfg->ng", before[:, block], turns)
-    return torch.from_numpy(mapped).to(features.dtype)
+    return torch.from_numpy(mapped.astype(np.float32))
 
 
 @lru_cache(maxsize=1 << 12)

@@ -44,7 +44,10 @@ def canonical_json(value: object) -> str:
     >>> canonical_json({"b": (1, 2.0), "a": None})
     '{"a":null,"b":[1,2.0]}'
     """
-    return json.dumps(_plain(value, "$"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _encode(_plain(value, "$"))
+
+
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 def _plain(value: object, where: str) -> JSON:
@@ -57,6 +60,8 @@ def _plain(value: object, where: str) -> JSON:
             raise TypeError(f"{where} is {value!r}: only finite numbers can enter a key")
         return value + 0.0
     if isinstance(value, list | tuple):
+        if all(type(item) in (int, str) for item in value):
+            return list(value)  # such as the places of samples, of which there are many
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         return {_text(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}

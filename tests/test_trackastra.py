@@ -16,15 +16,16 @@ from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.data.distributed import BalancedBatchSampler
 
 from feature_cache import Augmentations, MissingRecordError, Movie, MovieError, Normalization
-from feature_cache.dataset import choose_copy
-from feature_cache.geometry import rotate_features
+from feature_cache.dataset import Drawn, choose_copy
+from feature_cache.geometry import map_coords, map_shallow, rotate_features
 from feature_cache.movies import write_movie
 from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.recompute import choose_records, recompute
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
-from feature_cache.trackastra import CachedCTCData, wrap, write_example
+from feature_cache.trackastra import CachedCTCData, load_ctc, wrap, write_example
+from feature_cache.trackastra.dataset import PlacedCTCData
 from feature_cache.warm import plan_warm, run_warm
 from synthetic import make_movie
 
@@ -417,6 +418,51 @@ class TestCopies:
             )
             assert torch.equal(ours["pretrained_feats"], theirs["pretrained_feats"])
             assert torch.equal(ours["labels"], theirs["labels"])
+
+    @pytest.mark.parametrize("compress", [False, True])
+    @pytest.mark.parametrize("crop", [(40, 50), (12, 90), None])
+    def test_samples_are_to_the_bit_those_of_the_plain_way(
+        self, small_folder, cache, compress, crop
+    ):
+        """Whole matrices, tokens one by one: of many places, in batches and one by one."""
+        root = small_folder(frames=8)
+        options = {"augment": 3, "crop_size": crop, "max_tokens": 14, "compress": compress}
+        upstream = PlacedCTCData(load(root, **options))
+        with parallel_config(backend="sequential"):
+            kept = load_ctc(root, cache, window_size=4, **options)
+        augmentations = Augmentations("default", copies=5, seed=2)
+        data = wrap(kept, cache, FakeBackbone(dim=6), augmentations=augmentations)
+        draws, (frames, masks, _) = augmentations.draws(), make_movie(frames=8)
+        records = [
+            cache.get_or_compute(frames, masks, FakeBackbone(dim=6), draw=draw) for draw in draws
+        ]
+        places = [Drawn(i % len(data), 3, (1, i, 0)) for i in range(60)]
+        batched = [s for i in range(0, 60, 7) for s in data.__getitems__(places[i : i + 7])]
+        for place, sample in zip(places, batched, strict=True):
+            plain = upstream[place]
+            copy = choose_copy(2, *place.place[:2], 5, 0)
+            columns = 7 * ["intensity_mean"]
+            columns[0], columns[2:6] = "equivalent_diameter_area", 4 * ["inertia_tensor"]
+            moved = map_coords(plain["coords0"], draws[copy], (48, 64))
+            tokens = zip(plain["timepoints"].tolist(), plain["labels"].tolist(), strict=True)
+            rows = [
+                records[copy][t].features[list(records[copy][t].labels).index(label)]
+                for t, label in tokens
+            ]
+            expected = {
+                **plain,
+                "coords0": moved,
+                "coords": plain["coords"] + (moved - plain["coords0"]),
+                "features": map_shallow(
+                    plain["features"], columns, plain["coords0"], draws[copy], (48, 64)
+                ),
+                "copy": copy,
+                "pretrained_feats": torch.from_numpy(np.stack(rows).astype(np.float32)),
+            }
+            for given in (sample, data[place]):
+                assert given.keys() == expected.keys()
+                for name, value in expected.items():
+                    assert np.array_equal(given[name], value), name
 
     def test_the_choice_is_shared_by_a_concat_and_its_workers(self, small_folder, cache):
         augmentations = Augmentations("flips", copies=3, seed=5)

@@ -155,7 +155,7 @@ class Late:
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self._shape, self._dtype = shape, np.dtype(dtype).type
 
-    def make(self) -> NDArray[Any]:
+    def decompress(self) -> NDArray[Any]:
         """Make it."""
         raise NotImplementedError
 
@@ -180,34 +180,30 @@ class Late:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Make it, for NumPy."""
-        return self.make() if dtype is None else self.make().astype(dtype)
+        return self.decompress() if dtype is None else self.decompress().astype(dtype)
 
     def __getitem__(self, place: Any) -> Any:
         """Make it, and give a part."""
-        return self.make()[place]
+        return self.decompress()[place]
 
     def astype(self, dtype: Any) -> NDArray[Any]:
         """Make it, in another dtype."""
-        return self.make().astype(dtype)
+        return self.decompress().astype(dtype)
 
     def copy(self) -> NDArray[Any]:
         """Make it."""
-        return self.make()
+        return self.decompress()
 
 
-class Decompressed(Late, _ctc._CompressedArray):  # type: ignore[misc]
+class Compressed(Late, _ctc._CompressedArray):  # type: ignore[misc]
     """One that Trackastra decompresses where it needs the numbers."""
-
-    def decompress(self) -> NDArray[Any]:
-        """Make it."""
-        return self.make()
 
     @property
     def _data(self) -> bytes:
-        return lz4.frame.compress(self.make())
+        return lz4.frame.compress(self.decompress())
 
 
-class Stack(Decompressed):
+class Stack(Compressed):
     """Frames or masks of a movie, (T, …): each is read when it is used.
 
     Parameters
@@ -224,7 +220,7 @@ class Stack(Decompressed):
         super().__init__((len(times), *shape), dtype)
         self.frames, self.times = frames, times
 
-    def make(self) -> NDArray[Any]:
+    def decompress(self) -> NDArray[Any]:
         """Read them all."""
         made = np.empty(self._shape, self._dtype)
         for i, t in enumerate(self.times):
@@ -245,7 +241,7 @@ class Stack(Decompressed):
             return self.frame(int(place)).copy()
         if isinstance(place, slice):
             return Stack(self.frames, self.times[place], self._shape[1:], self._dtype)
-        return self.make()[place]
+        return self.decompress()[place]
 
 
 class Links(Late):
@@ -264,12 +260,9 @@ class Links(Late):
         super().__init__((len(first), len(first)), bool)
         self._first, self._last = first, last
 
-    def make(self) -> NDArray[np.bool_]:
-        """Make it: (N, N) bool. What is the same for all of a track is compared once."""
-        first, place, track = np.unique(self._first, return_index=True, return_inverse=True)
-        last = self._last[place]
-        below = (first[:, None] <= first) & (first < last[:, None])
-        return (below | below.T).take(track, axis=1).take(track, axis=0)
+    def decompress(self) -> NDArray[np.bool_]:
+        """Make it: (N, N) bool, true where parts overlap, as one then lies in the other."""
+        return (self._first[:, None] < self._last) & (self._first < self._last[:, None])
 
     def __getitem__(self, place: Any) -> Any:
         """Give rows that are not made yet, or make it and give a part."""
@@ -289,8 +282,8 @@ class _Rows(Late):
         super().__init__((len(rows), len(links)), bool)
         self._links, self._rows = links, rows
 
-    def make(self) -> NDArray[np.bool_]:
-        made: NDArray[np.bool_] = self._links.make()[self._rows]
+    def decompress(self) -> NDArray[np.bool_]:
+        made: NDArray[np.bool_] = self._links.decompress()[self._rows]
         return made
 
     def __getitem__(self, place: Any) -> Any:
@@ -299,14 +292,14 @@ class _Rows(Late):
         return super().__getitem__(place)
 
 
-class Distances(Decompressed):
+class Distances(Compressed):
     """What `CTCData` takes for associations under ``sanity_dist``."""
 
     def __init__(self, coords: NDArray[Any]) -> None:
         super().__init__((len(coords), len(coords)), np.float64)
         self._coords = coords
 
-    def make(self) -> NDArray[np.float64]:
+    def decompress(self) -> NDArray[np.float64]:
         """Make it: (N, N) float64."""
         return np.exp(-0.01 * cdist(self._coords, self._coords))
 
