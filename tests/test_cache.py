@@ -270,7 +270,9 @@ class TestFailure:
 
         with pytest.raises(KeyboardInterrupt):
             cache.get_or_compute(*small, Failing(log=log), batch_size=2)
-        assert cache.contains(*small, FakeBackbone()) == [True] * 4 + [False] * 2
+        kept = computed(log)  # a batch that is not full goes ahead where reading is slow
+        assert 4 <= kept < 6
+        assert cache.contains(*small, FakeBackbone()) == [True] * kept + [False] * (6 - kept)
 
     def test_a_damaged_record_is_computed_again(self, cache, small, log, caplog):
         backbone = FakeBackbone(log=log)

@@ -46,7 +46,7 @@ for number, sample in enumerate(loader):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_epoch_is_interrupted_and_another_one_works(
     tmp_path: Path, shell: str, workers: int
 ) -> None:

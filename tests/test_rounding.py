@@ -106,6 +106,7 @@ def test_another_precision_does_not_agree(tmp_path):
     assert not any(agree(exact, rough, backbones[0]))
 
 
+@pytest.mark.slow
 def test_processes_agree(tmp_path):
     """One process with two threads, one with one: as a warming with workers has."""
     code = """

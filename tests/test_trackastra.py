@@ -171,7 +171,7 @@ def test_warm_of_the_dataset(small_folder, cache):
     assert data.warm() == 0
 
 
-@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("compress", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pickled_and_in_workers(small_folder, cache, compress):
     data = wrap(load(small_folder(frames=8), compress=compress), cache, FakeBackbone())
     data.warm()

@@ -260,6 +260,7 @@ def test_a_seed_makes_the_same_training_with_any_number_of_workers(config, tmp_p
     assert FeatureCache(tmp_path / "cache").stats()["records"] == 6 * 3 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning and Trackastra, in tracking too
 def test_from_movies_to_tracks(hela, tmp_path):
     """Train on frames 0 to 13, validate on 13 to 19; the loss falls, and the model tracks."""

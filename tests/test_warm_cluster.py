@@ -22,6 +22,7 @@ def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
 
 
+@pytest.mark.slow
 def test_all_ways_give_the_same_records(lab: Lab) -> None:
     movies = [lab.write_movie(f"movie{i}", 40, i) for i in range(2)]
     options = (*POOLINGS, "--copies", 2, "--dense", "original")
@@ -51,6 +52,7 @@ def test_all_ways_give_the_same_records(lab: Lab) -> None:
     assert {finding.kind for finding in verify(lab.root / "dask", deep=True)} <= {"leftover"}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_units_and_nothing_else(lab: Lab) -> None:
     movies = [lab.write_movie(f"movie{i}", 200, i) for i in range(2)]
     reference = FeatureCache(lab.root / "reference")

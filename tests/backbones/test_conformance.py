@@ -46,6 +46,7 @@ def smallest():
         for name, options in FAMILIES.get(info.name, [(info.name, OPTIONS.get(info.name, {}))]):
             absent = pytest.mark.skip(reason=f"not installed: {info.install}")
             marks = [] if info.installed else [absent]
+            marks += [pytest.mark.slow] if name in DEEP else []
             chosen.append(pytest.param(info, name, options, id=name, marks=marks))
     return chosen
 

@@ -33,7 +33,14 @@ def as_sam_model(backbone):
 
 class TestParity:
     @pytest.mark.parametrize(
-        ("shape", "grid"), [((128, 128), (64, 64)), ((70, 111), (40, 64)), ((90, 60), (64, 43))]
+        ("shape", "grid"),
+        [
+            ((70, 111), (40, 64)),
+            *(
+                pytest.param(*each, marks=pytest.mark.slow)
+                for each in [((128, 128), (64, 64)), ((90, 60), (64, 43))]
+            ),
+        ],
     )
     def test_equals_the_predecessor_cut_to_the_frame(
         self, predecessor, extract, blobs, monkeypatch, tmp_path, shape, grid
@@ -51,6 +58,7 @@ class TestParity:
         assert mine.shape == (1, *grid, 256)
         assert relative_error(mine, theirs[:, : grid[0], : grid[1]]) < 1e-5
 
+    @pytest.mark.slow
     def test_standardised_equals_upstream_s_own_processor(self, blobs):
         ours = load_backbone(BASE, "random:0", "cpu", standardize=True)
         frames = blobs(60, 100)
