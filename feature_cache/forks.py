@@ -6,11 +6,12 @@ in the child, with nobody to let go of it.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
+
+from .system import in_forked_child
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def _renew_all() -> None:
         lock._renew()
 
 
-os.register_at_fork(after_in_child=_renew_all)
+in_forked_child(_renew_all)
 
 
 class cached_property(Generic[T]):  # noqa: N801 (as functools has it)

@@ -35,6 +35,7 @@ from typing import Any, TypeAlias
 import platformdirs
 
 from .hashing import Digest, digest_bytes, digest_json
+from .system import replace
 
 _log = logging.getLogger(__name__)
 _MEMO_VERSION = 2
@@ -268,7 +269,7 @@ def _write_whole(file: Path, text: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(digest_bytes(text).hex().encode() + b"\n" + text)
-            temporary.replace(file)
+            replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

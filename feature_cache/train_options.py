@@ -136,7 +136,7 @@ def find_training(words: Sequence[str]) -> argparse.Namespace | None:
     if len(words) != 1 or Path(words[0]).suffix.lower() not in (".yaml", ".yml"):
         return None
     file = Path(words[0]).expanduser()
-    if not file.is_file() or "input_train" not in file.read_text(errors="replace"):
+    if not file.is_file() or "input_train" not in file.read_text("utf-8", "replace"):
         return None
     return parse_training(["-c", str(file)], strict=False)
 
@@ -186,7 +186,7 @@ def _read_words(file: Path, parser: argparse.ArgumentParser) -> Iterator[str]:
     import yaml
 
     try:
-        plain = yaml.load(file.read_text(), yaml.BaseLoader)
+        plain = yaml.load(file.read_text("utf-8"), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MovieError(f"can't read the configuration {file}: {error}") from error
     if not isinstance(plain, dict):

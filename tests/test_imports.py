@@ -13,8 +13,8 @@ import feature_cache
 
 PACKAGE = Path(feature_cache.__file__).parent
 LAYERS = [
-    {"errors", "forks"},
-    {"hashing", "units", "cores"},
+    {"errors", "system"},
+    {"forks", "hashing", "units"},
     {"pooling", "memo"},
     {"spec", "movies"},
     {"augment", "backbones", "normalize", "pooling_torch"},

@@ -6,7 +6,7 @@ import threading
 import psutil
 import pytest
 
-from feature_cache.engine import trim
+from feature_cache.system import trim
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has malloc_trim")

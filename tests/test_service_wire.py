@@ -304,7 +304,7 @@ def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
 def test_workers_need_no_folder(tmp_path, monkeypatch, method):
     short = Path(tempfile.mkdtemp(prefix="fc-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
-    monkeypatch.setattr(place, "ANYWHERE", str(short / "nowhere"))
+    monkeypatch.setattr(place, "SHARED_TEMPORARY", str(short / "nowhere"))
     (short / "feature_cache").mkdir()
     (short / "feature_cache").chmod(0o755)  # that others may enter is not used
     dataset = make_dataset(tmp_path / "cache")
@@ -315,7 +315,7 @@ def test_workers_need_no_folder(tmp_path, monkeypatch, method):
 
 
 def test_a_server_is_found_in_another_environment_and_after_a_logout(tmp_path, monkeypatch):
-    monkeypatch.setattr(place, "ANYWHERE", str(tmp_path))
+    monkeypatch.setattr(place, "SHARED_TEMPORARY", str(tmp_path))
     dataset = make_dataset(tmp_path / "cache")
 
     def found():

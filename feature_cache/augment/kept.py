@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from numpy.typing import NDArray
+
+from ..system import in_forked_child
 
 
 class Kept:
@@ -23,7 +24,7 @@ class Kept:
         self._limit, self._bytes = limit, 0
         self._arrays: dict[Hashable, NDArray[Any]] = {}
         self._lock = threading.RLock()
-        os.register_at_fork(after_in_child=self._start_anew)
+        in_forked_child(self._start_anew)
 
     def _start_anew(self) -> None:
         """Forget, in a forked child, whose thread of the parent may have held the lock."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.modules import module as torch_modules
 
 from ..errors import BackboneError
 from ..forks import Lock
+from ..system import in_forked_child
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SIMPLE = (bool, int, float, str, tuple, type(None))
@@ -149,7 +149,7 @@ def _start_anew() -> None:
     _switch_back()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+in_forked_child(_start_anew)
 
 
 def _precision_switches() -> list[tuple[Any, str, Any]]:

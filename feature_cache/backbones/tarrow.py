@@ -93,7 +93,7 @@ class TimeArrow(TorchBackbone):
             raise MissingDependencyError("tarrow", self.name, _INSTALL) from error
         file = self._folder() / _KWARGS
         try:
-            kwargs = yaml.safe_load(file.read_text())
+            kwargs = yaml.safe_load(file.read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise BackboneError(
                 f"can't read {file} ({error}): name the folder that tarrow wrote, with {_KWARGS} "

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..augment import IDENTITY, Augmentations, Draw
-from ..cores import count_cores
 from ..engine import (
     PART_FAILS,
     Failure,
@@ -44,6 +43,7 @@ from ..memo import Fingerprint, Memo
 from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
 from ..store import Asked, Index, Space, Span, Usage, add_asked, read_asked, record_sources
+from ..system import count_cores
 from .opened import OpenCache
 
 if TYPE_CHECKING:

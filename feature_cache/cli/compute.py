@@ -415,7 +415,7 @@ def _write_report(file: Path | None, text: str) -> None:
     if file is None:
         return
     try:
-        file.write_text(text + "\n")
+        file.write_text(text + "\n", "utf-8")
     except OSError as error:
         raise _NoReportError(f"can't write the report {file}: {error}") from error
 

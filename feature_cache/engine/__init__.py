@@ -6,7 +6,6 @@ from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
 from .frame import Frame
 from .frame_claims import claim_name
 from .interrupt import end_by_exit, finish, forget_exit, say_kept, was_interrupted
-from .memory import trim
 from .model import (
     GRID_DTYPE,
     Model,
@@ -54,6 +53,5 @@ __all__ = [
     "grid_spec",
     "request_frame",
     "say_kept",
-    "trim",
     "was_interrupted",
 ]

@@ -97,8 +97,6 @@ class Commits:
         budget: Budget | None = None,
         written: Written | None = None,
     ) -> None:
-        import zarr  # noqa: F401 - or the first commit would wait for it
-
         self._counter, self._codec, self._settled = counter, codec, settled
         self._budget, self._written = budget, written
         self.pending: dict[Digest, tuple[Order, Space, Entry]] = {}

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from ..system import start
+
 Job = Callable[[], object]
 """Raises nothing."""
 
@@ -31,8 +33,11 @@ class Crew:
         """Have a job done; after `close`, perhaps not."""
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            if start(thread):
+                self._threads.append(thread)
+            elif not self._threads:
+                job()
+                return
         self._jobs.put(job)
 
     def _work(self) -> None:

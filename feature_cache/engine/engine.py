@@ -30,19 +30,18 @@ from typing import Any
 import numpy as np
 
 from ..augment import Draw
-from ..cores import count_cores
 from ..errors import FeatureCacheError, ServiceError, StoreError
 from ..hashing import DIGEST_BYTES, Digest
 from ..key import Keys, Record
 from ..store import Counter, Entry, Space
 from ..store.claims import Claims
+from ..system import count_cores, trim
 from .batches import choose_batch, is_full
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
 from .crew import Crew
 from .flights import Flights
 from .frame_claims import ASKED_SECONDS, FrameClaims
 from .interrupt import finish, say_kept, terminable
-from .memory import trim
 from .plain import Embedding
 from .queue import LAST_PAUSE_SECONDS, LOOK_SECONDS, Queue
 from .request import Part, Promise, Request, Wanted

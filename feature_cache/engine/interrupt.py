@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from ..system import start
+
 _log = logging.getLogger(__name__)
 _terminated = False
 
@@ -70,9 +72,7 @@ def finish(function: Callable[[], None]) -> None:
     In a thread: what a signal raises (Ctrl-C; torch, of a worker killed) comes to the main one.
     """
     working = threading.Thread(target=function, daemon=True)
-    try:
-        working.start()
-    except RuntimeError:  # since Python 3.12 none starts while the interpreter ends
+    if not start(working):
         function()
         return
     try:

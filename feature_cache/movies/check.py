@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..cores import count_cores
 from ..errors import FrameError, MovieError
 from ..hashing import JSON, frame_pixels, mask_labels
+from ..system import count_cores
 from .images import Images
 from .tracks import Tracks, read_tracks
 

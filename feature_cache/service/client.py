@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 import weakref
@@ -20,6 +19,7 @@ from ..cache import MovieFeatures
 from ..engine import Frame
 from ..errors import FeatureCacheError, FrameError, MovieError, ServiceError
 from ..key import Record
+from ..system import SOCKET_FAMILY, in_forked_child
 from . import wire
 from .place import Address, withdraw
 from .wire import GONE, Connection
@@ -104,7 +104,7 @@ def connect(address: Address) -> Connection:
     ServiceError
         It is gone, hangs, or has another key.
     """
-    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    opened = socket.socket(SOCKET_FAMILY, socket.SOCK_STREAM)
     try:
         opened.settimeout(_CONNECT_SECONDS)
         opened.connect(address.socket)
@@ -290,4 +290,4 @@ def _forget_inherited() -> None:
     _clients.clear()
 
 
-os.register_at_fork(after_in_child=_forget_inherited)
+in_forked_child(_forget_inherited)

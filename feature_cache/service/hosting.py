@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..cache import OpenCache
 from ..engine import end_by_exit, finish, forget_exit, say_kept, was_interrupted
 from ..errors import ServiceError
+from ..system import in_forked_child
 from .server import Server
 from .service import Service
 
@@ -159,4 +160,4 @@ def _start_anew() -> None:
     forget_exit()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+in_forked_child(_start_anew)

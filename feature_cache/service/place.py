@@ -11,26 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
-import stat
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from socket import AF_INET, socket
 from typing import Any
 
 import psutil
 
+from .. import system
 from ..errors import ServiceError
 from ..store.process import Process, this_host
+from ..system import HAS_ABSTRACT, SHARED_TEMPORARY, SOCKET_FAMILY, is_private, user
 
 _VERSION = 1
-ANYWHERE = "/tmp"
-"""Where descriptions are, whatever the environment."""
-HAS_ABSTRACT = sys.platform == "linux"
 _LONGEST_PATH = 90
 """Paths of sockets are limited to about 100 bytes."""
 _DESCRIPTION_BYTES = 1 << 18
@@ -57,6 +54,8 @@ class Address:
     standalone : bool
         Whether it is ``feature-cache serve``, not a thread of a training.
     authkey : bytes
+    port : int
+        Of TCP, where the system has no sockets of Unix.
     """
 
     name: str
@@ -69,12 +68,15 @@ class Address:
     device: str
     standalone: bool
     authkey: bytes
+    port: int = 0
 
     @property
-    def socket(self) -> str:
-        """Name of the abstract socket, or path of the socket where there are none such."""
+    def socket(self) -> str | tuple[str, int]:
+        """Name of the abstract socket, or path of the socket; host and port where it has one."""
+        if SOCKET_FAMILY == AF_INET:
+            return "127.0.0.1", self.port
         if HAS_ABSTRACT:
-            return f"\0feature_cache-{os.getuid()}-{self.name}"
+            return f"\0feature_cache-{user()}-{self.name}"
         return str(runtime_folder() / f"{self.name}.sock")
 
     @property
@@ -118,7 +120,7 @@ def this_process() -> Process:
 
 @cache
 def _started(pid: int) -> float:
-    return float(psutil.Process(pid).create_time() - psutil.boot_time())
+    return system.start_of(psutil.Process(pid))
 
 
 def identify(root: Path) -> tuple[int, int]:
@@ -133,16 +135,17 @@ def runtime_folder() -> Path:
     own = Path(base, "feature_cache") if base and Path(base).is_dir() else None
     if own is not None and len(os.fsencode(own)) <= _LONGEST_PATH - 16:
         return own
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        own = Path(parent, f"feature_cache-{os.getuid()}")
-        if len(os.fsencode(own)) <= _LONGEST_PATH - 16:
-            break
-    return own or Path("/tmp")
+    own = Path(tempfile.gettempdir(), f"feature_cache-{user()}")
+    return own if len(os.fsencode(own)) <= _LONGEST_PATH - 16 else _shared_folder()
+
+
+def _shared_folder() -> Path:
+    return Path(SHARED_TEMPORARY, f"feature_cache-{user()}")
 
 
 def _folders() -> list[Path]:
     """Give the folders of descriptions: that of this environment, and that of any."""
-    return list(dict.fromkeys([runtime_folder(), Path(ANYWHERE, f"feature_cache-{os.getuid()}")]))
+    return list(dict.fromkeys([runtime_folder(), _shared_folder()]))
 
 
 def _make_private(folder: Path) -> None:
@@ -153,34 +156,26 @@ def _make_private(folder: Path) -> None:
         raise ServiceError(
             f"can't make {folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of your own"
         ) from error
-    if not _is_private(folder):
+    if not is_private(folder):
         raise ServiceError(
             f"{folder} is not yours alone (owner, or mode other than 0700): remove it, or set "
             "XDG_RUNTIME_DIR to a folder of your own"
         )
 
 
-def _is_private(folder: Path) -> bool:
-    try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    private = not stat.S_IMODE(status.st_mode) & 0o077
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and private
+def listen(address: Address) -> tuple[socket, Address]:
+    """Open a server's socket; give it, and the address with its port.
 
-
-def listen(address: Address) -> socket.socket:
-    """Open a server's socket. OSError, of which ServiceError is one, where that can't be."""
+    Raises
+    ------
+    OSError
+        That can't be; ServiceError is one.
+    """
     if not HAS_ABSTRACT:
         _make_private(runtime_folder())
-    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        opened.bind(address.socket)
-        opened.listen(64)
-    except OSError:
-        opened.close()
-        raise
-    return opened
+    opened = system.listen(address.socket)
+    port = opened.getsockname()[1] if SOCKET_FAMILY == AF_INET else 0
+    return opened, replace(address, port=port)
 
 
 def publish(address: Address) -> None:
@@ -206,10 +201,9 @@ def publish(address: Address) -> None:
 
 def _write(folder: Path, address: Address) -> None:
     temporary = folder / f"{address.name}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(system.create_private(temporary), "w", encoding="utf-8") as file:
         json.dump(address.to_json(), file)
-    temporary.replace(folder / f"{address.name}.json")
+    system.replace(temporary, folder / f"{address.name}.json")
 
 
 def is_published(name: str) -> bool:
@@ -227,12 +221,12 @@ def withdraw(name: str) -> None:
 
 def list_servers() -> Iterator[Address]:
     """Read the descriptions of servers; those of dead processes are removed."""
-    files = [file for f in _folders() if _is_private(f) for file in sorted(f.glob("*.json"))]
+    files = [file for f in _folders() if is_private(f) for file in sorted(f.glob("*.json"))]
     for file in {file.name: file for file in reversed(files)}.values():
         try:
             if file.stat().st_size > _DESCRIPTION_BYTES:
                 raise ValueError("too large")
-            address = Address.from_json(file.stem, json.loads(file.read_text()))
+            address = Address.from_json(file.stem, json.loads(file.read_text("utf-8")))
             runs = address.runs
         except FileNotFoundError:
             continue

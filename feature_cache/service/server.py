@@ -33,10 +33,10 @@ from ..hashing import DIGEST_BYTES, Digest, canonical_json, frame_digest, mask_d
 from ..key import Record, record_key
 from ..movies import Movie, Source
 from ..spec import SpaceSpec
+from ..system import HAS_ABSTRACT, in_forked_child
 from . import wire
 from .client import choose_pixels
 from .place import (
-    HAS_ABSTRACT,
     Address,
     identify,
     is_published,
@@ -86,7 +86,7 @@ class Server:
             identify(root), str(root), frozenset(), "", standalone, secrets.token_bytes(32),
         )  # fmt: skip
         try:
-            self._socket = listen(self.address)
+            self._socket, self.address = listen(self.address)
         except OSError as error:
             raise ServiceError(f"can't listen for DataLoader workers: {error}") from error
         self._socket.settimeout(_LOOK_SECONDS)
@@ -387,4 +387,4 @@ def _forget_inherited() -> None:
     _servers.clear()
 
 
-os.register_at_fork(after_in_child=_forget_inherited)
+in_forked_child(_forget_inherited)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import math
 import socket
-import struct
 from collections.abc import Iterable, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 
 from .. import errors
 from ..errors import BackboneError, FeatureCacheError, ServiceError
+from ..system import limit_waiting
 
 HEADER_BYTES = 1 << 22
 """The longest header that is read."""
@@ -58,27 +58,20 @@ def greet(opened: socket.socket, authkey: bytes, *, server: bool) -> Connection:
         It is gone, or doesn't answer.
     """
     opened.setblocking(True)
-    _set_timeout(opened, GREETING_SECONDS)
+    limit_waiting(opened, GREETING_SECONDS)
     file = opened.dup()
     made = mp.Connection(opened.detach())
     try:
         first, second = mp.deliver_challenge, mp.answer_challenge
         for step in (first, second) if server else (second, first):
             step(made, authkey)
-        _set_timeout(file, BLOCKED_SECONDS)
+        limit_waiting(file, BLOCKED_SECONDS)
     except (AuthenticationError, *GONE, ValueError, AssertionError):
         made.close()
         raise
     finally:
         file.close()
     return made
-
-
-def _set_timeout(opened: socket.socket, seconds: float) -> None:
-    """Limit each read and write; also of a `Connection` made of the socket."""
-    interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-        opened.setsockopt(socket.SOL_SOCKET, option, interval)
 
 
 def send(

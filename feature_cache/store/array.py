@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError
 from ..hashing import JSON
+from ..system import read_at
 from .files import open_file, read_json
 
 AnyArray: TypeAlias = NDArray[Any]
@@ -34,7 +36,7 @@ _CRC_BYTES, _PLACE_BYTES = 4, 16
 _DECODED_LIMIT, _CHUNKS_LIMIT = 1 << 30, 1 << 20
 _PIECE_BYTES = 1 << 24
 _COMPRESSORS: tuple[list[str], ...] = ([], ["zstd"], ["blosc"])
-_SHARD_INDEX = {
+_SHARD_INDEX: dict[str, JSON] = {
     "index_codecs": [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "crc32c"},
@@ -173,7 +175,7 @@ class ArrayFile:
             The file was cut short.
         """
         place = start * (self.row_bytes + self.is_shard * _CRC_BYTES)
-        data = _read_at(descriptor, (stop - start) * self.row_bytes, place)
+        data = read_at(descriptor, (stop - start) * self.row_bytes, place)
         if len(data) != (stop - start) * self.row_bytes:
             raise CorruptRecordError(f"{self.path} was cut short")
         return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
@@ -213,7 +215,7 @@ class ArrayFile:
     def _read_places(self, file: BinaryIO, index: tuple[int, ...], size: int) -> list[int]:
         """Give the sizes of the chunks in a shard, and at last of the list of them."""
         listed = self.chunks_in_file * _PLACE_BYTES + _CRC_BYTES
-        places = np.frombuffer(_read_at(file.fileno(), listed, max(0, size - listed)), "u1")
+        places = np.frombuffer(read_at(file.fileno(), listed, max(0, size - listed)), "u1")
         if len(places) < listed:
             raise CorruptRecordError(f"{self.chunk_file(*index)} was cut short")
         pairs = places[:-_CRC_BYTES].view("<u8").reshape(-1, 2).astype(np.int64)
@@ -276,16 +278,6 @@ class ArrayFile:
             raise CorruptRecordError(f"{file} has {size} bytes, more than a compressed chunk can")
 
 
-def _read_at(descriptor: int, length: int, place: int) -> bytes:
-    """Read bytes from a place on, fewer where the file ends; the system gives 2 GiB at most."""
-    data = os.pread(descriptor, length, place)
-    while len(data) < length and (
-        more := os.pread(descriptor, length - len(data), place + len(data))
-    ):
-        data += more
-    return data
-
-
 def write_array(
     path: Path,
     array: AnyArray,
@@ -308,33 +300,81 @@ def write_array(
         One of `CODECS`.
     attributes : mapping, optional
     """
-    import zarr
-
     rows = chunk_rows or max(1, len(array))
-    shard = -(-max(1, len(array)) // rows) * rows
-    target = zarr.create_array(
-        path,
-        zarr_format=3,
-        shape=array.shape,
-        dtype=array.dtype,
-        chunks=(rows, *array.shape[1:]),
-        shards=None if chunk_rows is None else (shard, *array.shape[1:]),
-        compressors=_compressors(codec, array.dtype),
-        fill_value=0,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        attributes=dict(attributes or {}),
-        config={"write_empty_chunks": True},
-    )
+    metadata = _metadata(array, rows, codec, is_shard=chunk_rows is not None)
+    path.mkdir(parents=True)
+    text = json.dumps({**metadata, "attributes": dict(attributes or {})}, indent=2)
+    (path / "zarr.json").write_text(text, encoding="utf-8")
     if array.size:
-        target[...] = array
+        with open(path / ".".join(["c", *"0" * array.ndim]), "wb") as file:
+            _write_chunks(file, array, rows, codec, is_shard=chunk_rows is not None)
 
 
-def _compressors(codec: str, dtype: np.dtype[Any]) -> Sequence[Any]:
-    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-
-    chosen: dict[str, list[Any]] = {
-        "raw": [],
-        "zstd": [ZstdCodec(level=3)],
-        "blosc": [BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=dtype.itemsize)],
+def _metadata(array: AnyArray, rows: int, codec: str, *, is_shard: bool) -> dict[str, JSON]:
+    """Give what the zarr.json says of an array, but its attributes."""
+    name, shape = array.dtype.name, [rows, *array.shape[1:]]
+    number: JSON = {"endian": "little"}
+    pipeline: list[JSON] = [
+        {"name": "bytes", "configuration": number} if array.itemsize > 1 else {"name": "bytes"},
+        *_compressor(codec, array.itemsize),
+        {"name": "crc32c"},
+    ]
+    in_file = shape
+    if is_shard:
+        inside: dict[str, JSON] = {"chunk_shape": [*shape], "codecs": pipeline, **_SHARD_INDEX}
+        pipeline = [{"name": "sharding_indexed", "configuration": inside}]
+        in_file = [-(-max(1, len(array)) // rows) * rows, *array.shape[1:]]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [*array.shape],
+        "data_type": name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [*in_file]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0.0 if array.dtype.kind == "f" else 0,
+        "codecs": pipeline,
+        "storage_transformers": [],
     }
-    return [*chosen[codec], Crc32cCodec()]
+
+
+def _compressor(codec: str, itemsize: int) -> list[JSON]:
+    chosen: dict[str, dict[str, JSON]] = {
+        "zstd": {"level": 3, "checksum": False},
+        "blosc": {"typesize": itemsize, "cname": "zstd", "clevel": 3, "shuffle": "shuffle",
+                  "blocksize": 0},
+    }  # fmt: skip
+    return [{"name": codec, "configuration": chosen[codec]}] if codec != "raw" else []
+
+
+def _write_chunks(
+    file: BinaryIO, array: AnyArray, rows: int, codec: str, *, is_shard: bool
+) -> None:
+    """Write the chunks one after another, each with its CRC, and at the end of a shard their list.
+
+    Not by Zarr, which writes in threads: from Python 3.12 on, none starts while an interpreter
+    ends, and that is when a training commits the last it has computed.
+    """
+    from google_crc32c import value as crc32c
+
+    def write(data: bytes) -> int:
+        return file.write(data) + file.write(crc32c(data).to_bytes(_CRC_BYTES, "little"))
+
+    places, place = [], 0
+    for start in range(0, len(array), rows):
+        part = array[start : start + rows]
+        if len(part) < rows:
+            part = np.concatenate([part, np.zeros((rows - len(part), *part.shape[1:]), part.dtype)])
+        size = write(_compress(np.ascontiguousarray(part), codec))
+        places.append((place, size))
+        place += size
+    if is_shard:
+        write(np.array(places, "<u8").tobytes())
+
+
+def _compress(chunk: AnyArray, codec: str) -> bytes:
+    if codec == "raw":
+        return chunk.tobytes()
+    from numcodecs import Blosc, Zstd
+
+    coder = Zstd(level=3) if codec == "zstd" else Blosc("zstd", clevel=3, shuffle=Blosc.SHUFFLE)
+    return bytes(coder.encode(chunk))

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ReadOnlyCacheError
+from ..system import remove, replace
 from .files import TEMPORARY_PREFIX, create_exclusive, list_folder, make_folder, read_file, writing
 from .process import SILENT_SECONDS, holds_claims, join
 
@@ -83,7 +84,7 @@ class Claims:
         for name in names:
             with suppress(OSError):
                 if self.holder(name) == own:
-                    (self.folder / name).unlink()
+                    remove(self.folder / name)
 
     def holder(self, name: str) -> str | None:
         """Name the process that claims something; None where there is no claim.
@@ -145,7 +146,7 @@ class Claims:
             _log.info("taking over the claim %s of %s, which is gone", name, holder or "nobody")
             temporary = self.folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
             create_exclusive(temporary, own)
-            temporary.replace(self.folder / name)
+            replace(temporary, self.folder / name)
             return True
         finally:
             marker.unlink(missing_ok=True)

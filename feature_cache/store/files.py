@@ -19,14 +19,13 @@ from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 from ..errors import NotACacheError, ReadOnlyCacheError, StoreError
 from ..hashing import JSON
+from ..system import disk_bytes, open_plain, replace, sync_file, sync_folder
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 TEMPORARY_PREFIX = ".tmp-"
 TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
 """How names begin that come and go: ours, and those of NFS for open files that were removed."""
-_BLOCK_BYTES = 512
-"""Of which the system counts what a file takes, whatever the file system's own blocks are."""
 _GROUP_BITS = stat.S_IRGRP | stat.S_IWGRP
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -64,9 +63,9 @@ def open_file(file: Path) -> BinaryIO:
         If it is a link, a folder, a pipe or a device.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = open_plain(file)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ELOOP, errno.ENXIO) or file.is_dir():
             raise ValueError(f"{file} is no plain file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -170,24 +169,6 @@ def sync_tree(root: Path) -> None:
         sync_folder(Path(folder))
 
 
-def sync_file(file: Path) -> None:
-    """Make a file's bytes durable."""
-    _sync(file, os.O_RDONLY)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(file: Path, text: str) -> None:
     """Write a file as a whole, durably, in place of what was there."""
     write_bytes(file, text.encode(), is_durable=True)
@@ -204,7 +185,7 @@ def write_bytes(file: Path, data: bytes, *, is_durable: bool = False) -> None:
                 opened.flush()
                 os.fsync(opened.fileno())
         share_with_group(temporary)
-        temporary.replace(file)
+        replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -263,7 +244,7 @@ def tree_bytes(root: str | os.PathLike[str], skips: Callable[[str], object] | No
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-        total += status.st_blocks * _BLOCK_BYTES
+        total += disk_bytes(status)
     return total
 
 

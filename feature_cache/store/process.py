@@ -27,7 +27,8 @@ from typing import Protocol
 import psutil
 
 from ..forks import Lock
-from ..hashing import JSON, canonical_json, digest_json
+from ..hashing import canonical_json, digest_json
+from ..system import host_identity, in_forked_child, start_of
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, write_bytes
 from .uses import Uses
 
@@ -65,7 +66,7 @@ class Process:
         With a digest of what tells process numbers apart: boot and namespace.
     pid : int
     started : float
-        Seconds since the host was booted.
+        As `feature_cache.system.start_of` gives it.
     """
 
     host: str
@@ -97,28 +98,18 @@ class Process:
             process = psutil.Process(self.pid)
             if process.status() == psutil.STATUS_ZOMBIE:  # dead, and its parent has not looked yet
                 return False
-            return abs(_start_of(process) - self.started) <= _START_TOLERANCE_SECONDS
+            return abs(start_of(process) - self.started) <= _START_TOLERANCE_SECONDS
         except psutil.NoSuchProcess:
             return False
         except psutil.AccessDenied:
             return None
 
 
-def _start_of(process: psutil.Process) -> float:
-    """Give when a process started; the host's clock may be set meanwhile."""
-    return float(process.create_time() - psutil.boot_time())
-
-
 @cache
 def this_host() -> str:
     """Name this host, this boot of it and this namespace of processes."""
     name = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] or "host"
-    parts: list[JSON] = [psutil.boot_time()]
-    with suppress(OSError):
-        parts = [Path("/proc/sys/kernel/random/boot_id").read_text()]
-    with suppress(OSError):
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return f"{name}_{digest_json(parts).hex()[:8]}"
+    return f"{name}_{digest_json([*host_identity()]).hex()[:8]}"
 
 
 class Presence:
@@ -139,7 +130,7 @@ class Presence:
         self.name = f"{this_host()}-{os.getpid()}-{secrets.token_hex(8)}"
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self.uses = Uses(root, self.name)
-        self._process = Process(this_host(), os.getpid(), _start_of(psutil.Process()))
+        self._process = Process(this_host(), os.getpid(), start_of(psutil.Process()))
         self._lock = Lock()
         self.announced = self._left = False
         self.is_inherited = False
@@ -265,7 +256,7 @@ def _start_anew() -> None:
     _heart, _joining = None, threading.Lock()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+in_forked_child(_start_anew)
 
 
 def living(

@@ -21,6 +21,7 @@ from ..errors import CorruptRecordError, ReadOnlyCacheError
 from ..forks import Lock
 from ..hashing import JSON
 from ..key import Keys, Record
+from ..system import sync_folder
 from .contents import read_keys
 from .files import (
     check_there,
@@ -28,7 +29,6 @@ from .files import (
     make_folder,
     make_folders,
     reading,
-    sync_folder,
     tree_bytes,
     write_group,
     writing,

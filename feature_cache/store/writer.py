@@ -15,9 +15,10 @@ import numpy as np
 from ..errors import UnknownNameError
 from ..hashing import DIGEST_BYTES, JSON, Digest
 from ..key import Record
+from ..system import sync_folder
 from .array import CODECS, DTYPES, AnyArray, write_array
 from .contents import Contents, pack_name, write_contents
-from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_folder, sync_tree
+from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_tree
 from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, record_checksum
 
 _COMPRESSED_CHUNK_BYTES = 1 << 20
@@ -188,4 +189,4 @@ def _write_metadata(path: Path, provenance: Mapping[str, JSON], kind: str, salt:
     own: JSON = {"pack_version": PACK_VERSION, "kind": kind, "salt": salt, "digest": NO_DIGEST}
     text = group_text({"feature_cache": own, "provenance": dict(provenance)}, indent=None)
     digest = metadata_digest(path, text.encode())
-    (path / "zarr.json").write_text(text.replace(NO_DIGEST, digest, 1))
+    (path / "zarr.json").write_text(text.replace(NO_DIGEST, digest, 1), encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from ..backbones.layers import Layers, specs_of
 from ..hashing import digest_json
 from ..memo import memo_folder, memo_is_off
+from ..system import replace
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -27,7 +28,7 @@ def recall_rate(backbone: Backbone | Layers) -> float | None:
     if memo_is_off():
         return None
     try:
-        rate = json.loads(_file_of(backbone).read_text())["frames_per_second"]
+        rate = json.loads(_file_of(backbone).read_text("utf-8"))["frames_per_second"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(rate) if type(rate) in (int, float) and rate > 0 else None
@@ -41,8 +42,8 @@ def remember_rate(backbone: Backbone | Layers, frames: int, seconds: float) -> N
     temporary = file.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"frames_per_second": frames / seconds}))
-        temporary.replace(file)
+        temporary.write_text(json.dumps({"frames_per_second": frames / seconds}), "utf-8")
+        replace(temporary, file)
     except OSError as error:
         _log.info("can't remember the pace in %s: %s", file.parent, error)
 

@@ -79,6 +79,9 @@ def build(root: Path) -> None:
         (root / name).mkdir(exist_ok=True)
 
 
+_READ_HERE = 1 << 24
+
+
 class Damage:
     """Random changes of a cache, which can be taken back."""
 
@@ -100,7 +103,8 @@ class Damage:
         return kept
 
     def do(self) -> None:
-        files = sorted(f for f in self.root.rglob("*") if f.is_file() and not f.is_symlink())
+        plain = (f for f in self.root.rglob("*") if f.is_file() and not f.is_symlink())
+        files = sorted(f for f in plain if f.stat().st_size < _READ_HERE)  # a sparse one isn't
         how = self.pick(
             [self.edit, self.edit, self.edit, self.text, self.chunk, self.put, self.add]
         )

@@ -23,6 +23,7 @@ from typing import Any
 
 from ...errors import CorruptRecordError, StoreError
 from ...hashing import JSON, canonical_json
+from ...system import in_forked_child, start
 from ..claims import Claims
 from ..files import reading, writing
 from ..filesystem import find_file_system
@@ -204,8 +205,9 @@ def merge_behind(space: Space) -> None:
     if not _merging.locked():
         if _thread is None:  # a process leaves a cache when it has ended what it does in it
             multiprocessing.util.Finalize(None, _wait, exitpriority=20)
-        _thread = threading.Thread(target=_try_to_merge, args=(space,), name="feature_cache merges")
-        _thread.start()
+        thread = threading.Thread(target=_try_to_merge, args=(space,), name="feature_cache merges")
+        if start(thread):  # at the end of a process others will merge
+            _thread = thread
 
 
 def _wait() -> None:
@@ -442,8 +444,9 @@ def _remove_replaced(space: Space) -> None:
     now = join(root).now()
     due = [name for name, since in replaced.items() if now - since >= grace]
     for name in due:
-        remove_tree(space.packs_folder / name, join(root).name)
-        del replaced[name]
+        path = space.packs_folder / name
+        if remove_tree(path, join(root).name) or not path.exists():
+            del replaced[name]
     if due:
         space.refresh()
 
@@ -454,4 +457,4 @@ def _start_anew() -> None:
     _merging, _thread = threading.Lock(), None
 
 
-os.register_at_fork(after_in_child=_start_anew)
+in_forked_child(_start_anew)

@@ -11,6 +11,7 @@ import shutil
 from math import inf
 from pathlib import Path
 
+from ...system import rename_folder
 from ..files import TEMPORARY_PREFIX
 
 _TICK_SECONDS = 1e-3
@@ -30,11 +31,12 @@ def remove_tree(path: Path, writer: str, *, last_use: float = inf) -> bool:
     Returns
     -------
     bool
-        Whether it was there and is gone.
+        Whether it was there and is gone; on Windows it stays while a process reads it.
     """
     doomed = path.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
     try:
-        path.rename(doomed)
+        if not rename_folder(path, doomed):
+            return False
     except FileNotFoundError:
         return False
     if doomed.lstat().st_mtime > last_use + _TICK_SECONDS:

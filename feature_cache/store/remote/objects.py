@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import StoreError
-from ..files import share_with_group, sync_file, sync_folder, writing
+from ...system import sync_file, sync_folder
+from ..files import share_with_group, writing
 from ..url import READ_ONLY, url_folder
 from .connection import connect, enter_process, talking
 from .pieces import PIECE_BYTES, Progress, each, read_pieces, tell
