@@ -44,7 +44,7 @@ class Mistake(NamedTuple):
     """What someone typed, and what came back.
 
     `says` is all that stands on stderr, but for progress; ``…`` in it stands for anything, and
-    ``{here}`` in both for the current folder.
+    ``{here}`` in both for the current folder. `needs` is a package without which another is said.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Mistake(NamedTuple):
     says: str
     arrange: Arrange = lambda folder, patch: None
     status: int = 2
+    needs: str = "feature_cache"
 
 
 def write(name: str, text: str) -> Arrange:
@@ -157,6 +158,7 @@ MISTAKES = [
         "warm movie/01 --cache cache --backbone efficientnet-lite0 --weights weights.pt",
         "error: weights.pt is no state dict that can be read safely: …",
         write("weights.pt", "text\n"),
+        needs="timm",
     ),
     Mistake(
         "a pattern without quotes",
@@ -387,6 +389,7 @@ MISTAKES = [
         "a space that is not where it is pulled from",
         "pull file://{here}/cache --cache new --space zz",
         "error: no space begins with 'zz'; there are: debug-random-mean_patches_exact-float16-…",
+        needs="obstore",
     ),
     Mistake(
         "a report of a damaged cache",
@@ -428,6 +431,7 @@ def here(warmed, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
+    pytest.importorskip(mistake.needs)
     mistake.arrange(here, monkeypatch)
     status, _, err = run(*mistake.command.replace("{here}", str(here)).split())
     assert_says(without_progress(err), mistake.says, here)

