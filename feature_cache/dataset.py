@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -61,28 +61,26 @@ class Drawn(int):
         return Drawn, (int(self), self.seed, self.place)
 
 
-def _no_epoch() -> Tensor:
-    epoch = torch.full((), -1, dtype=torch.int64)
-    epoch.share_memory_()  # type: ignore[no-untyped-call]
-    return epoch
-
-
 @dataclass(frozen=True)
 class Copies:
     """Which augmented copy each sample uses.
 
-    Of an index that one of our samplers has `Drawn`, a function of (seed, epoch, position, rank):
-    a window that comes often has many copies. Of any other index, after `set_epoch`, a function of
-    (seed, epoch, index); before, drawn anew each time from torch's generator, which a DataLoader
-    seeds in each worker.
+    Of an index that one of our samplers has `Drawn`, a function of (seed, epoch, position, rank).
+    Of any other index, after `set_epoch`, a function of (seed, epoch, index, how often it came in
+    the epoch before); before, drawn anew each time from torch's generator, which a DataLoader
+    seeds in each worker. So a sample that comes often has many copies.
 
     Parameters
     ----------
     augmentations : Augmentations
+    samples : int
+        How many there are; without, it is not counted how often one comes.
     """
 
     augmentations: Augmentations
-    _epoch: Tensor = field(default_factory=_no_epoch)
+    samples: int = 0
+    _shared: Tensor = field(init=False, repr=False, compare=False)
+    """The epoch, -1 before the first, and how often each sample came in it, int32."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.augmentations, Augmentations):
@@ -90,28 +88,48 @@ class Copies:
                 f"augmentations is {self.augmentations!r}: expected an Augmentations, such as "
                 'Augmentations("default", copies=3, seed=0)'
             )
+        shared = torch.zeros(1 + self.samples, dtype=torch.int32)
+        shared[0] = -1
+        self.__setstate__({**self.__dict__, "_shared": shared})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Share the epoch with workers to come, in pickled and deep copies as well."""
+        """Share epoch and counts with workers to come, in pickled and deep copies as well."""
         self.__dict__.update(state)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; DataLoader workers that are already running see it too."""
         if epoch < 0:
             raise ValueError(f"epoch {epoch}: expected 0 or more")
-        self._epoch.fill_(epoch)
+        self._shared[0] = epoch
+        self._shared[1:] = 0
 
-    def choose(self, index: int) -> int:
-        """Give the copy that sample `index`, an int or `Drawn`, uses."""
+    def choose(self, index: int, before: int = 0, *, ahead: bool = False) -> int:
+        """Give the copy that a sample uses.
+
+        Parameters
+        ----------
+        index : int or Drawn
+        before : int
+            How many samples others have that share these copies, before those of `index`.
+        ahead : bool
+            Whether it is only looked at: the sample comes later.
+        """
         seed, copies = self.augmentations.seed, self.augmentations.copies
         if isinstance(index, Drawn):
             epoch, position, rank = index.place
             return choose_copy(seed, epoch, position, copies, rank)
-        epoch = int(self._epoch)
+        epoch = int(self._shared[0])
         if epoch < 0:
             return int(torch.randint(copies + 1, ()))
-        return choose_copy(seed, epoch, index, copies)
+        if not self.samples:
+            return choose_copy(seed, epoch, index, copies)
+        # Without a lock: of two workers at the same moment, both may count the same.
+        count = self._shared[1 + (before + index) % self.samples]
+        times = int(count)
+        if not ahead:
+            count += 1
+        return choose_copy(seed, epoch, index, copies, *([times] if times else []))
 
     @property
     def count(self) -> int:
@@ -120,7 +138,7 @@ class Copies:
 
     def knows(self, index: int) -> bool:
         """Tell whether the copy of a sample is known before it is asked for."""
-        return isinstance(index, Drawn) or int(self._epoch) >= 0
+        return isinstance(index, Drawn) or int(self._shared[0]) >= 0
 
     @cached_property
     def draws(self) -> tuple[Draw, ...]:
@@ -449,7 +467,8 @@ class CachedFeatureDataset(Dataset[Sample]):
         if movie_of is None and len(movies) != 1:
             raise ValueError(f"{len(movies)} movies: pass movie_of, from a sample to its movie")
         self.dataset, self.movie_of, self.frames_of = dataset, movie_of, frames_of
-        self.copies = Copies(augmentations) if augmentations is not None else None
+        samples = len(dataset) if isinstance(dataset, Sized) else 0
+        self.copies = Copies(augmentations, samples) if augmentations is not None else None
         self.tokens = TokenFeatures(movies, self.copies, on_miss, batch_size, progress)
 
     def __len__(self) -> int:
@@ -485,7 +504,7 @@ class CachedFeatureDataset(Dataset[Sample]):
         for index in indices:
             if self.copies is not None and not self.copies.knows(index):
                 continue
-            copy = 0 if self.copies is None else self.copies.choose(index)
+            copy = 0 if self.copies is None else self.copies.choose(index, ahead=True)
             movie = 0 if self.movie_of is None else self.movie_of(index)
             self.tokens.prefetch(movie, self._frames_of(index), copy)
 

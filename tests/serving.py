@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -76,6 +78,16 @@ def embeddings(log: Path) -> Counter[str]:
 def damage(root: Path) -> list[Any]:
     """Verify a cache; what processes left that were killed is no damage."""
     return [finding for finding in verify(root, deep=True) if finding.kind != "leftover"]
+
+
+def start_serving(root: Path, *options: str) -> subprocess.Popen[str]:
+    """Start feature-cache serve, and wait until it serves."""
+    command = [sys.executable, "-m", "feature_cache.cli", "serve", "--cache", str(root)]
+    serving = subprocess.Popen(
+        [*command, "--backbone", "debug/random", *options], stderr=subprocess.PIPE, text=True
+    )
+    assert "serving debug/random" in serving.stderr.readline()
+    return serving
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 60.0) -> bool:

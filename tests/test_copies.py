@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from skimage.measure import regionprops
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from feature_cache import Augmentations, CachedFeatureDataset, Draw, FeatureCache, Normalization
 from feature_cache.augment import Affine, Elastic, Scale, hflip, quarter_turn
@@ -255,6 +257,48 @@ class TestWhichCopy:
         counts = np.bincount(chosen, minlength=4)
         assert counts.min() > 400
         assert counts.sum() == 2000
+
+    @pytest.mark.parametrize("begun", [True, False])
+    @pytest.mark.parametrize(
+        ("workers", "method", "persistent"),
+        [
+            (0, None, False),
+            (2, "fork", True),
+            pytest.param(2, "fork", False, marks=pytest.mark.slow),
+            pytest.param(2, "spawn", True, marks=pytest.mark.slow),
+        ],
+    )
+    def test_is_another_each_time_that_a_sample_comes(
+        self, copied, workers, method, persistent, begun
+    ):
+        """A plain DataLoader that draws with replacement: each sample 240 times an epoch."""
+        loader = DataLoader(
+            copied,
+            batch_size=24,
+            collate_fn=list,
+            sampler=RandomSampler(copied, replacement=True, num_samples=1440),
+            num_workers=workers,
+            multiprocessing_context=method,
+            persistent_workers=persistent,
+        )
+        epochs = []
+        for epoch in range(2):
+            if begun:
+                copied.set_epoch(epoch)
+            drawn = [(s["index"], s["copy"]) for batch in loader for s in batch]
+            counts = np.zeros((6, 4))
+            np.add.at(counts, tuple(np.transpose(drawn)), 1)
+            assert (chisquare(counts, axis=1).pvalue > 1e-5).all(), counts
+            epochs.append(counts)
+        assert (epochs[0] != epochs[1]).any()
+
+    def test_begins_anew_with_each_epoch(self, copied):
+        def read(dataset):
+            dataset.set_epoch(1)
+            return [dataset[i]["copy"] for i in [0, 3, 0, 0, 5, 0, 3, 0] * 3]
+
+        other = copy.deepcopy(copied)
+        assert read(copied) == read(copied) == read(other)
 
     def test_comes_from_torchs_generator_before_the_first_epoch(self, copied):
         def copies(seed):

@@ -53,6 +53,7 @@ from serving import (
     make_loader,
     nothing_left,
     sockets,
+    start_serving,
     wait_until,
 )
 from synthetic import make_movie
@@ -523,15 +524,6 @@ def interrupt_at_each_lock(folder):
 
 def test_an_interrupt_that_leaves_a_lock_held_holds_up_nobody(tmp_path):
     assert apart(interrupt_at_each_lock, tmp_path) > 0
-
-
-def start_serving(root, *options):
-    command = [sys.executable, "-m", "feature_cache.cli", "serve", "--cache", str(root)]
-    serving = subprocess.Popen(
-        [*command, "--backbone", "debug/random", *options], stderr=subprocess.PIPE, text=True
-    )
-    assert "serving debug/random" in serving.stderr.readline()
-    return serving
 
 
 def debug_dataset(root):

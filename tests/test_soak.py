@@ -1,7 +1,8 @@
 """A long cold training in a bad environment.
 
-Its runtime folder vanishes, its workers are killed, servers come and go, second trainings start,
-the dataset is pickled, stacks pass. A minute by default; a night is::
+Its runtime folder vanishes, its workers are killed, ``feature-cache serve`` comes and goes, second
+trainings start, the dataset is pickled, stacks pass; the memory of every process is watched. A
+minute by default; a night is::
 
     FEATURE_CACHE_SOAK_SECONDS=36000 pytest tests/test_soak.py -s
 """
@@ -12,6 +13,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import time
@@ -28,10 +30,10 @@ import pytest
 import torch
 
 from crowd import apart, fork
-from feature_cache import CachedFeatureDataset, FeatureCache
-from feature_cache.service import close_all, list_servers, open_host, runtime_folder
-from feature_cache.testing import FakeBackbone
-from serving import Windows, damage, embeddings, make_loader, sockets, wait_until
+from feature_cache import CachedFeatureDataset, FeatureCache, load_backbone
+from feature_cache.service import close_all, list_servers, runtime_folder
+from processes import outcome
+from serving import Windows, damage, make_loader, sockets, start_serving, wait_until
 from synthetic import make_movie
 
 SECONDS = float(os.environ.get("FEATURE_CACHE_SOAK_SECONDS", "60"))
@@ -41,12 +43,12 @@ MOST_GROWTH = 64 << 20
 LONGEST_SECONDS = 120
 
 
-def open_dataset(root: Path, depth: int, log: Path | None = None) -> CachedFeatureDataset:
+def open_dataset(root: Path, depth: int) -> CachedFeatureDataset:
     """Bind a movie, of frames or of stacks with so many slices, each of them another image."""
     images, masks, _ = make_movie(FRAMES * max(1, depth), width=160, seed=depth)
     if depth:
         images, masks = (a.reshape(FRAMES, depth, *a.shape[1:]) for a in (images, masks))
-    backbone = FakeBackbone(dim=4, seconds_per_frame=0.002, log=log)
+    backbone = load_backbone("debug/random")
     movie = FeatureCache(root).movie(images, masks, backbone, name=f"movie of depth {depth}")
     return CachedFeatureDataset(Windows(masks), [movie], progress=False)
 
@@ -78,8 +80,9 @@ def train(folder: Path, seed: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for number in count():
         depth = DEPTHS[number % len(DEPTHS)]
-        root, log = folder / f"cache-{number}", folder / f"log-{number}"
-        dataset = made = open_dataset(root, depth, log)
+        if (folder / f"announced-{number}").exists():
+            assert wait_until((folder / f"serving-{number}").exists)
+        dataset = made = open_dataset(folder / f"cache-{number}", depth)
         if number % 3 == 2:  # the object that was made stays, as in the process of a training
             dataset = pickle.loads(pickle.dumps(made))
         (folder / "next").write_text(json.dumps([number, depth]))
@@ -88,12 +91,20 @@ def train(folder: Path, seed: int, seconds: float) -> None:
         killed = read_all(dataset, expected[depth], rng)
         signal.alarm(0)
         del dataset, made
-        size = psutil.Process().memory_info().rss
-        with open(folder / "rounds", "a") as file:
-            file.write(json.dumps([number, killed, size]) + "\n")
+        note(folder / "rounds", [number, killed])
         if time.monotonic() > deadline:
             close_all()
             return
+
+
+def note(file: Path, line: Any) -> None:
+    """Add a line, whoever else does."""
+    with open(file, "a") as opened:
+        opened.write(json.dumps(line) + "\n")
+
+
+def notes(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def train_beside(folder: Path) -> None:
@@ -101,20 +112,31 @@ def train_beside(folder: Path) -> None:
     torch.set_num_threads(1)
     signal.alarm(LONGEST_SECONDS)
     number, depth = json.loads((folder / "now").read_text())
-    dataset = open_dataset(folder / f"cache-{number}", depth, folder / f"log-{number}")
+    dataset = open_dataset(folder / f"cache-{number}", depth)
     read_all(dataset, torch.load(folder / "right")[depth], random.Random(0))
     close_all()
 
 
-def serve(folder: Path, seconds: float) -> None:
-    """Do as feature-cache serve does, for a while."""
-    torch.set_num_threads(1)
-    number, depth = json.loads((folder / "now").read_text())
-    dataset = open_dataset(folder / f"cache-{number}", depth, folder / f"log-{number}")
-    cache, backbone = dataset.tokens.movies[0].cache, dataset.tokens.movies[0].backbone
-    open_host(cache, [backbone], cache, standalone=True)
+def serve(folder: Path, ahead: int, seconds: float) -> None:
+    """Run feature-cache serve for a cache that the training comes to, and for a while then."""
+
+    def reached() -> int:
+        return json.loads((folder / "now").read_text())[0]
+
+    number = reached() + ahead
+    (folder / f"announced-{number}").touch()
+    serving = start_serving(folder / f"cache-{number}")
+    watched = psutil.Process(serving.pid)
+    before = watched.memory_info().rss
+    (folder / f"serving-{number}").touch()
+    wait_until(lambda: reached() >= number or (folder / "end").exists())
     time.sleep(seconds)
-    close_all()
+    after = watched.memory_info().rss
+    serving.terminate()
+    _, said = outcome(serving)
+    assert serving.returncode == 128 + signal.SIGTERM, said
+    computed = re.search(r"computed (\d+)", said)
+    note(folder / "servers", [int(computed[1]) if computed else 0, before, after])
 
 
 def kill_worker(training: Any, rng: random.Random) -> None:
@@ -136,20 +158,36 @@ def disturb(folder: Path, seed: int, seconds: float) -> dict[str, int]:
     events: dict[str, Callable[[], None]] = {
         "runtime folder vanished": lambda: shutil.rmtree(runtime_folder(), ignore_errors=True),
         "worker killed": lambda: kill_worker(training, rng),
-        "server": lambda: start(serve, rng.uniform(0.2, 2)),
+        "server": lambda: start(serve, rng.randint(1, 3), rng.uniform(0.1, 1)),
         "second training": lambda: start(train_beside),
     }
+    coming: list[str] = []
     while training.is_alive():
-        time.sleep(rng.uniform(0.2, 1.5))
-        name = rng.choice(sorted(events))
+        ends = time.monotonic() + rng.uniform(0.2, 1.5)
+        while time.monotonic() < ends:
+            time.sleep(0.1)
+            watch(training, folder / "sizes")
+        coming = coming or rng.sample(sorted(events), len(events))
+        name = coming.pop()
         events[name]()
         counts[name] += 1
-        while sum(one.is_alive() for one in others) > 2:
+        while sum(one.is_alive() for one in others) > 3:
             time.sleep(0.1)
+            if not training.is_alive():
+                (folder / "end").touch()
+    (folder / "end").touch()
     for one in [training, *others]:
         one.join(LONGEST_SECONDS)
         assert one.exitcode == 0, (counts, one.exitcode)
     return dict(counts)
+
+
+def watch(training: Any, file: Path) -> None:
+    """Note the resident size of a training, and that of its largest worker."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(training.pid)
+        workers = [one.memory_info().rss for one in process.children(recursive=True)]
+        note(file, [process.memory_info().rss, max(workers, default=0)])
 
 
 @pytest.mark.slow
@@ -166,19 +204,20 @@ def test_a_training_goes_on_whatever_happens_around_it(tmp_path):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}", apart(disturb, tmp_path, seed, SECONDS))
 
-    rounds = [json.loads(line) for line in (tmp_path / "rounds").read_text().splitlines()]
-    sizes = np.array([size for *_, size in rounds])
-    print(f"{len(rounds)} rounds, {sum(k for _, k, _ in rounds)} ended by a killed worker")
-    settled = sizes[: 2 * len(DEPTHS)].max()
-    assert sizes.max() - settled < MOST_GROWTH, sizes
-    for number, *_ in rounds:
-        root = tmp_path / f"cache-{number}"
-        counts = embeddings(tmp_path / f"log-{number}")
-        assert set(counts.values()) == {1}, number
-        depth = DEPTHS[number % len(DEPTHS)]
-        assert len(counts) == FRAMES * max(1, depth)
-        assert FeatureCache(root, "r").stats()["records"] == FRAMES
-        assert not damage(root)
+    rounds, servers = notes(tmp_path / "rounds"), notes(tmp_path / "servers")
+    print(f"{len(rounds)} rounds, {sum(k for _, k in rounds)} ended by a killed worker")
+    print("servers computed", [computed for computed, *_ in servers])
+    assert any(computed for computed, *_ in servers)
+    sizes = np.array(notes(tmp_path / "sizes"))
+    settled, most = sizes[: len(sizes) // 3].max(axis=0), sizes.max(axis=0)
+    grown = [*(most - settled), *(after - before for _, before, after in servers)]
+    print("MiB grown:", [int(size) >> 20 for size in grown])
+    assert max(grown) < MOST_GROWTH, grown
+    for number, _ in rounds:
+        cache = FeatureCache(tmp_path / f"cache-{number}", "r")
+        stats = cache.stats(lifetime=True)
+        assert (stats["records"], stats["computed"]) == (FRAMES, FRAMES), number
+        assert not damage(cache.store.root)
     list(list_servers())
     assert wait_until(lambda: not [name for name in sockets() if name.endswith(".json")])
     assert not [p for p in psutil.Process().children(recursive=True) if "worker" in p.name()]

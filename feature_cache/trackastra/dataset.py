@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch.utils.data import ConcatDataset
@@ -43,12 +44,14 @@ class _Extras:
     shape: tuple[int, int]
     columns: tuple[str, ...] | None
     rotate_features: bool
+    before: int
+    """How many samples the members have that come before it."""
 
     def begin(self, n: int, sample: dict[str, Any]) -> Unfinished:
         """Give the sample of window `n` without its features, its geometry mapped as theirs."""
         copy = 0
         if self.copies is not None:
-            copy = self.copies.choose(n)
+            copy = self.copies.choose(n, self.before)
             sample = {**sample, "copy": copy}
             draw = self.copies.draws[copy]
             if self.columns is not None and not draw.is_identity:
@@ -63,7 +66,9 @@ class _Extras:
         for n in indices:
             if self.copies is not None and not self.copies.knows(n):
                 continue
-            copy = 0 if self.copies is None else self.copies.choose(n)
+            copy = 0
+            if self.copies is not None:
+                copy = self.copies.choose(n, self.before, ahead=True)
             self.tokens.prefetch(self.movie_of[n], self.frames_of[n], copy)
 
     def _map(self, sample: dict[str, Any], draw: Draw) -> dict[str, Any]:
@@ -280,12 +285,17 @@ def wrap(
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
     ctc_data = load_data(ctc_data, dataset_options or {}, cache)
-    copies = Copies(augmentations) if augmentations is not None else None
+    concat = isinstance(ctc_data, ConcatDataset)
+    members: list[Any] = ctc_data.datasets if concat else [ctc_data]
     check_words(geometry, on_miss)
     check_props(additional_props)
+    for data in members:
+        mapped = augmentations is not None and geometry == "map"
+        _check_dataset(data, additional_props, mapped=mapped)
+    before = list(accumulate(map(len, members), initial=0))
+    copies = Copies(augmentations, before[-1]) if augmentations is not None else None
 
-    def wrap_one(data: Any) -> CachedCTCData:
-        _check_dataset(data, additional_props, mapped=copies is not None and geometry == "map")
+    def wrap_one(data: Any, before: int) -> CachedCTCData:
         folders = folders_of(data)
         unique = list(dict.fromkeys(folders))
         movies = [
@@ -300,6 +310,7 @@ def wrap(
             (movies[0].frames.shape[-2], movies[0].frames.shape[-1]),
             columns,
             rotate_features,
+            before,
         )
         cached = CachedCTCData(data, extras, additional_props)
         cached.feat_dim = len(columns_of(additional_props, data.ndim))
@@ -307,9 +318,8 @@ def wrap(
             cached.windows = exchange_shallow(data, folders, additional_props)
         return cached
 
-    if isinstance(ctc_data, ConcatDataset):
-        return CachedConcatDataset([wrap_one(data) for data in ctc_data.datasets])
-    return wrap_one(ctc_data)
+    wrapped = list(map(wrap_one, members, before))
+    return CachedConcatDataset(wrapped) if concat else wrapped[0]
 
 
 def check_words(geometry: str, on_miss: str) -> None:
