@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from types import ModuleType
@@ -20,6 +21,7 @@ from trackastra.utils import blockwise_causal_norm
 from feature_cache import BackboneError, MissingDependencyError
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import ModelFeatures, wrap
+from feature_cache.trackastra.train import make_trainer
 from feature_cache.trackastra.training import (
     BestModel,
     TrackingModule,
@@ -29,6 +31,7 @@ from feature_cache.trackastra.training import (
     save_model,
     warmup_cosine,
 )
+from feature_cache.train_options import parse_training
 
 SMALL = {"d_model": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "window": 3}
 SCRIPT = os.environ.get("TRACKASTRA_TRAIN_SCRIPT")
@@ -335,3 +338,15 @@ def test_a_model_without_its_package_says_how_to_get_it(monkeypatch):
     monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingDependencyError, match="--no-deps trackastra-pretrained-feats"):
         importlib.import_module(name)
+
+
+def test_weights_and_biases_without_a_login_is_an_error_that_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # as where nobody could be asked
+    options = parse_training(["--logger", "wandb", "--input_train", "01", "--input_val", "01"])
+    with pytest.raises(ValueError, match=r"login.*WANDB_MODE=offline.*--logger csv"):
+        make_trainer(options, tmp_path, {})

@@ -194,17 +194,31 @@ def check_movie(data: Any) -> None:
         )
 
 
+def _open_wandb(options: argparse.Namespace) -> WandbLogger:
+    """Begin a run of Weights & Biases before anything is computed: it may need a login."""
+    if importlib.util.find_spec("wandb") is None:
+        raise MissingDependencyError("wandb", "--logger wandb", "pip install wandb")
+    from wandb.errors import Error
+
+    logger = WandbLogger(options.name, project=options.wandb_project)
+    try:
+        _ = logger.experiment
+    except Error as error:
+        raise ValueError(
+            f"--logger wandb can't begin: {error} Or set WANDB_MODE=offline, or take --logger csv"
+        ) from error
+    return logger
+
+
 def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str, Any]) -> Trainer:
     """Make Lightning's trainer, with all that writes."""
     loggers: dict[str, Any] = {
         "tensorboard": lambda: TensorBoardLogger(folder, name="tb"),
         "csv": lambda: CSVLogger(folder, name="csv"),
-        "wandb": lambda: WandbLogger(options.name, project=options.wandb_project),
+        "wandb": lambda: _open_wandb(options),
         "none": lambda: False,
     }
     kind = "none" if options.dry else options.logger
-    if kind == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise MissingDependencyError("wandb", "--logger wandb", "pip install wandb")
     patience = options.epochs // 6 if options.patience is None else options.patience
     callbacks: list[Callback] = [CheckMovies()]
     if not options.dry:
