@@ -88,7 +88,7 @@ class UnknownNameError(FeatureCacheError, LookupError):
 
 def _find_nearest(name: str, known: tuple[str, ...]) -> str | None:
     """Find the name that was probably meant: one that contains it, or is spelled much alike."""
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)  # fp16 is float16
     holding = [one for one in known if len(name) > 2 and name.casefold() in one.casefold()]
     return next(iter([*get_close_matches(name, holding, n=1, cutoff=0.0), *close]), None)
 

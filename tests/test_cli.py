@@ -307,7 +307,7 @@ class TestMistakes:
         assert run()[0] == 2
         code, _, err = run("warm")
         assert code == 2
-        assert "Missing argument" in err
+        assert "missing argument" in err
 
 
 def _in_another_user(function):

@@ -192,7 +192,7 @@ class TestGarbage:
     def test_wrong_words(self, run, warmed, options, message):
         code, _, err = run("gc", "--cache", "cache", *options)
         assert code == 2
-        assert message in " ".join(err.replace("│", " ").split())
+        assert message in err
 
     @pytest.mark.parametrize("what", ["nope", "two"])
     def test_unknown_pins(self, run, warmed, what):

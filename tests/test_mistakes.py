@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import typer
 
 from feature_cache import (
     Augmentations,
@@ -25,6 +26,7 @@ from feature_cache import (
     Movie,
     load_backbone,
 )
+from feature_cache.cli import app
 from feature_cache.movies import write_movie
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
@@ -161,6 +163,23 @@ MISTAKES = [
         needs="timm",
     ),
     Mistake(
+        "a dtype as others name it",
+        WARM + " --dtype fp16",
+        "error: unknown storage dtype 'fp16': did you mean 'float16'? Known: float16, float32",
+    ),
+    Mistake(
+        "a device as others name it",
+        WARM + " --device gpu",
+        "error: no device 'gpu' here (torch knows cpu, cuda, mps and others); leave it out for the "
+        "best there is, or use cpu",
+    ),
+    Mistake(
+        "no cache",
+        "ls",
+        "error: missing option '--cache' (env var: 'FEATURE_CACHE_DIR'); see feature-cache ls "
+        "--help",
+    ),
+    Mistake(
         "a pattern without quotes",
         WARM + " movie/02 --masks movie/01_GT/TRA",
         "…--masks is for one movie, and 2 are named; put a pattern in quotes,…masks: …",
@@ -242,7 +261,7 @@ MISTAKES = [
     Mistake(
         "a command misspelled",
         "wram movie/01",
-        "No such command 'wram'. Did you mean 'warm'?",
+        "error: no such command 'wram'. Did you mean 'warm'?; see feature-cache --help",
     ),
     Mistake(
         "an extra that is not installed",
@@ -302,12 +321,12 @@ MISTAKES = [
     Mistake(
         "a size that is none",
         f"{WARM} --max-size 5gigs",
-        "Invalid value for '--max-size': '5gigs' is no size: expected such as 500M, 100G or 1.5T",
+        "error: '--max-size': '5gigs' is no size: expected such as 500M, 100G or 1.5T",
     ),
     Mistake(
         "an age that is none",
         "gc --cache cache --older-than 30",
-        "Invalid value for '--older-than': '30' is no age: expected such as 12h, 30d or 8w",
+        "error: '--older-than': '30' is no age: expected such as 12h, 30d or 8w",
     ),
     Mistake(
         "a frame beyond the movie",
@@ -366,7 +385,7 @@ MISTAKES = [
     Mistake(
         "no backbone",
         "warm movie/01 --cache cache",
-        "Invalid value: name a --backbone, or pool --from-grids",
+        "error: name a --backbone, or pool --from-grids",
     ),
     Mistake(
         "a cache below a file",
@@ -401,7 +420,7 @@ MISTAKES = [
     Mistake(
         "a report that does not know whose features to draw",
         "report page.html --cache cache --movie movie/01 --verify",
-        "Invalid value: name a --backbone; stored: none",
+        "error: name a --backbone; stored: none",
         lose_the_spaces,
     ),
 ]
@@ -438,11 +457,24 @@ def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
     assert status == mistake.status
 
 
+@pytest.mark.slow
+def test_each_misspelt_option_and_command_is_one_line_with_what_was_meant(run):
+    for name, command in typer.main.get_command(app).commands.items():
+        status, _, err = run(f"{name}x")
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"Did you mean {name!r}" in err
+        options = [one for param in command.params for one in param.opts if one[:2] == "--"]
+        for option in options if name != "train" else ():  # which passes on what it doesn't know
+            status, _, err = run(name, f"{option[:3]}{option[4:]}")
+            assert (status, err.count("\n")) == (2, 1), err
+            assert option in err or f"{option[:3]}{option[4:]}" in options, err
+
+
 def without_progress(err: str) -> str:
-    """Leave out progress, usage and the frame around what typer says."""
-    lines = [line.strip("│ ") for line in err.splitlines()]
-    other = r"(hashing|computing|verifying): |Usage: |Try '|[╭╰]|$"
-    return "\n".join(line for line in lines if not re.match(other, line))
+    """Leave out progress."""
+    lines = [line.strip() for line in err.splitlines()]
+    progress = re.compile(r"(hashing|computing|verifying): |$")
+    return "\n".join(line for line in lines if not progress.match(line))
 
 
 def assert_says(found: str, expected: str, here: Path) -> None:

@@ -81,6 +81,8 @@ def _check_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0].partition(". ")[0]
+        if first.startswith("Expected one of"):  # all kinds that there ever were
+            first = "torch knows cpu, cuda, mps and others"
         raise BackboneError(
             f"no device {name!r} here ({first}); leave it out for the best there is, or use cpu"
         ) from error

@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -32,6 +32,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     *(pictures.report, pictures.show),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
 )
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""Of click, or of typer, which brings its own; it exports no other of them."""
 _NAMES = {look.list_spaces: "ls"}
 
 
@@ -73,17 +75,37 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; errors of ours become one line and exit status 2."""
+    """Run the command line; errors of ours, and wrong use, become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.showwarning = _show_warning
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        app(prog_name="feature-cache")
+        sys.exit(app(prog_name="feature-cache", standalone_mode=False))
     except FeatureCacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _fail(str(error))
+    except _USAGE_ERROR as error:
+        _fail(_say_usage(error))
+    except typer.Abort:
+        sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)
+
+
+def _say_usage(error: Any) -> str:
+    """Say in one line what is wrong with a command; its help where it has no words at all."""
+    said: str = error.format_message()
+    if not said or "\n" in said:
+        error.show()
+        sys.exit(2)
+    if isinstance(error, typer.BadParameter) and not said.startswith("Missing"):
+        return said.removeprefix("Invalid value: ").removeprefix("Invalid value for ")
+    where = "feature-cache" if error.ctx is None else error.ctx.command_path
+    return f"{said[0].lower()}{said[1:].rstrip('.')}; see {where} --help"
 
 
 def _stop(number: int, _: object) -> None:
