@@ -74,7 +74,20 @@ class Tokens:
     def of(
         cls, movie: MovieFeatures, times: NDArray[np.int64], labels: NDArray[np.int64]
     ) -> Tokens:
-        """Group the tokens (N,), (N,) of a sample."""
+        """Group the tokens (N,), (N,) of a sample.
+
+        Raises
+        ------
+        ValueError, TypeError
+            They are no integers, not as many, or not in one row.
+        FrameError
+            The movie has no such timepoint.
+        """
+        for name, given in (("timepoints", times), ("labels", labels)):
+            if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+                raise TypeError(
+                    f"{name} are {given.dtype} of shape {given.shape}: expected integers (N,)"
+                )
         if len(times) != len(labels):
             raise ValueError(f"{len(times)} timepoints and {len(labels)} labels: expected as many")
         frames, bounds = _group(times)
@@ -83,6 +96,12 @@ class Tokens:
             order = np.argsort(times, kind="stable")
             labels = labels[order]
             frames, bounds = _group(times[order])
+        if frames and not 0 <= frames[0] <= frames[-1] < len(movie):
+            wrong = frames[0] if frames[0] < 0 else frames[-1]
+            raise FrameError(
+                f"timepoint {wrong} is none of {movie.name or 'the movie'}, "
+                f"whose {len(movie)} frames are counted from 0: are dataset and cache of one movie?"
+            )
         return cls(movie, labels, frames, bounds, order)
 
     def select(self, found: Found) -> NDArray[np.floating[Any]]:

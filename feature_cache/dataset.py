@@ -249,6 +249,13 @@ class TokenFeatures:
         change : callable, optional
             What is done to the features, (N, C) to (N, C), in the end.
         """
+        for name in ("timepoints", "labels"):
+            if not isinstance(sample.get(name), Tensor):
+                found = type(sample[name]).__name__ if name in sample else "none"
+                raise TypeError(
+                    f"a sample has {name} that are {found}: expected a tensor of integers "
+                    "(N,), one for each cell"
+                )
         times, labels = sample["timepoints"].numpy(), sample["labels"].numpy()
         return Unfinished(
             sample, self, Tokens.of(self.variants[movie][copy], times, labels), change

@@ -111,6 +111,23 @@ def test_an_unknown_label_is_never_zeros(movie):
 
 
 @pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"labels": None}, TypeError, "a sample has labels that are NoneType: expected a tensor"),
+        ({"timepoints": [0, 0]}, TypeError, "a sample has timepoints that are list: expected"),
+        ({"timepoints": torch.tensor([0.0, 0.5])}, TypeError, r"timepoints are float32 of shape"),
+        ({"labels": torch.tensor([[1, 2]])}, TypeError, r"labels are int64 of shape \(1, 2\)"),
+        ({"timepoints": torch.tensor([0, 99])}, FrameError, "timepoint 99 is none of movie"),
+        ({"timepoints": torch.tensor([-1, 0])}, FrameError, "timepoint -1 is none of movie"),
+    ],
+)
+def test_samples_that_name_no_cells(movie, changed, error, message):
+    sample = {"timepoints": torch.tensor([0, 0]), "labels": torch.tensor([1, 2])}
+    with pytest.raises(error, match=message):
+        CachedFeatureDataset([{**sample, **changed}], [movie])[0]
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"augmentations": "default"}, DrawError, "augmentations is 'default'"),
