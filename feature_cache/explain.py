@@ -62,10 +62,12 @@ class Stored:
     def was_asked(self, source: Mapping[str, Any]) -> bool:
         """Tell whether this very record was asked for."""
         draw, frame = canonical_json(source["draw"]), source["frame_digest"]
+        seen = {*source.get("window", ())}
         return any(
             f == frame and source["mask_digest"] in (None, m)
             for movie, draws in self.asked
-            for _, f, m in (movie.frames if draw in draws else ())
+            if draw in draws and seen <= {f for _, f, _ in movie.frames}
+            for _, f, m in movie.frames
         )
 
     def frames_of(self, movie: str) -> Iterator[tuple[str, str]]:
@@ -129,6 +131,8 @@ def _nearest_record(source: Mapping[str, Any], stored: Stored, copies: Sequence[
         return "it was asked for, and was not computed yet, or gc has let go of it"
     sources = stored.sources
     same = _matching(sources, source, "frame_digest", "mask_digest")
+    if same and all(row.get("window") != source.get("window") for row in same):
+        return "the frames around it, which the backbone sees with it, differ from those stored"
     if same:
         return _other_draw(source, same, copies)
     same = _matching(sources, source, "frame_digest")

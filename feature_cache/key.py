@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -26,7 +27,7 @@ def record_key(space: Digest, frame: Digest, mask: Digest | None, draw: Draw) ->
     space : bytes
         `feature_cache.spec.SpaceSpec.digest`.
     frame : bytes
-        `feature_cache.hashing.frame_digest`.
+        `feature_cache.hashing.frame_digest`; of several frames that are seen, `window_digest`.
     mask : bytes or None
         `feature_cache.hashing.mask_digest`; None where whole grids are kept.
     draw : Draw
@@ -37,6 +38,11 @@ def record_key(space: Digest, frame: Digest, mask: Digest | None, draw: Draw) ->
     """
     masked = b"\0" if mask is None else b"\1" + mask
     return digest_bytes(space, frame, masked, _text_of(draw))
+
+
+def window_digest(frames: Sequence[Digest]) -> Digest:
+    """Digest what a backbone sees: the digests of frames, in order; that of one is its own."""
+    return frames[0] if len(frames) == 1 else digest_bytes(*frames)
 
 
 @lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .augment import Draw
 from .backbones.alike import load_alike
-from .engine import Frame, Model, compute_each
+from .engine import Decoded, Frame, Model, compute_each
 from .errors import (
     BackboneError,
     CorruptRecordError,
@@ -250,8 +250,8 @@ class _Comparison:
         except FeatureCacheError as error:
             self._leave("movie", str(error), len(rows))
             return
-        taken = deque[_Row]()
-        frames = self._frames(movie, draw, rows, spec, taken)
+        taken, decoded = deque[_Row](), Decoded()
+        frames = self._frames(movie, draw, rows, spec, taken, decoded)
         for _, record in compute_each(frames, model, spec, draw, self.batch_size):
             row = taken.popleft()
             if isinstance(record, FeatureCacheError):
@@ -266,11 +266,12 @@ class _Comparison:
         rows: Sequence[_Row],
         spec: SpaceSpec,
         taken: deque[_Row],
+        decoded: Decoded,
     ) -> Iterator[Frame]:
         """Read the frames of records; those that are others by now are left."""
         for row in rows:
             try:
-                frame, key = _read_frame(movie, row, spec, draw)
+                frame, key = _read_frame(movie, row, spec, draw, decoded)
             except FeatureCacheError as error:
                 self._leave("movie", str(error), 1)
                 continue
@@ -327,16 +328,23 @@ def _read_rows(chosen: Chosen) -> list[_Row]:
     return [_Row(pack.keys[row].tobytes(), pack.record(row), sources[row]) for row in chosen.rows]
 
 
-def _read_frame(movie: Movie, row: _Row, spec: SpaceSpec, draw: Draw) -> tuple[Frame, Digest]:
+def _read_frame(
+    movie: Movie, row: _Row, spec: SpaceSpec, draw: Draw, decoded: Decoded
+) -> tuple[Frame, Digest]:
     """Read the frame of a record, and give the key that it has now; the memo is not asked."""
-    t = _find_frame(movie, row.source)
-    pixels = frame_pixels(movie.frames[t], row.name)
-    mask = None
+
+    def read_pixels(t: int) -> Frame:
+        pixels = frame_pixels(movie.frames[t], row.name)
+        return Frame(pixels, None, frame_digest(pixels), row.name)
+
+    t, context = _find_frame(movie, row.source), spec.backbone.context
+    seen = decoded.take(context.window(t, len(movie)), read_pixels)
+    own, mask = seen[context.before], None
     if spec.pooling is not None and movie.masks is not None:
         mask = mask_labels(movie.masks[t], row.name)
-    frame = Frame(pixels, mask, frame_digest(pixels), row.name)
+    frame = Frame(own.pixels, mask, own.digest, row.name, seen if any(context) else ())
     masked = None if mask is None else mask_digest(mask)
-    return frame, record_key(spec.digest, frame.digest, masked, draw)
+    return frame, record_key(spec.digest, frame.seen_digest, masked, draw)
 
 
 def _find_frame(movie: Movie, source: Mapping[str, Any]) -> int:

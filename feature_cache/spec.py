@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .errors import UnknownNameError
 from .hashing import JSON, Digest, canonical_json, digest_json
@@ -81,6 +81,27 @@ class Normalization:
         return made
 
 
+class Context(NamedTuple):
+    """How many frames before and after a frame a backbone sees with it."""
+
+    before: int = 0
+    after: int = 0
+
+    def window(self, t: int, count: int) -> list[int]:
+        """Give the frames that are seen for frame `t` of a movie of `count`.
+
+        They are those next to it in the movie, whatever time lies between; beyond its ends the
+        nearest is repeated.
+
+        Examples
+        --------
+        >>> Context(2, 1).window(1, 10)
+        [0, 0, 1, 2]
+        """
+        around = range(t - self.before, t + self.after + 1)
+        return [min(max(s, 0), count - 1) for s in around]
+
+
 @dataclass(frozen=True, slots=True)
 class BackboneSpec:
     """All that decides which grid a backbone gives for a frame.
@@ -112,6 +133,15 @@ class BackboneSpec:
     normalization : Normalization
     extra : mapping of str to JSON
         Any further terms; a copy is taken, which can't be changed.
+    context : (int, int)
+        How many frames before and after each the backbone sees with it. Where there are any,
+        `Backbone.embed` gets windows (B, T, H, W), all under one draw, and their content is in
+        the key.
+
+    Raises
+    ------
+    ValueError
+        A context that is none.
     """
 
     name: str
@@ -128,10 +158,14 @@ class BackboneSpec:
     dtype: str = "float32"
     normalization: Normalization = field(default_factory=Normalization)
     extra: Mapping[str, JSON] = field(default_factory=dict, hash=False)
+    context: Context = field(default_factory=Context)
 
     def __post_init__(self) -> None:
         for name in ("input_size", "mean", "std", "extra"):
             object.__setattr__(self, name, _freeze(getattr(self, name)))
+        if [type(count) for count in self.context] != [int, int] or min(self.context) < 0:
+            raise ValueError(f"context {self.context}: expected frames before and after, from 0 on")
+        object.__setattr__(self, "context", Context(*self.context))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as JSON: a mapping that can't be changed has no pickle."""
@@ -145,7 +179,13 @@ class BackboneSpec:
         plain["std"] = [float(value) for value in self.std]
         plain["input_size"] = list(self.input_size) if self.input_size else None
         plain["extra"] = _thaw(self.extra)
-        return plain
+        context = plain.pop("context")
+        return {**plain, "context": list(context)} if any(context) else plain
+
+    @property
+    def is_standardized(self) -> bool:
+        """Whether anything is subtracted, or anything but 1 divided by."""
+        return any(self.mean) or any(deviation != 1 for deviation in self.std)
 
     @property
     def digest(self) -> Digest:
@@ -167,6 +207,7 @@ class BackboneSpec:
             "mean": tuple(plain["mean"]),
             "std": tuple(plain["std"]),
             "input_size": (size[0], size[1]) if size else None,
+            "context": Context(*plain.get("context", ())),
         }
         return cls(**{**plain, **changed})
 

@@ -31,7 +31,7 @@ from .backbones.base import Frozen
 from .backbones.witness import Witness
 from .hashing import frame_digest, state_digest
 from .movies import Masks, Tracks
-from .spec import BackboneSpec, Normalization, differences
+from .spec import BackboneSpec, Context, Normalization, differences
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone
@@ -54,6 +54,9 @@ class FakeBackbone(Frozen):
     seed : int
         Other seeds are other weights.
     normalization : Normalization, optional
+    context : (int, int)
+        As of `BackboneSpec`: each window is embedded as the mean of its frames, which weighs later
+        ones more.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class FakeBackbone(Frozen):
         *,
         seed: int = 0,
         normalization: Normalization | None = None,
+        context: tuple[int, int] = (0, 0),
     ) -> None:
         self.seconds_per_frame = seconds_per_frame
         self.log = Path(log) if log is not None else None
@@ -81,11 +85,15 @@ class FakeBackbone(Frozen):
             stride=stride,
             channels="single",
             normalization=normalization or Normalization(),
+            context=Context(*context),
         )
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) into (B, ceil(H / stride), ceil(W / stride), dim) float32."""
         arrays = torch.as_tensor(frames).detach().cpu().numpy()
+        if any(self.spec.context):
+            weights = np.arange(1, 2 + sum(self.spec.context), dtype=np.float32)
+            arrays = np.einsum("btyx,t->byx", arrays, weights / weights.sum())
         return torch.from_numpy(np.stack([self._embed_frame(frame) for frame in arrays]))
 
     def _embed_frame(
@@ -144,6 +152,8 @@ def check_backbone(
         square = _corner(shape, *corner)
         frames = torch.stack([noise[0], noise[0].clone(), noise[1]])
         frames[1][square] = 1.0
+        if any(backbone.spec.context):
+            frames = torch.stack([frames] * (1 + sum(backbone.spec.context)), dim=1)
         grids = _check_embedding(backbone, frames)
         _check_rows(backbone, frames, grids, tolerance)
         if seed == 0:
@@ -178,7 +188,7 @@ def _check_embedding(backbone: Backbone, frames: Tensor) -> Tensor:
     _fail_unless(torch.equal(frames, before), f"{spec.name} changed the frames it was given")
     _fail_unless(not grids.requires_grad, f"{spec.name} keeps a graph for gradients")
     fits = grids.ndim == 4 and (len(grids), grids.shape[3]) == (len(frames), spec.width)
-    lengths = spec.input_size or tuple(frames.shape[1:])
+    lengths = spec.input_size or tuple(frames.shape[-2:])
     spans = [
         length // spec.stride <= cells <= -(-length // spec.stride)
         for cells, length in zip(grids.shape[1:3], lengths, strict=False)

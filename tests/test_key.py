@@ -38,6 +38,7 @@ CHANGES = {
     "dtype": "bfloat16",
     "normalization": Normalization(high=99.9),
     "extra": {"no_mem_embed": False},
+    "context": (2, 0),
 }
 
 

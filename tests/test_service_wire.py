@@ -86,7 +86,8 @@ def request(movie, **changes):
 
 
 def frame_header(movie, **changes):
-    header = {"number": 0, "frame": FRAME, "mask": MASK, "where": "x", "provenance": {}}
+    header = {"number": 0, "frame": FRAME, "seen": 1, "mask": MASK, "where": "x"}
+    header["provenance"] = {}
     return {"frames": [{**header, **changes}]}
 
 

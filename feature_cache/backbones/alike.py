@@ -45,6 +45,7 @@ def options_of(spec: BackboneSpec, factory: Callable[..., object]) -> dict[str, 
     so itself, by a class method of this name.
     """
     tiles = {name: spec.extra[name] for name in ("tile", "halo") if name in spec.extra}
+    seen = {"context": spec.context} if any(spec.context) else {}
     own: Callable[[BackboneSpec], dict[str, Any]] | None = getattr(factory, "options_of", None)
     if own is not None:
         return {**own(spec), **tiles}
@@ -53,11 +54,11 @@ def options_of(spec: BackboneSpec, factory: Callable[..., object]) -> dict[str, 
         "layer": spec.layer,
         "stride": spec.stride,
         "input_size": spec.input_size,
-        "standardize": any(spec.mean),
+        "standardize": spec.is_standardized,
         "antialias": spec.resize.endswith("-antialias"),
     }
     options = list(inspect.signature(factory).parameters)[4:]
-    return {**{name: told[name] for name in options if name in told}, **tiles}
+    return {**{name: told[name] for name in options if name in told}, **seen, **tiles}
 
 
 def name_in_full(spec: BackboneSpec) -> str:

@@ -40,7 +40,9 @@ class Backbone(Protocol):
         Parameters
         ----------
         frames : (B, H, W) float32
-            Normalised as ``spec.normalization`` says; not changed.
+            Normalised as ``spec.normalization`` says; not changed. Where ``spec.context`` is not
+            (0, 0), windows (B, T, H, W): each frame of the movie after those before it, all under
+            one draw; beyond the movie's ends the nearest is repeated.
 
         Returns
         -------
@@ -279,7 +281,7 @@ class TorchBackbone(Frozen, ABC):
         """Give each of the images its grids."""
         slices = torch.split(grids, [len(part) for part in images])
         return [
-            self._crop(own, (part.shape[1], part.shape[2]))
+            self._crop(own, (part.shape[-2], part.shape[-1]))
             for own, part in zip(slices, images, strict=True)
         ]
 
@@ -289,14 +291,18 @@ class TorchBackbone(Frozen, ABC):
 
     def _check_frames(self, images: Tensor) -> None:
         spec = self.spec
-        if images.ndim != 3:
+        seen = [1 + sum(spec.context)] if any(spec.context) else []
+        if list(images.shape[1:-2]) != seen or images.ndim < 3:
+            expected = "(B, T, H, W)" if seen else "(B, H, W)"
             raise FrameError(
-                f"frames of shape {tuple(images.shape)} for {spec.name}: expected (B, H, W), "
-                "one channel; make grey images of coloured ones first"
+                f"frames of shape {tuple(images.shape)} for {spec.name}: expected {expected}, "
+                f"{f'T = {seen[0]}, ' if seen else ''}one channel; make grey images of coloured "
+                "ones first"
             )
-        if spec.input_size is None and min(images.shape[1:]) < spec.stride:
+        height, width = images.shape[-2:]
+        if spec.input_size is None and min(height, width) < spec.stride:
             raise FrameError(
-                f"frames of {images.shape[1]}x{images.shape[2]} pixels for {spec.name}: smaller "
+                f"frames of {height}x{width} pixels for {spec.name}: smaller "
                 f"than one cell of its grid, {spec.stride} pixels"
             )
 
@@ -323,7 +329,7 @@ class TorchBackbone(Frozen, ABC):
         """Name the file the weights come from, where they come from one."""
         if self._seed() is not None:
             return None
-        return self._own_weights() if self.weights is None else Path(self.weights)
+        return self._own_weights() if self.weights is None else model_file(Path(self.weights))
 
     def _own_weights(self) -> Path | None:
         """Find the file of the model's own weights, where they come from one."""
@@ -396,6 +402,25 @@ def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
     if plain.dtype == torch.bfloat16:
         return plain.view(torch.int16).numpy()
     return plain.numpy()
+
+
+def model_file(path: Path) -> Path:
+    """Name the checkpoint that a path stands for: a file, or a folder as save_pretrained writes.
+
+    Raises
+    ------
+    BackboneError
+        The folder holds no ``model.safetensors``.
+    """
+    if not path.is_dir():
+        return path
+    file = path / "model.safetensors"
+    if not file.is_file():
+        raise BackboneError(
+            f"no model.safetensors in {path}: name the folder that save_pretrained wrote "
+            "(in one shard), or a checkpoint file"
+        )
+    return file
 
 
 def load_checkpoint(file: Path) -> dict[str, Tensor]:

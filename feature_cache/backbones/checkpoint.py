@@ -13,25 +13,6 @@ from ..errors import BackboneError
 from .base import load_checkpoint
 
 
-def model_file(path: Path) -> Path:
-    """Name the checkpoint that a path stands for: a file, or a folder as save_pretrained writes.
-
-    Raises
-    ------
-    BackboneError
-        The folder holds no ``model.safetensors``.
-    """
-    if not path.is_dir():
-        return path
-    file = path / "model.safetensors"
-    if not file.is_file():
-        raise BackboneError(
-            f"no model.safetensors in {path}: name the folder that save_pretrained wrote "
-            "(in one shard), or a checkpoint file"
-        )
-    return file
-
-
 def read_tensors(file: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
     """Read the tensors whose names start with a prefix, which is cut off.
 

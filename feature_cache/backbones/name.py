@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import quote, unquote
 
 from ..errors import BackboneError, UnknownNameError
+from ..spec import Context
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
@@ -25,7 +26,7 @@ class OptionInfo:
     ----------
     name : str
     kinds : tuple
-        What its value may be: types, ``(H, W)`` pairs as ``tuple``, words, None.
+        What its value may be: types, ``(H, W)`` pairs as ``tuple``, `Context`, words, None.
     default : object
     """
 
@@ -44,6 +45,7 @@ class OptionInfo:
         """Name the values for people."""
         names = {int: "a whole number", tuple: "HEIGHTxWIDTH", float: "a number"}
         names |= {bool: "true or false", str: "a text", NoneType: "none"}
+        names |= {Context: "FRAMES_BEFORE,FRAMES_AFTER"}
         told = [names[kind] for kind in self.kinds if kind in names and kind is not NoneType]
         return " or ".join(told or [", ".join(self.words)])
 
@@ -83,6 +85,9 @@ def _read_as(kind: Any, text: str) -> Any:
     if kind is NoneType:
         return None if text.lower() == "none" else _NOTHING
     try:
+        if kind is Context:
+            before, after = map(int, text.split(","))
+            return Context(before, after)
         if kind is tuple:
             height, width = map(int, text.lower().split("x"))
             return height, width
@@ -94,6 +99,8 @@ def _read_as(kind: Any, text: str) -> Any:
 def write_value(value: object) -> str:
     """Write an option's value as it stands in a name."""
     if isinstance(value, tuple | list):
+        if isinstance(value, Context):
+            return f"{value.before},{value.after}"
         return ("x" if isinstance(value[0], int) else ",").join(map(str, value))
     return (
         "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

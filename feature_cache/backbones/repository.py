@@ -22,7 +22,7 @@ from ..forks import cached_property
 from ..hashing import digest_json
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded, standardize
-from .checkpoint import as_json, check_config, model_file
+from .checkpoint import as_json, check_config
 from .hub import hub_file
 from .known import KNOWN
 from .layers import LayeredBackbone
@@ -97,7 +97,7 @@ class Repository(LayeredBackbone):
         kind, _, number = spec.layer.partition(".")
         layer: Any = int(number) if number else -1 if kind == "last_hidden_state" else kind
         size = spec.input_size
-        return {"layer": layer, "input_size": size, "standardize": any(spec.mean)}
+        return {"layer": layer, "input_size": size, "standardize": spec.is_standardized}
 
     @property
     def _repository(self) -> str:
@@ -227,11 +227,6 @@ class Repository(LayeredBackbone):
         return "last_hidden_state" if last else f"hidden_states.{self.layer % count}"
 
     # Its weights
-
-    def _weights_file(self) -> Path | None:
-        if self._seed() is not None:
-            return None
-        return self._own_weights() if self.weights is None else model_file(Path(self.weights))
 
     def _own_weights(self) -> Path:
         return hub_file(self._repository, "model.safetensors", self.revision_of_hub)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 HALO_SHARE = 8
 """Where no halo is named, it is this part of the tile."""
+_REVISION = 1
+"""Goes up when the same tile and halo would give other windows, or other cells of them."""
 
 
 class Tiled(Frozen):
@@ -63,24 +65,25 @@ class Tiled(Frozen):
 
     def add_terms(self, spec: BackboneSpec) -> BackboneSpec:
         """Give the backbone's spec tile and halo."""
-        return replace(spec, extra={**spec.extra, "tile": self.tile, "halo": self.halo})
+        terms = {"tile": self.tile, "halo": self.halo, "tiling": _REVISION}
+        return replace(spec, extra={**spec.extra, **terms})
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32. Errors as the backbone.
 
         One window of all frames after the other, so that memory does not grow with their size.
         """
-        if max(frames.shape[1:]) <= self.tile:
+        if max(frames.shape[-2:]) <= self.tile:
             return self.backbone.embed(frames)
         step = self.spec.stride if self.spec.input_size is None else 1
         frames = _extend(torch.as_tensor(frames), step)
-        axes = [cut_axis(length, self.tile, self.halo, step) for length in frames.shape[1:]]
-        height, width = frames.shape[1:]
+        height, width = frames.shape[-2:]
+        axes = [cut_axis(length, self.tile, self.halo, step) for length in (height, width)]
         strips = []
         for rows in axes[0]:
             parts = []
             for columns in axes[1]:
-                part = self.backbone.embed(frames[:, rows.slice, columns.slice])
+                part = self.backbone.embed(frames[..., rows.slice, columns.slice])
                 parts.append(
                     part[:, rows.choose(height, part.shape[1]).to(part.device)][
                         :, :, columns.choose(width, part.shape[2]).to(part.device)
@@ -163,11 +166,12 @@ def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
 
 def _extend(frames: Tensor, step: int) -> Tensor:
     """Repeat the last pixels of frames, so that whole cells span them."""
-    height, width = frames.shape[1:]
+    height, width = frames.shape[-2:]
     beyond = (0, _round_up(width, step) - width, 0, _round_up(height, step) - height)
     if not any(beyond):
         return frames
-    return nn.functional.pad(frames[:, None], beyond, mode="replicate")[:, 0]
+    extended = nn.functional.pad(frames.flatten(0, -3)[:, None], beyond, mode="replicate")
+    return extended.view(*frames.shape[:-2], *extended.shape[-2:])
 
 
 def _round_up(length: int, step: int) -> int:

@@ -23,7 +23,7 @@ from .base import (
     standardize,
     state_dict_digest,
 )
-from .checkpoint import check_config, model_file, read_tensors
+from .checkpoint import check_config, read_tensors
 from .hub import hub_file
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_input_size
 
@@ -75,11 +75,6 @@ class HubBackbone(TorchBackbone):
         super().__init__(name, weights, device, dtype)
         self.mean: tuple[float, ...] = IMAGENET_MEAN if standardize else ()
         self.std: tuple[float, ...] = IMAGENET_STD if standardize else ()
-
-    def _weights_file(self) -> Path | None:
-        if self._seed() is not None:
-            return None
-        return self._own_weights() if self.weights is None else model_file(Path(self.weights))
 
     def _own_weights(self) -> Path:
         return hub_file(self.name, "model.safetensors")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..augment import IDENTITY, Augmentations, Draw
 from ..engine import (
     PART_FAILS,
+    Decoded,
     Failure,
     Frame,
     FrameAnswer,
@@ -38,7 +39,7 @@ from ..hashing import (
     mask_digest,
     mask_labels,
 )
-from ..key import Keys, Record, record_key
+from ..key import Keys, Record, record_key, window_digest
 from ..memo import Fingerprint, Memo
 from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
@@ -112,6 +113,7 @@ class MovieFeatures:
     _space: Space | None = field(default=None, repr=False)
     _places: Places | None = field(default=None, repr=False)
     _about: dict[str, JSON] | None = field(default=None, repr=False)
+    _decoded: Decoded = field(default_factory=Decoded, repr=False)
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading."""
@@ -152,7 +154,7 @@ class MovieFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""
-        return {**self.__dict__, "_space": None, "_places": None}
+        return {**self.__dict__, "_space": None, "_places": None, "_decoded": Decoded()}
 
     @property
     def space(self) -> Space:
@@ -201,10 +203,23 @@ class MovieFeatures:
         self._check_shapes(t, shape, np.shape(mask))
         return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
 
+    def window(self, t: int) -> list[int]:
+        """Give the frames that the backbone sees for frame `t`: mostly that one alone."""
+        return self.spec.backbone.context.window(t, len(self))
+
+    def digests_seen(self, indices: Iterable[int]) -> dict[int, tuple[Digest, Digest | None]]:
+        """Give the `digests` of all that the backbone sees for some frames."""
+        return {s: self.digests(s) for t in indices for s in self.window(t)}
+
+    def seen_digest(self, t: int) -> Digest:
+        """Give the digest of what the backbone sees for frame `t`. Errors as `digests`."""
+        return window_digest([self.digests(s)[0] for s in self.window(t)])
+
     def key(self, t: int) -> Digest:
         """Give the key of frame `t`'s record: 16 bytes. Errors as `digests`."""
         if t not in self._keys:
-            self._keys[t] = record_key(self._space_digest, *self.digests(t), self.draw)
+            mask = self.digests(t)[1]
+            self._keys[t] = record_key(self._space_digest, self.seen_digest(t), mask, self.draw)
         return self._keys[t]
 
     def keys(self, indices: Sequence[int] | None = None) -> Keys:
@@ -306,14 +321,19 @@ class MovieFeatures:
                 return error
             return None
 
-        good, frames = [], list(dict.fromkeys(indices))
-        for t, error in zip(frames, self._map_unknown(hash_one, frames), strict=True):
+        good, frames = [], dict.fromkeys(indices)
+        seen = list(dict.fromkeys(s for t in frames for s in self.window(t)))
+        errors: dict[int, Exception | None] = {}
+        for s, error in zip(seen, self._map_unknown(hash_one, seen), strict=True):
+            errors[s] = error
+            if progress is not None and s in frames:
+                progress(1)
+        for t in frames:
+            error = next((errors[s] for s in (t, *self.window(t)) if errors[s] is not None), None)
             if error is None:
                 good.append(t)
             else:
                 tally.fail(Failure(self.where(t), str(error), records), error, t)
-            if progress is not None:
-                progress(1)
         return good
 
     def _map_unknown(
@@ -460,28 +480,40 @@ class MovieFeatures:
                 yield Stored(space.spec, [source for _, source in record_sources(space)], wanted)
 
     def read(self, t: int) -> Frame:
-        """Read frame `t` and its mask, to be computed. FrameError where they changed."""
-        # Copies: an array that changes later must not change what was compared with the digests.
-        given = _copy_of(self.frames[t])
-        pixels, mask = frame_pixels(given, self.where(t)), None
+        """Read frame `t`, its mask and what else is seen, to compute it; FrameError if changed."""
+        window: tuple[Frame, ...] = ()
+        if any(self.spec.backbone.context):
+            window = self._decoded.take(self.window(t), self._read_pixels)
+            own = window[self.spec.backbone.context.before]
+        else:
+            own = self._read_pixels(t)
+        if self.masks is None and not window:
+            return own
+        mask = None
         if self.masks is not None:
             mask = mask_labels(_copy_of(self.masks[t]), self.where(t, "mask"))
-        digest, masked = self.digests(t)
-        if frame_digest(pixels) != digest or (mask is not None and mask_digest(mask) != masked):
-            self._forget(t)
-            raise FrameError(f"{self.where(t)} changed since it was hashed: open the movie anew")
-        if mask is not None:
-            self._check_shapes(t, pixels.shape, mask.shape)
-        is_small = isinstance(given, np.ndarray) and given.dtype.kind in "bui"
-        return Frame(given if is_small else pixels, mask, digest, self.where(t))
+            if mask_digest(mask) != self.digests(t)[1]:
+                raise self._changed(t)
+            self._check_shapes(t, own.pixels.shape, mask.shape)
+        return Frame(own.pixels, mask, own.digest, own.where, window)
 
-    def _forget(self, t: int) -> None:
+    def _read_pixels(self, t: int) -> Frame:
+        # Copies: an array that changes later must not change what was compared with the digests.
+        given = _copy_of(self.frames[t])
+        pixels, digest = frame_pixels(given, self.where(t)), self.digests(t)[0]
+        if frame_digest(pixels) != digest:
+            raise self._changed(t)
+        is_small = isinstance(given, np.ndarray) and given.dtype.kind in "bui"
+        return Frame(given if is_small else pixels, None, digest, self.where(t))
+
+    def _changed(self, t: int) -> FrameError:
         """Let the memo forget frame `t` and its mask: a digest from it may be wrong."""
         with self.memo as memo:
             for images, kind in ((self.frames, "frame"), (self.masks, "mask")):
                 place = None if images is None else in_files(images, t, kind)
                 if place is not None:
                     memo.forget(**place)
+        return FrameError(f"{self.where(t)} changed since it was hashed: open the movie anew")
 
     @staticmethod
     def texts_of(copies: Iterable[MovieFeatures]) -> dict[str, str]:
@@ -512,13 +544,16 @@ class MovieFeatures:
                 "draw": self.draw.to_json(),
                 "origin": self.origin,
             }
-        return {
+        told = {
             **self._about,
             "frame": t,
             "file": self.frames.name_of(t) if self.frames.place else "",
             "frame_digest": frame.hex(),
             "mask_digest": mask.hex() if mask is not None else None,
         }
+        if any(self.spec.backbone.context):
+            told["window"] = [self.digests(s)[0].hex() for s in self.window(t)]
+        return told
 
     def _check_shapes(self, t: int, frame: tuple[int, ...], mask: tuple[int, ...]) -> None:
         if frame != mask:

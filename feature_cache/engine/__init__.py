@@ -3,7 +3,7 @@
 from .batches import choose_batch
 from .commit import Budget, Commits, Written
 from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
-from .frame import Frame
+from .frame import Decoded, Frame
 from .frame_claims import claim_name
 from .interrupt import end_by_exit, finish, forget_exit, say_kept, was_interrupted
 from .model import (
@@ -27,6 +27,7 @@ __all__ = [
     "Answer",
     "Budget",
     "Commits",
+    "Decoded",
     "Embedding",
     "Engine",
     "Failure",

@@ -116,18 +116,26 @@ class OnDevice:
         """
         if frame.on_device is not None:
             return
+        for one in frame.window:
+            self.prepare(one)
         rows = None if frame.mask is None else self._pin(frame.regions().rows)
-        stored = self._pin(frame.pixels if frame.pixels.ndim == 3 else frame.pixels[None])
         with self._on(self._uploads):
-            put = stored.to(self.device, non_blocking=True)
-            normalized = normalize_on(put[None], self.spec.normalization)
-            image = DeviceImage(
-                normalized.pixels[0],
-                None if rows is None else rows.to(self.device, non_blocking=True),
-            )
+            put = None if rows is None else rows.to(self.device, non_blocking=True)
+            frame.on_device = DeviceImage(self._upload(frame), put)
+
+    def _upload(self, frame: Frame) -> torch.Tensor:
+        """Upload a frame's pixels and normalise them, unless its window has them: (Z, H, W)."""
+        if frame.window:
             self._wait()
-            normalized.check([frame.where])
-        frame.on_device = image
+            image: DeviceImage = frame.window[self.spec.context.before].on_device
+            return image.pixels
+        stored = self._pin(frame.pixels if frame.pixels.ndim == 3 else frame.pixels[None])
+        normalized = normalize_on(
+            stored.to(self.device, non_blocking=True)[None], self.spec.normalization
+        )
+        self._wait()
+        normalized.check([frame.where])
+        return normalized.pixels[0]
 
     def _pin(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Copy an array of any layout and byte order to where the device reads it by itself."""

@@ -40,6 +40,7 @@ from .batches import choose_batch, is_full
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
 from .crew import Crew
 from .flights import Flights
+from .frame import Frame
 from .frame_claims import ASKED_SECONDS, FrameClaims
 from .interrupt import finish, say_kept, terminable
 from .plain import Embedding
@@ -117,6 +118,8 @@ class Engine:
         self._frame_bytes = self._reserved = self._frames = 0
         self._batch_size = 1
         self._draws: dict[Draw, int] = {}
+        self._recent = deque[Frame](maxlen=2 * max(2, count_cores()))
+        """Windows that share frames with those that are read next."""
         self._news = time.monotonic()
         self._lost: StoreError | None = None
         self.error: BaseException | None = None
@@ -509,7 +512,7 @@ class Engine:
             return
         parts: list[Part] = []
         try:
-            frame = request.read()
+            frame = self._read_frame(request)
             draws: dict[object, list[Wanted]] = defaultdict(list)
             for wanted in request.wanted:
                 draws[wanted.draw].append(wanted)
@@ -538,6 +541,13 @@ class Engine:
         for part, grid in zip(parts, found, strict=True):
             if grid is not None:
                 self._make_records(part, grid)
+
+    def _read_frame(self, request: Request) -> Frame:
+        """Read a frame; one with a window stays a while."""
+        frame = request.read()
+        if frame.window:
+            self._recent.append(frame)
+        return frame
 
     def _done(self, request: Request) -> None:
         """Count a part as done; with its last one there is room for another frame."""

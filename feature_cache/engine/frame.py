@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FrameError
+from ..forks import Lock
 from ..hashing import Digest, digest_bytes
+from ..key import window_digest
 from ..normalize import normalize
 from ..pooling import Regions
 from ..spec import Normalization
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Frame:
     """One frame to compute records of.
 
@@ -28,16 +32,42 @@ class Frame:
         Of the pixels.
     where : str
         What to call the frame in an error.
+    window : tuple of Frame
+        Where the backbone sees others with it: all that it sees, in order, without masks.
+
+    Raises
+    ------
+    FrameError
+        Those of a window differ in shape.
     """
 
     pixels: NDArray[Any]
     mask: NDArray[np.int32] | None
     digest: Digest
     where: str
+    window: tuple[Frame, ...] = ()
     image: NDArray[np.float32] | None = field(default=None, init=False)
     on_device: Any = field(default=None, init=False)
     """What of it lies on the device, where it is computed there."""
     _regions: Regions | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for other in self.window:
+            if other.pixels.shape != self.pixels.shape:
+                raise FrameError(
+                    f"{self.where} has shape {self.pixels.shape} and {other.where}, which the "
+                    f"backbone sees with it, {other.pixels.shape}: expected the same"
+                )
+
+    @property
+    def seen(self) -> tuple[Frame, ...]:
+        """The frames whose pixels the backbone sees: those of the window, or this one."""
+        return self.window or (self,)
+
+    @property
+    def seen_digest(self) -> Digest:
+        """What stands in keys for the pixels that the backbone sees."""
+        return window_digest([frame.digest for frame in self.seen])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,3 +111,22 @@ class Frame:
         if self.pixels.ndim == 2:
             return [self.digest]
         return [digest_bytes(self.digest, z.to_bytes(4, "big")) for z in range(self.depth)]
+
+
+class Decoded:
+    """Frames of a movie for windows, which share them: each is read once while any is in use."""
+
+    def __init__(self) -> None:
+        self._frames = WeakValueDictionary[int, Frame]()
+        self._locks: dict[int, Lock] = {}
+
+    def take(self, numbers: list[int], read: Callable[[int], Frame]) -> tuple[Frame, ...]:
+        """Give frames; those that nobody has are read."""
+        return tuple(self._take(number, read) for number in numbers)
+
+    def _take(self, number: int, read: Callable[[int], Frame]) -> Frame:
+        with self._locks.setdefault(number, Lock()):
+            frame = self._frames.get(number)
+            if frame is None:
+                frame = self._frames[number] = read(number)
+            return frame

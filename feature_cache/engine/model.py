@@ -118,7 +118,7 @@ class Model:
         for layer, numbers in wanted.items():
             space = grid_spec(layer).digest
             keys = [
-                record_key(space, each.frame.digest, None, each.draw)
+                record_key(space, each.frame.seen_digest, None, each.draw)
                 for each in (embeddings[i] for i in numbers)
             ]
             rows = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, DIGEST_BYTES)
@@ -260,7 +260,8 @@ class Model:
                     f"explains {bound:.3g}; nothing of it is stored: set {PLAIN}=1, and report it"
                 )
             self._proofs[spec] = self._proofs.get(spec, 0) + 1
-        embedding.frame.image = None
+        for frame in embedding.frame.seen:
+            frame.image = None
 
 
 _pooling = attrgetter("pooling")

@@ -77,7 +77,8 @@ class Plain:
 
     def prepare(self, frame: Frame) -> None:
         """Normalise a frame, once for all its draws. FrameError where that can't be."""
-        frame.normalized(self.spec.normalization)
+        for one in frame.seen:
+            one.normalized(self.spec.normalization)
 
     def draw(self, batch: Sequence[Embedding]) -> list[Group]:
         """Draw what can go through the backbone together.
@@ -184,7 +185,7 @@ class Group:
     Attributes
     ----------
     members : sequence of Embedding
-    images : (B, H', W') float32
+    images : (B, H', W'), or windows (B, T, H', W'), float32
         What the backbone sees of them.
     """
 
@@ -214,13 +215,27 @@ def draw_groups(
     groups = []
     for (draw, _), group in groupby(batch, key=lambda each: (each.draw, each.frame.shape)):
         members = list(group)
-        frames = [each.frame for each in members]
-        images = images_of(frames)
+        frames = seen = [each.frame for each in members]
+        if any(spec.context):
+            seen = list(dict.fromkeys(chain.from_iterable(frame.seen for frame in frames)))
+        images = images_of(seen)
         if not draw.is_identity:
-            digests = list(chain.from_iterable(frame.slice_digests() for frame in frames))
+            digests = list(chain.from_iterable(frame.slice_digests() for frame in seen))
             images = draw.apply(images, digests=digests, bounds=spec.normalization.range)
-        groups.append(Group(members, images))
+        groups.append(Group(members, _join_windows(images, seen, frames, spec)))
     return groups
+
+
+def _join_windows(
+    images: torch.Tensor, seen: Sequence[Frame], frames: Sequence[Frame], spec: BackboneSpec
+) -> torch.Tensor:
+    """Give each slice of frames its window (B, T, H, W), where the backbone sees any."""
+    if not any(spec.context):
+        return images
+    slices = torch.split(images, [frame.depth for frame in seen])
+    of_frame = dict(zip(seen, slices, strict=True))
+    windows = (torch.stack([of_frame[one] for one in frame.seen], dim=1) for frame in frames)
+    return torch.cat(list(windows))
 
 
 def embed_groups(

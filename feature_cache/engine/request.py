@@ -68,7 +68,7 @@ class Request:
     ----------
     model : Model
     digest : bytes, 16
-        Of the frame.
+        Of what the backbone sees of the frame.
     read : callable
         Reads frame and mask. Raises FrameError or MovieError where they can't be, or changed.
     wanted : sequence of Wanted
@@ -124,8 +124,8 @@ class View(Protocol):
     def key(self, t: int) -> Digest:
         """Give the key of frame `t`'s record."""
 
-    def digests(self, t: int) -> tuple[Digest, Digest | None]:
-        """Give the digests of frame `t` and its mask."""
+    def seen_digest(self, t: int) -> Digest:
+        """Give the digest of what the backbone sees for frame `t`."""
 
     def provenance(self, t: int) -> dict[str, JSON]:
         """Say where the record of frame `t` comes from."""
@@ -143,7 +143,7 @@ def request_frame(
         Wanted(view.key(t), view.space, view.spec, view.draw, partial(view.provenance, t), answer)
         for view, answer in views
     ]
-    return Request(model, masked.digests(t)[0], partial(masked.read, t), wanted, batch_size)
+    return Request(model, masked.seen_digest(t), partial(masked.read, t), wanted, batch_size)
 
 
 @dataclass(slots=True, eq=False)

@@ -92,7 +92,11 @@ class Ask:
             "source": source.absolute().to_json(),
             "name": movie.name,
             "origin": movie.origin,
-            "frames": [[t, *(d and d.hex() for d in movie.digests(t))] for t in self.block],
+            "frames": list(self.block),
+            "digests": [
+                [t, frame.hex(), mask and mask.hex()]
+                for t, (frame, mask) in movie.digests_seen(self.block).items()
+            ],
         }
 
 
@@ -190,6 +194,7 @@ class Client:
             {
                 "number": i,
                 "frame": list(frame.pixels.shape),
+                "seen": len(frame.seen),
                 "mask": None if frame.mask is None else list(frame.mask.shape),
                 "where": frame.where,
                 "provenance": movie.provenance(block[i]),
@@ -199,7 +204,8 @@ class Client:
         self._send({"frames": described})
         self._receive("go")
         for frame in frames.values():
-            self._connection.send_bytes(_bytes_of(frame.pixels.astype("<f4", copy=False)))
+            for one in frame.seen:
+                self._connection.send_bytes(_bytes_of(one.pixels.astype("<f4", copy=False)))
             if frame.mask is not None:
                 self._connection.send_bytes(_bytes_of(frame.mask))
 

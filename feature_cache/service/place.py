@@ -27,7 +27,7 @@ from ..errors import ServiceError
 from ..store.process import Process, this_host
 from ..system import HAS_ABSTRACT, SHARED_TEMPORARY, SOCKET_FAMILY, is_private, user
 
-_VERSION = 1
+_VERSION = 2
 _LONGEST_PATH = 90
 """Paths of sockets are limited to about 100 bytes."""
 _DESCRIPTION_BYTES = 1 << 18

@@ -255,6 +255,12 @@ class _Conversation:
             return {}
         try:
             movie = self._open_named(str(self.header["name"]), str(self.header["origin"]))
+            movie.know(
+                {
+                    t: (bytes.fromhex(frame), None if mask is None else bytes.fromhex(mask))
+                    for t, frame, mask in self.header["digests"]
+                }
+            )
             frames = {i: self._know_named(movie, i) for i in numbers}
         except (FeatureCacheError, OSError) as error:
             _log.info("pixels are asked for: %s", error)
@@ -262,11 +268,10 @@ class _Conversation:
         return self.service.submit(movie, frames, self.batch_size, ahead=self.is_ahead)
 
     def _know_named(self, movie: MovieFeatures, number: int) -> int:
-        """Take a frame's digests, with which its pixels are compared when they are read."""
-        t, frame, mask = self.header["frames"][number]
+        """Give a frame that is there, under the key that was asked for."""
+        t = self.header["frames"][number]
         if not 0 <= t < len(movie):
             raise MovieError(f"{movie.name} has {len(movie)} frames here, and {t} is asked for")
-        movie.know({t: (bytes.fromhex(frame), None if mask is None else bytes.fromhex(mask))})
         if movie.key(t) != self.keys[number]:
             raise ServiceError(f"{movie.where(t)} came with other digests than its key stands for")
         return int(t)
@@ -285,7 +290,7 @@ class _Conversation:
         numbers = [int(frame["number"]) for frame in described]
         if not set(numbers) <= lacking or len(set(numbers)) < len(numbers):
             raise ServiceError(f"frames {numbers} came, asked were {sorted(lacking)}")
-        sizes = [_pixel_bytes(frame) for frame in described]
+        sizes = [_pixel_bytes(frame, self.spec) for frame in described]
         held = sum(sizes)
         while not self.engine.reserve(held, TELL_SECONDS, ahead=self.is_ahead):
             wire.send(self.connection, {"wait": True})
@@ -304,21 +309,26 @@ class _Conversation:
 
     def _receive_frame(self, header: dict[str, Any], size: int, promise: Promise) -> Request:
         """Read a frame and its mask, and check that they are those of the key."""
-        frame = wire.receive_array(self.connection, header["frame"], "<f4")
+        key, where = self.keys[int(header["number"])], str(header["where"])
+        seen = []
+        for _ in range(int(header["seen"])):
+            pixels = wire.receive_array(self.connection, header["frame"], "<f4")
+            seen.append(Frame(pixels, None, frame_digest(pixels, where), where))
         mask = None
         if header["mask"] is not None:
             mask = wire.receive_array(self.connection, header["mask"], "<i4")
-        key, where = self.keys[int(header["number"])], str(header["where"])
-        digest = frame_digest(frame, where)
         masked = None if mask is None else mask_digest(mask, where)
-        if record_key(self.spec.digest, digest, masked, self.draw) != key:
+        context = self.spec.backbone.context
+        own = seen[context.before]
+        read = Frame(own.pixels, mask, own.digest, where, tuple(seen) if any(context) else ())
+        if record_key(self.spec.digest, read.seen_digest, masked, self.draw) != key:
             raise FrameError(f"{where} came with other pixels than its key stands for")
         provenance = header["provenance"]
         if not isinstance(provenance, dict):
             raise ServiceError(f"the provenance of {where} is no object")
-        read = Frame(frame, mask, digest, where)
         wanted = Wanted(key, self.space, self.spec, self.draw, lambda: provenance, promise)
         model = self.service.model(self.spec.backbone)
+        digest = read.seen_digest
         request = Request(model, digest, lambda: read, [wanted], self.batch_size, self.is_ahead)
         request.nbytes = size
         return request
@@ -374,11 +384,13 @@ def _find_spec(service: Service, header: dict[str, Any]) -> SpaceSpec:
     return spec
 
 
-def _pixel_bytes(header: dict[str, Any]) -> int:
-    frame, mask = header["frame"], header["mask"]
+def _pixel_bytes(header: dict[str, Any], spec: SpaceSpec) -> int:
+    frame, mask, seen = header["frame"], header["mask"], header["seen"]
     if mask is not None and mask != frame:
         raise ServiceError(f"a frame of {str(frame)[:40]} with a mask of {str(mask)[:40]}")
-    return wire.array_bytes(frame, "<f4") * (1 if mask is None else 2)
+    if seen != 1 + sum(spec.backbone.context):
+        raise ServiceError(f"{str(seen)[:40]} frames for {spec.backbone.context}")
+    return wire.array_bytes(frame, "<f4") * (seen + (mask is not None))
 
 
 def _forget_inherited() -> None:

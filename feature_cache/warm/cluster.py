@@ -141,7 +141,7 @@ def _order(
         source=source,
         specs=task.specs,
         copies=tuple((copy.draw, copy.origin) for copy in task.copies),
-        digests={t: task.movie.digests(t) for t in frames},
+        digests=task.movie.digests_seen(frames),
         wanted=unit.wanted,
         grids=frozenset((t, copy) for t, copy in task.grids if t in frames),
         batch_size=batch_size,

@@ -9,7 +9,7 @@ from feature_cache import BackboneError, load_backbone
 from feature_cache.backbones import find_factory
 from feature_cache.backbones.alike import load_alike, options_of
 from feature_cache.backbones.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from feature_cache.spec import BackboneSpec
+from feature_cache.spec import BackboneSpec, Context
 
 MADE = [
     ("efficientnet-lite0", "random:1", {}),
@@ -62,7 +62,13 @@ SCALED = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         ),
         (
             told("facebookresearch/co-tracker", extra={"input_range": "0..255", "cells": "l2"}),
-            {"input_range": "0..255"},
+            {"input_range": "0..255", "input_size": None},
+        ),
+        (
+            told("facebook/sam2.1-hiera-tiny", std=(0.5, 0.5, 0.5), resize="bilinear",
+                 context=Context(2, 0), extra={"tile": 64, "halo": 8, "tiling": 1}),
+            {"input_size": None, "antialias": False, "standardize": True, "context": (2, 0),
+             "tile": 64, "halo": 8},
         ),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from feature_cache import (
     UnknownNameError,
     load_backbone,
 )
+from feature_cache.testing import check_backbone
 
 NAME = "facebookresearch/co-tracker"
 needed = pytest.mark.skipif(
@@ -65,6 +66,52 @@ def test_equals_the_predecessor(tracker, checkpoint):
     expected = extractor._run_model(images).reshape(2, 16, 24, 128)
     ours = load_backbone(NAME, checkpoint, "cpu").embed(frames)
     assert float((ours - expected).abs().max()) <= 1e-4
+
+
+def load_window(checkpoint, context, size="64x96"):
+    return load_backbone(f"{NAME}?context={context}&input_size={size}", checkpoint, "cpu")
+
+
+@needed
+def test_a_window_gives_what_the_tracker_says_of_its_points(tracker, checkpoint):
+    """From the tokens, its heads read the last step of each track that its predictor finds."""
+    window = torch.rand(3, 70, 111, generator=torch.Generator().manual_seed(0))
+    grid = load_window(checkpoint, "1,1").embed(window[None])
+    assert grid.shape == (1, 8, 12, 384)
+    resized = torch.nn.functional.interpolate(
+        window[:, None] * 255, (64, 96), mode="bilinear", align_corners=True
+    )
+    video = resized.expand(-1, 3, -1, -1)[None]
+    y, x = (
+        axis.flatten() * 8 + 3.5
+        for axis in torch.meshgrid(*map(torch.arange, (8, 12)), indexing="ij")
+    )
+    queries = torch.stack([torch.ones_like(x), x, y], dim=-1)[None]
+    with torch.no_grad():
+        (before, *_), (after, *_) = (tracker(video, queries, iters=n) for n in (3, 4))
+        step = tracker.updateformer.flow_head(grid.view(1, -1, 384))
+    expected = (after - before)[:, 1] / 4
+    assert float((step - expected).abs().max() / expected.abs().max()) < 1e-3
+
+
+@needed
+def test_what_is_around_a_frame_matters_and_is_in_the_name(checkpoint):
+    window = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    window[1, 1] = window[0, 1]
+    one, other = load_window(checkpoint, "1,1").embed(window)
+    assert float((one - other).abs().max() / one.abs().max()) > 1e-2
+    spec = load_window(checkpoint, "1,0").spec
+    assert (spec.context, spec.layer, spec.input_size) == ((1, 0), "updateformer", (64, 96))
+    assert spec.weights != load_backbone(NAME, checkpoint, "cpu").spec.weights
+    assert load_backbone(f"{NAME}?context=2,0").input_size == (384, 512)
+    with pytest.raises(FrameError, match=r"expected \(B, T, H, W\), T = 2"):
+        load_window(checkpoint, "1,0").embed(window)
+
+
+@needed
+@pytest.mark.slow
+def test_windows_keep_what_backbones_promise(checkpoint):
+    check_backbone(load_window(checkpoint, "1,0"), shapes=((96, 160),))
 
 
 @needed

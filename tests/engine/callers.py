@@ -66,9 +66,15 @@ class Moody(FakeBackbone):
     """
 
     def __init__(
-        self, dim: int = 8, seconds: float = 0.0, log: str = "", mood: str = "", watch: str = ""
+        self,
+        dim: int = 8,
+        seconds: float = 0.0,
+        log: str = "",
+        mood: str = "",
+        watch: str = "",
+        context: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(dim, 8, seconds, log)
+        super().__init__(dim, 8, seconds, log, context=context)
         self.mood, self.watch = mood, watch
 
     def embed(self, frames: torch.Tensor) -> torch.Tensor:
@@ -109,6 +115,7 @@ class Work:
     keep_watch: bool = False
     scheduler: str = ""
     ndim: int = 2
+    context: tuple[int, int] = (0, 0)
 
     @property
     def log(self) -> Path:
@@ -119,6 +126,7 @@ class Work:
     def traits(self) -> dict[str, Any]:
         watch = str(self.cache / "claims") if self.keep_watch else ""
         named = {"dim": self.dim, "seconds": self.seconds, "mood": self.mood}
+        named["context"] = self.context
         return {**named, "log": str(self.log), "watch": watch}
 
     @property
