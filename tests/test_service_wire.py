@@ -270,7 +270,7 @@ def write_description(name, **changes):
     runtime_folder().mkdir(mode=0o700, exist_ok=True)
     process = place.this_process()
     plain = {
-        "version": 1, "pid": process.pid, "started": process.started, "host": process.host,
+        "version": 2, "pid": process.pid, "started": process.started, "host": process.host,
         "cache": [1, 2], "root": "/x", "backbones": [], "device": "cpu", "standalone": False,
         "authkey": "00",
         **changes,
@@ -280,7 +280,7 @@ def write_description(name, **changes):
 
 def test_descriptions_of_the_dead_are_removed_and_damaged_ones_passed_over():
     write_description("a", pid=2**22 + 1)
-    write_description("b", version=2)
+    write_description("b", version=1)
     write_description("c", backbones=None)
     (runtime_folder() / "d.json").write_text("{")
     write_description("e")

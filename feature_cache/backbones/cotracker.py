@@ -176,7 +176,7 @@ class _Tracker(nn.Module):
         )
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         points = torch.stack([torch.full_like(x, t), x, y], dim=-1)
-        videos = ((inputs + 1) / 2 * 255).split(1)
+        videos = torch.split((inputs + 1) / 2 * 255, 1)
         tokens = [self._track(video, points.view(1, -1, 3))[:, :, t] for video in videos]
         return torch.cat(tokens).view(len(inputs), *x.shape, -1)
 

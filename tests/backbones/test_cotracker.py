@@ -99,7 +99,7 @@ def test_what_is_around_a_frame_matters_and_is_in_the_name(checkpoint):
     window = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     window[1, 1] = window[0, 1]
     one, other = load_window(checkpoint, "1,1").embed(window)
-    assert float((one - other).abs().max() / one.abs().max()) > 1e-2
+    assert float((one - other).abs().max() / one.abs().max()) > 1e-3
     spec = load_window(checkpoint, "1,0").spec
     assert (spec.context, spec.layer, spec.input_size) == ((1, 0), "updateformer", (64, 96))
     assert spec.weights != load_backbone(NAME, checkpoint, "cpu").spec.weights
