@@ -154,7 +154,7 @@ class MovieFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""
-        return {**self.__dict__, "_space": None, "_places": None, "_decoded": Decoded()}
+        return {**self.__dict__, "_space": None, "_places": None}
 
     @property
     def space(self) -> Space:

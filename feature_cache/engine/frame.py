@@ -120,6 +120,10 @@ class Decoded:
         self._frames = WeakValueDictionary[int, Frame]()
         self._locks: dict[int, Lock] = {}
 
+    def __reduce__(self) -> tuple[type[Decoded], tuple[()]]:
+        """Pickle as empty: another process reads its own."""
+        return type(self), ()
+
     def take(self, numbers: list[int], read: Callable[[int], Frame]) -> tuple[Frame, ...]:
         """Give frames; those that nobody has are read."""
         return tuple(self._take(number, read) for number in numbers)
