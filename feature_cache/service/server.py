@@ -310,13 +310,14 @@ class _Conversation:
     def _receive_frame(self, header: dict[str, Any], size: int, promise: Promise) -> Request:
         """Read a frame and its mask, and check that they are those of the key."""
         key, where = self.keys[int(header["number"])], str(header["where"])
-        seen = []
-        for _ in range(int(header["seen"])):
-            pixels = wire.receive_array(self.connection, header["frame"], "<f4")
-            seen.append(Frame(pixels, None, frame_digest(pixels, where), where))
+        sent = [
+            wire.receive_array(self.connection, header["frame"], "<f4")
+            for _ in range(int(header["seen"]))
+        ]
         mask = None
         if header["mask"] is not None:
             mask = wire.receive_array(self.connection, header["mask"], "<i4")
+        seen = [Frame(pixels, None, frame_digest(pixels, where), where) for pixels in sent]
         masked = None if mask is None else mask_digest(mask, where)
         context = self.spec.backbone.context
         own = seen[context.before]
