@@ -252,10 +252,15 @@ def test_a_seed_makes_the_same_training_with_any_number_of_workers(config, tmp_p
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     command = ["track", options.input_val[0], "--model", str(tmp_path / "0" / "run"), "--json"]
     command += ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "tracks")]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, (done.output, done.exception)
-    tracked = json.loads(done.stdout.splitlines()[-1])
-    assert tracked["scores"]["links"] > 0
+    found = []
+    for threshold in ("0", "0.5", "1"):
+        done = CliRunner().invoke(app, [*command, "--threshold", threshold])
+        assert done.exit_code == 0, (done.output, done.exception)
+        tracked = json.loads(done.stdout.splitlines()[-1])
+        assert tracked["scores"]["links"] > 0
+        found.append(tracked["scores"]["found"] + tracked["scores"]["wrong"])
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1]
     assert (tmp_path / "tracks" / "tracks.zarr" / "zarr.json").exists()
     assert FeatureCache(tmp_path / "cache").stats()["records"] == 6 * 3 + 1
 

@@ -41,6 +41,10 @@ def track(
         typer.Option("--output", "-o", help="Where tracks are written; default: beside the movie."),
     ] = None,
     mode: Annotated[str, typer.Option(help="Of linking: greedy, greedy_nodiv or ilp.")] = "greedy",
+    threshold: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="The least weight of a link that the greedy modes take."),
+    ] = 0.5,
     weights: WeightsOption = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; default: the best.")] = None,
     detections: DetectionsOption = "TRA",
@@ -61,7 +65,9 @@ def track(
 
     opened = Movie.open(movie, masks, channel, axes, detections=None if masks else detections)
     folder = output or opened.root.with_name(f"{opened.root.name}_RES")
-    found = track_movie(opened, model, cache, folder, mode=mode, weights=weights, device=device)
+    found = track_movie(
+        opened, model, cache, folder, mode=mode, threshold=threshold, weights=weights, device=device
+    )
     if as_json:
         typer.echo(json.dumps(found))
         return

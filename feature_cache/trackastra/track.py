@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from trackastra.model import Trackastra
-from trackastra.tracking import write_to_geff
+from trackastra.model import Trackastra, model_api
+from trackastra.tracking import track_greedy, write_to_geff
 
 from ..cache import FeatureCache
 from ..errors import MovieError, NoMasksError
 from ..movies import Movie
 from .inference import cached_inference
 from .metrics import score_tracks, write_tracks
+from .patching import replaced
 
 
 def track_movie(
@@ -25,6 +27,7 @@ def track_movie(
     folder: Path,
     *,
     mode: str = "greedy",
+    threshold: float = 0.5,
     weights: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -42,6 +45,9 @@ def track_movie(
         result.
     mode : str
         Of Trackastra's linking.
+    threshold : float
+        0 to 1: the least a link may weigh for the two greedy modes. Less finds more links, of a
+        model that is little trained above all, and more wrong ones.
     weights : str, optional
         Of the backbone, as `cached_inference`.
     device : str, optional
@@ -67,7 +73,8 @@ def track_movie(
         np.stack([images[t] for t in range(len(images))]) for images in (movie.frames, movie.masks)
     )
     place = Path(model)
-    with cached_inference(cache, weights=weights):
+    linking = partial(track_greedy, threshold=threshold)
+    with cached_inference(cache, weights=weights), replaced(model_api, "track_greedy", linking):
         if place.is_dir():
             tracker = Trackastra.from_folder(place, device=device)
         else:
