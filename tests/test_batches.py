@@ -23,6 +23,7 @@ from feature_cache import (
     FrameError,
     MissingRecordError,
 )
+from feature_cache.dataset import Drawn
 from feature_cache.movies import write_movie
 from feature_cache.service import Misses
 from feature_cache.store import Space
@@ -53,6 +54,13 @@ def load(tmp_path_factory):
             return CTCData(str(root / str(seed) / "01"), **{"window_size": 4, **options})
 
     return load_one
+
+
+def begin(data, epoch):
+    """Seed everything, and begin an epoch anew, in which nothing came yet."""
+    seed_everything(data)
+    if epoch is not None:
+        data.set_epoch(epoch)
 
 
 def seed_everything(*members):
@@ -94,12 +102,10 @@ def test_batches_are_equal_to_those_read_one_by_one(load, cache, options):
             plain, cache, FakeBackbone(dim=5, stride=8), augmentations=policy,
             additional_props=props, rotate_features=rotated, progress=False,
         )  # fmt: skip
-        if epoch is not None:
-            data.set_epoch(epoch)
         for indices in ([0, 2, 1, 2], [3]):
-            seed_everything(data)
+            begin(data, epoch)
             expected = [data[n] for n in indices]
-            seed_everything(data)
+            begin(data, epoch)
             batch = data.__getitems__(indices)
             for ours, theirs in zip(batch, expected, strict=True):
                 assert ours.get("copy") == theirs.get("copy")
@@ -122,9 +128,12 @@ def test_a_batch_of_several_members(load, cache):
     data.set_epoch(1)
     indices = [14, 0, 7, -1, 4, 3, 4]
     expected = collate_sequence_padding([data[n] for n in indices])
+    data.set_epoch(1)
     assert_equal(collate(data.__getitems__(indices)), expected)
     inner = Subset(data, [5, 1, 12])
+    data.set_epoch(1)
     expected = collate_sequence_padding([inner[n] for n in (2, 0)])
+    data.set_epoch(1)
     assert_equal(collate(inner.__getitems__([2, 0])), expected)
     for index in (15, -16):
         with pytest.raises(IndexError, match="of 15"):
@@ -154,8 +163,11 @@ def test_features_of_different_width_make_no_batch(load, cache):
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
 def test_balanced_batches_through_workers(load, cache, workers, method):
     data = many(load, cache, augmentations=Augmentations("flips", copies=2, seed=0))
-    data.set_epoch(0)
-    batches = list(BalancedBatchSampler(data, batch_size=3, n_pool=2))
+    places = itertools.count()
+    batches = [
+        [Drawn(n, 0, (0, next(places), 0)) for n in batch]
+        for batch in BalancedBatchSampler(data, batch_size=3, n_pool=2)
+    ]
     expected = [collate_sequence_padding([data[n] for n in batch]) for batch in batches]
     loader = DataLoader(
         data, batch_sampler=batches, collate_fn=collate,

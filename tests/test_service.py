@@ -137,8 +137,9 @@ def test_augmented_copies_in_any_order(tmp_path, log, workers):
             seen[first] = sample
         assert sorted(seen) == list(range(len(warm)))
         for index, sample in seen.items():
-            assert sample["copy"] == warm[index]["copy"]
-            assert torch.equal(sample["pretrained_feats"], warm[index]["pretrained_feats"])
+            expected = warm[index]
+            assert sample["copy"] == expected["copy"]
+            assert torch.equal(sample["pretrained_feats"], expected["pretrained_feats"])
     assert set(embeddings(log).values()) == {1}
 
 
