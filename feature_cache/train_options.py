@@ -36,6 +36,16 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
 
 
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if 0 <= value < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to below 1")
+
+
 def _optional(text: str) -> str | None:
     return None if text in NOTHING else text
 
@@ -124,6 +134,20 @@ def check_training(options: argparse.Namespace) -> None:
     for name in ("cache", "pretrained_feats_model") if options.features in PRETRAINED else ():
         if getattr(options, name) is None:
             raise ValueError(f"--features {options.features} needs --{name}")
+    unused = [
+        f"--{name}"
+        for name in ("standardize_features", "feature_dropout")
+        if getattr(options, name) and options.features not in PRETRAINED
+    ]
+    if unused:
+        raise ValueError(
+            f"{' and '.join(unused)} with --features {options.features}, which has no pretrained "
+            f"features: leave it out, or pass --features {AUGMENTED}"
+        )
+    if options.standardize_features and options.model is not None:
+        raise ValueError(
+            "--standardize_features is for training from scratch: leave it out, or --model"
+        )
     if options.train_samples < options.batch_size:
         raise ValueError(
             f"--train_samples {options.train_samples} and --batch_size {options.batch_size} make "
@@ -264,6 +288,14 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     features.add_argument("--pretrained_n_augs", type=int, default=COPIES, help="augmented copies")
     features.add_argument("--policy", choices=PRESETS, default="default", help="of the copies")
     features.add_argument("--rotate_features", type=_boolean, default=True)
+    features.add_argument(
+        "--standardize_features", type=_boolean, default=False,
+        help="begin with weights that see pretrained features with mean 0 and deviation 1",
+    )  # fmt: skip
+    features.add_argument(
+        "--feature_dropout", type=_probability, default=0.0,
+        help="part of the windows that are trained on without pretrained features",
+    )  # fmt: skip
     features.add_argument(
         "--warm", action="store_true", help="compute all that is missing before training"
     )

@@ -48,7 +48,7 @@ from .held import folders_of
 from .late import count_masks
 from .model_features import ModelFeatures, check_resumed
 from .patching import replaced
-from .training import BestModel, TrackingModule, make_model
+from .training import BestModel, StandardizedFeatures, TrackingModule, make_model
 
 
 def parse_options(
@@ -221,6 +221,8 @@ def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str
     kind = "none" if options.dry else options.logger
     patience = options.epochs // 6 if options.patience is None else options.patience
     callbacks: list[Callback] = [CheckMovies()]
+    if options.standardize_features:
+        callbacks.append(StandardizedFeatures())
     if not options.dry:
         checkpoints = ModelCheckpoint(folder / "checkpoints", monitor="val_loss", save_last=True)
         callbacks += [BestModel(folder, train_args), checkpoints]
@@ -290,6 +292,7 @@ def train(options: argparse.Namespace) -> str:
         weight_decay=options.weight_decay,
         delta_cutoff=options.delta_cutoff,
         division_weight=options.div_upweight,
+        feature_dropout=options.feature_dropout,
     )
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     data = make_data(options, backbone, model.config["window"])
