@@ -50,6 +50,14 @@ def in_forked_child(function: Callable[[], object]) -> None:
         os.register_at_fork(after_in_child=function)
 
 
+def around_forks(
+    before: Callable[[], object], in_parent: Callable[[], object], in_child: Callable[[], object]
+) -> None:
+    """Have functions called by the thread that forks; what is asked for first begins last."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
+
+
 def start(thread: threading.Thread) -> bool:
     """Start a thread; False while the interpreter ends, when from Python 3.12 on none starts."""
     try:

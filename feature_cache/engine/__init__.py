@@ -5,7 +5,7 @@ from .commit import Budget, Commits, Written
 from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
 from .frame import Decoded, Frame
 from .frame_claims import claim_name
-from .interrupt import end_by_exit, finish, forget_exit, say_kept, was_interrupted
+from .interrupt import end_by_exit, finish, say_kept, was_interrupted
 from .model import (
     GRID_DTYPE,
     Model,
@@ -50,7 +50,6 @@ __all__ = [
     "cut_batches",
     "end_by_exit",
     "finish",
-    "forget_exit",
     "grid_spec",
     "request_frame",
     "say_kept",

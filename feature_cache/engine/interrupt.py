@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
-from ..system import start
+from ..system import around_forks, start
 
 _log = logging.getLogger(__name__)
 _terminated = False
+_AGAIN_SECONDS = 0.01
 
 
 def say_kept(records: int) -> None:
@@ -54,16 +55,50 @@ def end_by_exit() -> bool:
     return True
 
 
-def forget_exit() -> None:
+def _exit(number: int, _: object) -> None:
+    global _terminated
+    if _forking.now:  # what is raised in a hook of a fork is ignored
+        again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        start(again)
+        return
+    _terminated = True
+    sys.exit(128 + number)
+
+
+class _Forking(threading.local):
+    """What a thread is at that forks."""
+
+    now = False
+    mask: Iterable[int] = ()
+
+
+def _hold_back() -> None:
+    """Let a SIGTERM wait while this thread forks.
+
+    Until `_forget_exit` the child has this process's handler: Python forgets what came before its
+    own hooks, and what comes amid them is raised there, and ignored. The child would live on, and
+    whoever ended it would wait for ever.
+    """
+    is_ours = signal.getsignal(signal.SIGTERM) is _exit
+    _forking.now = True
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if is_ours else ())
+
+
+def _let_come() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+    _forking.now = False
+
+
+def _forget_exit() -> None:
     """Have SIGTERM end a forked child at once, as whoever started it expects."""
     if signal.getsignal(signal.SIGTERM) is _exit:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_come()
 
 
-def _exit(number: int, _: object) -> NoReturn:
-    global _terminated
-    _terminated = True
-    sys.exit(128 + number)
+_forking = _Forking()
+around_forks(_hold_back, _let_come, _forget_exit)
 
 
 def finish(function: Callable[[], None]) -> None:

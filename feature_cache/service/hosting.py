@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..cache import OpenCache
-from ..engine import end_by_exit, finish, forget_exit, say_kept, was_interrupted
+from ..engine import end_by_exit, finish, say_kept, was_interrupted
 from ..errors import ServiceError
 from ..system import in_forked_child
 from .server import Server
@@ -157,7 +157,6 @@ def _start_anew() -> None:
     global _opening, _closes_at_exit
     _hosts.clear()
     _opening, _closes_at_exit = threading.RLock(), False
-    forget_exit()
 
 
 in_forked_child(_start_anew)
