@@ -134,19 +134,10 @@ def check_training(options: argparse.Namespace) -> None:
     for name in ("cache", "pretrained_feats_model") if options.features in PRETRAINED else ():
         if getattr(options, name) is None:
             raise ValueError(f"--features {options.features} needs --{name}")
-    unused = [
-        f"--{name}"
-        for name in ("standardize_features", "feature_dropout")
-        if getattr(options, name) and options.features not in PRETRAINED
-    ]
-    if unused:
+    if options.feature_dropout and options.features not in PRETRAINED:
         raise ValueError(
-            f"{' and '.join(unused)} with --features {options.features}, which has no pretrained "
+            f"--feature_dropout with --features {options.features}, which has no pretrained "
             f"features: leave it out, or pass --features {AUGMENTED}"
-        )
-    if options.standardize_features and options.model is not None:
-        raise ValueError(
-            "--standardize_features is for training from scratch: leave it out, or --model"
         )
     if options.train_samples < options.batch_size:
         raise ValueError(
@@ -288,10 +279,6 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     features.add_argument("--pretrained_n_augs", type=int, default=COPIES, help="augmented copies")
     features.add_argument("--policy", choices=PRESETS, default="default", help="of the copies")
     features.add_argument("--rotate_features", type=_boolean, default=True)
-    features.add_argument(
-        "--standardize_features", type=_boolean, default=False,
-        help="begin with weights that see pretrained features with mean 0 and deviation 1",
-    )  # fmt: skip
     features.add_argument(
         "--feature_dropout", type=_probability, default=0.0,
         help="part of the windows that are trained on without pretrained features",

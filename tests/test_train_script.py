@@ -83,16 +83,6 @@ def test_upstreams_files_are_understood(config, capsys):
         ({"features": "pretrained_feats"}, "needs --cache"),
         ({"feature_dropout": 0.5}, "--feature_dropout with --features wrfeat, which has no"),
         ({"feature_dropout": 1}, "expected a number from 0 to below 1"),
-        (
-            {
-                "standardize_features": True,
-                "model": "ctc",
-                "features": "pretrained_feats",
-                "cache": "c",
-                "pretrained_feats_model": "debug/random",
-            },
-            "--standardize_features is for training from scratch",
-        ),
         ({"train_samples": 3}, "--train_samples 3 and --batch_size 8 make no batch"),
         ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
         ({"policy": "flp"}, "--policy: invalid choice: 'flp' (choose from 'none', 'flips', "),
@@ -256,8 +246,7 @@ def test_a_seed_makes_the_same_training_with_any_number_of_workers(config, tmp_p
             **POSTED | {"window": 3, "crop_size": [30, 40]}, device="cpu", num_workers=workers,
             cache=str(tmp_path / "cache"), outdir=str(tmp_path / str(workers)), logger="none",
             timestamp=False, d_model=16, num_encoder_layers=1, num_decoder_layers=1, epochs=3,
-            train_samples=16, batch_size=4, dropout=0.1, seed=4, standardize_features=True,
-            feature_dropout=0.5,
+            train_samples=16, batch_size=4, dropout=0.1, seed=4, feature_dropout=0.5,
         ))  # fmt: skip
         with parallel_config(backend="sequential"):
             assert training.train(options) == f"model: {tmp_path / str(workers) / 'run'}"

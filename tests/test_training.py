@@ -13,14 +13,14 @@ import torch
 import yaml
 from lightning import Trainer
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm
 
 from feature_cache import BackboneError, MissingDependencyError
 from feature_cache.testing import FakeBackbone
-from feature_cache.trackastra import CachedConcatDataset, ModelFeatures, wrap
+from feature_cache.trackastra import ModelFeatures, wrap
 from feature_cache.trackastra.train import make_trainer
 from feature_cache.trackastra.training import (
     BestModel,
@@ -30,7 +30,6 @@ from feature_cache.trackastra.training import (
     link_weights,
     make_model,
     save_model,
-    standardize_features,
     warmup_cosine,
 )
 from feature_cache.train_options import parse_training
@@ -325,42 +324,6 @@ def test_batches_that_give_nan_are_skipped_and_counted(small_folder, cache, capl
         fit.fit(module, data, data)
         assert f"1 of {len(data)} batches gave NaN in epoch 0 and were skipped" in caplog.text
         assert all(torch.isfinite(p).all() for p in module.parameters())
-
-
-@pytest.mark.parametrize("members", [1, 2])
-def test_standardised_features_are_what_the_first_layer_sees(small_folder, cache, members):
-    backbone = FakeBackbone(dim=6)
-    parts = [
-        wrap(CTCData(str(small_folder(f"m{n}")), window_size=3), cache, backbone)
-        for n in range(members)
-    ]
-    data = parts[0] if members == 1 else CachedConcatDataset(parts)
-    seen = torch.cat([data[n]["pretrained_feats"] for n in range(len(data))]).double()
-    seen[:, 2] = seen[0, 2]
-    model = make_model(**SMALL, pretrained_feat_dim=6)
-    [layer] = model.ptfeat_proj
-    weight, bias = layer.weight.double(), layer.bias.double()
-
-    class Constant(Dataset):
-        """The same data, of which a channel is the same number everywhere."""
-
-        prefetch = data.prefetch
-
-        def __len__(self):
-            return len(data)
-
-        def __getitem__(self, n):
-            features = data[n]["pretrained_feats"].clone()
-            features[:, 2] = seen[0, 2]
-            return {"pretrained_feats": features}
-
-    standardize_features(model, Constant(), samples=10_000)
-    deviation = seen.std(dim=0, correction=0)
-    deviation[2] = 1
-    expected = (seen - seen.mean(dim=0)) / deviation @ weight.T + bias
-    assert torch.allclose(layer(seen.float()).double(), expected, atol=1e-4)
-    with pytest.raises(ValueError, match="takes no pretrained features"):
-        standardize_features(make_model(**SMALL), data)
 
 
 def test_dropped_windows_tell_no_cells_apart_and_others_are_as_they_were():

@@ -48,7 +48,7 @@ from .held import folders_of
 from .late import count_masks
 from .model_features import ModelFeatures, check_resumed
 from .patching import replaced
-from .training import BestModel, StandardizedFeatures, TrackingModule, make_model
+from .training import BestModel, TrackingModule, make_model
 
 
 def parse_options(
@@ -221,8 +221,6 @@ def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str
     kind = "none" if options.dry else options.logger
     patience = options.epochs // 6 if options.patience is None else options.patience
     callbacks: list[Callback] = [CheckMovies()]
-    if options.standardize_features:
-        callbacks.append(StandardizedFeatures())
     if not options.dry:
         checkpoints = ModelCheckpoint(folder / "checkpoints", monitor="val_loss", save_last=True)
         callbacks += [BestModel(folder, train_args), checkpoints]

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
@@ -22,7 +21,6 @@ from torch.nn import functional
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm, blockwise_sum
 
-from ..dataset import Drawn
 from ..errors import MissingDependencyError
 from ..train_options import MODEL_INSTALL, MODEL_PACKAGE
 from .inference import whole_batches
@@ -40,8 +38,6 @@ Batch = Mapping[str, Tensor]
 _log = logging.getLogger(__name__)
 _EPS = torch.finfo(torch.float32).eps
 _HALF = torch.finfo(torch.float16)
-_LEAST_DEVIATION = 1e-4
-"""Of the largest: what varies less is taken for one number."""
 
 
 def make_model(
@@ -172,53 +168,6 @@ def warmup_cosine(epoch: int, warmup_epochs: int, epochs: int, final: float = 0.
         return 0.01 + 0.99 * epoch / warmup_epochs
     done = (epoch - warmup_epochs) / (epochs - warmup_epochs + 1)
     return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
-
-
-def standardize_features(model: Any, data: Any, samples: int = 256) -> None:
-    """Have an untrained model see pretrained features with mean 0 and deviation 1.
-
-    Both are of the samples of its training, and become part of the weights of the layer that takes
-    the features: the model stays one of Trackastra's, and its folder needs nothing more. Pooled
-    features are much alike: without, what tells two cells apart is a small part of what comes in.
-
-    Parameters
-    ----------
-    model : TrackingTransformerwPretrainedFeats
-    data : dataset, as `wrap` gives
-        Of the training.
-    samples : int
-        How many are looked at, spread over it.
-
-    Raises
-    ------
-    ValueError
-        The model takes no pretrained features.
-    """
-    if not model.config.get("pretrained_feat_dim"):
-        raise ValueError("the model takes no pretrained features: there is nothing to standardise")
-    numbers = np.unique(np.linspace(0, len(data) - 1, samples).astype(int)).tolist()
-    drawn = [Drawn(n, 0, (0, position, 0)) for position, n in enumerate(numbers)]
-    data.prefetch(drawn)
-    found = (sample["pretrained_feats"].double().cpu() for n in drawn for sample in [data[n]])
-    sums = [(len(x), x.sum(0), (x * x).sum(0)) for x in found]
-    count, total, squares = (sum(column) for column in zip(*sums, strict=True))
-    mean = total / count
-    deviation = (squares / count - mean**2).clamp(min=0).sqrt()
-    deviation[deviation < _LEAST_DEVIATION * deviation.max()] = 1.0  # one number everywhere
-    layer = model.ptfeat_proj[0]
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.double() / deviation)
-        layer.bias.sub_(layer.weight @ mean.to(layer.weight))
-
-
-class StandardizedFeatures(Callback):
-    """Does so before the first step; what goes on from a checkpoint has it already."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do it."""
-        if stage == "fit" and trainer.ckpt_path is None:
-            data = trainer.datamodule.datasets["train"]  # type: ignore[attr-defined]
-            standardize_features(pl_module.model, data)
 
 
 def drop_features(batch: Batch, probability: float) -> Batch:

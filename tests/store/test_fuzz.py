@@ -116,6 +116,8 @@ class Damage:
             document = json.loads(file.read_bytes())
         except ValueError:  # damaged by another
             return
+        if not (isinstance(document, dict | list) and document):  # so is this
+            return
         for _ in range(int(self.rng.integers(1, 4))):
             holder: Any = document
             while True:
@@ -137,6 +139,8 @@ class Damage:
 
     def text(self, file: Path) -> None:
         data = file.read_bytes()
+        if not data:
+            return
         place = int(self.rng.integers(len(data)))
         nested = data.replace(b"{", b'{"deep":' + DEEP.encode() + b"]" * 100_000 + b",", 1)
         self.write(file, self.pick([
