@@ -91,20 +91,14 @@ class Context(NamedTuple):
         """Give the frames that are seen for frame `t` of a movie of `count`.
 
         They are those next to it in the movie, whatever time lies between; beyond its ends the
-        nearest is repeated. A negative `t` counts from the end.
-
-        Raises
-        ------
-        IndexError
-            There is no such frame.
+        nearest is repeated.
 
         Examples
         --------
         >>> Context(2, 1).window(1, 10)
         [0, 0, 1, 2]
         """
-        own = range(count)[t]
-        around = range(own - self.before, own + self.after + 1)
+        around = range(t - self.before, t + self.after + 1)
         return [min(max(s, 0), count - 1) for s in around]
 
 

@@ -113,9 +113,12 @@ class TestHitsAndMisses:
                 assert equal(movie.get(wanted), right), (again, wanted)
             assert equal(movie.get(t for t in (4, 5)), every[4:])
             assert movie.get([]) == []
+            assert equal(movie.get_or_compute([5, -1]), [every[5], every[5]])
+            assert movie.key(-1) == movie.key(5)
             for beyond in (6, -7):
-                with pytest.raises(IndexError):
-                    movie.get([beyond])
+                for ask in (movie.get, movie.get_or_compute, movie.compute, movie.explain):
+                    with pytest.raises(IndexError, match=f"frame {beyond} of .* has 6 frames"):
+                        ask(indices=[beyond])
 
     def test_equal_frames_are_computed_once(self, cache, small, log):
         frames, masks = (np.stack([a[0], a[1], a[0]]) for a in small)

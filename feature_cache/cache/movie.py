@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -203,9 +204,25 @@ class MovieFeatures:
         self._check_shapes(t, shape, np.shape(mask))
         return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
 
+    def numbers(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Give the numbers of frames, by default of all; a negative one counts from the end.
+
+        Raises
+        ------
+        IndexError
+            There is no such frame.
+        """
+        every = range(len(self))
+        wanted = list(every if indices is None else map(operator.index, indices))
+        for t in wanted:
+            if not -len(every) <= t < len(every):
+                what = self.name or "the movie"
+                raise IndexError(f"frame {t} of {what}, which has {len(every)} frames")
+        return [every[t] for t in wanted]
+
     def window(self, t: int) -> list[int]:
         """Give the frames that the backbone sees for frame `t`: mostly that one alone."""
-        return self.spec.backbone.context.window(t, len(self))
+        return self.spec.backbone.context.window(range(len(self))[t], len(self))
 
     def digests_seen(self, indices: Iterable[int]) -> dict[int, tuple[Digest, Digest | None]]:
         """Give the `digests` of all that the backbone sees for some frames."""
@@ -224,8 +241,7 @@ class MovieFeatures:
 
     def keys(self, indices: Sequence[int] | None = None) -> Keys:
         """Give the keys of some frames, by default all: (n, 16) uint8. Errors as `digests`."""
-        wanted = range(len(self)) if indices is None else indices
-        joined = b"".join(self.key(int(t)) for t in wanted)
+        joined = b"".join(map(self.key, self.numbers(indices)))
         return np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
 
     def contains(self, indices: Sequence[int] | None = None) -> NDArray[np.bool_]:
@@ -234,7 +250,7 @@ class MovieFeatures:
 
     def get(self, indices: Sequence[int] | None = None) -> list[Record | None]:
         """Read records of some frames, by default all; None where there is none."""
-        wanted = range(len(self)) if indices is None else [int(t) for t in indices]
+        wanted = self.numbers(indices)
         if (span := self.span(wanted)) is not None:
             self.cache.counter.add(Usage(hits=len(span), bytes_read=span.features.nbytes))
             return list(span.records())
@@ -284,7 +300,7 @@ class MovieFeatures:
         As `FeatureCache.get_or_compute`.
         """
         check_batch_size(batch_size)
-        wanted, tally = list(range(len(self)) if indices is None else indices), Tally()
+        wanted, tally = self.numbers(indices), Tally()
         good = self.hash_frames(wanted, tally)
         records = dict(zip(good, self.get(good), strict=True))
         absent = [t for t, record in records.items() if record is None]
@@ -329,7 +345,8 @@ class MovieFeatures:
             if progress is not None and s in frames:
                 progress(1)
         for t in frames:
-            error = next((errors[s] for s in (t, *self.window(t)) if errors[s] is not None), None)
+            found = (errors[s] for s in (t, *self.window(t)))  # its own first
+            error = next((one for one in found if one is not None), None)
             if error is None:
                 good.append(t)
             else:
@@ -415,7 +432,8 @@ class MovieFeatures:
         An error that is a frame's own is raised when all others are computed, and names all such.
         """
         tally = Tally(progress)
-        self._compute(indices, tally, batch_size=batch_size, keep_grids=keep_grids)
+        wanted = self.numbers(indices)
+        self._compute(wanted, tally, batch_size=batch_size, keep_grids=keep_grids)
         tally.check()
         return tally.computed
 
@@ -445,7 +463,7 @@ class MovieFeatures:
         indices : sequence of int, optional
             The frames.
         """
-        frames = range(len(self)) if indices is None else indices
+        frames = self.numbers(indices)
         if augmentations is None:
             return self._explain(frames, [])
         asked = self.with_draw(augmentations.draw(copy), augmentations.name_of(copy))
