@@ -152,7 +152,8 @@ def _hide_proc() -> None:
         setattr(Path, name, hiding(getattr(Path, name)))
 
 
-pretend(sys.argv[1])
+if __name__ in ("__main__", "__mp_main__"):  # its workers too
+    pretend(sys.argv[1])
 
 import torch  # noqa: E402
 

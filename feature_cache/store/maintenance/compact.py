@@ -117,6 +117,8 @@ class _Source:
 
 _Heirs = defaultdict[str, set[str]]
 """The packs, by name, whose records others hold by now, by these others' names."""
+_Copies = defaultdict[bytes, set[str]]
+"""The packs, by name, that hold what another is chosen for, by key."""
 
 
 _Row = tuple[_Source, int]
@@ -284,11 +286,11 @@ def _merge(
     ages = {} if most is not None else _ages(space)
     opened = _open(space, names, ages)
     while True:
-        merged, rows, duplicates, heirs = _choose(space, opened, target_bytes, most)
+        merged, rows, duplicates, copies = _choose(space, opened, target_bytes, most)
         if not merged:
             return CompactReport(space.name)
         try:
-            written = _write(space, merged, rows, target_bytes, progress)
+            written = _write(space, merged, rows, copies, target_bytes, progress)
         except (CorruptRecordError, FileNotFoundError):
             space.refresh()
             opened = _choose_sound(space, opened)
@@ -296,7 +298,7 @@ def _merge(
         names = [source.pack.name for source in merged if source.pack.name not in written]
         stay = [] if written else [s.pack.path for s in opened if s.pack.name not in names]
         with writing(space.root):
-            _hand_on_uses(space, written, heirs)
+            _hand_on_uses(space, written, _heirs(opened, names, copies))
             _known[space.path].replaced.update(dict.fromkeys(names, _since(space, stay)))
             _remove_replaced(space)
         return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
@@ -345,8 +347,8 @@ def _leaving_out(space: Space, name: str) -> Iterator[None]:
 
 def _choose(
     space: Space, opened: Sequence[_Source], target_bytes: int, most: int | None
-) -> tuple[list[_Source], list[_Row], int, _Heirs]:
-    """Choose packs to merge; give the records to keep, how many are elsewhere too, and where."""
+) -> tuple[list[_Source], list[_Row], int, _Copies]:
+    """Choose packs to merge; give the records to keep, how many are elsewhere too, and copies."""
     small = {source.pack.name for source in opened if source.bytes < target_bytes / 2}
     _known[space.path].large.update(s.pack.name for s in opened if s.pack.name not in small)
     seen: dict[bytes, str] = {}
@@ -357,34 +359,44 @@ def _choose(
     kinds = Counter(source.kind for source in opened if source.pack.name in wanted)
     merged: list[_Source] = []
     rows: list[_Row] = []
-    heirs: _Heirs = defaultdict(set)
+    copies: _Copies = defaultdict(set)
     total = size = 0
     for source in opened:
         name = source.pack.name
+        for key in map(bytes, source.pack.keys):
+            if seen[key] != name:
+                copies[key].add(name)
         own = [r for r, key in enumerate(source.pack.keys) if seen[key.tobytes()] == name]
         is_chosen = len(own) < len(source.pack) or (name in wanted and kinds[source.kind] > 1)
         if is_chosen and (most is None or size + source.bytes <= most):
             merged.append(source)
             rows += [(source, row) for row in own]
-            for key in source.pack.keys:
-                heirs[seen[key.tobytes()]].add(name)
             total, size = total + len(source.pack), size + source.bytes
-    for source in merged:
-        heirs.pop(source.pack.name, None)
-    return merged, rows, total - len(rows), heirs
+    return merged, rows, total - len(rows), copies
+
+
+def _heirs(opened: Sequence[_Source], gone: Collection[str], copies: _Copies) -> _Heirs:
+    """Give the packs that stay and hold what those that go held too, and which these are."""
+    heirs, left = _Heirs(set), set(gone)
+    for source in opened:
+        if source.pack.name not in left:
+            for key in copies.keys() & set(map(bytes, source.pack.keys)):
+                heirs[source.pack.name] |= copies[key] & left
+    return heirs
 
 
 def _write(
     space: Space,
     merged: Sequence[_Source],
     rows: Sequence[_Row],
+    copies: _Copies,
     target_bytes: int,
     progress: Callable[[int], None] | None,
 ) -> _Heirs:
     """Write records as new packs."""
     origins, written = _join_origins(merged), _Heirs(set)
     for kind, group in groupby(sorted(rows, key=_order), lambda record: record[0].kind):
-        for entries, sources in _read_entries(group, target_bytes):
+        for entries, sources in _read_entries(group, copies, target_bytes):
             for name in space.write(entries, {"compacted_from": origins}, codec=kind[0]):
                 written[name] |= sources
             if progress is not None:
@@ -400,7 +412,8 @@ def _hand_on_uses(space: Space, written: _Heirs, heirs: _Heirs) -> None:
         with suppress(PermissionError):  # it was there, and is another user's
             os.utime(space.packs_folder / name, (used, used))
     for name, sources in heirs.items():
-        set_last_use(space.packs_folder / name, max(uses.get(source, 0.0) for source in sources))
+        used = max((uses.get(source, 0.0) for source in sources), default=0.0)
+        set_last_use(space.packs_folder / name, used)
 
 
 def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
@@ -413,16 +426,17 @@ def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
 
 
 def _read_entries(
-    rows: Iterable[_Row], target_bytes: int
+    rows: Iterable[_Row], copies: _Copies, target_bytes: int
 ) -> Iterator[tuple[list[Entry], set[str]]]:
-    """Read records, verified, in lists of about one pack's size, and name the packs of each."""
+    """Read records, verified, in lists of about one pack's size; name the packs that hold them."""
     entries: list[Entry] = []
     sources: set[str] = set()
     size = 0
     for source, row in rows:
         record = source.pack.record(row)
-        entries.append(Entry(source.pack.keys[row].tobytes(), record, source.records[row]))
-        sources.add(source.pack.name)
+        key = source.pack.keys[row].tobytes()
+        entries.append(Entry(key, record, source.records[row]))
+        sources |= {source.pack.name, *copies.get(key, ())}
         size += record.features.nbytes
         if size >= target_bytes:
             yield entries, sources
