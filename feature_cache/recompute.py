@@ -149,7 +149,7 @@ def choose_records(spaces: Sequence[Space], count: int | None, seed: int = 0) ->
 def _list_keys(space: Space) -> dict[str, list[bytes]]:
     """Give the keys of each pack; what is damaged is for `verify`."""
     found = {}
-    for name in space.pack_names():
+    for name in space.walk_packs():
         try:
             found[name] = [key.tobytes() for key in read_keys(space.packs_folder / name)]
         except (FileNotFoundError, CorruptRecordError) as error:

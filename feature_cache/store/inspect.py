@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def record_sources(space: Space) -> Iterator[tuple[bytes, dict[str, Any]]]:
     A pack that vanishes meanwhile is left out, and so, with a warning in the log, is one whose
     provenance is damaged.
     """
-    for name in space.pack_names():
+    for name in space.walk_packs():
         try:
             keys = [key.tobytes() for key in read_keys(space.packs_folder / name)]
             sources = read_provenance(space.packs_folder / name)["records"]
@@ -48,7 +49,7 @@ def record_regions(space: Space, names: Iterable[str] | None = None) -> Iterator
     names : iterable of str, optional
         Only these packs.
     """
-    for name in space.pack_names() if names is None else names:
+    for name in space.walk_packs() if names is None else names:
         try:
             found = read_contents(space.packs_folder / name)
             counts = [] if found.offsets is None else np.diff(found.offsets).tolist()
@@ -121,13 +122,14 @@ def _find(store: Store, what: str) -> Iterator[dict[str, JSON]]:
         if space.path.name.startswith(what):
             yield _describe_space(space)
             continue
-        for name in space.pack_names():
+        for name in space.walk_packs():
             if name.startswith(what):
                 yield _describe_pack(space, name)
                 continue
-            for row, key in enumerate(read_keys(space.packs_folder / name)):
-                if key.tobytes().hex().startswith(what):
-                    yield _describe_record(space, name, row)
+            with suppress(FileNotFoundError):  # others that come next hold its records
+                for row, key in enumerate(read_keys(space.packs_folder / name)):
+                    if key.tobytes().hex().startswith(what):
+                        yield _describe_record(space, name, row)
 
 
 def _describe_space(space: Space) -> dict[str, JSON]:

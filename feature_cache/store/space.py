@@ -137,17 +137,26 @@ class Space:
             if not now.looks[0]:
                 check_there(self.root)
             if self._aside or not self._listing.stands(now):
-                names = list_folder(self.packs_folder)
-                for _ in range(_LISTED_AGAIN):
-                    # What replaces packs comes before they go, and may be missing in a list that
-                    # was read meanwhile.
-                    if (after := Listing.after(now, self.packs_folder)).looks == now.looks:
-                        break
-                    now, names = after, list_folder(self.packs_folder)
-                self._take_in(set(names))
-                self._listing = now
+                self._listing = self._list_anew(now)
 
-    def _take_in(self, there: set[str]) -> None:
+    def _list_anew(self, now: Listing) -> Listing:
+        """Take in the packs as two listings in a row name them; give what the folder looked like.
+
+        A pack that replaces others comes before they go. A listing that was read meanwhile may
+        miss all of them, though the folder looks as before, and a pack that is listed may have
+        been replaced as well before it is read: then the next listing has another.
+        """
+        names: set[str] | None = None
+        for _ in range(_LISTED_AGAIN):
+            now, before = Listing.after(now, self.packs_folder), names
+            names = set(list_folder(self.packs_folder))
+            is_read = self._take_in(names)
+            if is_read and names == before:
+                break
+        return now
+
+    def _take_in(self, there: set[str]) -> bool:
+        """Know the packs of a listing and no others; tell whether all were still there."""
         known = set(self._index.packs)
         gone = known - there
         for name in gone:
@@ -159,9 +168,11 @@ class Space:
             table = read_table(self._table).choose(new).proved()
             index = index.extend(table.names, table.counts, table.keys)
             new -= set(table.names)
-        self._index = index.add(self._read_keys_of(sorted(new)))
-        self._untabled += len(new)
+        found = self._read_keys_of(sorted(new))
+        self._index = index.add(found)
+        self._untabled += len(found)
         self._renew_table()
+        return len(found) == len(new)
 
     def _read_keys_of(self, names: Sequence[str]) -> dict[str, Keys]:
         found: dict[str, Keys] = {}
@@ -195,6 +206,13 @@ class Space:
     def pack_names(self) -> list[str]:
         """List the committed packs, sorted."""
         return list(filter(PACK_NAME.fullmatch, list_folder(self.packs_folder)))
+
+    def walk_packs(self) -> Iterator[str]:
+        """Name the committed packs, and those that replace them while they are gone through."""
+        seen = set[str]()
+        while new := set(self.pack_names()) - seen:
+            seen |= new
+            yield from sorted(new)
 
     def contains(self, keys: Keys) -> NDArray[np.bool_]:
         """Tell which keys have a committed record: (m,) bool. Reads no record."""
@@ -253,11 +271,16 @@ class Space:
     def find(self, keys: Keys) -> list[Record | None]:
         """Read records as `read`; one lost to damage is None in mode ``"r"`` as well."""
         found: list[Record | None] = [None] * len(keys)
-        self._find_into(found, range(len(keys)), keys)
-        absent = [i for i, record in enumerate(found) if record is None]
-        if absent:
-            self.refresh()
+        absent: Sequence[int] = range(len(keys))
+        for _ in range(_LISTED_AGAIN):
+            index = self.index
             self._find_into(found, absent, keys[absent])
+            absent = [i for i, record in enumerate(found) if record is None]
+            if not absent:
+                break
+            self.refresh()
+            if self._index is index:  # nothing came, and nothing went, so there is none
+                break
         return found
 
     def _find_into(self, found: list[Record | None], places: Sequence[int], keys: Keys) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from feature_cache import MissingRecordError
 from feature_cache.store import Counter, Space, Store, Usage, read_runs, sum_usage, usage, writer
+from feature_cache.store.inspect import record_sources
 from feature_cache.store.maintenance import (
     GarbageReport,
     collect,
@@ -33,6 +34,7 @@ from samples import (
     in_fork,
     make_entries,
     make_entry,
+    make_key,
     make_keys,
     make_older,
     make_record,
@@ -364,28 +366,34 @@ def test_a_pack_written_again_just_before_it_is_removed_stays(
     assert verify(root) == []
 
 
-def test_a_reader_goes_on_while_packs_are_compacted_and_collected(root: Path, space: Space) -> None:
+def test_readers_go_on_while_packs_are_compacted_and_collected(root: Path, space: Space) -> None:
     numbers = list(range(12))
     for number in numbers:
         space.write([make_entry(number)], {})
     stop = root.parent / "stop"
 
-    def read() -> None:
+    def read_on() -> None:
         reader = Store(root).space(make_spec())
         while not stop.exists():
             assert contents(reader, numbers) == expected(numbers)
             Store(root).presence.beat()
 
-    children = [fork(read) for _ in range(2)]
-    for number in range(12, 24):
+    def open_anew() -> None:
+        while not stop.exists():
+            assert contents(Store(root, "r").space(make_spec()), numbers) == expected(numbers)
+            assert {*map(make_key, numbers)} <= {key for key, _ in record_sources(space)}
+
+    children = [fork(read) for read in (read_on, open_anew) * 3]  # more than there are cores
+    for number in range(12, 72):
         space.write([make_entry(number)], {})
         compact_space(space)
-        collect_garbage(root)
+        if number % 6 == 0:
+            collect_garbage(root)
     stop.touch()
-    assert [wait(child) for child in children] == [0, 0]
+    assert [wait(child) for child in children] == [0] * 6
     collect_garbage(root)
     assert len(os.listdir(space.packs_folder)) == 2
-    assert contents(space, range(24)) == expected(range(24))
+    assert contents(space, range(72)) == expected(range(72))
 
 
 # Killed

@@ -135,8 +135,11 @@ def _find(space: Space, what: str) -> Iterator[Pin]:
         yield Pin(what, space.name, None)
         return
     keys: set[bytes] = set()
-    for name in space.pack_names():
-        held = [key.tobytes() for key in read_keys(space.packs_folder / name)]
+    for name in space.walk_packs():
+        try:
+            held = [key.tobytes() for key in read_keys(space.packs_folder / name)]
+        except FileNotFoundError:  # others that come next hold its records
+            continue
         if len(what) >= _SHORTEST and name.startswith(what):
             keys.update(held)
         if len(what) >= _SHORTEST:
