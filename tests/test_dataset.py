@@ -12,8 +12,10 @@ from feature_cache import (
     MissingRecordError,
     UnknownNameError,
 )
+from feature_cache.movies import Series, write_movie
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
+from synthetic import make_movie
 
 
 class Tokens(Dataset):
@@ -144,3 +146,27 @@ def test_grids_have_no_rows(cache, small):
     movie = cache.movie(small[0], None, FakeBackbone(), pooling=None)
     with pytest.raises(FrameError, match="choose a pooling"):
         CachedFeatureDataset(Tokens(small[1]), [movie])[3]
+
+
+def test_warming_reads_each_file_once_and_computes_while_it_reads(cache, tmp_path, monkeypatch):
+    frames, masks, tracks = make_movie(200, 24, 250, cells=2)
+    write_movie(tmp_path / "01", frames, masks, tracks)
+    seen, read = [], Series.__getitem__
+
+    class Watched(FakeBackbone):
+        def embed(self, frames):
+            seen.append("embedded")
+            return super().embed(frames)
+
+    def watch(images, t):
+        seen.append(t)
+        return read(images, t)
+
+    monkeypatch.setattr(Series, "__getitem__", watch)
+    movie = cache.movie(tmp_path / "01", None, Watched(dim=4))
+    dataset = CachedFeatureDataset(Tokens(masks[:1]), [movie], batch_size=8)
+    assert dataset.warm() == 200
+    monkeypatch.undo()
+    assert sorted(t for t in seen if t != "embedded") == sorted([*range(200)] * 2)
+    assert seen.index("embedded") < 300
+    assert dataset.warm() == 0

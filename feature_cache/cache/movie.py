@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,11 @@ from .opened import OpenCache
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
+
+
+HELD_BYTES = 256 << 20
+"""Of frames and masks of one movie that were read to be hashed, and are computed next."""
+_HASHED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +120,8 @@ class MovieFeatures:
     _places: Places | None = field(default=None, repr=False)
     _about: dict[str, JSON] | None = field(default=None, repr=False)
     _decoded: Decoded = field(default_factory=Decoded, repr=False)
+    _held: dict[tuple[bool, int], Any] = field(default_factory=dict, repr=False)
+    """Frames (False) and masks (True), as read, of which records are computed next."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading."""
@@ -155,7 +162,7 @@ class MovieFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""
-        return {**self.__dict__, "_space": None, "_places": None}
+        return {**self.__dict__, "_space": None, "_places": None, "_held": {}}
 
     @property
     def space(self) -> Space:
@@ -165,8 +172,14 @@ class MovieFeatures:
             self._space = self.cache.space(self.spec)
         return self._space
 
-    def digests(self, t: int) -> tuple[Digest, Digest | None]:
+    def digests(self, t: int, *, hold: bool = False) -> tuple[Digest, Digest | None]:
         """Give the digests of frame `t` and of its mask; reads what the memo doesn't know.
+
+        Parameters
+        ----------
+        t : int
+        hold : bool
+            Keep what is read from files for `read`, within `HELD_BYTES`.
 
         Raises
         ------
@@ -174,11 +187,11 @@ class MovieFeatures:
             The frame can't be read, or holds NaN; frame and mask don't fit.
         """
         if t not in self._digests:
-            frame = self._fingerprint(t, "frame", partial(self._hash_frame, t))
+            frame = self._fingerprint(t, "frame", partial(self._hash_frame, t, hold))
             if self.masks is None:
                 self._digests[t] = frame.digest, None
             else:
-                hash_mask = partial(self._hash_mask, self.masks, t, frame.shape)
+                hash_mask = partial(self._hash_mask, self.masks, t, frame.shape, hold)
                 mask = self._fingerprint(t, "mask", hash_mask)
                 self._check_shapes(t, frame.shape, mask.shape)
                 self._digests[t] = frame.digest, mask.digest
@@ -193,16 +206,41 @@ class MovieFeatures:
         place = None if images is None else in_files(images, t, kind)
         return compute() if place is None else self.memo.fingerprint(compute=compute, **place)
 
-    def _hash_frame(self, t: int) -> Fingerprint:
-        frame = self.frames[t]
-        self.images_read += 1
+    def _hash_frame(self, t: int, hold: bool) -> Fingerprint:
+        frame = self._read_image(self.frames, t, hold)
         return Fingerprint(frame_digest(frame, self.where(t)), np.shape(frame))
 
-    def _hash_mask(self, masks: Series, t: int, shape: tuple[int, ...]) -> Fingerprint:
-        mask = masks[t]
-        self.images_read += 1
+    def _hash_mask(self, masks: Series, t: int, shape: tuple[int, ...], hold: bool) -> Fingerprint:
+        mask = self._read_image(masks, t, hold)
         self._check_shapes(t, shape, np.shape(mask))
         return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
+
+    def _read_image(self, images: Series, t: int, hold: bool) -> Any:
+        """Read a frame or mask to hash it."""
+        image = images[t]
+        self.images_read += 1
+        if (
+            hold and isinstance(image, np.ndarray) and images.files_of(t)
+        ):  # an array may change, and costs nothing to read
+            held = sum(other.nbytes for other in list(self._held.values()))
+            if held + image.nbytes <= HELD_BYTES:
+                self._held[images is self.masks, t] = image
+        return image
+
+    def _take_image(self, images: Series, t: int) -> Any:
+        """Read a frame or mask to compute it, or take what is held."""
+        held = self._held.pop((images is self.masks, t), None)
+        if held is not None and held.flags.owndata:
+            return held
+        image = images[t] if held is None else held
+        # A copy: an array that changes later must not change what was compared with the digests.
+        return image.copy() if isinstance(image, np.ndarray) else image
+
+    def let_go(self, indices: Iterable[int]) -> None:
+        """Hold some frames no longer."""
+        for t in indices:
+            self._held.pop((False, t), None)
+            self._held.pop((True, t), None)
 
     def numbers(self, indices: Iterable[int] | None = None) -> list[int]:
         """Give the numbers of frames, by default of all; a negative one counts from the end.
@@ -329,29 +367,42 @@ class MovieFeatures:
         progress : callable, optional
             Called with the number of frames just hashed.
         """
+        return list(self._hash_each(indices, tally, records, progress))
+
+    def _hash_each(
+        self,
+        indices: Iterable[int],
+        tally: Tally,
+        records: int,
+        progress: Progress | None = None,
+        *,
+        hold: bool = False,
+    ) -> Iterator[int]:
+        """Give the frames of `hash_frames` as they come; held are those that are computed next."""
 
         def hash_one(t: int) -> Exception | None:
             try:
-                self.digests(t)
+                self.digests(t, hold=hold)
             except PART_FAILS as error:
                 return error
             return None
 
-        good, frames = [], dict.fromkeys(indices)
+        frames = dict.fromkeys(indices)
         seen = list(dict.fromkeys(s for t in frames for s in self.window(t)))
+        results = zip(seen, self._map_unknown(hash_one, seen), strict=True)
         errors: dict[int, Exception | None] = {}
-        for s, error in zip(seen, self._map_unknown(hash_one, seen), strict=True):
-            errors[s] = error
-            if progress is not None and s in frames:
-                progress(1)
         for t in frames:
-            found = (errors[s] for s in (t, *self.window(t)))  # its own first
+            window = self.window(t)
+            while any(s not in errors for s in window):
+                s, errors[s] = next(results)
+                if progress is not None and s in frames:
+                    progress(1)
+            found = (errors[s] for s in (t, *window))  # its own first
             error = next((one for one in found if one is not None), None)
             if error is None:
-                good.append(t)
+                yield t
             else:
                 tally.fail(Failure(self.where(t), str(error), records), error, t)
-        return good
 
     def _map_unknown(
         self, hash_one: Callable[[int], Exception | None], frames: Sequence[int]
@@ -360,12 +411,13 @@ class MovieFeatures:
         if all(t in self._digests for t in frames[1:]):
             yield from map(hash_one, frames)
             return
-        with self.memo, ThreadPoolExecutor(max(4, count_cores()), "feature_cache hash") as readers:
+        threads = max(4, count_cores())
+        with self.memo, ThreadPoolExecutor(threads, "feature_cache hash") as readers:
             yield hash_one(frames[0])  # alone: it opens the memo's pages, which the others share
-            contexts = [contextvars.copy_context() for _ in frames[1:]]
-            yield from readers.map(
-                lambda context, t: context.run(hash_one, t), contexts, frames[1:]
-            )
+            for first in range(1, len(frames), 4 * threads):  # no further than is asked for
+                some = frames[first : first + 4 * threads]
+                contexts = [contextvars.copy_context() for _ in some]
+                yield from readers.map(lambda context, t: context.run(hash_one, t), contexts, some)
 
     def warm(self, *, batch_size: int | None = 8, keep_grids: bool = False) -> int:
         """Compute and commit all that is missing; give the number of records computed.
@@ -509,15 +561,14 @@ class MovieFeatures:
             return own
         mask = None
         if self.masks is not None:
-            mask = mask_labels(_copy_of(self.masks[t]), self.where(t, "mask"))
+            mask = mask_labels(self._take_image(self.masks, t), self.where(t, "mask"))
             if mask_digest(mask) != self.digests(t)[1]:
                 raise self._changed(t)
             self._check_shapes(t, own.pixels.shape, mask.shape)
         return Frame(own.pixels, mask, own.digest, own.where, window)
 
     def _read_pixels(self, t: int) -> Frame:
-        # Copies: an array that changes later must not change what was compared with the digests.
-        given = _copy_of(self.frames[t])
+        given = self._take_image(self.frames, t)
         pixels, digest = frame_pixels(given, self.where(t)), self.digests(t)[0]
         if frame_digest(pixels) != digest:
             raise self._changed(t)
@@ -598,10 +649,6 @@ def in_files(images: Series, t: int, kind: str) -> dict[str, Any] | None:
     return {"files": files, "purpose": purpose, "part": images.part_of(t)}
 
 
-def _copy_of(image: Any) -> Any:
-    return image.copy() if isinstance(image, np.ndarray) else image
-
-
 def compute_wanted(
     wanted: Iterable[tuple[int, Sequence[MovieFeatures]]],
     tally: Tally,
@@ -625,14 +672,14 @@ def compute_wanted(
     As `MovieFeatures.compute`, but for what is a frame's own: that is in the tally.
     """
     check_batch_size(batch_size)
-    frames = list(wanted)
-    if not frames:
+    frames = iter(wanted)
+    if (first := next(frames, None)) is None:
         return
-    first, views = frames[0]
+    frames, (t, views) = chain([first], frames), first
     cache = views[0].cache
     if cache.store.mode == "r":
         raise MissingRecordError(
-            f"{sum(len(wanted) for _, wanted in frames)} records, first {views[0].where(first)}, "
+            f"{sum(len(wanted) for _, wanted in frames)} records, first {views[0].where(t)}, "
             f"are not in {cache!r}, which can only be read: warm it where you may write"
         )
     with cache.open_engine() as engine:
@@ -649,6 +696,8 @@ def warm_movies(
     progress: Progress | None = None,
 ) -> int:
     """Compute and commit all that is missing of movies, in one run for each cache.
+
+    Frames are hashed as it goes: the first is computed when a few have been read.
 
     Parameters
     ----------
@@ -668,24 +717,41 @@ def warm_movies(
     ------
     As `MovieFeatures.compute`.
     """
-    missing: dict[OpenCache, list[tuple[int, Sequence[MovieFeatures]]]] = {}
-    tally = Tally(progress)
+    check_batch_size(batch_size)
+    by_cache: dict[OpenCache, list[Sequence[MovieFeatures]]] = {}
     for copies in movies:
-        first = copies[0]
-        good = first.hash_frames(range(len(first)), tally, len(copies))
-        there = np.stack([copy.contains(good) for copy in copies])
-        hits = int(there.sum())
-        first.cache.counter.add(Usage(hits=hits, misses=there.size - hits))
-        if progress is not None:
-            progress(hits)
-        for t, found in zip(good, there.T, strict=True):
-            absent = [copy for copy, is_there in zip(copies, found, strict=True) if not is_there]
-            if absent:
-                missing.setdefault(first.cache, []).append((t, absent))
-    for wanted in missing.values():
-        compute_wanted(wanted, tally, batch_size=batch_size)
+        by_cache.setdefault(copies[0].cache, []).append(copies)
+    tally = Tally(progress)
+    for group in by_cache.values():
+        try:
+            compute_wanted(_find_missing(group, tally, progress), tally, batch_size=batch_size)
+        finally:
+            for first, *_ in group:
+                first.let_go(range(len(first)))
     tally.check()
     return tally.computed
+
+
+def _find_missing(
+    movies: Iterable[Sequence[MovieFeatures]], tally: Tally, progress: Progress | None
+) -> Iterator[tuple[int, Sequence[MovieFeatures]]]:
+    """Hash frames, some at once; give each with those of its copies that have no record."""
+    for copies in movies:
+        first = copies[0]
+        each = first._hash_each(range(len(first)), tally, len(copies), hold=True)
+        while good := list(islice(each, _HASHED_AT_ONCE)):
+            there = np.stack([copy.contains(good) for copy in copies])
+            hits = int(there.sum())
+            first.cache.counter.add(Usage(hits=hits, misses=there.size - hits))
+            if progress is not None:
+                progress(hits)
+            first.let_go(t for t, found in zip(good, there.T, strict=True) if found.all())
+            for t, found in zip(good, there.T, strict=True):
+                absent = [
+                    copy for copy, is_there in zip(copies, found, strict=True) if not is_there
+                ]
+                if absent:
+                    yield t, absent
 
 
 def request_all(
