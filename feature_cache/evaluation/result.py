@@ -145,11 +145,16 @@ class Step:
         if self.shape.value >= _ENOUGH:
             return "position and shape are enough here: features add nothing"
         if max(self.position.low, self.shape.low) <= self.chance:
-            return "nothing tells these cells apart: features add nothing, all is at chance"
+            return (
+                "nothing tells these cells apart: position and shape are at chance, and features "
+                "add nothing"
+            )
         most = max((score.gain.high for score in self.scores), default=0.0)
+        shape = f"; shape adds {self.shape_gain.signed()} to position"
         return (
             f"features add nothing here to position and shape that {self.cells:,} cells in "
             f"{self.frames} frames could show ({most:+.3f} at most)"
+            f"{shape if self.shape_gain.is_positive else ''}"
         )
 
     def _beside(self, best: Score) -> str:
