@@ -290,6 +290,25 @@ class TestCoverage:
         assert (movies[0].slots, movies[0].versions) == (6, 1)
         assert (found.counts, found.expected) == (((7, 6, 6),), (7,))
 
+    @pytest.mark.parametrize("pooling", ["mean_patches_exact", None])
+    def test_frames_around_count_where_they_are_seen(self, cache, small_folder, pooling):
+        root, backbone = small_folder(), FakeBackbone(context=(2, 1))
+        warm(cache, root, pooling="max_patches_exact")
+        warm(cache, root, backbone=backbone, pooling=pooling)
+        assert cover(cache)[1][pooling].counts == ((6,),)
+        file = root / "t003.tif"
+        tifffile.imwrite(file, tifffile.imread(file) + 1)
+        movie = Movie.open(root, detections="TRA")
+        changed = cache.movie(movie, None, backbone, pooling=pooling)
+        changed.want([changed])
+        changed.compute([3])
+        there = np.flatnonzero(changed.contains()).tolist()
+        assert there == [0, 1, 3]
+        survey = survey_cache(read_only(cache).store)
+        assert [(movie.slots, movie.versions) for movie in survey.movies] == [(6, 1)]
+        found = sorted((one.counts, one.expected) for one in survey.coverage)
+        assert found == [(((6,),), (7,)), (((7,),), (10,))]
+
     def test_grids_need_no_masks(self, cache, small_folder):
         one, two = small_folder("one"), small_folder("two", seed=3)
         warm(cache, one, pooling=None)

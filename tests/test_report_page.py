@@ -11,7 +11,8 @@ from playwright.sync_api import expect, sync_playwright
 from feature_cache import Augmentations, FeatureCache
 from feature_cache.movies import Movie, Source, write_movie
 from feature_cache.report import Choice, look_at, render_page, survey_cache
-from feature_cache.report.coverage import Column, Group, KnownMovie
+from feature_cache.report.coverage import Column, Contents, Group, KnownMovie
+from feature_cache.spec import Context
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
 
@@ -232,9 +233,9 @@ def test_what_can_be_used_has_a_name_and_tables_have_headers(open_page):
 
 def many_movies(report, number):
     """Give a report the movies of a much larger cache."""
-    nine = frozenset(range(9))
+    nine = {Context(): Contents.of((k, k) for k in range(9))}
     movies = tuple(
-        KnownMovie((source.path,), 9, 0, source, nine, frozenset((k, k) for k in nine))
+        KnownMovie((source.path,), 9, 0, source, nine)
         for source in (Source(f"data/{i:04d}") for i in range(number))
     )
     columns = tuple(Column(Group(1, "default"), copy, f"[{copy}]") for copy in range(15))

@@ -81,8 +81,9 @@ class Frame:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its pixels."""
-        return self.pixels.nbytes + (0 if self.mask is None else self.mask.nbytes)
+        """Bytes of all pixels that it needs: a frame that is seen more than once counts once."""
+        pixels = {id(frame): frame.pixels.nbytes for frame in self.seen}
+        return sum(pixels.values()) + (0 if self.mask is None else self.mask.nbytes)
 
     def normalized(self, normalization: Normalization) -> NDArray[np.float32]:
         """Normalise the pixels, once: (Z, H, W) float32. Errors as `normalize`."""

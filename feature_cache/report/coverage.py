@@ -11,11 +11,42 @@ from typing import Any
 from ..hashing import JSON, canonical_json
 from ..movies import Source
 from ..movies.check import summarize
+from ..spec import Context
 from ..store import Asked, Space, record_regions, record_sources
 from .commands import WarmOptions
 
 _ORIGIN = re.compile(r"copy (\d+) of seed (\d+) \((.+)\)")
 _IDENTITY = "[]"
+_ALONE = Context()
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a backbone sees of a movie: each frame, or each window in time.
+
+    Attributes
+    ----------
+    frames : frozenset of int
+        Numbers that stand for the pixels seen.
+    pairs : frozenset of (int, int)
+        The same with that of the mask.
+    """
+
+    frames: frozenset[int]
+    pairs: frozenset[tuple[int, int]]
+
+    @classmethod
+    def of(cls, seen: Iterable[tuple[int, int | None]]) -> Contents:
+        """Sort what is seen with a mask or without."""
+        seen = frozenset(seen)
+        pairs = frozenset((frame, mask) for frame, mask in seen if mask is not None)
+        return cls(frozenset(frame for frame, _ in seen), pairs)
+
+    def expected(self, masked: bool) -> int:
+        """Count the records that a copy has in a space when it is complete."""
+        if not masked:
+            return len(self.frames)
+        return len(self.pairs) + len(self.frames - {frame for frame, _ in self.pairs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +64,8 @@ class KnownMovie:
         counts by itself in `Coverage`.
     source : Source or None
         How it was opened; None where the frames came from no file, so that no command warms them.
-    frames : frozenset of int
-        Numbers that stand for the pixels of a frame.
-    pairs : frozenset of (int, int)
-        The same with that of the mask.
+    contents : mapping of Context to Contents
+        By what backbones see around a frame.
     regions : (int, float, int) or None
         Least, median and most regions of a frame; None where no record of the movie itself has any.
     """
@@ -45,15 +74,18 @@ class KnownMovie:
     slots: int
     versions: int
     source: Source | None
-    frames: frozenset[int]
-    pairs: frozenset[tuple[int, int]]
+    contents: Mapping[Context, Contents]
     regions: tuple[int, float, int] | None = None
 
-    def expected(self, masked: bool) -> int:
-        """Count the records that a copy has in a space when it is complete."""
-        if not masked:
-            return len(self.frames)
-        return len(self.pairs) + len(self.frames - {frame for frame, _ in self.pairs})
+    def cover(self, context: Context, masked: bool) -> tuple[frozenset[Any], int | None]:
+        """Give what a complete copy holds, and how many records these are, if that is known."""
+        alone = self.contents[_ALONE]
+        if masked and not alone.pairs:
+            return frozenset(), None
+        own = self.contents.get(context, alone)
+        # Of windows only those are known that were computed, where the movie wasn't asked for.
+        expected = max(own.expected(masked), alone.expected(masked))
+        return own.pairs if masked else own.frames, expected
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -133,17 +165,16 @@ class _Seen:
     """What provenance says of one name."""
 
     source: Source | None = None
-    frames: set[int] = field(default_factory=set)
-    pairs: set[tuple[int, int]] = field(default_factory=set)
+    contents: dict[Context, set[tuple[int, int | None]]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
     slots: dict[tuple[str, str], set[tuple[int, int | None]]] = field(
         default_factory=lambda: defaultdict(set)
     )
 
     def add(self, slot: tuple[str, str], frame: int, mask: int | None) -> None:
-        self.frames.add(frame)
+        self.contents[_ALONE].add((frame, mask))
         self.slots[slot].add((frame, mask))
-        if mask is not None:
-            self.pairs.add((frame, mask))
 
     @property
     def versions(self) -> int:
@@ -155,9 +186,10 @@ class _Seen:
 
 @dataclass
 class _Held:
-    """What one space holds, by draw: numbers of frames, or of frames and masks."""
+    """What one space holds, by draw: numbers of what was seen, or of that and masks."""
 
     spec: Mapping[str, Any]
+    context: Context
     cells: dict[str, set[Any]] = field(default_factory=lambda: defaultdict(set))
     origins: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
@@ -202,7 +234,8 @@ class _Survey:
         self._regions: dict[tuple[int, int], int] = {}
 
     def read(self, space: Space) -> _Held:
-        held = _Held(space.spec)
+        context = Context(*space.spec["backbone"].get("context", _ALONE))
+        held = _Held(space.spec, context)
         masked = space.spec["pooling"] is not None
         originals: dict[bytes, tuple[int, int]] = {}
         for key, source in record_sources(space):
@@ -217,8 +250,12 @@ class _Survey:
             seen.add(slot, frame, mask)
             if seen.source is None and isinstance(source.get("source"), dict):
                 seen.source = Source.from_json(source["source"])
+            pixels = frame
+            if any(context):
+                pixels = self._number(" ".join(source["window"]))
+                seen.contents[context].add((pixels, mask))
             draw = self._draw(source.get("draw", []))
-            held.cells[draw].add((frame, mask) if masked else frame)
+            held.cells[draw].add((pixels, mask) if masked else pixels)
             held.origins[draw].add(str(source.get("origin") or ""))
             if masked and mask is not None and draw == _IDENTITY:
                 originals[key] = (frame, mask)
@@ -230,9 +267,15 @@ class _Survey:
     def add(self, asked: Asked, held: Mapping[str, _Held]) -> None:
         """Take in a movie and its copies as they were asked for."""
         seen = self._seen[asked.movie]
-        for place, frame, mask in asked.frames:
+        masks = [None if mask is None else self._number(mask) for _, _, mask in asked.frames]
+        for (place, frame, _), mask in zip(asked.frames, masks, strict=True):
             slot = ("number", place) if place.isdecimal() else ("file", place)
-            seen.add(slot, self._number(frame), None if mask is None else self._number(mask))
+            seen.add(slot, self._number(frame), mask)
+        frames = [frame for _, frame, _ in asked.frames]
+        for context in {one.context for one in held.values()} - {_ALONE}:
+            for t, mask in enumerate(masks):
+                window = " ".join(frames[s] for s in context.window(t, len(frames)))
+                seen.contents[context].add((self._number(window), mask))
         if seen.source is None and asked.source is not None:
             seen.source = Source.from_json(dict(asked.source))
         for space, draws in asked.wanted.items():
@@ -250,23 +293,20 @@ class _Survey:
         return self._draws[text]
 
     def movies(self) -> list[KnownMovie]:
-        same: dict[tuple[frozenset[Any], ...], list[str]] = defaultdict(list)
+        same: dict[frozenset[tuple[Context, Contents]], list[str]] = defaultdict(list)
         for name, seen in self._seen.items():
-            same[frozenset(seen.frames), frozenset(seen.pairs)].append(name)
-        found = [self._movie(sorted(names), *made_of) for made_of, names in same.items()]
+            made_of = {context: Contents.of(pairs) for context, pairs in seen.contents.items()}
+            same[frozenset(made_of.items())].append(name)
+        found = [self._movie(sorted(names), dict(made_of)) for made_of, names in same.items()]
         return sorted(found, key=lambda movie: movie.names)
 
-    def _movie(
-        self, names: Sequence[str], frames: frozenset[int], pairs: frozenset[tuple[int, int]]
-    ) -> KnownMovie:
-        first = self._seen[names[0]]
+    def _movie(self, names: Sequence[str], contents: Mapping[Context, Contents]) -> KnownMovie:
+        first, pairs = self._seen[names[0]], contents[_ALONE].pairs
         source = first.source
         if source is None and all(kind == "file" for kind, _ in first.slots):
             source = _guess_source(names[0], bool(pairs))
         regions = summarize([self._regions[pair] for pair in pairs if pair in self._regions])
-        return KnownMovie(
-            tuple(names), len(first.slots), first.versions, source, frames, pairs, regions
-        )
+        return KnownMovie(tuple(names), len(first.slots), first.versions, source, contents, regions)
 
 
 def _guess_source(name: str, masked: bool) -> Source:
@@ -280,12 +320,9 @@ def _cover(name: str, held: _Held, movies: Sequence[KnownMovie]) -> Coverage:
     masked = held.spec["pooling"] is not None
     columns = _find_columns(held.origins)
     cells = [held.cells[column.draw] for column in columns]
-    counts = []
-    for movie in movies:
-        wanted: frozenset[Any] = movie.pairs if masked else movie.frames
-        counts.append(tuple(len(wanted & cell) for cell in cells))
-    expected = [m.expected(masked) if m.pairs or not masked else None for m in movies]
-    return Coverage(name, held.spec, columns, tuple(counts), tuple(expected))
+    wanted = [movie.cover(held.context, masked) for movie in movies]
+    counts = tuple(tuple(len(contents & cell) for cell in cells) for contents, _ in wanted)
+    return Coverage(name, held.spec, columns, counts, tuple(expected for _, expected in wanted))
 
 
 def _find_columns(origins: Mapping[str, Iterable[str]]) -> tuple[Column, ...]:

@@ -98,6 +98,14 @@ def test_each_frame_is_read_once_to_be_hashed_and_once_to_be_computed(cache):
     assert source.reads - before == dict.fromkeys(range(24), 1)
 
 
+def test_memory_counts_every_frame_of_a_window_once(small):
+    pixels, masks = small
+    first, second, third = (Frame(pixels[t], None, frame_digest(pixels[t]), "") for t in range(3))
+    seen = (first, first, second, third)
+    frame = Frame(second.pixels, masks[1], second.digest, "", seen)
+    assert frame.nbytes == 3 * pixels[0].nbytes + masks[1].nbytes
+
+
 def test_frames_of_other_sizes_are_not_seen_together(cache):
     frames = [*make_movie(2)[0], make_movie(1, 40, 40)[0][0]]
     with pytest.raises(FrameError, match=r"shape \(48, 64\) and frame 2.*\(40, 40\)"):
