@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..backbones.state import undisturbed
 from ..errors import FrameError
@@ -205,6 +206,14 @@ class OnDevice:
             Record(array.numpy().copy(), None if spec.pooling is None else frame.regions().labels)
             for spec, array in zip(stored, here[1:], strict=True)
         ]
+
+    def fetch(self, embedding: Embedding, found: DeviceGrid) -> NDArray[np.float32]:
+        """Give a frame's grid as `Plain.embed` does: for who pools it without the device."""
+        with self._on(self._computing):
+            grid, seen = found.grid.cpu(), found.seen.cpu()
+        check_range(seen, self.spec, found.where)
+        check_finite(torch.isfinite(grid).flatten(-3).all(dim=-1).view(-1), self.spec, [embedding])
+        return grid.numpy()
 
     def _rows_of(self, frame: Frame) -> torch.Tensor:
         rows = self._image_of(frame).rows

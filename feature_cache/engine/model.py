@@ -235,7 +235,14 @@ class Model:
         is_here = all(isinstance(grid, np.ndarray) for grid in grids.values())
         way = self._plain if is_here else self._way
         try:
-            records = _make_all(way, embedding, grids)
+            try:
+                records = _make_all(way, embedding, grids)
+            except Exception as error:
+                if not (isinstance(way, OnDevice) and _is_out_of_memory(error)):
+                    raise
+                parts = embedding.by_layer()
+                here = {layer: way.fetch(parts[layer], grid) for layer, grid in grids.items()}
+                way, records = self._plain, _make_all(self._plain, embedding, here)
             if way is not self._plain:
                 self._prove(embedding, records)
         except Exception as error:  # noqa: BLE001 - also of a device

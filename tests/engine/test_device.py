@@ -148,6 +148,35 @@ def test_a_frame_for_which_there_is_no_memory_costs_itself(tmp_path, monkeypatch
         FeatureCache(tmp_path / "cache").get_or_compute(images, masks, FakeBackbone(dim=4))
 
 
+def test_what_the_device_has_no_memory_to_pool_is_pooled_on_the_cpu(
+    tmp_path, monkeypatch, on_device
+):
+    images, masks, _ = make_movie(3)
+    backbone = FakeBackbone(dim=8)
+    expected = FeatureCache(tmp_path / "right").get_or_compute(images, masks, backbone)
+
+    def pool_none(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device, "pool_on", pool_none)
+    found = FeatureCache(tmp_path / "cache").get_or_compute(images, masks, backbone)
+    spec = SpaceSpec(backbone.spec)
+    assert all(records_agree(*both, spec) for both in zip(expected, found, strict=True))
+
+
+def test_a_grid_that_is_pooled_on_the_cpu_is_checked_too(tmp_path, monkeypatch, on_device):
+    class Bad(FakeBackbone):
+        def embed(self, frames):
+            return super().embed(frames) * float("nan")
+
+    def pool_none(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(device, "pool_on", pool_none)
+    with pytest.raises(BackboneError, match="NaN"):
+        FeatureCache(tmp_path).get_or_compute(*make_movie(3)[:2], Bad(dim=8))
+
+
 def test_more_pixels_than_the_backbone_may_see_are_an_error(tmp_path, monkeypatch, on_device):
     real = device.normalize_on
 
