@@ -84,6 +84,12 @@ class TestSpec:
         with pytest.raises(UnknownNameError, match=r"unknown checkpoint .* Known: cpsam, cpsam_v2"):
             load_backbone(NAME, checkpoint="cyto3")
 
+    def test_a_checkpoint_on_dino_is_of_another_network(self, tmp_path):
+        torch.save({"encoder.cls_token": torch.zeros(1, 1, 768)}, tmp_path / "mine")
+        for weights, options in ((None, {"checkpoint": "cpdino"}), (tmp_path / "mine", {})):
+            with pytest.raises(BackboneError, match=r"CPDINO, which only cellpose 4\.2.* expected"):
+                _ = load_backbone(NAME, weights, "cpu", **options).spec
+
     def test_a_missing_package_names_the_extra(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
         with pytest.raises(MissingDependencyError, match=r"feature-cache\[transformers\]"):
