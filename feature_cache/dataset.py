@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -471,6 +471,8 @@ class CachedFeatureDataset(Dataset[Sample]):
                 f"movies is a {type(movies).__name__}: expected a list of what FeatureCache.movie "
                 "gives, such as [cache.movie(frames, masks, backbone)]"
             )
+        if not movies:
+            raise ValueError("movies is empty: expected what FeatureCache.movie gives, of each")
         if movie_of is None and len(movies) != 1:
             raise ValueError(f"{len(movies)} movies: pass movie_of, from a sample to its movie")
         self.dataset, self.movie_of, self.frames_of = dataset, movie_of, frames_of
@@ -494,8 +496,17 @@ class CachedFeatureDataset(Dataset[Sample]):
         return finish([self._begin(index) for index in indices])
 
     def _begin(self, index: int) -> Unfinished:
-        sample = dict(self.dataset[index])
+        sample = self.dataset[index]
+        if not isinstance(sample, Mapping):
+            raise TypeError(
+                f"sample {index} is a {type(sample).__name__}: expected a dict with timepoints and "
+                "labels"
+            )
+        sample = dict(sample)
         movie = 0 if self.movie_of is None else self.movie_of(index)
+        count = len(self.tokens.movies)
+        if movie not in range(count):
+            raise ValueError(f"movie_of({index}) is {movie!r}: expected 0 to {count - 1}")
         copy = 0
         if self.copies is not None:
             copy = sample["copy"] = self.copies.choose(index)

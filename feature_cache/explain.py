@@ -119,10 +119,18 @@ def explain_miss(
         return "neither this frame nor this movie was ever computed with this backbone and pooling"
     if nearest is None:
         return "the cache is empty"
-    listed = "; ".join(differences(nearest.spec, spec))
+    listed = "; ".join(_differences(nearest.spec, spec))
     stands = "this frame is stored" if same_frame else "nothing is stored"
     where = "in" if same_frame else "with this spec; nearest is"
     return f"{stands} {where} the space {describe(nearest.spec)!r}, where {listed}"
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Sequence[str]:
+    """List what differs; of another backbone its name alone, from which the rest follows."""
+    names = [spec["backbone"]["name"] for spec in (stored, asked)]
+    if names[0] != names[1]:
+        return [f"the backbone is another: {names[0]} stored, {names[1]} asked"]
+    return [*differences(stored, asked)]
 
 
 def _nearest_record(source: Mapping[str, Any], stored: Stored, copies: Sequence[int]) -> str:

@@ -6,12 +6,14 @@ The names are those of ``scripts/train.py`` of weigertlab/trackastra, and of its
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .augment.policy import PRESETS
-from .errors import MovieError
+from .errors import MovieError, UnknownNameError
+from .movies.text import read_text, read_yaml
 from .pooling import POOLINGS
 
 PROPS = ("regionprops_small", "regionprops", "regionprops2")
@@ -48,6 +50,19 @@ def _probability(text: str) -> float:
 
 def _optional(text: str) -> str | None:
     return None if text in NOTHING else text
+
+
+def _one_of(known: Collection[str], *, optional: bool = False) -> dict[str, Any]:
+    """Let an option be one of these names, or nothing; another is told the nearest."""
+
+    def choose(text: str) -> str | None:
+        if text in known:
+            return text
+        if optional and text in NOTHING:
+            return None
+        raise argparse.ArgumentTypeError(str(UnknownNameError("value", text, known)))
+
+    return {"type": choose, "choices": [*known, None] if optional else [*known]}
 
 
 ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # option: type, default where training from scratch
@@ -87,9 +102,24 @@ class _Ignored(argparse.Action):
         options.ignored = dict.fromkeys([*options.ignored, self.dest])
 
 
-def parse_training(
-    words: Sequence[str], *, prog: str | None = None, strict: bool = True
-) -> argparse.Namespace:
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and in which file."""
+
+    where = ""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {self.where}{message.removeprefix('argument ')}\n")
+
+    def check_names(self, kind: str, names: Collection[str]) -> None:
+        """End with the first that is no option's."""
+        known = [one[2:] for one in self._option_string_actions if one.startswith("--")]
+        for name in names:
+            if name not in known:
+                listing = "feature-cache train --help"
+                self.error(str(UnknownNameError(kind, name, known, listing)))
+
+
+def parse_training(words: Sequence[str], *, prog: str | None = None) -> argparse.Namespace:
     """Read the options of a training; what stands in ``-c FILE`` counts less than what is given.
 
     Parameters
@@ -98,8 +128,6 @@ def parse_training(
         As on a command line; the first may be the configuration itself.
     prog : str, optional
         What the command is called.
-    strict : bool
-        Whether unknown options are an error.
 
     Raises
     ------
@@ -111,13 +139,17 @@ def parse_training(
     parser = make_parser(prog)
     if words and not words[0].startswith("-"):
         words = ["-c", *words]
-    file = _find_file(words)
+    options, file = argparse.Namespace(), _find_file(words)
     if file is not None:
-        words = [*_read_words(file, parser), *words]
-    options, unknown = parser.parse_known_args(words)
-    if unknown and strict:
-        names = dict.fromkeys(text.split("=")[0].lstrip("-") for text in unknown)
-        parser.error(f"unknown options: {', '.join(names)}; --help lists those there are")
+        plain = _read_training(file)
+        parser.where = f"{file}: "
+        parser.check_names("key", plain)
+        parser.parse_args([*_words_of(plain, parser)], options)
+        parser.where = ""
+    _, unknown = parser.parse_known_args(words, options)
+    if unknown:
+        parser.check_names("option", [unknown[0].split("=")[0].lstrip("-")])
+        parser.error(f"{unknown[0]!r} belongs to no option")
     return options
 
 
@@ -151,9 +183,9 @@ def find_training(words: Sequence[str]) -> argparse.Namespace | None:
     if len(words) != 1 or Path(words[0]).suffix.lower() not in (".yaml", ".yml"):
         return None
     file = Path(words[0]).expanduser()
-    if not file.is_file() or "input_train" not in file.read_text("utf-8", "replace"):
+    if not file.is_file() or not re.search(r"""\binput_\w+["']?\s*:""", read_text(file)):
         return None
-    return parse_training(["-c", str(file)], strict=False)
+    return parse_training(["-c", str(file)])
 
 
 def find_seed(words: Sequence[str]) -> int:
@@ -161,8 +193,8 @@ def find_seed(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seed", type=int, default=0)
     file = _find_file(words)
-    before = _read_words(file, parser) if file is not None and file.is_file() else ()
-    return int(parser.parse_known_args([*before, *words])[0].seed)
+    plain = _read_training(file) if file is not None and file.is_file() else {}
+    return int(parser.parse_known_args([*_words_of(plain, parser), *words])[0].seed)
 
 
 def copies_of(options: Mapping[str, Any]) -> int:
@@ -196,16 +228,15 @@ def _find_file(words: Sequence[str]) -> Path | None:
     return None
 
 
-def _read_words(file: Path, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Give what a configuration says as words of a command line."""
-    import yaml
-
-    try:
-        plain = yaml.load(file.read_text("utf-8"), yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MovieError(f"can't read the configuration {file}: {error}") from error
+def _read_training(file: Path) -> dict[str, Any]:
+    plain = read_yaml(file)
     if not isinstance(plain, dict):
         raise MovieError(f"{file} is no configuration of a training: expected names and values")
+    return plain
+
+
+def _words_of(plain: Mapping[str, Any], parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Give what a configuration says as words of a command line."""
     known = {name: action for action in parser._actions for name in action.option_strings}
     for name, value in plain.items():
         action = known.get(f"--{name}")
@@ -214,17 +245,20 @@ def _read_words(file: Path, parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(value, list):
             yield from (f"--{name}", *map(str, value))
         elif action is not None and action.nargs == 0:
-            if _boolean(value):
-                yield f"--{name}"
+            try:
+                wanted = _boolean(value)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"--{name}: {error}")
+            yield from [f"--{name}"] * wanted
         elif action is not None and action.nargs in ("+", "*"):
             yield from (f"--{name}", str(value))
         else:
             yield f"--{name}={value}"
 
 
-def make_parser(prog: str | None) -> argparse.ArgumentParser:
+def make_parser(prog: str | None) -> _Parser:
     """Give the parser of a training's options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description="Train or fine-tune Trackastra on cached features. CONFIG is a YAML file of "
         "these options, as for Trackastra's own train.py; what stands on the command line counts "
@@ -243,7 +277,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
         help="go on from the last checkpoint of this folder (needs --timestamp false)",
     )  # fmt: skip
     loggers = ("tensorboard", "csv", "wandb", "none")
-    out.add_argument("--logger", choices=loggers, default="tensorboard")
+    out.add_argument("--logger", **_one_of(loggers), default="tensorboard")
     out.add_argument("--wandb_project", default="trackastra")
     out.add_argument("--dry", action="store_true", help="write nothing")
     out.add_argument("--only_prechecks", action="store_true", help="load all, and end")
@@ -264,20 +298,18 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
 
     features = parser.add_argument_group("features")
     features.add_argument(
-        "--features", choices=(*PLAIN, *PRETRAINED),
+        "--features", **_one_of((*PLAIN, *PRETRAINED)),
         default="wrfeat", help="Trackastra's own, or pretrained ones too, or their copies too",
     )  # fmt: skip
     features.add_argument("--cache", type=Path, help="folder of the feature cache")
     features.add_argument("--pretrained_feats_model", type=_optional, help="the backbone")
     features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")
     features.add_argument(
-        "--pretrained_feats_mode", choices=POOLINGS, default=POOLING, help="pooling"
+        "--pretrained_feats_mode", **_one_of(POOLINGS), default=POOLING, help="pooling"
     )
-    features.add_argument(
-        "--pretrained_feats_additional_props", type=_optional, choices=(None, *PROPS)
-    )
+    features.add_argument("--pretrained_feats_additional_props", **_one_of(PROPS, optional=True))
     features.add_argument("--pretrained_n_augs", type=int, default=COPIES, help="augmented copies")
-    features.add_argument("--policy", choices=PRESETS, default="default", help="of the copies")
+    features.add_argument("--policy", **_one_of(PRESETS), default="default", help="of the copies")
     features.add_argument("--rotate_features", type=_boolean, default=True)
     features.add_argument(
         "--feature_dropout", type=_probability, default=0.0,
@@ -311,7 +343,7 @@ def make_parser(prog: str | None) -> argparse.ArgumentParser:
     how.add_argument("--weight_by_dataset", type=_boolean, default=False)
     how.add_argument("--patience", type=int, help="epochs without a better one; a sixth of all")
     how.add_argument("--num_workers", type=int, default=4)
-    how.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="if there is one")
+    how.add_argument("--device", **_one_of(("cuda", "cpu")), default="cuda", help="if there is one")
     how.add_argument("--distributed", type=_boolean, default=False, help="all GPUs of this host")
     how.add_argument("--mixedp", type=_boolean, default=True, help="float16 on a GPU")
     how.add_argument("--seed", type=int, default=0)

@@ -188,7 +188,7 @@ class TestNames:
         [
             (lambda: load_backbone("efficientnet-lite"), "did you mean 'efficientnet-lite0'"),
             (lambda: load_backbone("efficientnet-lite0", layer="stride-5"), "unknown layer"),
-            (lambda: load_backbone("efficientnet-lite0", dtype="int8"), "unknown compute dtype"),
+            (lambda: load_backbone("efficientnet-lite0", dtype="int8"), "unknown dtype"),
             (lambda: load_backbone("efficientnet-lite0", lair=1), "unknown option.*'layer'"),
             (lambda: load_backbone("debug/random", "random:0", strid=1), "mean 'stride'"),
             (lambda: load_backbone("timm/"), "unknown backbone 'timm/'"),

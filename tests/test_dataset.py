@@ -135,6 +135,7 @@ def test_samples_that_name_no_cells(movie, changed, error, message):
         ({"augmentations": "default"}, DrawError, "augmentations is 'default'"),
         ({"on_miss": "skip"}, UnknownNameError, "unknown on_miss 'skip': Known: compute, error"),
         ({"batch_size": 0}, ValueError, "batch_size 0"),
+        ({"batch_size": 2.5}, ValueError, r"batch_size 2\.5: expected 1 or more"),
     ],
 )
 def test_wrong_words(movie, small, options, error, message):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from feature_cache import Augmentations, Draw, MissingRecordError, Normalization
+from feature_cache import Augmentations, Draw, MissingRecordError, Normalization, load_backbone
 from feature_cache.augment import Brightness
 from feature_cache.spec import differences
 from feature_cache.store import Store, inspect
@@ -58,6 +58,14 @@ def test_another_space(warm, small, options, expected):
         assert not hit
         assert re.search(expected, reason)
         assert "fake mean_patches_exact float16" in reason
+
+
+def test_another_backbone_is_one_thing_that_differs(warm, small):
+    expected = (
+        "this frame is stored in the space 'fake mean_patches_exact float16', where the backbone "
+        "is another: fake stored, debug/random asked"
+    )
+    assert reasons(warm, small, load_backbone("debug/random")) == [(False, expected)] * 6
 
 
 def test_changed_pixels_and_labels(warm, small):

@@ -24,6 +24,7 @@ from feature_cache import (
     CachedFeatureDataset,
     FeatureCache,
     Movie,
+    MovieFeatures,
     load_backbone,
 )
 from feature_cache.cli import app
@@ -418,6 +419,81 @@ MISTAKES = [
         status=0,
     ),
     Mistake(
+        "a training's key misspelled",
+        "train train.yaml",
+        "error: train.yaml: unknown key 'input_trian': did you mean 'input_train'? Known: … in "
+        "all: see feature-cache train --help)",
+        write("train.yaml", "input_trian: [movie/01]\nname: hela\n"),
+        needs="trackastra_pretrained_feats",
+    ),
+    Mistake(
+        "a training's key misspelled, to warm",
+        "warm train.yaml --cache cache",
+        "error: train.yaml: unknown key 'pretrained_n_aug': did you mean 'pretrained_n_augs'? "
+        "Known: … in all: see feature-cache train --help)",
+        write("train.yaml", "input_train: [movie/01]\npretrained_n_aug: 9\n"),
+    ),
+    Mistake(
+        "a training's value that is none",
+        "warm train.yaml --cache cache",
+        "error: train.yaml: --features: unknown value 'pretrained_feat': did you mean "
+        "'pretrained_feats'? Known: none, …",
+        write("train.yaml", "input_train: [movie/01]\nfeatures: pretrained_feat\n"),
+    ),
+    Mistake(
+        "a training's switch that is neither",
+        "warm train.yaml --cache cache",
+        "error: train.yaml: --warm: 'maybe': expected true or false",
+        write("train.yaml", "input_train: [movie/01]\nwarm: maybe\n"),
+    ),
+    Mistake(
+        "a training's option misspelled",
+        "train --epocs 3",
+        "error: unknown option 'epocs': did you mean 'epochs'? Known: … in all: see feature-cache "
+        "train --help)",
+        needs="trackastra_pretrained_feats",
+    ),
+    Mistake(
+        "a training that is not there",
+        "train train.yaml",
+        "error: can't read train.yaml: No such file or directory",
+        needs="trackastra_pretrained_feats",
+    ),
+    Mistake(
+        "a model that is not there",
+        "track movie/01 --cache cache --model runs/hela",
+        "error: no model at runs/hela: expected the folder of a training, such as runs/hela, or "
+        "one of Trackastra's own: …general_2d…",
+        needs="trackastra",
+    ),
+    Mistake(
+        "a folder that is no model",
+        "track movie/01 --cache cache --model movie",
+        "error: movie is no model: it has no config.yaml; name the folder that a training wrote",
+        needs="trackastra",
+    ),
+    Mistake(
+        "a mode of linking misspelled",
+        "track movie/01 --cache cache --model movie --mode gredy",
+        "error: unknown mode 'gredy': did you mean 'greedy'? Known: greedy, greedy_nodiv, ilp",
+        needs="trackastra",
+    ),
+    Mistake(
+        "a cache to verify that is not there",
+        "verify --cache cahce",
+        "error: {here}/cahce does not exist; name the folder of a feature cache",
+    ),
+    Mistake(
+        "an outcome that can't be written",
+        f"{WARM} --report nowhere/outcome.json",
+        "error: can't write nowhere/outcome.json: No such file or directory",
+    ),
+    Mistake(
+        "a log that can't be written",
+        f"{WARM} --log movie",
+        "error: can't write the log movie: Is a directory",
+    ),
+    Mistake(
         "a report that does not know whose features to draw",
         "report page.html --cache cache --movie movie/01 --verify",
         "error: name a --backbone; stored: none",
@@ -500,6 +576,26 @@ def give_masks_of(dtype: type, value: float) -> None:
 
 def ask_for(frames: Any, masks: Any) -> None:
     FeatureCache("cache").get_or_compute(frames, masks, load_backbone("debug/random"))
+
+
+def bind(**options: Any) -> MovieFeatures:
+    return FeatureCache("cache").movie(*make_movie()[:2], FakeBackbone(), **options)
+
+
+def load_training_data(root: Any) -> None:
+    pytest.importorskip("trackastra")
+    from feature_cache.trackastra import load_ctc
+
+    load_ctc(root, "cache")
+
+
+def make_data_module(movies: Any) -> None:
+    pytest.importorskip("trackastra")
+    from feature_cache.trackastra import CachedDataModule
+
+    CachedDataModule(
+        movies, movies, None, 0, False, {}, {}, {}, cache="cache", backbone="debug/random"
+    )
 
 
 def ask_a_server_that_is_gone() -> None:
@@ -586,6 +682,71 @@ def score(result: str) -> None:
         (
             lambda: Augmentations("flips", copies=3).draw(9),
             "DrawError: copy is 9: expected an integer from 0 to 3",
+        ),
+        (
+            lambda: FeatureCache("cache", layers="shared"),  # type: ignore[arg-type]
+            "TypeError: layers is 'shared': expected a list of folders and URLs, such as "
+            "['shared']",
+        ),
+        (
+            lambda: load_backbone(Path("debug/random")),  # type: ignore[arg-type]
+            "TypeError: name is a PosixPath: expected a backbone's name, such as "
+            "'efficientnet-lite0'",
+        ),
+        (
+            lambda: load_backbone("debug/random", stride=float("nan")),
+            "BackboneError: option stride=nan of debug/random: expected a whole number, such as 8",
+        ),
+        (
+            lambda: load_backbone("efficientnet-lite0", 3),  # type: ignore[arg-type]
+            "BackboneError: option weights=3 of efficientnet-lite0: expected a text",
+        ),
+        (
+            lambda: load_backbone("efficientnet-lite0", layer=["stride-8"]),
+            "UnknownNameError: unknown layer of efficientnet-lite0 \"['stride-8']\": did you mean "
+            "'stride-8'? Known: stride-4, stride-8, stride-16, stride-32",
+        ),
+        (
+            lambda: bind(pooling=["nearest_patch"]),
+            "UnknownNameError: unknown pooling ['nearest_patch']: did you mean 'nearest_patch'? "
+            "Known: …",
+        ),
+        (
+            lambda: bind().get_or_compute(2),  # type: ignore[arg-type]
+            "TypeError: indices is 2: expected a list of frames' numbers, such as [0, 1]",
+        ),
+        (
+            lambda: bind().with_draw("flip"),  # type: ignore[arg-type]
+            "DrawError: draw is a str: expected a Draw, such as Augmentations().draw(1)",
+        ),
+        (
+            lambda: bind().explain("flips", 1),  # type: ignore[arg-type]
+            "DrawError: augmentations is a str: expected Augmentations, such as "
+            "Augmentations('flips', copies=3)",
+        ),
+        (
+            lambda: CachedFeatureDataset([(1, 2)], [bind()])[0],  # type: ignore[arg-type]
+            "TypeError: sample 0 is a tuple: expected a dict with timepoints and labels",
+        ),
+        (
+            lambda: CachedFeatureDataset([{}], [bind()] * 2, lambda _: 7)[0],  # type: ignore[arg-type]
+            "ValueError: movie_of(0) is 7: expected 0 to 1",
+        ),
+        (
+            lambda: CachedFeatureDataset([{}], []),  # type: ignore[arg-type]
+            "ValueError: movies is empty: expected what FeatureCache.movie gives, of each",
+        ),
+        (
+            lambda: load_training_data("movie/03"),
+            "MovieNotFoundError: no movie at movie/03: no such folder",
+        ),
+        (
+            lambda: load_training_data(["movie/01"]),
+            "TypeError: root is a list: expected one movie's folder",
+        ),
+        (
+            lambda: make_data_module("movie/01"),
+            "ValueError: input_train is 'movie/01': expected a list of movies' folders",
         ),
         (
             ask_a_server_that_is_gone,

@@ -78,18 +78,21 @@ def test_upstreams_files_are_understood(config, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epoch": 3}, "unknown options: epoch"),
+        ({"epoch": 3}, "train.yaml: unknown key 'epoch': did you mean 'epochs'? Known: "),
         ({"input_val": ["nowhere"]}, "no such movie folder: nowhere"),
         ({"features": "pretrained_feats"}, "needs --cache"),
         ({"feature_dropout": 0.5}, "--feature_dropout with --features wrfeat, which has no"),
         ({"feature_dropout": 1}, "expected a number from 0 to below 1"),
         ({"train_samples": 3}, "--train_samples 3 and --batch_size 8 make no batch"),
         ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
-        ({"policy": "flp"}, "--policy: invalid choice: 'flp' (choose from 'none', 'flips', "),
-        ({"pretrained_feats_mode": "avg"}, "invalid choice: 'avg' (choose from 'nearest_patch', "),
+        (
+            {"policy": "flp"},
+            "--policy: unknown value 'flp': did you mean 'flips'? ",
+        ),
+        ({"pretrained_feats_mode": "avg"}, "unknown value 'avg': Known: nearest_patch, mean_"),
         (
             {"pretrained_feats_additional_props": "regionprops9"},
-            "invalid choice: 'regionprops9' (choose from None, 'regionprops_small', ",
+            "unknown value 'regionprops9': did you mean 'regionprops'? Known: regionprops_small, ",
         ),
     ],
 )

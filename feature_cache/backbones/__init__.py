@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -83,7 +83,14 @@ def load_backbone(
     BackboneError
         An option has no such value, or is given twice, in the name and here. Another package's
         entry point can't be loaded, or gives no backbone.
+    TypeError
+        The name is no text.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"name is a {type(name).__name__}: expected a backbone's name, such as "
+            "'efficientnet-lite0'"
+        )
     bare, told = split_name(name)
     factory = find_factory(bare)
     given = {"weights": weights, "dtype": dtype, **options}
@@ -96,7 +103,7 @@ def load_backbone(
     if "," in told.get("layer", ""):
         names = [join_name(bare, {**told, "layer": one}) for one in told["layer"].split(",")]
         return _join_layers([load_backbone(n, weights, device, dtype, **options) for n in names])
-    wanted = {**options, **_read_options(bare, factory, told, options)}
+    wanted = {**options, **_read_options(bare, factory, told, {**given, **options})}
     weights, dtype = wanted.pop("weights", weights), wanted.pop("dtype", dtype)
     tile, halo = wanted.pop("tile", None), wanted.pop("halo", None)
     backbone = factory(bare, weights, device, dtype, **wanted)
@@ -161,7 +168,7 @@ def _name_elsewhere(name: str) -> Iterator[str]:
 
 
 def _read_options(
-    name: str, factory: Callable[..., object], told: Mapping[str, str], given: Iterable[str]
+    name: str, factory: Callable[..., object], told: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read the options in a name; those given beside it must be known, too."""
     options = options_of_factory(factory)
@@ -172,4 +179,6 @@ def _read_options(
         if option not in known:
             listing = f"feature-cache backbones {name}"
             raise UnknownNameError(f"option of {name}", option, known, listing)
+    for option, value in given.items():
+        known[option].check(value, name)
     return {option: known[option].read(text, name) for option, text in told.items()}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import quote, unquote
@@ -63,11 +66,19 @@ class OptionInfo:
             value = _read_as(kind, text)
             if value is not _NOTHING:
                 return value
+        raise self._refuse(text, backbone)
+
+    def check(self, value: object, backbone: str) -> None:
+        """Refuse a value that was given in Python; errors as `read`."""
+        if not any(_is_of(kind, value) for kind in self.kinds):
+            raise self._refuse(value, backbone)
+
+    def _refuse(self, value: object, backbone: str) -> Exception:
         if all(isinstance(kind, str) for kind in self.kinds):
-            raise UnknownNameError(f"{self.name} of {backbone}", text, self.words)
+            return UnknownNameError(f"{self.name} of {backbone}", str(value), self.words)
         example = "" if self.default is None else f", such as {write_value(self.default)}"
-        raise BackboneError(
-            f"option {self.name}={text} of {backbone}: expected {self.expected}{example}"
+        return BackboneError(
+            f"option {self.name}={value} of {backbone}: expected {self.expected}{example}"
         )
 
 
@@ -94,6 +105,17 @@ def _read_as(kind: Any, text: str) -> Any:
         return kind(text) if kind in (int, float) else _NOTHING
     except ValueError:
         return _NOTHING
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    """Tell whether a value is of one kind."""
+    if isinstance(kind, str):
+        return isinstance(value, str) and value == kind
+    if kind in (int, float):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
+    also = {tuple: (tuple, list), Context: (tuple, list), str: (str, os.PathLike)}
+    return isinstance(value, also.get(kind, kind))
 
 
 def write_value(value: object) -> str:

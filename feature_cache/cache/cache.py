@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..augment import IDENTITY, Draw
 from ..engine import Progress
-from ..errors import DrawError, ReadOnlyCacheError
+from ..errors import ReadOnlyCacheError
 from ..explain import Explanation
 from ..key import Record
 from ..movies import Given, Movie
@@ -100,10 +100,6 @@ class FeatureCache(OpenCache):
         Parameters as `get_or_compute`; `name` is how errors and provenance call the movie, by
         default as it calls itself.
         """
-        if draw is not None and not isinstance(draw, Draw):
-            raise DrawError(
-                f"draw is a {type(draw).__name__}: expected a Draw, such as Augmentations().draw(1)"
-            )
         if isinstance(backbone, str):
             raise TypeError(
                 f"backbone is the name {backbone!r}: expected a backbone; load it once, by "
@@ -121,8 +117,8 @@ class FeatureCache(OpenCache):
         spec = SpaceSpec(backbone.spec, pooling, dtype)
         given = Movie.of(frames, masks, detections=None if pooling is None else "TRA")
         return MovieFeatures(
-            self, given.frames, given.masks, backbone, spec, draw or IDENTITY, name or given.name,
-            source=given.source,
+            self, given.frames, given.masks, backbone, spec,
+            IDENTITY if draw is None else draw, name or given.name, source=given.source,
         )  # fmt: skip
 
     def get_or_compute(

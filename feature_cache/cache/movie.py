@@ -28,7 +28,7 @@ from ..engine import (
     grid_spec,
     request_frame,
 )
-from ..errors import FrameError, MissingRecordError, MovieError
+from ..errors import DrawError, FrameError, MissingRecordError, MovieError
 from ..explain import Explanation, Stored, explain_miss
 from ..hashing import (
     DIGEST_BYTES,
@@ -125,6 +125,11 @@ class MovieFeatures:
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading."""
+        if not isinstance(self.draw, Draw):
+            raise DrawError(
+                f"draw is a {type(self.draw).__name__}: expected a Draw, such as "
+                "Augmentations().draw(1)"
+            )
         self._space_digest = self.spec.digest
         backbone, normalization = self.spec.backbone.name, self.spec.backbone.normalization
         what = f"{backbone} (normalisation {normalization.name!r})"
@@ -146,7 +151,13 @@ class MovieFeatures:
         return len(self.frames)
 
     def with_draw(self, draw: Draw, origin: str = "") -> MovieFeatures:
-        """Give the same movie under another draw; what is hashed stays hashed."""
+        """Give the same movie under another draw; what is hashed stays hashed.
+
+        Raises
+        ------
+        DrawError
+            It is none, or gives pixels beyond what the backbone takes.
+        """
         return replace(self, draw=draw, origin=origin, _keys={}, _places=None, _about=None)
 
     def in_space(self, spec: SpaceSpec) -> MovieFeatures:
@@ -249,9 +260,16 @@ class MovieFeatures:
         ------
         IndexError
             There is no such frame.
+        TypeError
+            They are no list of whole numbers.
         """
         every = range(len(self))
-        wanted = list(every if indices is None else map(operator.index, indices))
+        try:
+            wanted = list(every if indices is None else map(operator.index, indices))
+        except TypeError as error:
+            raise TypeError(
+                f"indices is {indices!r}: expected a list of frames' numbers, such as [0, 1]"
+            ) from error
         for t in wanted:
             if not -len(every) <= t < len(every):
                 what = self.name or "the movie"
@@ -518,6 +536,11 @@ class MovieFeatures:
         frames = self.numbers(indices)
         if augmentations is None:
             return self._explain(frames, [])
+        if not isinstance(augmentations, Augmentations):
+            raise DrawError(
+                f"augmentations is a {type(augmentations).__name__}: expected Augmentations, such "
+                "as Augmentations('flips', copies=3)"
+            )
         asked = self.with_draw(augmentations.draw(copy), augmentations.name_of(copy))
         return asked._explain(frames, [self.with_draw(draw) for draw in augmentations.draws()])
 
@@ -780,5 +803,6 @@ def request_all(
 
 def check_batch_size(batch_size: int | None) -> None:
     """Raise ValueError for a number of frames that makes no batch; None is as many as fit."""
-    if batch_size is not None and batch_size < 1:
+    whole = batch_size is None or isinstance(batch_size, int | np.integer)
+    if not whole or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size {batch_size}: expected 1 or more")

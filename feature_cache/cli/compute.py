@@ -46,7 +46,7 @@ from .options import (
     parse_batch_size,
     size_option,
 )
-from .output import count_text, print_table, regions_text, size_text
+from .output import count_text, print_table, regions_text, size_text, write_file
 from .progress import LogFile, RunProgress, show_failures
 
 if TYPE_CHECKING:
@@ -414,18 +414,11 @@ def _regions_of(report: WarmReport) -> str:
 def _write_report(file: Path | None, text: str) -> None:
     if file is None:
         return
-    try:
-        file.write_text(text + "\n", "utf-8")
-    except OSError as error:
-        raise _NoReportError(f"can't write the report {file}: {error}") from error
+    write_file(file, f"{text}\n".encode())
 
 
 class _NoMovieError(FeatureCacheError):
     """No movie could be opened."""
-
-
-class _NoReportError(FeatureCacheError):
-    """The report can't be written."""
 
 
 def _open_to_plan(

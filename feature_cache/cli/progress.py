@@ -125,7 +125,8 @@ class LogFile:
         try:
             self._handler = logging.FileHandler(self.path)
         except OSError as error:
-            raise typer.BadParameter(f"can't write the log {self.path}: {error}") from error
+            told = error.strerror or error
+            raise typer.BadParameter(f"can't write the log {self.path}: {told}") from error
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         shown = self._logger.getEffectiveLevel()
         self._others = [(handler, handler.level) for handler in logging.getLogger().handlers]

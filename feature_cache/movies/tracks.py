@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from ..errors import MovieError
+from .text import read_text
 
 Masks: TypeAlias = NDArray[np.int32]
 Tracks: TypeAlias = NDArray[np.int64]
@@ -36,26 +36,6 @@ def read_tracks(file: Path) -> Tracks:
     if bad:
         raise MovieError(f"{file} has the line {bad[0]!r}: expected label, first, last, parent")
     return np.array([line.split() for line in rows], np.int64).reshape(-1, 4)
-
-
-def read_text(file: Path) -> str:
-    """Read a text file as editors write it: UTF-8 or UTF-16, with a byte order mark or without.
-
-    Raises
-    ------
-    MovieError
-        It can't be read, or is no text.
-    """
-    try:
-        content = file.read_bytes()
-        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise MovieError(f"can't read {file}: {reason}; save it as UTF-8 text") from error
-    if "\0" in text:
-        raise MovieError(f"can't read {file}: it is no text of UTF-8; save it as UTF-8 text")
-    return text
 
 
 def write_movie(

@@ -63,8 +63,18 @@ def open_layers(places: Iterable[str | os.PathLike[str]]) -> tuple[Store | Remot
     ------
     StoreError
         One of them is no cache, or can't be opened.
+    TypeError
+        It is no list of places.
     """
-    return tuple(_open_layer(os.fspath(place)) for place in places)
+    try:
+        if isinstance(places, str | os.PathLike):
+            raise TypeError
+        named = [os.fspath(place) for place in places]
+    except TypeError:
+        raise TypeError(
+            f"layers is {places!r}: expected a list of folders and URLs, such as ['shared']"
+        ) from None
+    return tuple(_open_layer(place) for place in named)
 
 
 def _open_layer(place: str) -> Store | Remote:

@@ -190,6 +190,9 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     ) -> None:
         if backbone is not None and cache is None:
             raise ValueError("features of a backbone need a cache: name its folder (cache)")
+        for name, movies in (("input_train", input_train), ("input_val", input_val)):
+            if isinstance(movies, str | os.PathLike) or not movies:
+                raise ValueError(f"{name} is {movies!r}: expected a list of movies' folders")
         super().__init__(
             input_train, input_val, None, augment, distributed,
             dict(dataset_kwargs), dict(sampler_kwargs), {"collate_fn": collate, **loader_kwargs},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,35 @@ if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 FILE = "features.json"
+_FOLDER = ("config.yaml", "model.pt")
 KEY = "pretrained_feats_spec"
 """The same, as text, in train_config.yaml: what Trackastra hands on to whoever tracks."""
+
+
+def find_model(model: str | os.PathLike[str], *more: str) -> Path:
+    """Find a model's folder, which holds `more` too, or fetch one of Trackastra's own by its name.
+
+    Raises
+    ------
+    BackboneError
+        There is none.
+    """
+    from trackastra.model.pretrained import _MODELS, download_pretrained
+
+    folder = Path(model).expanduser()
+    if str(model) in _MODELS and not folder.is_dir():
+        return Path(download_pretrained(str(model)))
+    if not folder.is_dir():
+        raise BackboneError(
+            f"no model at {model}: expected the folder of a training, such as runs/hela, or one of "
+            f"Trackastra's own: {', '.join(_MODELS)}"
+        )
+    for name in (*_FOLDER, *more):
+        if not (folder / name).is_file():
+            raise BackboneError(
+                f"{model} is no model: it has no {name}; name the folder that a training wrote"
+            )
+    return folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from trackastra.data import wrfeat as _wrfeat
 from ..cache import FeatureCache
 from ..cache.movie import in_files
 from ..engine.commit import versions
-from ..errors import MissingRecordError, MovieError
+from ..errors import MissingRecordError, MovieError, MovieNotFoundError
 from ..hashing import (
     DIGEST_BYTES,
     JSON,
@@ -108,6 +108,8 @@ def load_ctc(
 
     Raises
     ------
+    MovieNotFoundError
+        There is no such folder.
     MovieError, FrameError
         A frame or mask can't be read, or changed meanwhile. When a mask is read later, FrameError
         too.
@@ -116,6 +118,10 @@ def load_ctc(
     ValueError, FileNotFoundError, …
         As ``CTCData``.
     """
+    if not isinstance(root, str | os.PathLike):
+        raise TypeError(f"root is a {type(root).__name__}: expected one movie's folder")
+    if not Path(root).expanduser().is_dir():
+        raise MovieNotFoundError(f"no movie at {root}: no such folder")
     return _load_data(root, _open(cache), options, build=True)
 
 

@@ -13,11 +13,14 @@ from trackastra.model import Trackastra, model_api
 from trackastra.tracking import track_greedy, write_to_geff
 
 from ..cache import FeatureCache
-from ..errors import MovieError, NoMasksError
+from ..errors import MovieError, NoMasksError, UnknownNameError
 from ..movies import Movie
 from .inference import cached_inference
 from .metrics import score_tracks, write_tracks
+from .model_features import find_model
 from .patching import replaced
+
+MODES = ("greedy", "greedy_nodiv", "ilp")
 
 
 def track_movie(
@@ -63,22 +66,24 @@ def track_movie(
     ------
     NoMasksError
         The movie has no masks.
+    UnknownNameError
+        No such mode.
+    BackboneError
+        No such model, or its features are not to be had: as `cached_inference`.
     MovieError
         As `write_tracks`.
-    As `cached_inference`.
     """
     if movie.masks is None:
         raise NoMasksError(f"{movie.name} has no masks: name them (--detections, --masks)")
     frames, masks = (
         np.stack([images[t] for t in range(len(images))]) for images in (movie.frames, movie.masks)
     )
-    place = Path(model)
+    if mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
+    place = find_model(model, "train_config.yaml")
     linking = partial(track_greedy, threshold=threshold)
     with cached_inference(cache, weights=weights), replaced(model_api, "track_greedy", linking):
-        if place.is_dir():
-            tracker = Trackastra.from_folder(place, device=device)
-        else:
-            tracker = Trackastra.from_pretrained(str(model), device=device)
+        tracker = Trackastra.from_folder(place, device=device)
         graph, _ = tracker.track(frames, masks, mode=mode)
     write_tracks(graph, masks, folder)
     geff = folder / "tracks.zarr"

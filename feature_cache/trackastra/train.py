@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from trackastra.data import collate_sequence_padding
 from trackastra.model import TrackingTransformer
-from trackastra.model.pretrained import download_pretrained
 from trackastra.utils import seed
 
 from ..augment import Augmentations
@@ -46,7 +45,7 @@ from .collation import collate
 from .datamodule import CachedDataModule
 from .held import folders_of
 from .late import count_masks
-from .model_features import ModelFeatures, check_resumed
+from .model_features import ModelFeatures, check_resumed, find_model
 from .patching import replaced
 from .training import BestModel, TrackingModule, make_model
 
@@ -89,10 +88,7 @@ def choose_model(options: argparse.Namespace, width: int, props: str | None) -> 
     if options.model is None:
         defaults = {name: default for name, (_, default) in asked.items()}
         return make_model(options.ndim, **sizes, **{**defaults, **given})
-    folder = Path(options.model)
-    model = TrackingTransformer.from_folder(
-        folder if folder.is_dir() else download_pretrained(options.model), map_location="cpu"
-    )
+    model = TrackingTransformer.from_folder(find_model(options.model), map_location="cpu")
     expected: Any = make_model(options.ndim, **sizes).config
     given |= {name: expected[name] for name in ("coord_dim", "feat_dim")}
     given |= {"pretrained_feat_dim": width} if width else {}

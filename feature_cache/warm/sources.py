@@ -13,7 +13,7 @@ from ..engine import Failure
 from ..errors import MovieError, MovieNotFoundError, NoMasksError, UnknownNameError
 from ..movies import Movie, Source
 from ..movies.formats import is_pattern
-from ..movies.tracks import read_text
+from ..movies.text import read_text, read_yaml
 
 _log = logging.getLogger(__name__)
 _LISTS = (".txt", ".yaml", ".yml")
@@ -146,13 +146,12 @@ def _match(pattern: str) -> list[str]:
 def _read_list(file: Path, defaults: _Defaults) -> Iterator[Source]:
     if not file.is_file():
         raise MovieNotFoundError(f"can't read the list of movies {file}: no such file")
-    text = read_text(file)
     if file.suffix.lower() == ".txt":
-        for word in filter(None, map(str.strip, text.splitlines())):
+        for word in filter(None, map(str.strip, read_text(file).splitlines())):
             if not word.startswith("#"):
                 yield from _expand_line(file, word, defaults)
         return
-    yield from _read_yaml(file, _parse_yaml(file, text), defaults)
+    yield from _expand_yaml(file, read_yaml(file), defaults)
 
 
 def _expand_line(file: Path, word: str, defaults: _Defaults) -> Iterator[Source]:
@@ -164,20 +163,7 @@ def _expand_line(file: Path, word: str, defaults: _Defaults) -> Iterator[Source]
     yield from _expand(word, defaults)
 
 
-def _parse_yaml(file: Path, text: str) -> Any:
-    """Parse YAML; every scalar is the text that is written there: ``01`` is no number."""
-    import yaml
-
-    try:
-        return yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        told = " ".join(str(problem or error).split())
-        raise MovieError(f"{file} is no YAML: {where}{told}") from error
-
-
-def _read_yaml(file: Path, plain: Any, defaults: _Defaults) -> Iterator[Source]:
+def _expand_yaml(file: Path, plain: Any, defaults: _Defaults) -> Iterator[Source]:
     if isinstance(plain, dict) and {"input_train", "input_val"} & set(plain):
         inputs = [*_as_list(plain.get("input_train")), *_as_list(plain.get("input_val"))]
         defaults = _change(file, plain, defaults, "detection_folders")

@@ -163,7 +163,8 @@ def _check_root(root: Path) -> Iterator[Finding]:
         raise
     except FileNotFoundError as error:
         if not list_folder(root / "spaces"):
-            raise NotACacheError(f"{root} is not a feature cache: it has no zarr.json") from error
+            found = "is not a feature cache" if root.exists() else "does not exist"
+            raise NotACacheError(f"{root} {found}; name the folder of a feature cache") from error
         yield Finding("missing", root / "zarr.json", "missing; repair writes it anew")
     except StoreError as error:
         if not list_folder(root / "spaces"):
