@@ -376,6 +376,7 @@ MISTAKES = [
         "a remote that is not there",
         "pull file:///nowhere/at/all --cache cache",
         "error: there is no feature cache at file:///nowhere/at/all; check the address",
+        needs="obstore",
     ),
     Mistake(
         "stored grids where there are none",

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, UnknownNameError
+from ..errors import BackboneError
 from ..spec import BackboneSpec, Normalization
 from .base import load_into, resize_frames, seeded
 from .checkpoint import read_tensors
@@ -20,8 +20,6 @@ from .weights import cellpose_file
 
 _INPUT, _PATCH, _WIDTH = 256, 8, 192
 _PERCENTILES = (1.0, 99.0)
-_CHECKPOINTS = ("cpsam", "cpsam_v2")
-_ON_DINO = ("cpdino", "cpdino-vitb")
 _UNUSED = ("W2", "diam_mean", "diam_labels")
 
 
@@ -63,10 +61,6 @@ class CellposeSam(HubBackbone):
         checkpoint: Literal["cpsam", "cpsam_v2"] = "cpsam",
     ) -> None:
         super().__init__(name, weights, device, dtype)
-        if checkpoint in _ON_DINO:
-            raise _on_dino(checkpoint)
-        if checkpoint not in _CHECKPOINTS:
-            raise UnknownNameError(f"checkpoint of {name}", checkpoint, _CHECKPOINTS)
         self.checkpoint = checkpoint
 
     def _describe(self, weights: str) -> BackboneSpec:
@@ -93,7 +87,12 @@ class CellposeSam(HubBackbone):
         if file is not None:
             tensors = read_tensors(file, ("module.", ""))
             if "encoder.cls_token" in tensors:
-                raise _on_dino(str(file))
+                raise BackboneError(
+                    f"{file} is not of Cellpose-SAM's network but of cellpose's CPDINO, which only "
+                    "cellpose 4.2.0 and later has, with facebookresearch's dinov3 beside it, and "
+                    "which is not among our backbones: expected cpsam or cpsam_v2, or for DINOv3 "
+                    "by itself facebook/dinov3-vitl16-pretrain-lvd1689m"
+                )
             state = {_network_name(n): t for n, t in tensors.items() if n not in _UNUSED}
             load_into(network, state, file)
         return network
@@ -129,16 +128,6 @@ class _CellposeNetwork(nn.Module):
         """Map (B, 3, 256, 256) to (B, 32, 32, 192)."""
         readout: Tensor = self.out(self.encoder(images).last_hidden_state)
         return readout.permute(0, 2, 3, 1)
-
-
-def _on_dino(checkpoint: str) -> BackboneError:
-    """Say that a checkpoint is of ``cellpose.vit.CPDINO``."""
-    return BackboneError(
-        f"{checkpoint} is not of Cellpose-SAM's network but of cellpose's CPDINO, which only "
-        "cellpose 4.2.0 and later has, with facebookresearch's dinov3 beside it, and which is "
-        f"not among our backbones: expected {' or '.join(_CHECKPOINTS)}, or for DINOv3 by itself "
-        "facebook/dinov3-vitl16-pretrain-lvd1689m"
-    )
 
 
 def _network_name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, FrameError, MissingDependencyError, UnknownNameError
+from ..errors import BackboneError, FrameError, MissingDependencyError
 from ..spec import BackboneSpec, Context
 from .base import TorchBackbone, load_checkpoint, load_into, seeded
 from .hub import hub_file
@@ -75,8 +75,6 @@ class CoTracker(TorchBackbone):
         super().__init__(name, weights, device, dtype)
         self.context = Context(*context)
         self.input_range = input_range or ("-1..1" if any(self.context) else "0..1")
-        if self.input_range not in _RANGES:
-            raise UnknownNameError("input range of CoTracker", self.input_range, _RANGES)
         if input_size is not None and not any(self.context):
             raise BackboneError(
                 f"{name} sees frames at their own size: leave out input_size, or name a context"

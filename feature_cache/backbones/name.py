@@ -74,7 +74,7 @@ class OptionInfo:
             raise self._refuse(value, backbone)
 
     def _refuse(self, value: object, backbone: str) -> Exception:
-        if all(isinstance(kind, str) for kind in self.kinds):
+        if all(isinstance(kind, str) or kind is NoneType for kind in self.kinds):
             return UnknownNameError(f"{self.name} of {backbone}", str(value), self.words)
         example = "" if self.default is None else f", such as {write_value(self.default)}"
         return BackboneError(

@@ -47,13 +47,12 @@ from ..spec import KEY_VERSION, SpaceSpec
 from ..store import Asked, Index, Space, Span, Usage, add_asked, read_asked, record_sources
 from ..system import count_cores
 from .opened import OpenCache
+from .recent import Recent
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
 
 
-HELD_BYTES = 256 << 20
-"""Of frames and masks of one movie that were read to be hashed, and are computed next."""
 _HASHED_AT_ONCE = 16
 
 
@@ -98,6 +97,8 @@ class MovieFeatures:
         Closed by itself when the last frame is hashed.
     images_read : int
         How many frames and masks were read to be hashed: those whose digests were not remembered.
+    recent : Recent or None
+        What was read to be hashed and is computed next.
     wanted : dict of str to str
         The copies that are asked for, as `texts_of` gives them.
     """
@@ -113,6 +114,7 @@ class MovieFeatures:
     source: Source | None = None
     memo: Memo = field(default_factory=Memo, repr=False)
     images_read: int = field(default=0, repr=False)
+    recent: Recent | None = field(default=None, repr=False)
     wanted: dict[str, str] = field(default_factory=dict, repr=False)
     _digests: dict[int, tuple[Digest, Digest | None]] = field(default_factory=dict, repr=False)
     _keys: dict[int, Digest] = field(default_factory=dict, repr=False)
@@ -120,8 +122,6 @@ class MovieFeatures:
     _places: Places | None = field(default=None, repr=False)
     _about: dict[str, JSON] | None = field(default=None, repr=False)
     _decoded: Decoded = field(default_factory=Decoded, repr=False)
-    _held: dict[tuple[bool, int], Any] = field(default_factory=dict, repr=False)
-    """Frames (False) and masks (True), as read, of which records are computed next."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading."""
@@ -173,7 +173,7 @@ class MovieFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open space: another process opens its own."""
-        return {**self.__dict__, "_space": None, "_places": None, "_held": {}}
+        return {**self.__dict__, "_space": None, "_places": None, "recent": None}
 
     @property
     def space(self) -> Space:
@@ -183,14 +183,8 @@ class MovieFeatures:
             self._space = self.cache.space(self.spec)
         return self._space
 
-    def digests(self, t: int, *, hold: bool = False) -> tuple[Digest, Digest | None]:
+    def digests(self, t: int) -> tuple[Digest, Digest | None]:
         """Give the digests of frame `t` and of its mask; reads what the memo doesn't know.
-
-        Parameters
-        ----------
-        t : int
-        hold : bool
-            Keep what is read from files for `read`, within `HELD_BYTES`.
 
         Raises
         ------
@@ -198,11 +192,11 @@ class MovieFeatures:
             The frame can't be read, or holds NaN; frame and mask don't fit.
         """
         if t not in self._digests:
-            frame = self._fingerprint(t, "frame", partial(self._hash_frame, t, hold))
+            frame = self._fingerprint(t, "frame", partial(self._hash_frame, t))
             if self.masks is None:
                 self._digests[t] = frame.digest, None
             else:
-                hash_mask = partial(self._hash_mask, self.masks, t, frame.shape, hold)
+                hash_mask = partial(self._hash_mask, self.masks, t, frame.shape)
                 mask = self._fingerprint(t, "mask", hash_mask)
                 self._check_shapes(t, frame.shape, mask.shape)
                 self._digests[t] = frame.digest, mask.digest
@@ -217,41 +211,31 @@ class MovieFeatures:
         place = None if images is None else in_files(images, t, kind)
         return compute() if place is None else self.memo.fingerprint(compute=compute, **place)
 
-    def _hash_frame(self, t: int, hold: bool) -> Fingerprint:
-        frame = self._read_image(self.frames, t, hold)
+    def _hash_frame(self, t: int) -> Fingerprint:
+        frame = self._read_image(self.frames, t)
         return Fingerprint(frame_digest(frame, self.where(t)), np.shape(frame))
 
-    def _hash_mask(self, masks: Series, t: int, shape: tuple[int, ...], hold: bool) -> Fingerprint:
-        mask = self._read_image(masks, t, hold)
+    def _hash_mask(self, masks: Series, t: int, shape: tuple[int, ...]) -> Fingerprint:
+        mask = self._read_image(masks, t)
         self._check_shapes(t, shape, np.shape(mask))
         return Fingerprint(mask_digest(mask, self.where(t, "mask")), np.shape(mask))
 
-    def _read_image(self, images: Series, t: int, hold: bool) -> Any:
+    def _read_image(self, images: Series, t: int) -> Any:
         """Read a frame or mask to hash it."""
         image = images[t]
         self.images_read += 1
-        if (
-            hold and isinstance(image, np.ndarray) and images.files_of(t)
-        ):  # an array may change, and costs nothing to read
-            held = sum(other.nbytes for other in list(self._held.values()))
-            if held + image.nbytes <= HELD_BYTES:
-                self._held[images is self.masks, t] = image
+        if self.recent is not None and isinstance(image, np.ndarray) and images.files_of(t):
+            self.recent.keep(images, t, image)
         return image
 
     def _take_image(self, images: Series, t: int) -> Any:
-        """Read a frame or mask to compute it, or take what is held."""
-        held = self._held.pop((images is self.masks, t), None)
-        if held is not None and held.flags.owndata:
-            return held
-        image = images[t] if held is None else held
+        """Read a frame or mask to compute it, if it was not read to be hashed just now."""
+        image = None if self.recent is None else self.recent.take(images, t)
+        if image is not None and image.flags.owndata:
+            return image
+        image = images[t] if image is None else image
         # A copy: an array that changes later must not change what was compared with the digests.
         return image.copy() if isinstance(image, np.ndarray) else image
-
-    def let_go(self, indices: Iterable[int]) -> None:
-        """Hold some frames no longer."""
-        for t in indices:
-            self._held.pop((False, t), None)
-            self._held.pop((True, t), None)
 
     def numbers(self, indices: Iterable[int] | None = None) -> list[int]:
         """Give the numbers of frames, by default of all; a negative one counts from the end.
@@ -393,14 +377,12 @@ class MovieFeatures:
         tally: Tally,
         records: int,
         progress: Progress | None = None,
-        *,
-        hold: bool = False,
     ) -> Iterator[int]:
-        """Give the frames of `hash_frames` as they come; held are those that are computed next."""
+        """Give the frames of `hash_frames` as they come."""
 
         def hash_one(t: int) -> Exception | None:
             try:
-                self.digests(t, hold=hold)
+                self.digests(t)
             except PART_FAILS as error:
                 return error
             return None
@@ -746,11 +728,7 @@ def warm_movies(
         by_cache.setdefault(copies[0].cache, []).append(copies)
     tally = Tally(progress)
     for group in by_cache.values():
-        try:
-            compute_wanted(_find_missing(group, tally, progress), tally, batch_size=batch_size)
-        finally:
-            for first, *_ in group:
-                first.let_go(range(len(first)))
+        compute_wanted(_find_missing(group, tally, progress), tally, batch_size=batch_size)
     tally.check()
     return tally.computed
 
@@ -759,22 +737,25 @@ def _find_missing(
     movies: Iterable[Sequence[MovieFeatures]], tally: Tally, progress: Progress | None
 ) -> Iterator[tuple[int, Sequence[MovieFeatures]]]:
     """Hash frames, some at once; give each with those of its copies that have no record."""
-    for copies in movies:
+    recent = Recent()
+    for movie in movies:
+        copies = [replace(copy, recent=recent) for copy in movie]
         first = copies[0]
-        each = first._hash_each(range(len(first)), tally, len(copies), hold=True)
+        each = first._hash_each(range(len(first)), tally, len(copies))
         while good := list(islice(each, _HASHED_AT_ONCE)):
             there = np.stack([copy.contains(good) for copy in copies])
             hits = int(there.sum())
             first.cache.counter.add(Usage(hits=hits, misses=there.size - hits))
             if progress is not None:
                 progress(hits)
-            first.let_go(t for t, found in zip(good, there.T, strict=True) if found.all())
             for t, found in zip(good, there.T, strict=True):
                 absent = [
-                    copy for copy, is_there in zip(copies, found, strict=True) if not is_there
+                    view for view, is_there in zip(copies, found, strict=True) if not is_there
                 ]
                 if absent:
                     yield t, absent
+                else:
+                    recent.drop((first.frames, first.masks), t)
 
 
 def request_all(

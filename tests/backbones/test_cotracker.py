@@ -142,5 +142,5 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 def test_unknown_input_range():
-    with pytest.raises(UnknownNameError, match=r"input range of CoTracker '0\.\.255'"):
+    with pytest.raises(UnknownNameError, match=r"input_range of .*co-tracker '0\.\.255'"):
         load_backbone(NAME, input_range="0..255")
