@@ -17,7 +17,7 @@ import typer
 from aging import age, hurry
 from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.cli import app, main
-from feature_cache.movies import files, write_movie
+from feature_cache.movies import image_files, write_movie
 from feature_cache.store import Store
 from synthetic import make_movie
 
@@ -413,9 +413,11 @@ class TestCheck:
 class TestMemo:
     @pytest.fixture
     def reads(self, monkeypatch):
-        names, read_image = [], files.read_image
+        names, read_image = [], image_files.read_image
         monkeypatch.setattr(
-            files, "read_image", lambda file, how: names.append(file.name) or read_image(file, how)
+            image_files,
+            "read_image",
+            lambda file, how: names.append(file.name) or read_image(file, how),
         )
         return names
 

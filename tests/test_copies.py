@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 from feature_cache import Augmentations, CachedFeatureDataset, Draw, FeatureCache, Normalization
 from feature_cache.augment import Affine, Elastic, Scale, hflip, quarter_turn
 from feature_cache.dataset import choose_copy
-from feature_cache.geometry import map_coords, map_shallow, rotate_features
 from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.testing import FakeBackbone
+from feature_cache.token_geometry import map_coords, map_shallow, rotate_features
 from synthetic import make_movie
 
 

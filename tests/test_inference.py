@@ -31,11 +31,11 @@ from feature_cache import (
     UnknownNameError,
     load_backbone,
 )
-from feature_cache.geometry import rotate_features
 from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.spec import KEY_VERSION, Normalization, SpaceSpec
 from feature_cache.testing import FakeBackbone
+from feature_cache.token_geometry import rotate_features
 from feature_cache.trackastra import (
     CachedFeatureExtractor,
     ModelFeatures,

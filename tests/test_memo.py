@@ -22,9 +22,8 @@ from feature_cache import FeatureCache, FrameError, Movie, MovieError
 from feature_cache import memo as memo_module
 from feature_cache.hashing import digest_bytes
 from feature_cache.memo import Fingerprint, Memo, memo_folder, no_memo, remembered_digest
-from feature_cache.movies import ReadOptions, Series
-from feature_cache.movies import files as files_module
-from feature_cache.movies.files import ImageFiles
+from feature_cache.movies import ReadOptions, Series, image_files
+from feature_cache.movies.image_files import ImageFiles
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import plan_warm, run_warm
 
@@ -391,13 +390,13 @@ class Reads(list[str]):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
-    names, read_image = Reads(), files_module.read_image
+    names, read_image = Reads(), image_files.read_image
 
     def count(file: Path, options: ReadOptions) -> np.ndarray:
         names.append(file.name)
         return read_image(file, options)
 
-    monkeypatch.setattr(files_module, "read_image", count)
+    monkeypatch.setattr(image_files, "read_image", count)
     return names
 
 

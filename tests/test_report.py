@@ -45,8 +45,8 @@ from feature_cache.report.colours import GREY, Directions, Palette, normalize_ro
 from feature_cache.report.commands import quote_movie
 from feature_cache.report.condition import sum_by_period
 from feature_cache.report.coverage import find_coverage
-from feature_cache.report.images import data_uri, resize_to, shrink_image
 from feature_cache.report.outlines import draw_edges, trace_outlines
+from feature_cache.report.thumbnails import data_uri, resize_to, shrink_image
 from feature_cache.spec import BackboneSpec
 from feature_cache.store import Run, Usage, maintenance
 from feature_cache.testing import FakeBackbone

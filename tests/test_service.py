@@ -38,8 +38,8 @@ from feature_cache.cache import grid_spec
 from feature_cache.cli import serve
 from feature_cache.engine import engine
 from feature_cache.service import Misses, StandIn, close_all, list_servers, open_host
+from feature_cache.service.filling import Progress
 from feature_cache.service.misses import plan_block
-from feature_cache.service.progress import Progress
 from feature_cache.testing import FakeBackbone
 from processes import outcome
 from serving import (

@@ -17,15 +17,15 @@ from trackastra.data.distributed import BalancedBatchSampler
 
 from feature_cache import Augmentations, MissingRecordError, Movie, MovieError, Normalization
 from feature_cache.dataset import Drawn, choose_copy
-from feature_cache.geometry import map_coords, map_shallow, rotate_features
 from feature_cache.movies import write_movie
 from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.recompute import choose_records, recompute
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
+from feature_cache.token_geometry import map_coords, map_shallow, rotate_features
 from feature_cache.trackastra import CachedCTCData, load_ctc, wrap, write_example
-from feature_cache.trackastra.dataset import PlacedCTCData
+from feature_cache.trackastra.wrapping import PlacedCTCData
 from feature_cache.warm import plan_warm, run_warm
 from synthetic import make_movie
 

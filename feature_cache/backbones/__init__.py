@@ -121,7 +121,7 @@ def _tile(backbone: object, tile: int, halo: int | None) -> Backbone:
 
 
 def _join_layers(members: Sequence[Backbone]) -> Backbone:
-    from .layers import Layers
+    from .several_layers import Layers
 
     return cast("Backbone", Layers(members))
 

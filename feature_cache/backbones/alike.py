@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FeatureCacheError
 from ..spec import BackboneSpec
 from . import find_factory, load_backbone
-from .layers import Layers
 from .name import join_name, split_name
+from .several_layers import Layers
 
 if TYPE_CHECKING:
     from .base import Backbone

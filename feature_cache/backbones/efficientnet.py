@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import BackboneError, MissingDependencyError, UnknownNameError
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, seeded
-from .layers import LayeredBackbone
+from .several_layers import LayeredBackbone
 
 _INSTALL = 'pip install "feature-cache[demo]"'
 _LAYERS = MappingProxyType(

@@ -25,8 +25,8 @@ from .base import TorchBackbone, load_checkpoint, resize_frames, seeded, standar
 from .checkpoint import as_json, check_config
 from .hub import hub_file
 from .known import KNOWN
-from .layers import LayeredBackbone
 from .preprocessing import check_input_size, round_up
+from .several_layers import LayeredBackbone
 from .transformers import import_transformers
 
 Fpn: TypeAlias = Literal["fpn-0", "fpn-1", "fpn-2", "fpn-3"]

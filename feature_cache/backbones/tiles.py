@@ -14,7 +14,7 @@ from ..errors import BackboneError
 from ..forks import cached_property
 from ..spec import BackboneSpec
 from .base import Frozen
-from .layers import Layers
+from .several_layers import Layers
 
 if TYPE_CHECKING:
     from .base import Backbone

@@ -21,8 +21,8 @@ from ..hashing import JSON
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
 from .hub import hub_file
-from .layers import LayeredBackbone
 from .preprocessing import check_input_size, round_up
+from .several_layers import LayeredBackbone
 
 _INSTALL = 'pip install "feature-cache[timm]"'
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from ..errors import BackboneError
 from ..spec import BackboneSpec, differences
-from .layers import specs_of
+from .several_layers import specs_of
 from .state import NetworkState
 from .tiles import Tiled
 
 if TYPE_CHECKING:
     from .base import Backbone
-    from .layers import Layers
+    from .several_layers import Layers
 
 
 class Witness:

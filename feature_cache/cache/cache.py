@@ -19,7 +19,7 @@ from ..recompute import choose_records
 from ..recompute import recompute as compute_again
 from ..spec import SpaceSpec
 from ..store import maintenance, read_runs, remote, sum_usage
-from .movie import MovieFeatures
+from .movie_features import MovieFeatures
 from .opened import OpenCache
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..backbones.layers import Layers
+from ..backbones.several_layers import Layers
 from ..engine import MEMORY_BYTES, Budget, Engine, Model, Written, grid_spec
 from ..errors import UnknownNameError
 from ..hashing import Digest

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..errors import FeatureCacheError
-from . import check, compute, evaluate, keep, look, pictures, serve, tracking
+from . import check_movies, compute, evaluate, keep, look, pictures, serve, tracking
 
 app = typer.Typer(
     name="feature-cache",
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=True,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(check.check, compute.warm, evaluate.evaluate, serve.serve, compute.explain),
+    *(check_movies.check, compute.warm, evaluate.evaluate, serve.serve, compute.explain),
     *(tracking.train, tracking.track),
     *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
     *(pictures.report, pictures.show),

@@ -446,7 +446,7 @@ def _check_names(
     dense: str = "none",
 ) -> None:
     """Find mistakes in names before anything is read or written."""
-    from ..backbones.layers import specs_of
+    from ..backbones.several_layers import specs_of
     from ..errors import UnknownNameError
     from ..spec import SpaceSpec
     from ..store import CODECS

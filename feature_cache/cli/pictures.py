@@ -184,7 +184,7 @@ def show(
     from ..cache import FeatureCache
     from ..movies import Source
     from ..report import Choice, compose_picture, draw_in_terminal, fit_palette, look_at
-    from ..report.images import encode_png
+    from ..report.thumbnails import encode_png
 
     opened = FeatureCache(cache, "r", layers=layer)
     pooled = _pooling_of(pooling)

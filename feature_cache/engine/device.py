@@ -41,7 +41,7 @@ from .plain import (
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
-    from ..backbones.layers import Layers
+    from ..backbones.several_layers import Layers
 
 PLAIN = "FEATURE_CACHE_PLAIN"
 """Set to 1, everything but the network is computed on the CPU; to 0, on any device there is."""

@@ -15,7 +15,7 @@ import torch
 
 from ..augment import Draw
 from ..backbones.base import mixes_sizes
-from ..backbones.layers import Layers
+from ..backbones.several_layers import Layers
 from ..backbones.witness import Witness
 from ..errors import BackboneError, FeatureCacheError, FrameError, StoreError
 from ..forks import Lock

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..augment import Draw
 from ..backbones.base import TorchBackbone, mixes_sizes
-from ..backbones.layers import Layers
+from ..backbones.several_layers import Layers
 from ..backbones.state import undisturbed
 from ..errors import BackboneError
 from ..key import Record

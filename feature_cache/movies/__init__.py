@@ -3,7 +3,7 @@
 ::
 
     images                      what every reader gives
-    files, tiff, png            readers of image files
+    image_files, tiff, png      readers of image files
     verdict, ifd, ome, faults   what a TIFF is, by its own tags and words; what is wrong with one
     arrays, zarrs, bioformats   other readers; axes: what their axes mean; chunks: Zarr's files
     times                       the time that a file's name stands for
@@ -14,7 +14,7 @@
 """
 
 from .check import MovieCheck, Problem
-from .files import read_image
+from .image_files import read_image
 from .images import Images, ReadOptions, Series
 from .movie import Given, Movie, Row, Source
 from .tracks import Masks, Tracks, link_by_overlap, read_tracks, write_movie

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import FeatureCacheError, FrameError, FrameTypeError, MovieError
 from .axes import Layout, are_known, check_image, plan_layout
 from .chunks import check_given
-from .files import IMAGE_SUFFIXES, ImageFiles
+from .image_files import IMAGE_SUFFIXES, ImageFiles
 from .images import Images, ReadOptions
 
 _COLOURS = (3, 4)

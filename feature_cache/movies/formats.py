@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import MovieError, MovieNotFoundError
 from .arrays import open_npy
 from .bioformats import BIOIO_SUFFIXES, open_bioio
-from .files import IMAGE_SUFFIXES, TIFF_SUFFIXES, ImageFiles
+from .image_files import IMAGE_SUFFIXES, TIFF_SUFFIXES, ImageFiles
 from .images import Images, ReadOptions
 from .tiff import TiffStack, check_volume
 from .times import TimedFiles, order_files

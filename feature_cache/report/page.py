@@ -22,10 +22,10 @@ from .colours import Directions, Palette
 from .commands import quote_movie
 from .condition import AGES
 from .coverage import Coverage
-from .images import data_uri, shrink_factor, shrink_image, to_bytes
 from .outlines import trace_outlines
 from .strip import FrameView, Strip
 from .survey import Report
+from .thumbnails import data_uri, shrink_factor, shrink_image, to_bytes
 
 if TYPE_CHECKING:
     from jinja2 import Environment

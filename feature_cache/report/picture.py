@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import Bytes, resize_to, shrink_image, to_bytes
 from .outlines import draw_edges
+from .thumbnails import Bytes, resize_to, shrink_image, to_bytes
 
 if TYPE_CHECKING:
     from .colours import Palette

@@ -10,7 +10,7 @@ from ..cache import MovieFeatures, OpenCache
 from ..engine import Model, Promise, request_frame
 from ..errors import MissingRecordError
 from ..spec import BackboneSpec
-from .progress import Progress
+from .filling import Progress
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

@@ -1,8 +1,5 @@
 from .collation import collate as collate
 from .datamodule import CachedDataModule as CachedDataModule
-from .dataset import CachedConcatDataset as CachedConcatDataset
-from .dataset import CachedCTCData as CachedCTCData
-from .dataset import wrap as wrap
 from .examples import EXAMPLES as EXAMPLES
 from .examples import write_example as write_example
 from .inference import CachedFeatureExtractor as CachedFeatureExtractor
@@ -17,3 +14,6 @@ from .training import BestModel as BestModel
 from .training import TrackingModule as TrackingModule
 from .training import association_loss as association_loss
 from .training import make_model as make_model
+from .wrapping import CachedConcatDataset as CachedConcatDataset
+from .wrapping import CachedCTCData as CachedCTCData
+from .wrapping import wrap as wrap

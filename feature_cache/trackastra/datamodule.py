@@ -22,10 +22,10 @@ from ..dataset import Drawn, OnMiss, warm_tokens
 from ..service import ReadAhead
 from .chance import mix_seeds, seeded_numpy
 from .collation import collate
-from .dataset import Geometry, PlacedCTCData, wrap
 from .held import check_inputs
 from .shallow import Props
 from .starts import load_all
+from .wrapping import Geometry, PlacedCTCData, wrap
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

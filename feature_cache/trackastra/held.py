@@ -13,8 +13,8 @@ from trackastra.data import data as _ctc
 from ..cache import FeatureCache
 from ..errors import MovieError, MovieNotFoundError, NoMasksError
 from ..movies import Images, Movie, Series
-from ..movies.files import ImageFiles
 from ..movies.formats import image_folder, list_images
+from ..movies.image_files import ImageFiles
 from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
 from .late import HeldMasks, MaskFrames, Stack, count_masks

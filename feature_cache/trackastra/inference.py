@@ -27,10 +27,10 @@ from ..backbones.alike import is_named, load_alike
 from ..cache import FeatureCache, MovieFeatures, check_batch_size
 from ..dataset import TokenFeatures
 from ..errors import BackboneError, MissingDependencyError, MovieError
-from ..geometry import rotate_features as rotate
 from ..hashing import Digest, digest_json
 from ..movies import Movie, Series
 from ..store import Usage
+from ..token_geometry import rotate_features as rotate
 from ..train_options import MODEL_INSTALL, MODEL_PACKAGE
 from .model_features import ModelFeatures, check_equal
 from .shallow import check_props, measure_regions
@@ -53,7 +53,7 @@ class CachedFeatureExtractor:
         The shallow features beside them: a key of `SHALLOW_FEATURES`.
     rotate_features : bool
         Turn pairs of dimensions by angles from the regions' centroids, as
-        `feature_cache.geometry.rotate_features`: what `wrap` does in training.
+        `feature_cache.token_geometry.rotate_features`: what `wrap` does in training.
     batch_size : int
         Frames embedded at once.
     keep_grids : bool

@@ -25,8 +25,8 @@ from ..dataset import OnMiss
 from ..errors import BackboneError
 from ..train_options import AUGMENTED, POOLING, PRETRAINED, copies_of
 from .datamodule import EpochBatchSampler, EpochDistributedSampler, LateDataLoader
-from .dataset import CachedCTCData, Geometry, check_words, wrap
 from .model_features import ModelFeatures, check_resumed
+from .wrapping import CachedCTCData, Geometry, check_words, wrap
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

@@ -34,7 +34,7 @@ from trackastra.data import data as _ctc
 from trackastra.data import wrfeat as _wrfeat
 
 from ..cache import FeatureCache
-from ..cache.movie import in_files
+from ..cache.movie_features import in_files
 from ..engine.commit import versions
 from ..errors import MissingRecordError, MovieError, MovieNotFoundError
 from ..hashing import (
@@ -49,7 +49,7 @@ from ..hashing import (
 from ..key import Record
 from ..memo import Fingerprint, Memo
 from ..movies import ReadOptions, Series
-from ..movies.files import ImageFiles
+from ..movies.image_files import ImageFiles
 from ..movies.movie import detection_places
 from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
 from ..store import Entry, Space, record_sources

@@ -2,9 +2,9 @@
 
 from ..engine import Failure
 from ..movies import Source
+from .local import run_warm
 from .plan import DENSE, PlannedMovie, PlanRow, Task, Unit, WarmPlan, plan_warm
 from .report import WarmReport
-from .run import run_warm
 from .sources import find_sources, open_movies
 from .stored import StoredGrids
 from .worker import Recipe

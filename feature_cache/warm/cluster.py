@@ -23,10 +23,10 @@ from ..errors import MovieError, SchedulerGoneError
 from ..hashing import digest_bytes
 from ..movies import Source
 from ..store import Usage
+from .local import begin, finish_push, make_report, open_budget, over_budget
 from .plan import UNIT_EMBEDDINGS, Task, Unit, WarmPlan
 from .push import Pushing
 from .report import WarmReport
-from .run import begin, finish_push, make_report, open_budget, over_budget
 from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 
 Client: TypeAlias = Any

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from ..augment import Augmentations
-from ..backbones.layers import Layers, specs_of
+from ..backbones.several_layers import Layers, specs_of
 from ..backbones.tiles import pixels_of_cell
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..engine import Failure, Tally
@@ -23,8 +23,8 @@ from ..key import Keys
 from ..movies import Given, Movie, Row, Series, Source
 from ..spec import SpaceSpec
 from ..store import Asked
-from .cells import say_small_regions
 from .rates import recall_rate
+from .small_regions import say_small_regions
 from .sources import open_sources
 from .stored import StoredGrids
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backbones.layers import Layers, specs_of
+from ..backbones.several_layers import Layers, specs_of
 from ..hashing import digest_json
 from ..memo import memo_folder, memo_is_off
 from ..system import replace

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..backbones import load_backbone
-from ..backbones.layers import specs_of
+from ..backbones.several_layers import specs_of
 from ..cache import FeatureCache
 from ..engine import PART_FAILS, Budget, Failure, Tally
 from ..errors import BackboneError
@@ -21,9 +21,9 @@ from ..forks import Lock
 from ..hashing import Digest
 from ..movies import Movie, Source
 from ..spec import SpaceSpec
+from .local import compute_units
 from .plan import Spot, Task, Unit, bind_movie
 from .push import Pushing
-from .run import compute_units
 from .stored import StoredGrids
 
 if TYPE_CHECKING:

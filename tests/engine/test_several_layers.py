@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from feature_cache import Augmentations, BackboneError, FeatureCache, load_backbone
-from feature_cache.backbones.layers import Layers
+from feature_cache.backbones.several_layers import Layers
 from feature_cache.spec import SpaceSpec
 from feature_cache.warm import plan_warm, run_warm
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from feature_cache import MovieError
 from feature_cache.movies import ReadOptions, read_image
-from feature_cache.movies.files import ImageFiles, image_shape
+from feature_cache.movies.image_files import ImageFiles, image_shape
 from tiffs import COLOUR, PLANE, Image, shorten
 
 GRAY, RGB, PALETTE, GRAY_ALPHA, RGBA = 0, 2, 3, 4, 6

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from feature_cache import MovieError
 from feature_cache.movies import ReadOptions, read_image
-from feature_cache.movies.files import image_shape
+from feature_cache.movies.image_files import image_shape
 from feature_cache.movies.tiff import TiffStack
 from tiffs import (
     COLOUR,

@@ -21,7 +21,7 @@ from __future__ import annotations
 from ..url import SCHEMES
 from .pieces import PIECE_BYTES, Progress
 from .remote import Remote, open_remote
-from .space import RemoteSpace
+from .remote_space import RemoteSpace
 from .transfer import (
     PackPlace,
     TransferFailure,

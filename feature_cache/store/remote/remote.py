@@ -29,7 +29,7 @@ from ..store import FORMAT_VERSION, ROOT_TEXT, TAG, check_version, own_attribute
 from ..table import NO_PACKS, PackTable, encode_table, parse_table, read_rows
 from ..url import HUB, SCHEMES, find_folder, parse_url
 from ..writer import install_pack
-from .hub import HubObjects
+from .hugging_face import HubObjects
 from .layout import (
     GROUP,
     check_same,

@@ -148,7 +148,7 @@ def _check_all(
 def _add_cells(found: MovieCheck, movie: Movie, specs: Sequence[BackboneSpec]) -> MovieCheck:
     """Add a problem for each grid whose cells are larger than the regions."""
     from ..movies import Problem
-    from ..warm.cells import say_small_regions
+    from ..warm.small_regions import say_small_regions
 
     texts = [text for spec in specs if (text := say_small_regions(movie, spec))]
     problems = [Problem("regions smaller than a cell", text) for text in texts]

@@ -19,10 +19,10 @@ from ..batch import Batch
 from ..cache import FeatureCache, MovieFeatures
 from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish, warm_tokens
 from ..errors import UnknownNameError
-from ..geometry import map_coords, map_shallow
-from ..geometry import rotate_features as rotate
 from ..movies import Source
 from ..movies.check import check_movie
+from ..token_geometry import map_coords, map_shallow
+from ..token_geometry import rotate_features as rotate
 from .chance import Randomness
 from .held import folders_of, frames_of, load_data, masks_of, owners_of
 from .shallow import Props, check_props, columns_of, exchange_shallow
@@ -259,7 +259,7 @@ def wrap(
         The shallow features in ``features``: a key of `SHALLOW_FEATURES`, or None for (N, 0).
     rotate_features : bool
         Turn pairs of dimensions by angles from ``coords``, as
-        `feature_cache.geometry.rotate_features`. Done when a sample is read, not stored.
+        `feature_cache.token_geometry.rotate_features`. Done when a sample is read, not stored.
     dtype : str
         Storage dtype.
     on_miss, batch_size, progress
