@@ -24,7 +24,7 @@ LAYERS = [
     {"engine"},
     {"recompute"},
     {"cache"},
-    {"warm", "geometry", "doctor", "service", "batch"},
+    {"warm", "token_geometry", "doctor", "service", "batch"},
     {"dataset", "evaluation"},
     {"report"},
     {"trackastra"},

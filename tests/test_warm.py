@@ -168,9 +168,9 @@ class TestPlan:
         plan = plan_warm(cache, [Source(str(root))], FakeBackbone())
         assert not (cache.store.root / "spaces").exists()
         run_warm(plan)
-        read, read_image = [], movies.files.read_image
+        read, read_image = [], movies.image_files.read_image
         count = lambda file, how: read.append(file) or read_image(file, how)  # noqa: E731
-        monkeypatch.setattr(movies.files, "read_image", count)
+        monkeypatch.setattr(movies.image_files, "read_image", count)
         cached = plan_warm(cache, [Source(str(root))], FakeBackbone())
         assert run_warm(cached).regions == (5, 5.0, 5)
         assert (cached.missing, read) == (0, [])
