@@ -547,6 +547,6 @@ def pooling_revision(mode: str) -> int:
 
 def steps_of(mode: str) -> Steps:
     """Give what a pooling does; UnknownNameError for none."""
-    if mode not in [*_MODES]:
+    if mode not in [*_MODES]:  # a list, as what is no mode may have no hash
         raise UnknownNameError("pooling", mode, POOLINGS)
     return _MODES[mode]

@@ -32,6 +32,7 @@ class Recent:
 
     def __init__(self, most_bytes: int = RECENT_BYTES) -> None:
         self._most_bytes, self._bytes = most_bytes, 0
+        # By id, as images need have no hash: the movies of a run are alive as long as it is.
         self._images: dict[tuple[int, int], NDArray[np.generic]] = {}
         self._lock = Lock()
 
