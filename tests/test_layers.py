@@ -37,7 +37,7 @@ def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
     return {
         str(file.relative_to(root)): (file.stat().st_mtime_ns, file.read_bytes())
         for file in files
-        if file.relative_to(root).parts[0] != "processes"
+        if file.relative_to(root).parts[0] not in ("processes", "uses")
     }
 
 

@@ -454,7 +454,7 @@ def snapshot(root):
     return {
         file: (file.stat().st_mtime_ns, file.read_bytes() if file.is_file() else b"")
         for file in Path(root).rglob("*")
-        if "processes" not in file.relative_to(root).parts
+        if file.relative_to(root).parts[0] not in ("processes", "uses")
     }
 
 

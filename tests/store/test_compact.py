@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,33 @@ def test_what_is_damaged_while_it_is_merged_gets_no_new_checksum(space: Space) -
     for number in numbers:
         fresh = Store(space.root).space(make_spec())
         assert contents(fresh, [number]) in ([None], expected([number]))
+
+
+@pytest.mark.parametrize("goes", ["a new pack", "a pack that stays"])
+def test_a_pack_stays_where_the_one_that_holds_its_records_goes_meanwhile(
+    space: Space, monkeypatch: pytest.MonkeyPatch, goes: str
+) -> None:
+    space.write(make_entries(range(8)), {})
+    [large] = space.pack_names()
+    for number in [3, 4]:
+        space.write(make_entries([number, 20 + number]), {})
+    old = space.pack_names()
+    last_uses = compact.last_uses
+
+    def look_late(space: Space) -> dict[str, float]:
+        """See when packs were used, when one of them was just collected by another process."""
+        new = {file.parent.name for file in space.packs_folder.glob("*/zarr.json")} - set(old)
+        if new:
+            monkeypatch.setattr(compact, "last_uses", last_uses)
+            gone = large if goes == "a pack that stays" else new.pop()
+            shutil.rmtree(space.packs_folder / gone)
+        return last_uses(space)
+
+    monkeypatch.setattr(compact, "last_uses", look_late)
+    compact_space(space, target_bytes=make_entries([1])[0].record.features.nbytes * 8)
+    assert compact.last_uses is last_uses
+    left = [3, 4, 23, 24]
+    assert contents(Store(space.root).space(make_spec()), left) == expected(left)
 
 
 # While processes commit

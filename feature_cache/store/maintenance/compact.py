@@ -52,12 +52,12 @@ _log = logging.getLogger(__name__)
 class _Known:
     """What this process knows of a space: packs too large to merge, and packs to remove later.
 
-    While there are packs to remove, by the time since when others hold their records, the claim of
-    `alone` stays with this process, so that no other merges them again.
+    While there are packs to remove, by those that hold their records, the claim of `alone` stays
+    with this process, so that no other merges them again.
     """
 
     large: set[str] = field(default_factory=set)
-    replaced: dict[str, float] = field(default_factory=dict)
+    replaced: dict[str, set[str]] = field(default_factory=dict)
 
 
 _known: defaultdict[Path, _Known] = defaultdict(_Known)
@@ -296,10 +296,12 @@ def _merge(
             opened = _choose_sound(space, opened)
             continue
         names = [source.pack.name for source in merged if source.pack.name not in written]
-        stay = [] if written else [s.pack.path for s in opened if s.pack.name not in names]
+        heirs = _heirs(opened, names, copies)
         with writing(space.root):
-            _hand_on_uses(space, written, _heirs(opened, names, copies))
-            _known[space.path].replaced.update(dict.fromkeys(names, _since(space, stay)))
+            _hand_on_uses(space, written, heirs)
+            for name in names:
+                holders = [*written.items(), *heirs.items()]
+                _known[space.path].replaced[name] = {heir for heir, of in holders if name in of}
             _remove_replaced(space)
         return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
 
@@ -409,7 +411,7 @@ def _hand_on_uses(space: Space, written: _Heirs, heirs: _Heirs) -> None:
     uses = last_uses(space)
     for name, sources in written.items():
         used = max(uses.get(source, 0.0) for source in sources)
-        with suppress(PermissionError):  # it was there, and is another user's
+        with suppress(PermissionError, FileNotFoundError):  # it is another user's, or gone again
             os.utime(space.packs_folder / name, (used, used))
     for name, sources in heirs.items():
         used = max((uses.get(source, 0.0) for source in sources), default=0.0)
@@ -445,23 +447,24 @@ def _read_entries(
         yield entries, sources
 
 
-def _since(space: Space, stay: Iterable[Path]) -> float:
-    """Give since when packs are there; now, where they were written just now."""
-    times = [path.stat().st_ctime for path in stay]
-    return max(times, default=join(space.root).now())
-
-
 def _remove_replaced(space: Space) -> None:
-    """Remove packs whose records are all in others for long enough."""
+    """Remove packs whose records are all in others for long enough, and still are."""
     root, replaced = space.root, _known[space.path].replaced
     grace = NETWORK_GRACE_SECONDS if find_file_system(root).is_network else 0.0
     now = join(root).now()
-    due = [name for name, since in replaced.items() if now - since >= grace]
-    for name in due:
+    is_removed = False
+    for name, holders in list(replaced.items()):
         path = space.packs_folder / name
-        if remove_tree(path, join(root).name) or not path.exists():
+        try:
+            since = max((space.packs_folder / one).stat().st_ctime for one in holders)
+        except FileNotFoundError:  # set aside or collected meanwhile: no other holds them any more
             del replaced[name]
-    if due:
+            continue
+        if now - since >= grace:
+            is_removed = True
+            if remove_tree(path, join(root).name) or not path.exists():
+                del replaced[name]
+    if is_removed:
         space.refresh()
 
 
