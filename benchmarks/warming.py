@@ -1,7 +1,8 @@
 """Warming with 15 copies, against the bare backbone: python -m benchmarks.warming [--quick].
 
 Frames of 1024x1024 with 200 cells, and stand-ins for backbones that take 50, 10 and 1 ms a frame
-(they sleep; their grids are there already). Whoever warms does all of it, from an empty cache and
+(they sleep; their grids are there already), in batches of 8, and of 32 at 1 ms: ``auto`` takes up
+to 64 on a GPU, where they fit. Whoever warms does all of it, from an empty cache and
 frames in files: ``get_or_compute`` copy by copy, a training that misses one frame after the other,
 ``dataset.warm()``, and `run_warm`, which is ``feature-cache warm``. Three things are said:
 
@@ -53,7 +54,6 @@ from feature_cache.warm import plan_warm, run_warm
 
 from .harness import OURS, Case, Options, interleave, seconds_of
 
-BATCH = 8
 COPIES = 15
 SIZE, CELLS = 1024, 200
 COSTS = (0.05, 0.01, 0.001)
@@ -78,6 +78,8 @@ class StandIn:
 
     Attributes
     ----------
+    batch : int
+        How many frames it is given at once.
     frames, cpu_seconds : int, float
         Frames embedded, and the processor time that this took.
     """
@@ -88,7 +90,8 @@ class StandIn:
             input_size=(16 * cells, 16 * cells), resize="bilinear", channels="single",
         )  # fmt: skip
         self._seconds, self.frames, self.cpu_seconds = seconds, 0, 0.0
-        self._grids = torch.rand(BATCH, cells, cells, width)
+        self.batch = 8 if seconds > 0.001 else 32
+        self._grids = torch.rand(self.batch, cells, cells, width)
 
     def embed(self, frames: torch.Tensor) -> torch.Tensor:
         """Take the time of (B, H, W) frames; give (B, cells, cells, width)."""
@@ -144,7 +147,11 @@ class Job:
     def dataset(self) -> CachedFeatureDataset:
         movie = self.open().movie(self.frames, self.masks, self.backbone)
         return CachedFeatureDataset(
-            _Nothing(), [movie], augmentations=self.augmentations, batch_size=BATCH, progress=False
+            _Nothing(),
+            [movie],
+            augmentations=self.augmentations,
+            batch_size=self.backbone.batch,
+            progress=False,
         )
 
 
@@ -158,7 +165,9 @@ class _Nothing(Dataset[dict[str, Any]]):
 def call_get_or_compute(job: Job) -> None:
     cache = job.open()
     for draw in job.augmentations.draws():
-        cache.get_or_compute(job.frames, job.masks, job.backbone, draw=draw, batch_size=BATCH)
+        cache.get_or_compute(
+            job.frames, job.masks, job.backbone, draw=draw, batch_size=job.backbone.batch
+        )
 
 
 def miss(job: Job) -> None:
@@ -178,7 +187,7 @@ def warm(job: Job) -> None:
     plan = plan_warm(
         job.open(), [(job.frames, job.masks)], job.backbone, augmentations=job.augmentations
     )
-    run_warm(plan, batch_size=BATCH)
+    run_warm(plan, batch_size=job.backbone.batch)
 
 
 WAYS: Mapping[str, Callable[[Job], None]] = {
@@ -191,9 +200,9 @@ WARM = next(iter(WAYS))
 
 
 def embed_alone(job: Job) -> None:
-    batch = torch.zeros(BATCH, SIZE, SIZE)
-    for start in range(0, job.records, BATCH):
-        job.backbone.embed(batch[: min(BATCH, job.records - start)])
+    batch = torch.zeros(job.backbone.batch, SIZE, SIZE)
+    for start in range(0, job.records, len(batch)):
+        job.backbone.embed(batch[: job.records - start])
 
 
 # Processor time, by what it is spent on

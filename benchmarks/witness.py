@@ -14,8 +14,9 @@ from feature_cache import FeatureCache, Movie, load_backbone
 from feature_cache.backbones.witness import Witness
 from feature_cache.warm import plan_warm, run_warm
 
+from .batches import BATCH
 from .harness import OURS, Case, Options, interleave, seconds_each
-from .warming import BATCH, write_frames
+from .warming import write_frames
 
 WITHOUT = "without the witness"
 BARE = f"embedding a batch of {BATCH}"
