@@ -55,7 +55,7 @@ def compare_warming(options: Options) -> Case:
 
 def compare_check(name: str, size: int, options: Options) -> Case:
     backbone = load_backbone(name, "random:0", "cpu")
-    batch, witness = torch.rand(BATCH, size, size), Witness(backbone, backbone.spec)
+    batch, witness = torch.rand(BATCH, size, size), Witness(backbone, (backbone.spec,))
 
     def side(call: Callable[[], object], budget: float) -> Callable[[], float]:
         call()
