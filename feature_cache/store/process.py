@@ -96,7 +96,9 @@ class Process:
             return None
         try:
             process = psutil.Process(self.pid)
-            if process.status() == psutil.STATUS_ZOMBIE:  # dead, and its parent has not looked yet
+            # Dead, and its parent has not looked yet. One that was killed may have its first thread
+            # at the end, and another in the middle of a rename that will still be done.
+            if process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1:
                 return False
             return abs(start_of(process) - self.started) <= _START_TOLERANCE_SECONDS
         except psutil.NoSuchProcess:

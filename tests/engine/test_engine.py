@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
-from feature_cache import FeatureCache
+from crowd import Scene, apart, finish, fork, start
+from feature_cache import FeatureCache, StoreError
+from feature_cache.key import Keys
+from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
 
 
@@ -30,3 +37,38 @@ def test_as_many_frames_are_read_at_once_as_there_are_cores(tmp_path, small, mon
     movie.compute(range(4))
     assert not together.broken
     assert movie.contains(range(4)).all()
+
+
+def fail_beside_another(root: Path) -> None:
+    """Have the disk fail just when another process computes the half of what is wanted."""
+    scene, begun, look, contains = Scene(root, 4), fork.Event(), fork.Event(), Space.contains
+
+    class Waiting(FakeBackbone):
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            begun.set()
+            assert look.wait(30)
+            return super().embed(images)
+
+    def compute_half() -> None:
+        half = scene.movie(slice(2))
+        half.cache.movie(half.frames, half.masks, Waiting(4, 8)).compute(range(2))
+
+    def fail_once(space: Space, keys: Keys) -> Any:
+        if threading.current_thread().name != "feature_cache claim":
+            return contains(space, keys)
+        Space.contains = contains
+        look.set()
+        raise StoreError("the disk is away")
+
+    other = start(compute_half)
+    assert begun.wait(30)
+    movie = scene.movie()
+    Space.contains = fail_once
+    with pytest.raises(StoreError, match="the disk is away"):
+        movie.compute(range(4))
+    finish([other])
+    assert movie.contains(range(4)).tolist() == [True, True, False, False]
+
+
+def test_what_another_process_computes_does_not_fail_with_what_is_ours(tmp_path: Path) -> None:
+    apart(fail_beside_another, tmp_path / "cache")

@@ -6,12 +6,15 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from crowd import apart, finish, fork, start
@@ -112,6 +115,34 @@ def test_the_killed_process_need_not_have_been_waited_for(claims: Claims) -> Non
         assert claims.take(["a"]) == [True]
     finally:
         os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ends a thread as Linux does")
+def test_a_killed_process_holds_until_its_last_thread_is_at_its_end(
+    claims: Claims, root: Path
+) -> None:
+    """Killed amid a rename, the thread that renames may outlive the first one."""
+    code = """
+import ctypes, platform, sys, threading, time
+from feature_cache.store import Store
+assert Store(sys.argv[1]).claims.take(["a"]) == [True]
+print(flush=True)
+threading.Thread(target=time.sleep, args=[60]).start()
+exit_thread = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+ctypes.CDLL(None).syscall(exit_thread, 0)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, root], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            process = psutil.Process(child.pid)
+            while process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+            assert claims.take(["a"]) == [False]
+        finally:
+            child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert claims.take(["a"]) == [True]
 
 
 @pytest.mark.parametrize(
