@@ -62,7 +62,7 @@ def test_each_record_is_computed_once(tmp_path: Path, unit: int, kill: bool) -> 
     assert max(embedded.values()) <= 1 + kill
     assert twice <= set(lines(logs / str(victim)))
     assert len(twice) <= 2 * unit + BATCH  # what is being committed, and what came meanwhile
-    assert {finding.kind for finding in verify(root)} <= ({"leftover"} if kill else set())
+    assert [one for one in verify(root) if not (kill and one.kind == "leftover")] == []
 
 
 # Readers, beside all that changes a cache
@@ -156,7 +156,7 @@ def test_readers_see_right_numbers_whatever_goes_on(tmp_path: Path, evict: bool)
     root = tmp_path / "cache"
     merged, freed = apart(live, root, 5.0, evict)
     print(f"{merged} packs merged, {freed} bytes freed")
-    assert {finding.kind for finding in verify(root)} <= {"duplicate"}
+    assert [finding for finding in verify(root) if finding.kind != "duplicate"] == []
     assert not (root / "quarantine").exists()
     assert merged > 20
     assert not evict or freed > 20_000

@@ -170,7 +170,12 @@ class Presence:
                 _log.debug("no heartbeat in %s: %s", self.file, error)
 
     def note(self) -> None:
-        """Write down what was used."""
+        """Write down what was used, unless the process has left."""
+        with self._lock:
+            if not self._left:
+                self._note()
+
+    def _note(self) -> None:
         for member in list(self.members):
             member.note()
         self.uses.save()
@@ -191,7 +196,7 @@ class Presence:
         """Take the file away; the heart may beat once more."""
         with self._lock:
             self._left = True
-            self.note()
+            self._note()
             self.uses.end(self.now())
             with suppress(OSError):
                 self.file.unlink()
