@@ -100,8 +100,8 @@ def evaluate(
     """Say which features tell the cells of movies apart, before any training.
 
     The share of cells whose parent, by man_track.txt or else by overlap, is found among those
-    within reach: by position; by position and shape; by features alone; by all of it. What is
-    embedded for it is in the cache afterwards.
+    within reach: by position; by position and shape; by features alone; by features with what of
+    position and shape finds most. What is embedded for it is in the cache afterwards.
 
     Example: feature-cache evaluate data/01 --cache features --backbone efficientnet-lite0
     --step 1 --step 4
@@ -162,7 +162,7 @@ def _rows(step: Step) -> Iterator[dict[str, Any]]:
             "features": name,
             "pooling": "-",
             "alone": "-",
-            "with position and shape": str(share),
+            "combined": str(share),
             "gain": None if gain is None else gain.signed(),
             "s a frame": None,
             "bytes a frame": None,
@@ -173,7 +173,7 @@ def _rows(step: Step) -> Iterator[dict[str, Any]]:
             "features": setup.features,
             "pooling": setup.pooling,
             "alone": f"{score.alone.value:.3f}",
-            "with position and shape": str(score.combined),
+            "combined": str(score.combined),
             "gain": score.gain.signed(),
             "s a frame": None if setup.seconds is None else f"{setup.seconds:.3g}",
             "bytes a frame": round(setup.bytes),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FrameError, MovieError
+from ..hashing import mask_labels
 from ..key import Record
 from ..movies import Masks, Movie, link_by_overlap
 from ..normalize import normalize
@@ -59,10 +60,15 @@ class Cells:
         ------
         MovieError
             The movie has no masks, or no cell; it can't be read.
+        FrameError
+            A mask has labels that are none.
         """
         if movie.masks is None:
             raise MovieError(f"{movie.name} was opened without masks: it has no cells to compare")
-        measured = [_measure(movie.frames[t], movie.masks[t]) for t in range(len(movie))]
+        measured = [
+            _measure(movie.frames[t], mask_labels(movie.masks[t], f"mask {t} of {movie.name}"))
+            for t in range(len(movie))
+        ]
         counts = [len(labels) for labels, _, _ in measured]
         if not any(counts):
             raise MovieError(f"{movie.name} has no cell in any of its {len(movie)} masks")
@@ -90,18 +96,21 @@ class Cells:
     def find_links(self, step: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Give each cell whose parent is in the frame `step` before, and that parent: rows, (L,).
 
-        The parent is the same cell, or the nearest of its ancestors that is in that frame.
+        The parent is the same cell; or, where that is not born yet, the nearest of its ancestors
+        that is. A cell that is missing in that frame only has none.
         """
         frames, tracks = self.frames.tolist(), self.tracks.tolist()
         rows = {place: row for row, place in enumerate(zip(frames, tracks, strict=True))}
+        births = dict(zip(reversed(tracks), reversed(frames), strict=True))
         links = []
         for row, (frame, track) in enumerate(zip(frames, tracks, strict=True)):
             seen = {track}
-            while (before := rows.get((frame - step, track))) is None:
+            while births.get(track, frame) > frame - step:
                 track = self.parents.get(track, 0)
                 if not track or track in seen:
                     break
                 seen.add(track)
+            before = rows.get((frame - step, track))
             if before is not None:
                 links.append((row, before))
         later, earlier = np.array(links, np.intp).reshape(-1, 2).T

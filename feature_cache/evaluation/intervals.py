@@ -81,8 +81,8 @@ class Bootstrap:
         -----
         The interval is that of Student's t around the mean, with the deviation of the draws and the
         frames less one as degrees of freedom: percentiles of the draws alone are too narrow where
-        frames are few. The deviation is at least that of so many cells by themselves: a few frames
-        may agree by luck.
+        frames are few. The deviation is at least that of so many cells by themselves, and a cell: a
+        few frames, or cells, may agree by luck.
         """
         return self._mean(hits, -1.0, comparisons)
 
@@ -91,7 +91,7 @@ class Bootstrap:
         if frames < 2:
             return Share(value, least, 1.0)
         of_frames = float(self._draw(hits).std()) * np.sqrt(frames / (frames - 1))
-        error = max(of_frames, float(hits.std()) / np.sqrt(len(hits)))
+        error = max(of_frames, float(hits.std()) / np.sqrt(len(hits)), 1 / len(hits))
         width = error * float(stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, frames - 1))
         return Share(value, max(least, value - width), min(1.0, value + width))
 

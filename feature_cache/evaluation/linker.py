@@ -23,6 +23,11 @@ _BLOCK = 1 << 24
 """Bytes of vectors compared at once."""
 
 
+def compare_distances(links: Links, known: NDArray[np.bool_]) -> Floats:
+    """Give the distance of each pair, as it is."""
+    return np.linalg.norm(links.offsets, axis=1, keepdims=True)
+
+
 def compare_places(links: Links, known: NDArray[np.bool_]) -> Floats:
     """Give the distance of each pair, less the drift of the movie; of stacks, along z too."""
     offsets = links.offsets.copy()
@@ -107,8 +112,15 @@ def find_parents(links: Links, terms: Sequence[Terms]) -> Floats:
     return hits
 
 
+def find_nearest(links: Links) -> Floats:
+    """Give for each cell whether its parent is the nearest candidate: (L,), as `find_parents`."""
+    return _score(-np.linalg.norm(links.offsets, axis=1), links)
+
+
 def _fit(seen: Floats, links: Links, known: NDArray[np.bool_]) -> Floats:
-    """Fit the weights of the terms (P, K) on the links marked: (K,)."""
+    """Fit the weights of the terms (P, K) on the links marked: (K,); of none, zeros."""
+    if not known.any():
+        return np.zeros(seen.shape[1])
     counts = np.diff(links.starts)
     pairs = seen[known[links.owners]]
     first = np.cumsum([0, *counts[known][:-1]])

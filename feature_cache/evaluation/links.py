@@ -37,7 +37,7 @@ class Links:
     units : (L,) int64
         Which frame of which movie each cell is in: what intervals are drawn from.
     is_early : (L,) bool
-        Whether it is in the first half of its movie's links.
+        Whether it is in the half that is early in its movie.
     offsets : (P, ndim) float64
         From each candidate to the cell, as parts of the reach.
     movies : (L,) int64
@@ -79,18 +79,16 @@ def link_movies(movies: Sequence[Cells], step: int) -> Links:
     pairs = [cells.find_links(step) for cells in movies]
     total = sum(len(later) for later, _ in pairs)
     every = -(-total // MOST_CELLS)
+    linked = [one for one in zip(movies, pairs, ends[:-1], strict=True) if len(one[1][0])]
     parts = [
         _link_movie(cells, later[::every], earlier[::every], step, number, int(first))
-        for number, (cells, (later, earlier), first) in enumerate(
-            zip(movies, pairs, ends[:-1], strict=True)
-        )
-        if len(later)
+        for number, (cells, (later, earlier), first) in enumerate(linked)
     ]
     early = sum(int(part.is_early.sum()) for part in parts)
     if not 0 < early < sum(map(len, parts)):
         raise MovieError(
             f"{total} links at step {step}, in too few frames: a linker is fitted on one half of "
-            "the time and tested on the other; give longer movies, or a smaller step"
+            "the time and tested on the other; give more or longer movies, or a smaller step"
         )
     return _join(parts)
 
@@ -123,17 +121,20 @@ def _link_movie(
         earlier=earlier + first,
         found=found,
         units=cells.frames[later],
-        is_early=_first_half(cells.frames[later]),
+        is_early=_first_half(cells.frames[later], number),
         offsets=(cells.places[later][owners] - cells.places[earlier]) / reach,
         movies=np.full(len(later), number),
     )
 
 
-def _first_half(frames: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Tell for links in the order of frames which are in the first half, cut between frames."""
+def _first_half(frames: NDArray[np.int64], number: int) -> NDArray[np.bool_]:
+    """Tell for links in the order of frames which are in the first half, cut between frames.
+
+    Of movies with links in one frame each, every second is.
+    """
     cuts = np.flatnonzero(np.diff(frames)) + 1
     if not len(cuts):
-        return np.ones(len(frames), bool)
+        return np.full(len(frames), number % 2 == 0)
     cut = cuts[np.abs(2 * cuts - len(frames)).argmin()]
     return np.arange(len(frames)) < cut
 

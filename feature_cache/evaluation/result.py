@@ -64,10 +64,9 @@ class Score:
     alone : Share
         Of the cells whose parent is found by the features alone.
     combined : Share
-        By place, shape and features.
+        By features with place, or with place and shape, whichever finds more without them.
     gain : Share
-        Of `combined` over place, or place and shape, whichever finds more; the intervals of all
-        gains of an evaluation hold at once.
+        Of `combined` over that; the intervals of all gains of an evaluation hold at once.
     behind : Share
         What the setup that finds most at this step finds more; these hold at once, too.
     """
@@ -98,7 +97,7 @@ class Step:
     chance : float
         The share that is found by choosing any candidate.
     position, shape : Share
-        By place alone; by place and shape.
+        By place alone, less the drift of the movie where that finds more; by place and shape.
     shape_gain : Share
         Of the latter over the former.
     scores : tuple of Score
@@ -144,7 +143,7 @@ class Step:
             return "position is enough here: features add nothing"
         if self.shape.value >= _ENOUGH:
             return "position and shape are enough here: features add nothing"
-        if max(self.position.low, self.shape.low) <= self.chance:
+        if self._is_chance(self.position) and self._is_chance(self.shape):
             return (
                 "nothing tells these cells apart: position and shape are at chance, and features "
                 "add nothing"
@@ -156,6 +155,10 @@ class Step:
             f"{self.frames} frames could show ({most:+.3f} at most)"
             f"{shape if self.shape_gain.is_positive else ''}"
         )
+
+    def _is_chance(self, share: Share) -> bool:
+        """Whether a share is at chance, and so surely that it isn't halfway to finding all."""
+        return share.low <= self.chance and share.high < (1 + self.chance) / 2
 
     def _beside(self, best: Score) -> str:
         """Say what random weights of the same network bring, and what is not surely worse."""

@@ -27,7 +27,15 @@ from ..warm.plan import bind_movie
 from ..warm.rates import recall_rate, remember_rate
 from .cells import Cells, Floats
 from .intervals import Bootstrap
-from .linker import Terms, compare_features, compare_places, compare_shapes, find_parents
+from .linker import (
+    Terms,
+    compare_distances,
+    compare_features,
+    compare_places,
+    compare_shapes,
+    find_nearest,
+    find_parents,
+)
 from .links import link_movies
 from .result import Evaluation, Score, Setup, Step
 
@@ -55,9 +63,9 @@ def evaluate(
     """Find out which features tell the cells of movies apart, without training a tracker.
 
     For each cell whose parent is known, the parent is to be found among the cells within reach, so
-    many frames before: by place, by place and shape, by features alone, and by all of it. A linear
-    linker is fitted on one half of the time and tested on the other, both ways. Whatever is
-    embedded is in the cache afterwards.
+    many frames before: by place, by place and shape, by features alone, and by features with what
+    of place and shape finds most. A linear linker is fitted on one half of the time and tested on
+    the other, both ways. Whatever is embedded is in the cache afterwards.
 
     Parameters
     ----------
@@ -236,16 +244,23 @@ class _Trial:
 
     def __init__(self, cells: Sequence[Cells], step: int) -> None:
         self.step, self.links = step, link_movies(cells, step)
-        self._shapes = compare_shapes(np.concatenate([one.shapes for one in cells]))
-        self._place = find_parents(self.links, [compare_places])
-        self._shape = find_parents(self.links, [compare_places, self._shapes])
+        shapes = compare_shapes(np.concatenate([one.shapes for one in cells]))
+        by_shape: list[Terms] = [compare_places, shapes]
+        nearest, place = find_nearest(self.links), find_parents(self.links, [compare_places])
+        self._place = max(nearest, place, key=np.mean)
+        self._shape = find_parents(self.links, by_shape)
+        choices: list[tuple[Floats, list[Terms]]] = [
+            (nearest, [compare_distances]), (place, [compare_places]), (self._shape, by_shape)
+        ]  # fmt: skip
+        # What one half teaches of drift or of shape may mislead in the other.
+        self._base, self._known = max(choices, key=lambda choice: choice[0].mean())
         self._found: list[tuple[Floats, Floats]] = []
 
     def add(self, features: NDArray[np.float32]) -> None:
         """Link by features (N, C) of all cells."""
         terms: Terms = compare_features(features)
         alone = find_parents(self.links, [terms])
-        combined = find_parents(self.links, [compare_places, self._shapes, terms])
+        combined = find_parents(self.links, [*self._known, terms])
         self._found.append((alone, combined))
 
     def finish(self, setups: Sequence[Setup], steps: int) -> Step:
@@ -254,9 +269,8 @@ class _Trial:
         Intervals of gains hold at once, for so many steps as well.
         """
         links, frames = self.links, Bootstrap(self.links.units)
-        base = max(self._place, self._shape, key=np.mean)
         best = max((combined for _, combined in self._found), key=np.mean)
-        gains = [combined - base for _, combined in self._found]
+        gains = [combined - self._base for _, combined in self._found]
         comparisons = frames.count_independent(gains) * steps
         return Step(
             step=self.step,
