@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -128,3 +129,9 @@ def no_sockets_of_the_dead() -> Iterator[None]:
             pid = file.name.partition("-")[0]
             if pid.isdecimal() and not psutil.pid_exists(int(pid)):
                 file.unlink(missing_ok=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all tests have loaded out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
