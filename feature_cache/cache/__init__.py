@@ -2,7 +2,8 @@
 
 from ..engine import GRID_DTYPE, Progress, grid_spec
 from .cache import FeatureCache, open_to_fill
-from .movie_features import MovieFeatures, check_batch_size, request_all, warm_movies
+from .movie_features import MovieFeatures
+from .movie_requests import check_batch_size, request_all, warm_movies
 from .opened import OpenCache
 
 __all__ = [

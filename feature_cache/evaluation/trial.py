@@ -17,8 +17,7 @@ from ..backbones.base import TorchBackbone
 from ..backbones.name import join_name, split_name
 from ..backbones.several_layers import LayeredBackbone, Layers, specs_of
 from ..backbones.tiles import Tiled
-from ..cache import FeatureCache, MovieFeatures, open_to_fill
-from ..cache.movie_features import warm_movies
+from ..cache import FeatureCache, MovieFeatures, open_to_fill, warm_movies
 from ..engine import Tally
 from ..errors import MovieError
 from ..movies import Given, Movie

@@ -7,20 +7,14 @@ frames, masks and tracks, the options, and the versions of the packages that com
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
-from dataclasses import dataclass
 from functools import cache as memoize
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,53 +25,34 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 from trackastra.data import data as _ctc
-from trackastra.data import wrfeat as _wrfeat
 
 from ..cache import FeatureCache
-from ..cache.movie_features import in_files
 from ..engine.commit import versions
 from ..errors import MissingRecordError, MovieError, MovieNotFoundError
 from ..hashing import (
     DIGEST_BYTES,
     JSON,
     Digest,
-    digest_array,
     digest_json,
     frame_digest,
     mask_digest,
 )
-from ..key import Record
-from ..memo import Fingerprint, Memo
-from ..movies import ReadOptions, Series
-from ..movies.image_files import ImageFiles
-from ..movies.movie import detection_places
 from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
 from ..store import Entry, Space, record_sources
 from ..train_options import ARCHITECTURE, data_options
-from .late import (
-    Distances,
-    Hashed,
-    ImageFrames,
-    Links,
-    MaskFrames,
-    NoFrames,
-    Stack,
-    order_tracks,
-)
+from .late import Stack, order_tracks
+from .start_inputs import Inputs, find_detections
+from .start_tables import Arrays, Detections, from_record, to_record
 
-Arrays = dict[str, NDArray[Any]]
 START_NAME = "trackastra-start"
 """What the space of these records has in the place of a backbone."""
 REVISION = 1
 """Goes up when other tables are made of the same movie."""
 
 PACKAGES = ("trackastra", "scikit-image", "scipy", "numpy")
-OF_SAMPLES = ("augment", "crop_size", "max_tokens", "return_dense")
-"""Options that change samples, and no table."""
 WORTH_FRAMES = 64
 """So many frames that are to be built are worth processes of their own."""
 _LOOK_SECONDS = 0.5
-_READERS = 4
 _log = logging.getLogger(__name__)
 
 
@@ -214,250 +189,6 @@ def _version(package: str) -> str:
     return version(package)
 
 
-# What is in the key
-
-
-def _hash_folder(folder: Path, data: Any, *, labels: bool) -> Hashed:
-    """Hash the images that `CTCData` reads of a folder; those that the memo knows are not read."""
-    files = ImageFiles(tuple(sorted(folder.glob("*.tif"))), ReadOptions(labels=labels))
-    part = range(len(files))[data.start_frame : data.end_frame : data.downscale_temporal]
-    images = Series(files, part, data.downscale_spatial, labels=labels)
-    kind, digest = ("mask", mask_digest) if labels else ("frame", frame_digest)
-
-    def hash_one(memo: Memo, t: int) -> Digest:
-        def compute() -> Fingerprint:
-            image = images[t]
-            return Fingerprint(digest(image, str(folder / images.name_of(t))), image.shape)
-
-        place = in_files(images, t, kind)
-        return (compute() if place is None else memo.fingerprint(compute=compute, **place)).digest
-
-    times = range(len(images))
-    contexts = [copy_context() for _ in times]
-    with Memo() as memo, ThreadPoolExecutor(_READERS, "feature_cache hash") as readers:
-        first = [hash_one(memo, t) for t in times[:1]]  # alone: it opens the memo's page
-        others = readers.map(lambda c, t: c.run(hash_one, memo, t), contexts[1:], times[1:])
-        return Hashed(images, (*first, *others))
-
-
-def _find_silver(masks: Path) -> Path | None:
-    """Give the silver truth that upstream's ``_correct_gt_with_st`` merges into masks."""
-    if not str(masks).endswith("_GT/TRA"):
-        return None
-    place = masks.parents[1] / masks.parent.stem.replace("_GT", "_ST") / "SEG"
-    return place if place.exists() else None
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """All that the tables of a movie are made from: its folders, hashed, tracks, and options.
-
-    Attributes
-    ----------
-    truth : Path
-    frames : Path or None
-        None where no intensity enters.
-    detections : sequence of (str, Path)
-        By the name that they were asked for by.
-    hashed : dict of Path to Hashed
-        Each of these folders, and silver truth.
-    tracks : bytes or None
-    """
-
-    truth: Path
-    frames: Path | None
-    detections: tuple[tuple[str, Path], ...]
-    hashed: Mapping[Path, Hashed]
-    tracks: Digest | None
-
-    @classmethod
-    def of(cls, data: Any) -> _Inputs:
-        tracks = None
-        if data.use_gt:
-            table = data._load_tracklet_links(data.gt_tra_folder)
-            tracks = digest_array(table.to_numpy(np.int64))
-        detections = [(name, _find_detections(data, name)) for name in data.detection_folders]
-        found = tuple((name, folder) for name, folder in detections if folder is not None)
-        masks = dict.fromkeys([data.gt_mask_folder, *(folder for _, folder in found)])
-        silver = [place for place in map(_find_silver, masks) if place is not None]
-        hashed = {f: _hash_folder(f, data, labels=True) for f in dict.fromkeys([*masks, *silver])}
-        if data.img_folder is not None:
-            hashed[data.img_folder] = _hash_folder(data.img_folder, data, labels=False)
-        return cls(data.gt_mask_folder, data.img_folder, found, hashed, tracks)
-
-    def to_json(self, options: Mapping[str, Any]) -> dict[str, JSON]:
-        """Give all that the tables are a function of, beside versions."""
-        known = signature(_ctc.CTCData.__init__).parameters.values()
-        given = {one.name: one.default for one in known if one.default is not one.empty}
-        given |= options
-        for name in (*OF_SAMPLES, "root", "detection_folders"):
-            given.pop(name, None)
-        detections: list[JSON] = [
-            None if folder == self.truth else self._digests(folder) for _, folder in self.detections
-        ]
-        return {
-            "truth": self._digests(self.truth),
-            "tracks": None if self.tracks is None else self.tracks.hex(),
-            "frames": None if self.frames is None else self._digest(self.frames),
-            "detections": detections,
-            "options": given,
-        }
-
-    def _digests(self, masks: Path) -> list[JSON]:
-        silver = _find_silver(masks)
-        return [self._digest(masks), None if silver is None else self._digest(silver)]
-
-    def _digest(self, folder: Path) -> str:
-        return digest_json([digest.hex() for digest in self.hashed[folder].digests]).hex()
-
-    def masks_of(self, folder: Path, shape: tuple[int, ...], data: Any) -> Stack:
-        """Give masks as `CTCData` holds them."""
-        own, silver = self.hashed[folder], _find_silver(folder)
-        frames = MaskFrames(own, None if silver is None else self.hashed[silver], data.ndim == 3)
-        return Stack(frames, range(len(own.digests)), shape, np.int32)
-
-    def images_of(self, truth: Stack, shape: tuple[int, ...], data: Any) -> Stack:
-        """Give frames as `CTCData` holds them."""
-        if self.frames is None:
-            return Stack(NoFrames(truth.frames), truth.times, shape, np.int32)
-        emptied = truth.frames if data.compress else None
-        frames = ImageFrames(self.hashed[self.frames], data.ndim == 3, emptied, data.features)
-        return Stack(frames, truth.times, shape, np.float32)
-
-
-def _find_detections(data: Any, name: str) -> Path | None:
-    """Find a detection folder as upstream does."""
-    if data.root / name == data.gt_mask_folder:
-        return Path(data.gt_mask_folder)
-    return next((place for place in detection_places(data.root, name) if place.exists()), None)
-
-
-# What is stored
-
-
-def _pack(arrays: Arrays, facts: Mapping[str, JSON]) -> Record:
-    """Write arrays as the bits of a record."""
-    head: list[JSON] = [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]
-    text = json.dumps({"arrays": head, "facts": facts}).encode()
-    text += b" " * (-len(text) % 8)
-    parts = [len(text).to_bytes(8, "little"), text]
-    for array in arrays.values():
-        parts += [array.tobytes(), bytes(-array.nbytes % 8)]
-    bits = np.frombuffer(b"".join(parts), np.float16)
-    return Record(bits.reshape(1, -1, 1), None)
-
-
-def _unpack(record: Record) -> tuple[Arrays, dict[str, Any]]:
-    """Read what `_pack` wrote, into memory of its own."""
-    raw = bytearray(np.ascontiguousarray(record.features).reshape(-1).view(np.uint8))
-    end = 8 + int.from_bytes(raw[:8], "little")
-    about = json.loads(bytes(raw[8:end]))
-    arrays = {}
-    for name, dtype, shape in about["arrays"]:
-        count = int(np.prod(shape))
-        arrays[name] = np.frombuffer(raw, dtype, count, end).reshape(shape)
-        end += arrays[name].nbytes + -arrays[name].nbytes % 8
-    return arrays, about["facts"]
-
-
-@dataclass(frozen=True)
-class _Detections:
-    """The regions of one detection folder, all frames one after the other.
-
-    Attributes
-    ----------
-    labels, times : (N,)
-    coords : (N, D), or (0,) where there are none
-    ends : (T + 1,) int64
-        Frame t has the regions from ends[t] to ends[t + 1].
-    lines : (2, N) int32
-        `first` and `last` of `Links`.
-    features : mapping of str to (N, K) float32
-        Trackastra's shallow features; empty where it measures them later.
-    """
-
-    labels: NDArray[Any]
-    times: NDArray[Any]
-    coords: NDArray[Any]
-    ends: NDArray[np.int64]
-    lines: NDArray[np.int32]
-    features: Mapping[str, NDArray[Any]]
-
-    @classmethod
-    def of(
-        cls,
-        tables: tuple[Any, Any, Any],
-        features: Mapping[str, NDArray[Any]],
-        count: int,
-        matching: Mapping[int, Mapping[int, int]],
-        order: Mapping[int, tuple[int, int]],
-    ) -> _Detections:
-        labels, times, coords = tables
-        ends = np.searchsorted(times, np.arange(count + 1)).astype(np.int64)
-        lines = np.full((2, len(labels)), -1, np.int32)
-        for i, (label, t) in enumerate(zip(labels.tolist(), times.tolist(), strict=True)):
-            lines[:, i] = order.get(matching[t].get(label, 0), (-1, -1))
-        return cls(labels, times, coords, ends, lines, features)
-
-    def to_arrays(self, number: int) -> Arrays:
-        own = {n: getattr(self, n) for n in ("labels", "times", "coords", "ends", "lines")}
-        features = {f"features {name}": values for name, values in self.features.items()}
-        return {f"{number} {name}": array for name, array in {**own, **features}.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Arrays, number: int) -> _Detections:
-        own = {
-            name.split(" ", 1)[1]: array
-            for name, array in arrays.items()
-            if name.startswith(f"{number} ")
-        }
-        features = {n: own.pop(n) for n in list(own) if n.startswith("features ")}
-        named = {name.removeprefix("features "): array for name, array in features.items()}
-        return cls(**own, features=named)
-
-    def properties(self, *, listed: bool) -> dict[int, dict[str, Any]]:
-        """Give upstream's ``properties_by_time``."""
-        found: dict[int, dict[str, Any]] = {}
-        for t in range(len(self.ends) - 1):
-            part = slice(self.ends[t], self.ends[t + 1])
-            coords, labels = self.coords[part], self.labels[part]
-            found[t] = {"coords": coords, "labels": labels}
-            if listed:
-                found[t] = {"coords": list(coords), "labels": labels.tolist()}
-        return found
-
-    def windows(self, data: Any, images: Stack, masks: Stack) -> Iterator[dict[str, Any]]:
-        """Give upstream's windows."""
-        size, axes = data.window_size, masks.ndim - 1
-        for t in range(len(self.ends) - size):
-            part = slice(int(self.ends[t]), int(self.ends[t + size]))
-            empty = part.start == part.stop
-            coords = self.coords[part]
-            first, last = self.lines[:, part]
-            window: dict[str, Any] = {
-                "coords": np.zeros((0, axes), int) if empty else coords,
-                "t1": t,
-                "img": images.part(t, t + size),
-                "mask": masks.part(t, t + size),
-                "assoc_matrix": Links(first, last),
-                "labels": self.labels[part],
-                "timepoints": self.times[part],
-            }
-            if data.features == "wrfeat":
-                window["wrfeat"] = _wrfeat.WRFeatures(
-                    coords=coords,
-                    labels=window["labels"],
-                    timepoints=window["timepoints"],
-                    features=OrderedDict((k, v[part]) for k, v in self.features.items()),
-                )
-            elif data.sanity_dist:
-                window["assoc_matrix"] = Distances(window["coords"])
-            yield window
-
-
-# Loading
-
-
 def _load_data(
     root: str | os.PathLike[str], cache: FeatureCache, options: Mapping[str, Any], *, build: bool
 ) -> Any:
@@ -480,7 +211,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         build: bool,
     ) -> None:
         self._own_cache, self._own_options, self._own_build = cache, dict(options), build
-        self._own_detections: list[_Detections] = []
+        self._own_detections: list[Detections] = []
         self._own_n_divs: list[int] | None = None
         super().__init__(root=os.fspath(root), **options)
 
@@ -494,7 +225,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         """Take the tables from the cache, or have them built there; give the windows."""
         names = list(self.gt_mask_folder.glob("*.tif"))
         self.start_frame, self.end_frame = (int(len(names) * part) for part in self.slice_pct)
-        self._own_inputs = _Inputs.of(self)
+        self._own_inputs = Inputs.of(self)
         cache, spec = self._own_cache, start_spec()
         key = digest_json([spec.digest.hex(), self._own_inputs.to_json(self._own_options)])
         space, keys = cache.space(spec), np.frombuffer(key, np.uint8).reshape(1, DIGEST_BYTES)
@@ -505,16 +236,18 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
             raise error
         if record is not None:
             for name in self.detection_folders:
-                if _find_detections(self, name) is None:
+                if find_detections(self, name) is None:
                     self._guess_det_folder(self.root, name)  # says that it is left out
-            return self._adopt(*_unpack(record))
+            return self._adopt(*from_record(record))
         if cache.store.mode == "r":
             return self._build(build, space, None)
         with _claimed(cache, f"{key.hex()}.start", lambda: bool(space.contains(keys)[0])) as mine:
             if mine:
                 return self._build(build, space, key)
         record = space.read(keys)[0]
-        return self._build(build, space, None) if record is None else self._adopt(*_unpack(record))
+        return (
+            self._build(build, space, None) if record is None else self._adopt(*from_record(record))
+        )
 
     def _build(
         self, build: Callable[[], list[dict[str, Any]]], space: Space, key: Digest | None
@@ -533,7 +266,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
             )  # fmt: skip
             return built
         if key is not None:
-            entry = Entry(key, _pack(arrays, facts), self._provenance())
+            entry = Entry(key, to_record(arrays, facts), self._provenance())
             space.write([entry], versions(), self._own_cache.codec)
         return self._adopt(arrays, facts)
 
@@ -569,7 +302,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         for number, (name, folder) in enumerate(inputs.detections):
             same = folder == inputs.truth
             masks[name] = truth if same else inputs.masks_of(folder, shape, self)
-            detections = _Detections.from_arrays(arrays, number)
+            detections = Detections.from_arrays(arrays, number)
             properties[name] = detections.properties(listed=self.features != "wrfeat")
             windows += detections.windows(self, images, masks[name])
         if keep:
@@ -636,7 +369,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
 
     def _take(self, tables: Any, features: Any, count: int, matching: Any) -> None:
         order = order_tracks(self.gt_graph)
-        self._own_detections.append(_Detections.of(tables, features, count, matching, order))
+        self._own_detections.append(Detections.of(tables, features, count, matching, order))
 
     def _get_ndivs(self, windows: Any) -> list[int]:
         return super()._get_ndivs(windows) if self._own_n_divs is None else self._own_n_divs
