@@ -26,7 +26,7 @@ Whatever can't enter a key is a plain ``TypeError``, raised where the key is mad
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 _MANY = 12
@@ -78,19 +78,27 @@ class UnknownNameError(FeatureCacheError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], listing: str = "") -> None:
         self.kind, self.name, self.known, self.listing = kind, name, tuple(known), listing
-        close = _find_nearest(str(name), self.known)
-        hint = f"did you mean {close!r}? " if close else ""
+        close = find_nearest(str(name), self.known)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         super().__init__(f"unknown {kind} {name!r}: {hint}Known: {_enumerate(self.known, listing)}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...], str]]:
         return type(self), (self.kind, self.name, self.known, self.listing)
 
 
-def _find_nearest(name: str, known: tuple[str, ...]) -> str | None:
-    """Find the name that was probably meant: one that contains it, or is spelled much alike."""
-    close = get_close_matches(name, known, n=1, cutoff=0.5)  # fp16 is float16
+def find_nearest(name: str, known: Collection[str], count: int = 1) -> list[str]:
+    """Find the names that were probably meant: those that contain it, or are spelled much alike.
+
+    Examples
+    --------
+    >>> find_nearest("fp16", ["float16", "float32"]), find_nearest("channel", ["halo", "dtype"])
+    (['float16'], [])
+    """
     holding = [one for one in known if len(name) > 2 and name.casefold() in one.casefold()]
-    return next(iter([*get_close_matches(name, holding, n=1, cutoff=0.0), *close]), None)
+    alike = [one for one in known if one[:1].casefold() == name[:1].casefold()]
+    close = get_close_matches(name, holding, count, cutoff=0.0)
+    close += get_close_matches(name, known, count) or get_close_matches(name, alike, count, 0.5)
+    return list(dict.fromkeys(close))[:count]
 
 
 def _enumerate(known: tuple[str, ...], listing: str) -> str:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,17 @@ def lose_the_network(_: Path, patch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("nothing here\nand no network")
 
     patch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def refuse_to_download(_: Path, patch: pytest.MonkeyPatch) -> None:
+    requests = pytest.importorskip("requests")
+    pretrained = pytest.importorskip("trackastra.model.pretrained")
+
+    def get(*_: Any, **__: Any) -> None:
+        raise requests.ConnectionError("no network")
+
+    patch.setattr(requests, "get", get)
+    patch.setattr(pretrained, "user_data_dir", lambda _: "data")
 
 
 def take_another_model(folder: Path, _: object) -> None:
@@ -392,8 +404,43 @@ MISTAKES = [
     Mistake(
         "a cache below a file",
         FRESH.replace("new", "movie/01/t000.tif/new"),
-        "error: can't write in {here}/movie/01/t000.tif/new: File exists; name another folder. "
-        "What was committed before is untouched",
+        "error: can't make {here}/movie/01/t000.tif/new: File exists; name another folder",
+    ),
+    Mistake(
+        "a remote below a file",
+        "push file://{here}/movie/01/t000.tif/new --cache cache",
+        "error: can't make {here}/movie/01/t000.tif/new: File exists; name another folder",
+        needs="obstore",
+    ),
+    Mistake(
+        "a channel that can't be",
+        f"{WARM} --channel -1",
+        "error: '--channel': '-1': expected at least 0",
+    ),
+    Mistake(
+        "a number that is none",
+        f"{WARM} --copies few",
+        "error: '--copies': 'few': expected a valid integer",
+    ),
+    Mistake(
+        "a channel that is not there",
+        f"{FRESH} --channel 3",
+        "failed: movie/01/t000.tif has no channel 3: expected one of its 1, counted from 0 (axes "
+        "YX, shape (48, 64)); and 5 more alike, up to frame 5 of movie/01 TRA (t005.tif)",
+    ),
+    Mistake(
+        "an option that is like none",
+        WARM.replace("random", "random?channel=3"),
+        "error: unknown option of debug/random 'channel': Known: weights, dtype, tile, halo, "
+        "stride",
+    ),
+    Mistake(
+        "a model that can't be fetched",
+        "track movie/01 --cache cache --model general_2d",
+        "error: Trackastra's model general_2d is not on this machine, and can't be fetched from "
+        "https://…/general_2d.zip: is there a network? (ConnectionError)",
+        refuse_to_download,
+        needs="trackastra",
     ),
     Mistake(
         "a plan for a folder that is no cache",
@@ -485,11 +532,6 @@ MISTAKES = [
         "error: {here}/cahce does not exist; name the folder of a feature cache",
     ),
     Mistake(
-        "an outcome that can't be written",
-        f"{WARM} --report nowhere/outcome.json",
-        "error: can't write nowhere/outcome.json: No such file or directory",
-    ),
-    Mistake(
         "a log that can't be written",
         f"{WARM} --log movie",
         "error: can't write the log movie: Is a directory",
@@ -507,7 +549,7 @@ MISTAKES = [
 def warmed(tmp_path_factory):
     """A folder with a movie and a cache that has its features."""
     folder = tmp_path_factory.mktemp("mistakes")
-    write_movie(folder / "movie" / "01", *make_movie())
+    write_movie(str(folder / "movie" / "01"), *make_movie())
     movie = Movie.open(folder / "movie" / "01")
     backbone = load_backbone("debug/random")
     FeatureCache(folder / "cache").get_or_compute(
@@ -534,6 +576,35 @@ def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
     assert status == mistake.status
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{FRESH} --report nowhere/out",
+        f"{FRESH.replace('warm', 'evaluate')} --page nowhere/out",
+        "report nowhere/out --cache new --verify",
+        "show movie/01 --cache new --frame 3 --output nowhere/out",
+        "track movie/01 --cache new --model general_2d --output empty/out",
+    ],
+)
+def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, here, command):
+    if command.startswith("track"):
+        pytest.importorskip("trackastra")
+    (here / "empty").touch()
+    status, _, err = run(*command.split())
+    assert re.fullmatch(r"error: can't write (nowhere|empty)/out: \w+.*\n", err)
+    assert status == 2
+    assert not (here / "new").exists()
+
+
+def test_a_training_that_cant_write_its_model_says_so_first(here):
+    training = pytest.importorskip("feature_cache.trackastra.train")
+    (here / "empty").touch()
+    (here / "train.yaml").write_text("input_train: [movie/01]\ninput_val: [movie/01]\n")
+    options = ["--cache", "new", "--outdir", "empty", "--name", "out", "--timestamp", "false"]
+    with pytest.raises(SystemExit, match=r"^error: can't write empty/out: Not a directory$"):
+        training.main(["train.yaml", *options], "train")
+
+
 @pytest.mark.slow
 def test_each_misspelt_option_and_command_is_one_line_with_what_was_meant(run):
     for name, command in typer.main.get_command(app).commands.items():
@@ -550,7 +621,7 @@ def test_each_misspelt_option_and_command_is_one_line_with_what_was_meant(run):
 def without_progress(err: str) -> str:
     """Leave out progress."""
     lines = [line.strip() for line in err.splitlines()]
-    progress = re.compile(r"(hashing|computing|verifying): |$")
+    progress = re.compile(r"(hashing|computing|verifying|sending): |$")
     return "\n".join(line for line in lines if not progress.match(line))
 
 
@@ -583,20 +654,24 @@ def bind(**options: Any) -> MovieFeatures:
     return FeatureCache("cache").movie(*make_movie()[:2], FakeBackbone(), **options)
 
 
-def load_training_data(root: Any) -> None:
+def load_training_data(root: Any, **options: Any) -> None:
     pytest.importorskip("trackastra")
     from feature_cache.trackastra import load_ctc
 
-    load_ctc(root, "cache")
+    load_ctc(root, "cache", **options)
 
 
-def make_data_module(movies: Any) -> None:
+def make_data_module(movies: Any = ("movie/01",), **changed: Any) -> None:
     pytest.importorskip("trackastra")
     from feature_cache.trackastra import CachedDataModule
 
-    CachedDataModule(
-        movies, movies, None, 0, False, {}, {}, {}, cache="cache", backbone="debug/random"
-    )
+    options: dict[str, Any] = {
+        "dataset_kwargs": {},
+        "sampler_kwargs": {"batch_size": 2},
+        "loader_kwargs": {"batch_size": 2},
+        **changed,
+    }
+    CachedDataModule(movies, movies, None, 0, False, cache=None, backbone=None, **options)
 
 
 def ask_a_server_that_is_gone() -> None:
@@ -744,6 +819,49 @@ def score(result: str) -> None:
         (
             lambda: load_training_data(["movie/01"]),
             "TypeError: root is a list: expected one movie's folder",
+        ),
+        *(
+            (partial(load_training_data, "movie/01", **{name: value}), says)
+            for name, value, says in (
+                (
+                    "window_size",
+                    1,
+                    "ValueError: window_size is 1: expected a whole number from 2 …",
+                ),
+                (
+                    "slice_pct",
+                    0.5,
+                    "ValueError: slice_pct is 0.5: expected two numbers with 0 <= …",
+                ),
+                ("crop_size", (9, 9, 9), "ValueError: crop_size is (9, 9, 9): expected a whole …"),
+                (
+                    "detection_folders",
+                    "TRA",
+                    "ValueError: detection_folders is 'TRA': expected a …",
+                ),
+                ("downscale_spatial", 0, "ValueError: downscale_spatial is 0: expected a whole …"),
+                ("augment", 4, "ValueError: augment is 4: expected a level from 0 to 3"),
+                ("features", "pos", "UnknownNameError: unknown features of 2D movies 'pos': …"),
+                ("windowsize", 3, "UnknownNameError: …'windowsize': did you mean 'window_size'? …"),
+                ("slice_pct", (0, 0.1), "MovieError: …TRA has 6 frames, and none of them is in …"),
+            )
+        ),
+        (
+            lambda: make_data_module(dataset_kwargs=None),
+            "TypeError: dataset_kwargs is None: expected a dict, such as {}",
+        ),
+        (
+            lambda: make_data_module(dataset_kwargs={"window_size": "4"}),
+            "ValueError: window_size is '4': expected a whole number from 2 on",
+        ),
+        (
+            lambda: make_data_module(loader_kwargs={}),
+            "ValueError: batch_size is 2 in sampler_kwargs and None in loader_kwargs: expected the "
+            "same number in both",
+        ),
+        (
+            lambda: make_data_module(seed="a"),
+            "TypeError: seed is 'a': expected a whole number, or None",
         ),
         (
             lambda: make_data_module("movie/01"),

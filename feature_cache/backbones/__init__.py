@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import BackboneError, UnknownNameError
+from ..errors import BackboneError, UnknownNameError, find_nearest
 from .catalogue import BACKBONES, BackboneInfo
 from .name import ANY_OPTION, OptionInfo, join_name, options_of_factory, split_name
 
@@ -161,9 +160,7 @@ def _name_elsewhere(name: str) -> Iterator[str]:
         models = import_module("timm").list_models()
     except ImportError:
         models = []
-    family = max(model.split("_"), key=len)
-    akin = [one for one in models if family and family in one] or models
-    close = get_close_matches(model, akin, n=1, cutoff=0.4)
+    close = find_nearest(model, models) or find_nearest(max(model.split("_"), key=len), models)
     yield f"timm/{close[0]}" if close else "timm/<model>"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
@@ -15,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..errors import BackboneError, MissingDependencyError, UnknownNameError, find_nearest
 from ..forks import cached_property
 from ..hashing import JSON
 from ..spec import BackboneSpec
@@ -153,7 +152,7 @@ class Timm(LayeredBackbone):
         timm = _import_timm(self.name)
         name = self._model
         if not timm.is_model(name):
-            close = get_close_matches(name, timm.list_models(), n=5)
+            close = find_nearest(name, timm.list_models(), 5)
             raise UnknownNameError("model of timm", name, (*close, "all of timm.list_models()"))
         if self.input_size is not None and _has_own_size(timm.get_pretrained_cfg(name)):
             options["img_size"] = self.input_size

@@ -103,9 +103,24 @@ def _say_usage(error: Any) -> str:
         error.show()
         sys.exit(2)
     if isinstance(error, typer.BadParameter) and not said.startswith("Missing"):
-        return said.removeprefix("Invalid value: ").removeprefix("Invalid value for ")
+        said = said.removeprefix("Invalid value: ").removeprefix("Invalid value for ")
+        return _say_found(said, error.__cause__)
     where = "feature-cache" if error.ctx is None else error.ctx.command_path
     return f"{said[0].lower()}{said[1:].rstrip('.')}; see {where} --help"
+
+
+def _say_found(said: str, cause: Any) -> str:
+    """Say of a number what was found, too, where typer leaves it to pydantic and that to us."""
+    option, separator, expected = said.partition(": Input should be ")
+    if not separator or not hasattr(cause, "errors"):
+        return said
+    expected = expected.partition(",")[0]  # what can't be parsed is seen
+    for words, ours in (
+        ("greater than or equal to", "at least"),
+        ("less than or equal to", "at most"),
+    ):
+        expected = expected.replace(words, ours)
+    return f"{option}: {cause.errors()[0]['input']!r}: expected {expected}"
 
 
 def _stop(number: int, _: object) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError
+from ..outputs import check_file, write_file
 from .movies import MOVIES, find_movies, pairs_text
 from .options import (
     COMPUTING,
@@ -46,7 +47,7 @@ from .options import (
     parse_batch_size,
     size_option,
 )
-from .output import count_text, print_table, regions_text, size_text, write_file
+from .output import count_text, print_table, regions_text, size_text
 from .progress import LogFile, RunProgress, show_failures
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def warm(
     from ..train_options import find_training
     from ..warm import plan_warm
 
+    check_file(report)
     training = find_training(movies)
     if training is not None:
         said = _said_by(training, backbone if from_grids else "")

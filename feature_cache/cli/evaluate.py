@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..outputs import check_file, write_file
 from .movies import MOVIES, find_movies
 from .options import (
     COMPUTING,
@@ -27,7 +28,7 @@ from .options import (
     complete_pooling,
     parse_batch_size,
 )
-from .output import align_table, write_file
+from .output import align_table
 from .progress import RunProgress, show_failures
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def evaluate(
     from ..errors import MovieError
     from ..evaluation import evaluate as compare
 
+    check_file(page)
     options = {"masks": masks, "channel": channel, "axes": axes}
     opened, failures = find_movies(movies, [detections], options)
     if not opened:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from ..errors import FeatureCacheError
 from ..units import count_text as count_text
 from ..units import size_text as size_text
 from ..units import time_text as time_text
@@ -70,15 +68,3 @@ def _cell(name: str, value: object) -> str:
 def regions_text(regions: tuple[int, float, int]) -> str:
     """Say how many regions frames have: least, median and most."""
     return " / ".join(f"{count:,.12g}" for count in regions)
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Write a page or picture that was asked for."""
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise NotWrittenError(f"can't write {file}: {error.strerror or error}") from error
-
-
-class NotWrittenError(FeatureCacheError):
-    """The page or picture can't be written."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..outputs import check_file, write_file
 from .options import (
     COPIES,
     FEATURES,
@@ -29,7 +30,7 @@ from .options import (
     WeightsOption,
     complete_backbone,
 )
-from .output import count_text, make_bar, write_file
+from .output import count_text, make_bar
 
 if TYPE_CHECKING:
     from ..cache import FeatureCache
@@ -89,6 +90,7 @@ def report(
     from ..movies import Source
     from ..report import Choice, render_page, survey_cache
 
+    check_file(out)
     opened = FeatureCache(cache, "r", layers=layer)
     strips: list[Strip] = []
     failed: dict[str, str] = {}
@@ -186,6 +188,8 @@ def show(
     from ..report import Choice, compose_picture, draw_in_terminal, fit_palette, look_at
     from ..report.thumbnails import encode_png
 
+    file = output or Path(_default_name(movie, frame, copy))
+    check_file(file)
     opened = FeatureCache(cache, "r", layers=layer)
     pooled = _pooling_of(pooling)
     name = name_with_dtype(backbone or _only_backbone(opened), compute_dtype)
@@ -200,7 +204,6 @@ def show(
         )
         raise typer.Exit(1)
     picture = compose_picture(strip.frames[0], fit_palette(strip))
-    file = output or Path(_default_name(movie, frame, copy))
     write_file(file, encode_png(picture))
     if _has_colours():
         columns, _ = shutil.get_terminal_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -147,9 +148,14 @@ class LogFile:
 
 
 def show_failures(failures: tuple[Failure, ...]) -> None:
-    """List what failed, and how much more there is."""
-    for failure in failures[:SHOWN]:
-        typer.echo(f"failed: {failure.reason}", err=True)
-    if len(failures) > SHOWN:
-        more = len(failures) - SHOWN
+    """List what failed, what is alike once, and how much more there is."""
+    groups: dict[str, list[Failure]] = {}
+    for failure in failures:  # of the same words, but for numbers: as of a wrong --channel
+        groups.setdefault(re.sub(r"\d+", "0", failure.reason), []).append(failure)
+    shown = [*groups.values()]
+    for first, *others in shown[:SHOWN]:
+        more = f"; and {len(others):,} more alike, up to {others[-1].what}" if others else ""
+        typer.echo(f"failed: {first.reason}{more}", err=True)
+    if len(shown) > SHOWN:
+        more = sum(map(len, shown[SHOWN:]))
         typer.echo(f"failed: and {more:,} more (all with --json, or in a --report)", err=True)

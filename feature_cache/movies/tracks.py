@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ Tracks: TypeAlias = NDArray[np.int64]
 """(N, 4) int64: label, first frame, last frame, parent's label or 0, as in man_track.txt."""
 
 
-def read_tracks(file: Path) -> Tracks:
+def read_tracks(file: str | os.PathLike[str]) -> Tracks:
     """Read a man_track.txt.
 
     Raises
@@ -29,6 +30,7 @@ def read_tracks(file: Path) -> Tracks:
     MovieError
         If there is no such file, or a line is not four whole numbers.
     """
+    file = Path(file)
     if not file.is_file():
         raise MovieError(f"no tracks at {file}: expected man_track.txt beside the masks")
     rows = [line for line in read_text(file).splitlines() if line.strip()]
@@ -39,19 +41,23 @@ def read_tracks(file: Path) -> Tracks:
 
 
 def write_movie(
-    root: Path, frames: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]], tracks: Tracks
+    root: str | os.PathLike[str],
+    frames: Sequence[NDArray[Any]],
+    masks: Sequence[NDArray[Any]],
+    tracks: Tracks,
 ) -> None:
     """Write a movie as ``<root>`` and ``<root>_GT/TRA``.
 
     Parameters
     ----------
-    root : Path
+    root : path
         Such as ``data/01``.
     frames, masks : sequences of (H, W) or (Z, H, W)
         A label is the same cell over time.
     tracks : (N, 4) int64
     """
-    truth = Path(f"{root}_GT") / "TRA"
+    root = Path(root)
+    truth = root.with_name(f"{root.name}_GT") / "TRA"
     for folder in (root, truth):
         folder.mkdir(parents=True, exist_ok=True)
     for t, (frame, mask) in enumerate(zip(frames, masks, strict=True)):

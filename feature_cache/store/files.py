@@ -262,8 +262,15 @@ def reading(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn what the system says of a failed write into an error of ours."""
+def writing(place: Path, *, is_new: bool = False) -> Iterator[None]:
+    """Turn what the system says of a failed write into an error of ours.
+
+    Parameters
+    ----------
+    place : Path
+    is_new : bool
+        Whether it is to be made, and need not be there.
+    """
     try:
         yield
     except StoreError:
@@ -274,6 +281,9 @@ def writing(place: Path) -> Iterator[None]:
                 f"no permission to write in {place} ({error.strerror}); "
                 "name a folder you can write, or open the cache with mode='r'"
             ) from error
+        if is_new and error.errno not in _IS_FULL:
+            told = error.strerror or error
+            raise StoreError(f"can't make {place}: {told}; name another folder") from error
         if error.errno == errno.ENOENT and not place.exists():
             raise _gone(place) from error
         what = "free some space or name another" if error.errno in _IS_FULL else "name another"

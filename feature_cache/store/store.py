@@ -105,7 +105,7 @@ class Store:
             ready = _check_root(self.root, mode, create=create and mode == "a")
         if ready:
             return
-        with writing(self.root):
+        with writing(self.root, is_new=True):
             make_folders(self.root)
             write_text(self.root / "CACHEDIR.TAG", TAG)
             write_text(self.root / "zarr.json", ROOT_TEXT)

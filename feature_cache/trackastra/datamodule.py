@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from ..dataset import Drawn, OnMiss, warm_tokens
 from ..service import ReadAhead
 from .chance import mix_seeds, seeded_numpy
 from .collation import collate
+from .ctc_options import check_options
 from .held import check_inputs
 from .shallow import Props
 from .starts import load_all
@@ -161,6 +163,14 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     ----------
     datasets : dict
         ``"train"`` and ``"val"``, once `setup` has loaded them: once a process.
+
+    Raises
+    ------
+    TypeError
+        Options that are no mappings, or a seed that is no whole number.
+    ValueError
+        No movies; options of the dataset that are not what they have to be; without `distributed`,
+        sampler and loader without a batch size, or with different ones.
     """
 
     def __init__(
@@ -193,6 +203,7 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         for name, movies in (("input_train", input_train), ("input_val", input_val)):
             if isinstance(movies, str | os.PathLike) or not movies:
                 raise ValueError(f"{name} is {movies!r}: expected a list of movies' folders")
+        _check_arguments(dataset_kwargs, sampler_kwargs, loader_kwargs, distributed, seed)
         super().__init__(
             input_train, input_val, None, augment, distributed,
             dict(dataset_kwargs), dict(sampler_kwargs), {"collate_fn": collate, **loader_kwargs},
@@ -257,23 +268,13 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
         }
 
     def train_dataloader(self) -> LateDataLoader:
-        """Give balanced batches of the training set; what those to come miss is computed ahead.
-
-        Raises
-        ------
-        ValueError
-            Sampler and loader have different batch sizes.
-        """
+        """Give balanced batches of the training set; what those to come miss is computed ahead."""
         data, options = self.datasets["train"], {"generator": _own(self.seed), **self.loader_kwargs}
         if self.distributed:
             sampler = EpochDistributedSampler(data, seed=self.seed, **self.sampler_kwargs)
             return LateDataLoader(data, sampler=sampler, **options)
         batch_sampler = EpochBatchSampler(data, seed=self.seed, **self.sampler_kwargs)
-        if options.pop("batch_size") != batch_sampler.batch_size:
-            raise ValueError(
-                f"batch_size is {batch_sampler.batch_size} in sampler_kwargs and "
-                f"{self.loader_kwargs['batch_size']} in loader_kwargs: expected the same"
-            )
+        del options["batch_size"]
         ahead: Any = ReadAhead(batch_sampler, data) if hasattr(data, "prefetch") else batch_sampler
         return LateDataLoader(data, batch_sampler=ahead, **options)
 
@@ -296,6 +297,25 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
             for part in wrapped.datasets:
                 part.fix_samples(self.seed or 0)
         return wrapped
+
+
+def _check_arguments(
+    dataset: Any, sampler: Any, loader: Any, distributed: bool, seed: object
+) -> None:
+    """Say what is wrong with a data module's options while nothing is loaded yet."""
+    named = {"dataset_kwargs": dataset, "sampler_kwargs": sampler, "loader_kwargs": loader}
+    for name, options in named.items():
+        if not isinstance(options, Mapping):
+            raise TypeError(f"{name} is {options!r}: expected a dict, such as {{}}")
+    check_options(dataset)
+    sizes = [options.get("batch_size") for options in (sampler, loader)]
+    if not distributed and (sizes[0] is None or sizes[0] != sizes[1]):
+        raise ValueError(
+            f"batch_size is {sizes[0]} in sampler_kwargs and {sizes[1]} in loader_kwargs: expected "
+            "the same number in both"
+        )
+    if not (seed is None or isinstance(seed, Integral)):
+        raise TypeError(f"seed is {seed!r}: expected a whole number, or None")
 
 
 def _own(seed: int | None) -> torch.Generator:

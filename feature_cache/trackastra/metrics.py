@@ -15,6 +15,7 @@ from ..errors import MissingDependencyError, MovieError, MovieNotFoundError
 from ..movies import ReadOptions, Tracks, read_image, read_tracks
 from ..movies.formats import list_images
 from ..movies.times import order_files
+from ..outputs import check_folder
 
 try:
     from traccuracy import TrackingGraph
@@ -49,19 +50,30 @@ def write_tracks(graph: Any, masks: NDArray[Any], folder: str | os.PathLike[str]
     ------
     MovieError
         The folder has other masks or tracks, such as those of a longer movie. Nothing is written.
+    NotWrittenError
+        It can't be written.
     """
     folder = Path(folder)
-    written = {"man_track.txt", *(f"man_track{t:04d}.tif" for t in range(len(masks)))}
+    check_result(folder, len(masks))
+    graph_to_ctc(graph, masks, outdir=folder)
+    return folder
+
+
+def check_result(folder: Path, frames: int) -> None:
+    """Look whether tracks of so many frames can be written to a folder; errors as `write_tracks`.
+
+    Writes nothing.
+    """
+    check_folder(folder)
+    written = {"man_track.txt", *(f"man_track{t:04d}.tif" for t in range(frames))}
     present = {file.name for pattern in _FILES for file in folder.glob(pattern)}
     others = sorted(present - written)
     if others:
         raise MovieError(
-            f"{folder} has {len(others)} files that are not of these {len(masks)} frames, such as "
+            f"{folder} has {len(others)} files that are not of these {frames} frames, such as "
             f"{others[0]}: expected an empty folder, or an earlier result to write over; remove "
             "them, or name another folder"
         )
-    graph_to_ctc(graph, masks, outdir=folder)
-    return folder
 
 
 def cut_tracks(tracks: Tracks, first: int, stop: int) -> Tracks:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import yaml
 
@@ -31,13 +32,19 @@ def find_model(model: str | os.PathLike[str], *more: str) -> Path:
     Raises
     ------
     BackboneError
-        There is none.
+        There is none, or it can't be fetched.
     """
     from trackastra.model.pretrained import _MODELS, download_pretrained
 
     folder = Path(model).expanduser()
     if str(model) in _MODELS and not folder.is_dir():
-        return Path(download_pretrained(str(model)))
+        try:
+            return Path(download_pretrained(str(model)))
+        except (OSError, BadZipFile) as error:
+            raise BackboneError(
+                f"Trackastra's model {model} is not on this machine, and can't be fetched from "
+                f"{_MODELS[str(model)]}: is there a network? ({type(error).__name__})"
+            ) from error
     if not folder.is_dir():
         raise BackboneError(
             f"no model at {model}: expected the folder of a training, such as runs/hela, or one of "

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from trackastra.data import data as _ctc
 
 from ..cache.movie_keys import in_files
 from ..hashing import JSON, Digest, digest_array, digest_json, frame_digest, mask_digest
@@ -19,6 +17,7 @@ from ..memo import Fingerprint, Memo
 from ..movies import ReadOptions, Series
 from ..movies.image_files import ImageFiles
 from ..movies.movie import detection_places
+from .ctc_options import DEFAULTS
 from .late import Hashed, ImageFrames, MaskFrames, NoFrames, Stack
 
 OF_SAMPLES = ("augment", "crop_size", "max_tokens", "return_dense")
@@ -97,10 +96,8 @@ class Inputs:
 
     def to_json(self, options: Mapping[str, Any]) -> dict[str, JSON]:
         """Give all that the tables are a function of, beside versions."""
-        known = signature(_ctc.CTCData.__init__).parameters.values()
-        given = {one.name: one.default for one in known if one.default is not one.empty}
-        given |= options
-        for name in (*OF_SAMPLES, "root", "detection_folders"):
+        given = {**DEFAULTS, **options}
+        for name in (*OF_SAMPLES, "detection_folders"):
             given.pop(name, None)
         detections: list[JSON] = [
             None if folder == self.truth else self._digests(folder) for _, folder in self.detections

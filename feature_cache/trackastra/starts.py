@@ -40,6 +40,7 @@ from ..hashing import (
 from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
 from ..store import Entry, Space, record_sources
 from ..train_options import ARCHITECTURE, data_options
+from .ctc_options import check_known, check_options
 from .late import Stack, order_tracks
 from .start_inputs import Inputs, find_detections
 from .start_tables import Arrays, Detections, from_record, to_record
@@ -97,6 +98,7 @@ def load_ctc(
         raise TypeError(f"root is a {type(root).__name__}: expected one movie's folder")
     if not Path(root).expanduser().is_dir():
         raise MovieNotFoundError(f"no movie at {root}: no such folder")
+    check_known(options)
     return _load_data(root, _open(cache), options, build=True)
 
 
@@ -210,6 +212,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         *,
         build: bool,
     ) -> None:
+        check_options(options)
         self._own_cache, self._own_options, self._own_build = cache, dict(options), build
         self._own_detections: list[Detections] = []
         self._own_n_divs: list[int] | None = None
@@ -225,6 +228,11 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         """Take the tables from the cache, or have them built there; give the windows."""
         names = list(self.gt_mask_folder.glob("*.tif"))
         self.start_frame, self.end_frame = (int(len(names) * part) for part in self.slice_pct)
+        if names and self.start_frame == self.end_frame:
+            raise MovieError(
+                f"{self.gt_mask_folder} has {len(names)} frames, and none of them is in slice_pct "
+                f"{self.slice_pct}: take a larger part"
+            )
         self._own_inputs = Inputs.of(self)
         cache, spec = self._own_cache, start_spec()
         key = digest_json([spec.digest.hex(), self._own_inputs.to_json(self._own_options)])

@@ -16,7 +16,7 @@ from ..cache import FeatureCache
 from ..errors import MovieError, NoMasksError, UnknownNameError
 from ..movies import Movie
 from .inference import cached_inference
-from .metrics import score_tracks, write_tracks
+from .metrics import check_result, score_tracks, write_tracks
 from .model_features import find_model
 from .patching import replaced
 
@@ -70,17 +70,18 @@ def track_movie(
         No such mode.
     BackboneError
         No such model, or its features are not to be had: as `cached_inference`.
-    MovieError
-        As `write_tracks`.
+    MovieError, NotWrittenError
+        As `write_tracks`; before it begins.
     """
     if movie.masks is None:
         raise NoMasksError(f"{movie.name} has no masks: name them (--detections, --masks)")
+    if mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
+    check_result(folder, len(movie))
+    place = find_model(model, "train_config.yaml")
     frames, masks = (
         np.stack([images[t] for t in range(len(images))]) for images in (movie.frames, movie.masks)
     )
-    if mode not in MODES:
-        raise UnknownNameError("mode", mode, MODES)
-    place = find_model(model, "train_config.yaml")
     linking = partial(track_greedy, threshold=threshold)
     with cached_inference(cache, weights=weights), replaced(model_api, "track_greedy", linking):
         tracker = Trackastra.from_folder(place, device=device)

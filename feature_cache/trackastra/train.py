@@ -30,6 +30,7 @@ from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..errors import BackboneError, FeatureCacheError, MissingDependencyError
 from ..movies import ReadOptions, read_image
+from ..outputs import check_folder
 from ..spec import SpaceSpec
 from ..train_options import (
     ARCHITECTURE,
@@ -269,6 +270,7 @@ def train(options: argparse.Namespace) -> str:
     """
     seed(options.seed)
     folder, checkpoint = choose_folder(options)
+    check_folder(folder)
     backbone, props = None, "regionprops2"
     if options.features in PRETRAINED:
         device = None if on_gpu(options) else "cpu"

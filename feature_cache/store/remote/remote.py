@@ -299,7 +299,7 @@ class Remote:
         self._objects.check_listed("write to")
         version = self.version()
         if self.folder is not None:
-            with writing(self.folder):
+            with writing(self.folder, is_new=version is None):
                 for space in ("", *map(packs_prefix, spaces)):
                     make_folders(self.folder / space)
         if version is None:

@@ -1,0 +1,46 @@
+"""What people ask to be written at the end of long work: whether it can be is found before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .errors import FeatureCacheError
+
+
+class NotWrittenError(FeatureCacheError):
+    """A page, picture, report or folder that was asked for can't be written."""
+
+
+def check_file(file: Path | None) -> None:
+    """Raise NotWrittenError where a file can't be written later; leaves nothing behind."""
+    if file is None or (file.exists() and not file.is_file() and not file.is_dir()):
+        return  # a pipe, or a terminal: whoever reads it would take the trial for the end
+    is_new = not file.exists()
+    with _saying(file):
+        file.open("ab").close()
+        if is_new:
+            file.unlink()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise NotWrittenError where a folder can't be made, or written in; leaves nothing behind."""
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with _saying(folder), TemporaryDirectory(dir=above):
+        pass
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file that was asked for; NotWrittenError where that can't be done."""
+    with _saying(file):
+        file.write_bytes(content)
+
+
+@contextmanager
+def _saying(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NotWrittenError(f"can't write {place}: {error.strerror or error}") from error
