@@ -199,10 +199,8 @@ def test_a_failed_setup_is_no_setup(movies, tmp_path):
 
 
 def test_batch_sizes_must_agree(movies, tmp_path):
-    module = make_module(movies, str(tmp_path), sampler_kwargs={"batch_size": 3})
-    module.setup("fit")
     with pytest.raises(ValueError, match="3 in sampler_kwargs and 2 in loader_kwargs"):
-        module.train_dataloader()
+        make_module(movies, str(tmp_path), sampler_kwargs={"batch_size": 3})
 
 
 def run(**arguments) -> subprocess.CompletedProcess[str]:

@@ -154,8 +154,8 @@ def show_failures(failures: tuple[Failure, ...]) -> None:
         groups.setdefault(re.sub(r"\d+", "0", failure.reason), []).append(failure)
     shown = [*groups.values()]
     for first, *others in shown[:SHOWN]:
-        more = f"; and {len(others):,} more alike, up to {others[-1].what}" if others else ""
-        typer.echo(f"failed: {first.reason}{more}", err=True)
+        alike = f"; and {len(others):,} more alike, up to {others[-1].what}" if others else ""
+        typer.echo(f"failed: {first.reason}{alike}", err=True)
     if len(shown) > SHOWN:
         more = sum(map(len, shown[SHOWN:]))
         typer.echo(f"failed: and {more:,} more (all with --json, or in a --report)", err=True)
