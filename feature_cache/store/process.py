@@ -171,14 +171,14 @@ class Presence:
 
     def note(self) -> None:
         """Write down what was used, unless the process has left."""
+        self._ask_members()
         with self._lock:
             if not self._left:
-                self._note()
+                self.uses.save()
 
-    def _note(self) -> None:
+    def _ask_members(self) -> None:
         for member in list(self.members):
             member.note()
-        self.uses.save()
 
     def _write(self) -> None:
         write_bytes(self.file, self._process.to_text().encode())
@@ -196,7 +196,7 @@ class Presence:
         """Take the file away; the heart may beat once more."""
         with self._lock:
             self._left = True
-            self._note()
+            self._ask_members()
             self.uses.end(self.now())
             with suppress(OSError):
                 self.file.unlink()

@@ -88,11 +88,12 @@ class Uses:
         Where some can't be given, the file stays for `gc`.
         """
         ahead = now - time.monotonic()
-        times = {
-            (space, pack): used + ahead
-            for space, packs in self._times.items()
-            for pack, used in packs.items()
-        }
+        with self._lock:
+            times = {
+                (space, pack): used + ahead
+                for space, packs in self._times.items()
+                for pack, used in packs.items()
+            }
         self._next = 0.0
         if _give(self._root, times):
             with suppress(OSError):
