@@ -22,6 +22,7 @@ from feature_cache import (
     load_backbone,
 )
 from feature_cache.backbones.base import TorchBackbone, load_checkpoint, load_into, seeded
+from feature_cache.backbones.debug import RandomNoise
 from feature_cache.backbones.efficientnet import EfficientNetLite0
 from feature_cache.backbones.tiles import Tiled
 from feature_cache.testing import FakeBackbone, check_backbone
@@ -259,6 +260,17 @@ class TestIdentity:
         assert specs[0] != specs[1]
         assert lites[0] != lites[1]
         assert Described("tiny", "random:0", "cpu").spec == specs[0]
+
+        class Otherwise(Tiled):
+            def embed(self, frames):
+                return super().embed(frames) + 1
+
+        class Noisier(RandomNoise):
+            def _embed_frame(self, frame):
+                return 2 * super()._embed_frame(frame)
+
+        assert Otherwise(FakeBackbone(), 16).spec != Tiled(FakeBackbone(), 16).spec
+        assert Noisier().spec != RandomNoise().spec
 
     @pytest.mark.parametrize("tile", [None, 16])
     def test_a_spec_that_changes_while_it_is_used(self, cache, tile):

@@ -175,7 +175,7 @@ class TorchBackbone(Frozen, ABC):
     def describe(self, weights: str) -> BackboneSpec:
         """Give the spec that this backbone has with weights of such a digest; loads none."""
         spec = self._describe(weights)
-        extra = {**spec.extra, **_name_subclass(type(self))}
+        extra = {**spec.extra, **name_subclass(type(self), "_describe")}
         return replace(spec, extra=extra)
 
     @property
@@ -374,9 +374,12 @@ class TorchBackbone(Frozen, ABC):
             yield
 
 
-def _name_subclass(kind: type) -> dict[str, str]:
-    """Give a class of another package that changes one of ours, and not its spec, its own keys."""
-    describing = next(one for one in kind.__mro__ if "_describe" in vars(one))
+def name_subclass(kind: type, describe: str = "") -> dict[str, str]:
+    """Give a class of another package that changes one of ours, and not its spec, its own keys.
+
+    Its spec is its own where it has a method of the name `describe`.
+    """
+    describing = next((one for one in kind.__mro__ if describe in vars(one)), None)
     if kind is describing or _is_ours(kind):
         return {}
     return {"class": f"{kind.__module__}.{kind.__qualname__}"}

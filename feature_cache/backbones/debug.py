@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BackboneError, FrameError, UnknownNameError
 from ..hashing import state_digest
 from ..spec import BackboneSpec, Normalization
-from .base import Frozen, find_device
+from .base import Frozen, find_device, name_subclass
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -89,6 +89,7 @@ class RandomNoise(_DebugBackbone):
             width=self.width,
             stride=_positive(stride, name),
             channels="single",
+            extra=name_subclass(type(self)),
         )
 
     def _embed_frame(self, frame: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -149,6 +150,7 @@ class EncodedLabels(_DebugBackbone):
             width=self.width,
             stride=_positive(stride, name),
             channels="single",
+            extra=name_subclass(type(self)),
             normalization=Normalization("none"),
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import BackboneError
 from ..forks import cached_property
 from ..spec import BackboneSpec
-from .base import Frozen
+from .base import Frozen, name_subclass
 from .several_layers import Layers
 
 if TYPE_CHECKING:
@@ -64,9 +64,21 @@ class Tiled(Frozen):
         return self.add_terms(replace(inner, weights=weights))
 
     def add_terms(self, spec: BackboneSpec) -> BackboneSpec:
-        """Give the backbone's spec tile and halo."""
+        """Give the backbone's spec tile and halo.
+
+        Raises
+        ------
+        BackboneError
+            It has such terms already, which these would hide.
+        """
         terms = {"tile": self.tile, "halo": self.halo, "tiling": _REVISION}
-        return replace(spec, extra={**spec.extra, **terms})
+        if hidden := terms.keys() & spec.extra.keys():
+            raise BackboneError(
+                f"{spec.name} has {', '.join(sorted(hidden))} in its spec already: tile a backbone "
+                "once, and call terms of your own otherwise"
+            )
+        own = name_subclass(type(self), "add_terms")
+        return replace(spec, extra={**spec.extra, **terms, **own})
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) float32 into grids (B, gh, gw, C) float32. Errors as the backbone.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from feature_cache import BackboneError, FeatureCache, load_backbone
-from feature_cache.backbones.tiles import cut_axis, pixels_of_cell
+from feature_cache.backbones.tiles import Tiled, cut_axis, pixels_of_cell
+from feature_cache.testing import FakeBackbone
 
 FRAMES = torch.rand((2, 300, 420), generator=torch.Generator().manual_seed(0))
 NAMES = ["efficientnet-lite0?layer=stride-4", "timm/test_vit?input_size=96", "debug/random"]
@@ -96,3 +97,31 @@ def test_what_can_be_no_tile(options):
 def test_layers_are_tiled_one_at_a_time():
     with pytest.raises(BackboneError, match="one layer at a time"):
         load("efficientnet-lite0?layer=stride-4,stride-8&tile=64")
+
+
+class Whole(FakeBackbone):
+    """Each cell knows all that is seen with it."""
+
+    def embed(self, frames):
+        return (
+            super().embed(frames)
+            + frames.std(dim=(-2, -1)).reshape(len(frames), -1)[:, -1:, None, None]
+        )
+
+
+def test_a_cache_tells_windows_in_time_tiles_and_halos_apart(cache, small):
+    """Each gives other numbers; were a key alike, one would be served the other's."""
+    frames, masks = (part[:2] for part in small)
+    served = set()
+    for context in (0, 0), (1, 0), (0, 1):
+        inner = Whole(dim=4, context=context)
+        tiled = [Tiled(inner, tile, halo) for tile in (20, 30) for halo in (None, 0)]
+        for backbone in (inner, *tiled):
+            records = cache.get_or_compute(frames, masks, backbone)
+            served.add(b"".join(record.features.tobytes() for record in records))
+    assert len(served) == 3 * 5
+
+
+def test_tiles_are_not_laid_over_tiles_or_terms_of_the_same_name():
+    with pytest.raises(BackboneError, match="has halo, tile, tiling in its spec already"):
+        _ = Tiled(Tiled(FakeBackbone(), 64), 32).spec
