@@ -297,6 +297,7 @@ def test_cells_are_those_of_their_tracks(tmp_path: Path) -> None:
     whole = [(CELLS - 1) * (FRAMES - step) for step in (1, 2)]
     # It is there in 8 frames; its parent is missing once, a step later, and is its mother at first.
     assert [step.cells for step in found.steps] == [whole[0] + 8 - 1, whole[1] + 8 - 1]
+    assert list(found.movies.values()) == ["man_track.txt and labels (14 cells without a line)"]
 
 
 def test_a_mask_of_other_numbers_is_named(cache: FeatureCache) -> None:

@@ -15,6 +15,7 @@ from ..key import Record
 from ..movies import Masks, Movie, link_by_overlap
 from ..normalize import normalize
 from ..spec import Normalization
+from ..units import count_text
 
 Floats = NDArray[np.float64]
 
@@ -28,7 +29,7 @@ class Cells:
     movie : str
         Its name.
     truth : str
-        Where the links come from: ``"man_track.txt"`` or ``"overlap"``.
+        Where the links come from: ``"man_track.txt"``, with what cells it lacks, or ``"overlap"``.
     frames : (N,) int64
     labels : (N,) int64
         As in the masks.
@@ -78,6 +79,9 @@ class Cells:
         file = None if movie.detection_folder is None else movie.detection_folder / "man_track.txt"
         if file is not None and file.is_file():
             truth, tracks, table = "man_track.txt", labels, movie.tracks
+            unknown = np.setdiff1d(labels, table[:, 0])
+            if len(unknown):
+                truth += f" and labels ({count_text(len(unknown), 'cell')} without a line)"
         else:
             truth = "overlap"
             masks = [movie.masks[t] for t in range(len(movie))]

@@ -198,7 +198,8 @@ class Evaluation:
     Attributes
     ----------
     movies : dict of str to str
-        Where the links of each movie come from: ``"man_track.txt"`` or ``"overlap"``.
+        Where the links of each movie come from: ``"man_track.txt"``, with what cells it lacks, or
+        ``"overlap"``.
     steps : tuple of Step
     """
 
