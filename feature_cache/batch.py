@@ -207,7 +207,8 @@ def _cast(features: NDArray[np.floating[Any]], rows: Tensor) -> None:
 
     It shares larger ones among threads, which then wait for one another wherever cores are busy.
     """
-    source = torch.from_numpy(np.asarray(_Readable(features)))
+    writeable = features.flags.writeable
+    source = torch.from_numpy(features if writeable else np.asarray(_Readable(features)))
     if torch.get_num_threads() == 1:
         rows[: len(features)] = source
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor
 from .augment import Draw
 from .errors import FrameError
 
-SHALLOW = ("equivalent_diameter_area", "area", "inertia_tensor")
-"""The shallow features that a draw's geometry changes; intensities and ``border_dist`` stay."""
+Doubles: TypeAlias = NDArray[np.float64]
 
 
 def map_coords(coords: Tensor, draw: Draw, shape: tuple[int, int]) -> Tensor:
@@ -37,23 +37,25 @@ def map_coords(coords: Tensor, draw: Draw, shape: tuple[int, int]) -> Tensor:
     FrameError
         Places that are no finite numbers.
     """
-    moved, matrix = coords.numpy().copy(), _matrix(draw, shape)
+    moved, affine = coords.numpy().copy(), _affine(draw, shape)
     points = moved[:, -2:].astype(np.float64)
-    if matrix is None:
+    if affine is None:
         points = draw.map_points(points, shape)
     elif not math.isfinite(points.sum()):  # of float32, it doesn't overflow
         raise FrameError("tokens are at places that are no finite numbers")
     else:
-        points = points @ matrix[:, :2].T + matrix[:, 2]
+        linear, shift = affine
+        points = points @ linear
+        points += shift
     moved[:, -2:] = points
     return torch.from_numpy(moved)
 
 
 @lru_cache(maxsize=1 << 12)
-def _matrix(draw: Draw, shape: tuple[int, int]) -> NDArray[np.float64] | None:
-    """Give a draw's map of points as (2, 3), where it has one."""
+def _affine(draw: Draw, shape: tuple[int, int]) -> tuple[Doubles, Doubles] | None:
+    """Give a draw's map of points, where it is one: (2, 2) from the right, and (2,) to add."""
     matrix = draw.matrix(shape)
-    return None if matrix is None else matrix[:2]
+    return None if matrix is None else (matrix[:2, :2].T.copy(), matrix[:2, 2].copy())
 
 
 def map_shallow(
@@ -82,7 +84,7 @@ def map_shallow(
     is ``tr(C) 1 - C``.
     """
     columns, ndim = tuple(columns), coords.shape[1] - 1
-    if _matrix(draw, shape) is None:
+    if _affine(draw, shape) is None:
         jacobians = draw.jacobians(coords[:, -2:].numpy(), shape)
         factors, turns = _plan_shallow(jacobians, columns, ndim)
     else:
@@ -92,21 +94,21 @@ def map_shallow(
     if "inertia_tensor" in columns:
         first = columns.index("inertia_tensor")
         block = slice(first, first + ndim**2)
-        mapped[:, block] = np.einsum("nf,nfg->ng", before[:, block], turns)
+        np.einsum("nf,nfg->ng", before[:, block], turns, out=mapped[:, block])
     return torch.from_numpy(mapped.astype(np.float32))
 
 
 @lru_cache(maxsize=1 << 12)
 def _plan_affine(
     draw: Draw, shape: tuple[int, int], columns: tuple[str, ...], ndim: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Doubles, Doubles]:
     """Plan for a draw that is the same everywhere, once."""
     return _plan_shallow(draw.jacobians([[0.0, 0.0]], shape), columns, ndim)
 
 
 def _plan_shallow(
-    jacobians: NDArray[np.float64], columns: tuple[str, ...], ndim: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    jacobians: Doubles, columns: tuple[str, ...], ndim: int
+) -> tuple[Doubles, Doubles]:
     """Give factors (n, F) of the columns, and maps (n, D, D) of flat inertia tensors."""
     growth = np.abs(np.linalg.det(jacobians))
     powers = {"area": 1.0, "equivalent_diameter_area": 1 / ndim}
@@ -116,9 +118,7 @@ def _plan_shallow(
     return factors, turns
 
 
-def _map_inertia(
-    tensors: NDArray[np.float64], jacobians: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _map_inertia(tensors: Doubles, jacobians: Doubles) -> Doubles:
     """Map (..., ndim, ndim) inertia tensors; a draw leaves the z axis alone."""
     ndim = tensors.shape[-1]
     one = np.eye(ndim)
@@ -129,7 +129,7 @@ def _map_inertia(
     return _trace(moved) * one - moved
 
 
-def _trace(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
+def _trace(matrices: Doubles) -> Doubles:
     return np.trace(matrices, axis1=-2, axis2=-1)[..., None, None]
 
 

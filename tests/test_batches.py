@@ -216,6 +216,19 @@ def test_each_record_of_a_batch_is_looked_up_once(load, cache, monkeypatch):
     assert keys == [6]  # all others lie side by side in the pack, which is mapped by now
 
 
+def test_windows_that_lie_in_several_packs_are_read_without_looking_up(load, tmp_path, monkeypatch):
+    expected = wrap(load(0), tmp_path / "one", FakeBackbone(dim=3), progress=False)
+    data = wrap(load(0), tmp_path / "several", FakeBackbone(dim=3), progress=False)
+    for times in ([5, 1], [0, 2], [3, 4, 6]):
+        data.all_tokens[0].movies[0].compute(times)
+    samples = [expected[n] for n in range(len(expected))]
+    for n in range(len(data)):
+        data[n]  # opens the packs
+    monkeypatch.setattr(Space, "read", lambda *_: pytest.fail("looked up"))
+    for sample, batched in zip(samples, data.__getitems__(range(len(data))), strict=True):
+        assert torch.equal(batched["pretrained_feats"], sample["pretrained_feats"])
+
+
 def test_what_a_batch_misses_is_asked_for_together(load, tmp_path, monkeypatch):
     asks = count_asks(monkeypatch)
     for number, (batch_size, parts) in enumerate([

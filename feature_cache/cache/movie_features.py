@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 from ..augment import Augmentations
@@ -36,6 +35,18 @@ class Places:
         packs, rows = self.index.find(keys)
         self.rows.update(zip(indices, zip(packs.tolist(), rows.tolist(), strict=True), strict=True))
 
+    def runs(self, indices: Sequence[int]) -> list[tuple[int, range]]:
+        """Group frames whose records lie side by side: number of pack, and rows in it."""
+        runs: list[tuple[int, range]] = []
+        for t in indices:
+            pack, row = self.rows[t]
+            before, rows = runs[-1] if runs else (-1, range(0))
+            if pack == before >= 0 and row == rows.stop:
+                runs[-1] = pack, range(rows.start, row + 1)
+            else:
+                runs.append((pack, range(row, row + 1)))
+        return runs
+
 
 @dataclass(eq=False)
 class MovieFeatures(MovieKeys):
@@ -65,10 +76,10 @@ class MovieFeatures(MovieKeys):
         return records
 
     def span(self, indices: Sequence[int]) -> Span | None:
-        """Read records of some frames that lie side by side in a pack that is open, at once.
+        """Read records of some frames, those that lie side by side at once; count no hit.
 
-        None where they don't, or have not been read before, and for several grids: `get` them.
-        Counts no hit.
+        None where one is missing, or lies in a pack that is not open yet, and for several grids:
+        `get` them.
         """
         if self.spec.pooling is None and len(indices) > 1:
             return None
@@ -78,14 +89,13 @@ class MovieFeatures(MovieKeys):
         unknown = [t for t in indices if t not in places.rows]
         if unknown:
             places.add(unknown, self.keys(unknown))
-        found = [places.rows[t] for t in indices]
-        if not found:
-            return None
-        pack, first = found[0]
-        rows = range(first, first + len(found))
-        if pack < 0 or found != list(zip(repeat(pack), rows, strict=False)):
-            return None
-        return self.space.view(places.index, pack, rows.start, rows.stop)
+        spans = []
+        for pack, rows in places.runs(indices):
+            span = self.space.view(places.index, pack, rows.start, rows.stop) if pack >= 0 else None
+            if span is None:
+                return None
+            spans.append(span)
+        return Span.join(spans) if spans else None
 
     def get_or_compute(
         self,

@@ -23,6 +23,7 @@ import json
 import os
 import struct
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -157,6 +158,20 @@ class Span:
     def __len__(self) -> int:
         """Count the records."""
         return 1 if self.offsets is None else len(self.offsets) - 1
+
+    @classmethod
+    def join(cls, spans: Sequence[Span]) -> Span:
+        """Make one of several, of regions where they are more than one."""
+        if len(spans) == 1:
+            return spans[0]
+        features = np.concatenate([one.features for one in spans])
+        labels = np.concatenate([one.labels for one in spans if one.labels is not None])
+        ends, offsets = 0, [np.zeros(1, np.int64)]
+        for one in spans:
+            if one.offsets is not None:
+                offsets.append(one.offsets[1:] + ends)
+            ends += len(one.features)
+        return cls(features, labels, np.concatenate(offsets))
 
     def records(self) -> list[Record]:
         """Give them one by one."""
