@@ -89,9 +89,11 @@ class MovieFeatures(MovieKeys):
         unknown = [t for t in indices if t not in places.rows]
         if unknown:
             places.add(unknown, self.keys(unknown))
-        spans = []
-        for pack, rows in places.runs(indices):
-            span = self.space.view(places.index, pack, rows.start, rows.stop) if pack >= 0 else None
+        runs, spans = places.runs(indices), []
+        if any(pack < 0 for pack, _ in runs):
+            return None
+        for pack, rows in runs:
+            span = self.space.view(places.index, pack, rows.start, rows.stop)
             if span is None:
                 return None
             spans.append(span)
