@@ -596,6 +596,26 @@ def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, he
     assert not (here / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--cache cache --seed x train.py", "error: '--seed': 'x': expected a valid integer"),
+        (
+            "train.py",
+            "error: missing option '--cache' (env var: 'FEATURE_CACHE_DIR'); see python …",
+        ),
+        ("--cache cache trian.py", "error: trian.py is neither a file nor the command of an …"),
+    ],
+)
+def test_what_runs_a_script_says_it_in_one_line(here, monkeypatch, capsys, words, says):
+    running = pytest.importorskip("feature_cache.trackastra.run")
+    monkeypatch.setattr(sys, "argv", ["run", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        running.main()
+    assert ended.value.code == 2
+    assert_says(capsys.readouterr().err.strip(), says, here)
+
+
 def test_a_training_that_cant_write_its_model_says_so_first(here):
     training = pytest.importorskip("feature_cache.trackastra.train")
     (here / "empty").touch()
@@ -853,6 +873,10 @@ def score(result: str) -> None:
         (
             lambda: make_data_module(dataset_kwargs={"window_size": "4"}),
             "ValueError: window_size is '4': expected a whole number from 2 on",
+        ),
+        (
+            lambda: make_data_module(dataset_kwargs={"windowsize": 4}),
+            "UnknownNameError: …option of CTCData 'windowsize': did you mean 'window_size'? …",
         ),
         (
             lambda: make_data_module(loader_kwargs={}),

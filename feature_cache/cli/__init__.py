@@ -11,11 +11,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import FeatureCacheError
+from ..usage import run_command
 from . import check_movies, compute, evaluate, keep, look, pictures, serve, tracking
 
 app = typer.Typer(
@@ -32,8 +32,6 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     *(pictures.report, pictures.show),
     *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
 )
-_USAGE_ERROR: Any = typer.BadParameter.__base__
-"""Of click, or of typer, which brings its own; it exports no other of them."""
 _NAMES = {look.list_spaces: "ls"}
 
 
@@ -80,47 +78,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        sys.exit(app(prog_name="feature-cache", standalone_mode=False))
-    except FeatureCacheError as error:
-        _fail(str(error))
-    except _USAGE_ERROR as error:
-        _fail(_say_usage(error))
-    except typer.Abort:
-        sys.exit(1)
+        run_command(app, "feature-cache")
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    sys.exit(2)
-
-
-def _say_usage(error: Any) -> str:
-    """Say in one line what is wrong with a command; its help where it has no words at all."""
-    said: str = error.format_message()
-    if not said or "\n" in said:
-        error.show()
-        sys.exit(2)
-    if isinstance(error, typer.BadParameter) and not said.startswith("Missing"):
-        said = said.removeprefix("Invalid value: ").removeprefix("Invalid value for ")
-        return _say_found(said, error.__cause__)
-    where = "feature-cache" if error.ctx is None else error.ctx.command_path
-    return f"{said[0].lower()}{said[1:].rstrip('.')}; see {where} --help"
-
-
-def _say_found(said: str, cause: Any) -> str:
-    """Say of a number what was found, too, where typer leaves it to pydantic and that to us."""
-    option, separator, expected = said.partition(": Input should be ")
-    if not separator or not hasattr(cause, "errors"):
-        return said
-    expected = expected.partition(",")[0]  # what can't be parsed is seen
-    for words, ours in (
-        ("greater than or equal to", "at least"),
-        ("less than or equal to", "at most"),
-    ):
-        expected = expected.replace(words, ours)
-    return f"{option}: {cause.errors()[0]['input']!r}: expected {expected}"
 
 
 def _stop(number: int, _: object) -> None:

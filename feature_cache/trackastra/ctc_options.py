@@ -19,13 +19,6 @@ DEFAULTS: Mapping[str, Any] = {
 """All that there are, and what each is where it is not given."""
 
 
-def check_known(options: Mapping[str, Any]) -> None:
-    """Raise UnknownNameError for an option that `CTCData` would not look at."""
-    for name in options:
-        if name not in DEFAULTS:
-            raise UnknownNameError("option of CTCData", name, DEFAULTS)
-
-
 def check_options(options: Mapping[str, Any]) -> None:
     """Say of an option that `CTCData` can't work with what was expected.
 
@@ -34,8 +27,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     ValueError
         A value is not what it has to be.
     UnknownNameError
-        There are no such features.
+        There is no such option, which `CTCData` would pass over, or no such features.
     """
+    for name in options:
+        if name not in DEFAULTS:
+            raise UnknownNameError("option of CTCData", name, DEFAULTS)
     given = {**DEFAULTS, **options}
     for name, (is_one, expected) in _EXPECTED.items():
         if not is_one(given[name]):

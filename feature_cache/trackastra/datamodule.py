@@ -168,6 +168,8 @@ class CachedDataModule(_distributed.BalancedDataModule):  # type: ignore[misc]
     ------
     TypeError
         Options that are no mappings, or a seed that is no whole number.
+    UnknownNameError
+        There is no such option of the dataset.
     ValueError
         No movies; options of the dataset that are not what they have to be; without `distributed`,
         sampler and loader without a batch size, or with different ones.

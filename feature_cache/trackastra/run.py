@@ -19,8 +19,9 @@ from lightning.fabric.strategies.launchers import subprocess_script as _fabric
 from lightning.pytorch.strategies.launchers import subprocess_script as _pytorch
 
 from ..cache import FeatureCache
-from ..errors import FeatureCacheError, MissingDependencyError
+from ..errors import MissingDependencyError
 from ..train_options import find_seed
+from ..usage import run_command
 from .inference import cached_inference
 from .patching import patch, replaced
 
@@ -121,11 +122,7 @@ app.command(context_settings={"allow_interspersed_args": False})(run)
 
 def main() -> None:
     """Run it; errors of ours become one line and exit status 2, the script's stay as they are."""
-    try:
-        app()
-    except FeatureCacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    run_command(app, f"python -m {__spec__.name}")
 
 
 if __name__ == "__main__":

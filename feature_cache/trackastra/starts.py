@@ -40,7 +40,7 @@ from ..hashing import (
 from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
 from ..store import Entry, Space, record_sources
 from ..train_options import ARCHITECTURE, data_options
-from .ctc_options import check_known, check_options
+from .ctc_options import check_options
 from .late import Stack, order_tracks
 from .start_inputs import Inputs, find_detections
 from .start_tables import Arrays, Detections, from_record, to_record
@@ -98,7 +98,6 @@ def load_ctc(
         raise TypeError(f"root is a {type(root).__name__}: expected one movie's folder")
     if not Path(root).expanduser().is_dir():
         raise MovieNotFoundError(f"no movie at {root}: no such folder")
-    check_known(options)
     return _load_data(root, _open(cache), options, build=True)
 
 
