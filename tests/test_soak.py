@@ -146,20 +146,21 @@ def kill_worker(training: Any, rng: random.Random) -> None:
 
 def disturb(folder: Path, seed: int, seconds: float) -> dict[str, int]:
     """Run the training, and all that happens around it; give how often each thing happened."""
-    rng, counts, others = random.Random(seed), Counter[str](), []
+    rng, counts, others, beside = random.Random(seed), Counter[str](), [], []
     training = fork.Process(target=train, args=(folder, seed, seconds))
     training.start()
     assert wait_until((folder / "now").exists)
 
-    def start(work: Callable[..., None], *args: Any) -> None:
+    def start(work: Callable[..., None], *args: Any) -> Any:
         others.append(fork.Process(target=work, args=(folder, *args)))
         others[-1].start()
+        return others[-1]
 
     events: dict[str, Callable[[], None]] = {
         "runtime folder vanished": lambda: shutil.rmtree(runtime_folder(), ignore_errors=True),
         "worker killed": lambda: kill_worker(training, rng),
         "server": lambda: start(serve, rng.randint(1, 3), rng.uniform(0.1, 1)),
-        "second training": lambda: start(train_beside),
+        "second training": lambda: beside.append(start(train_beside)),
     }
     coming: list[str] = []
     while training.is_alive():
@@ -167,6 +168,8 @@ def disturb(folder: Path, seed: int, seconds: float) -> dict[str, int]:
         while time.monotonic() < ends:
             time.sleep(0.1)
             watch(training, folder / "sizes")
+            for one in beside:
+                watch(one, folder / "sizes beside")
         coming = coming or rng.sample(sorted(events), len(events))
         name = coming.pop()
         events[name]()
@@ -210,7 +213,9 @@ def test_a_training_goes_on_whatever_happens_around_it(tmp_path):
     assert any(computed for computed, *_ in servers)
     sizes = np.array(notes(tmp_path / "sizes"))
     settled, most = sizes[: len(sizes) // 3].max(axis=0), sizes.max(axis=0)
-    grown = [*(most - settled), *(after - before for _, before, after in servers)]
+    beside = np.array(notes(tmp_path / "sizes beside")).max(axis=0)
+    servers_grown = (after - before for _, before, after in servers)
+    grown = [*(most - settled), *(beside - settled), *servers_grown]
     print("MiB grown:", [int(size) >> 20 for size in grown])
     assert max(grown) < MOST_GROWTH, grown
     for number, _ in rounds:
