@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import os
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -18,6 +20,7 @@ from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm
 
+from crowd import apart
 from feature_cache import BackboneError, MissingDependencyError
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import ModelFeatures, wrap
@@ -324,6 +327,45 @@ def test_batches_that_give_nan_are_skipped_and_counted(small_folder, cache, capl
         fit.fit(module, data, data)
         assert f"1 of {len(data)} batches gave NaN in epoch 0 and were skipped" in caplog.text
         assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class SpoiledRank(TrackingModule):
+    """Gives NaN on the second of two ranks, in validation too."""
+
+    def forward(self, batch):
+        return super().forward(batch) * (torch.nan if self.global_rank else 1)
+
+
+def random_batches(count: int) -> DataLoader:
+    return DataLoader([random_batch(seed)[1] for seed in range(count)], batch_size=None)
+
+
+def fit_two_ranks() -> dict[str, float]:
+    warnings.simplefilter("ignore")
+    batches = random_batches(4)
+    fit = trainer(epochs=1, devices=2, strategy="ddp_fork")
+    fit.fit(SpoiledRank(make_model(**SMALL), epochs=1), batches, batches)
+    return {name: float(value) for name, value in fit.callback_metrics.items()}
+
+
+@pytest.mark.slow
+def test_a_rank_whose_batches_all_give_nan_keeps_no_other_waiting():
+    found = apart(fit_two_ranks)
+    assert found["train_nan"] == 2
+    assert math.isfinite(found["train_loss"])
+    assert math.isfinite(found["val_loss"])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_validation_of_nan_is_no_best(tmp_path):
+    module = TrackingModule(make_model(**SMALL), epochs=1)
+    module.model.register_forward_hook(
+        lambda model, _, logits: logits if model.training else logits * torch.nan
+    )
+    fit = trainer(BestModel(tmp_path / "model", {}), epochs=1)
+    fit.fit(module, random_batches(1), random_batches(1))
+    assert fit.callback_metrics["val_loss"].isnan()
+    assert not (tmp_path / "model" / "model.pt").exists()
 
 
 def test_dropped_windows_tell_no_cells_apart_and_others_are_as_they_were():

@@ -330,7 +330,7 @@ def _describe_kept(options: argparse.Namespace, folder: Path) -> str:
     last = folder / "checkpoints" / "last.ckpt"
     goes_on = f", and {last}, from which --resume goes on" if last.exists() else ""
     if not (folder / "model.pt").exists():
-        return f"no model, as no epoch was validated{goes_on}"
+        return f"no model, as no epoch has a validation loss{goes_on}"
     return f"model: {folder}"
 
 

@@ -188,7 +188,9 @@ def drop_features(batch: Batch, probability: float) -> Batch:
 
 
 class TrackingModule(LightningModule):
-    """A model of Trackastra and how it is trained; logs ``train_loss`` and ``val_loss``.
+    """A model of Trackastra and how it is trained.
+
+    Logs ``train_loss`` and ``val_loss``, and how many batches were skipped, ``train_nan``.
 
     Parameters
     ----------
@@ -222,7 +224,7 @@ class TrackingModule(LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.delta_cutoff, self.division_weight = delta_cutoff, division_weight
         self.feature_dropout = feature_dropout
-        self.skipped = self.seen = 0
+        self.seen = 0
 
     def forward(self, batch: Batch) -> Tensor:
         """Predict the links of each window: logits (B, N, N)."""
@@ -235,8 +237,8 @@ class TrackingModule(LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
-        """Count the batches of this epoch that give NaN."""
-        self.skipped = self.seen = 0
+        """Count the batches of this epoch."""
+        self.seen = 0
 
     def training_step(self, batch: Batch, _: int) -> Tensor | None:
         """Give the loss of a batch; one that gives NaN is skipped, and counted."""
@@ -244,32 +246,36 @@ class TrackingModule(LightningModule):
         if self.feature_dropout:
             batch = drop_features(batch, self.feature_dropout)
         loss = self._loss(batch, "train_loss")
+        failed = float(loss is None)
+        self.log("train_nan", failed, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="sum")
         if loss is not None:
             return loss
-        self.skipped += 1
         if self.trainer.world_size == 1:
             return None
         # Other ranks wait for gradients.
         return torch.stack([(p * 0).nan_to_num().sum() for p in self.parameters()]).sum()
 
     def on_train_epoch_end(self) -> None:
-        """Say how many were skipped.
+        """Say how many were skipped, on all ranks together.
 
         Raises
         ------
         FloatingPointError
-            Most of them were.
+            Most of them were; on each rank alike, so that none waits for another.
         """
-        if 2 * self.skipped > self.seen:
+        # By Lightning, which reduces what is logged on each rank in an order of its own.
+        skipped = int(self.trainer.callback_metrics["train_nan"])
+        seen = self.seen * self.trainer.world_size
+        if 2 * skipped > seen:
             raise FloatingPointError(
-                f"{self.skipped} of {self.seen} batches give NaN in epoch {self.current_epoch}: "
+                f"{skipped} of {seen} batches give NaN in epoch {self.current_epoch}: "
                 "lower the learning rate, train in float32, or look for NaN in coordinates and "
                 "features"
             )
-        if self.skipped:
+        if skipped:
             _log.warning(
                 "%d of %d batches gave NaN in epoch %d and were skipped",
-                self.skipped, self.seen, self.current_epoch,
+                skipped, seen, self.current_epoch,
             )  # fmt: skip
 
     def validation_step(self, batch: Batch, _: int) -> None:
@@ -288,22 +294,22 @@ class TrackingModule(LightningModule):
 
     def _loss(self, batch: Batch, name: str) -> Tensor | None:
         logits = self(batch)
-        if torch.isnan(logits).any():
-            return None
-        loss = association_loss(
-            logits,
-            batch,
-            causal_norm=self.model.config["causal_norm"],
-            delta_cutoff=self.delta_cutoff,
-            division_weight=self.division_weight,
-        )
-        if torch.isnan(loss):
-            return None
+        failed, loss = bool(torch.isnan(logits).any()), logits.new_zeros(())
+        if not failed:
+            loss = association_loss(
+                logits,
+                batch,
+                causal_norm=self.model.config["causal_norm"],
+                delta_cutoff=self.delta_cutoff,
+                division_weight=self.division_weight,
+            )
+            failed = bool(torch.isnan(loss))
+        # Without weight where it failed: a rank that logs nothing would keep others waiting.
         self.log(
-            name, loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True,
-            batch_size=len(batch["coords"]),
+            name, 0.0 if failed else loss, prog_bar=True, on_step=False, on_epoch=True,
+            sync_dist=True, batch_size=0 if failed else len(batch["coords"]),
         )  # fmt: skip
-        return loss
+        return None if failed else loss
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -359,7 +365,7 @@ class BestModel(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the model where it is better than before."""
         loss = trainer.callback_metrics.get("val_loss")
-        if trainer.sanity_checking or loss is None or loss >= self.best:
+        if trainer.sanity_checking or loss is None or not loss < self.best:  # it may be NaN
             return
         self.best = float(loss)
         if trainer.is_global_zero:
