@@ -134,6 +134,12 @@ def make_thesis(folder: Path, _: object) -> None:
     (folder / "papers" / "thesis.tex").touch()
 
 
+def lose_all_frames_but_one(here, monkeypatch):
+    for folder in ("movie/01", "movie/01_GT/TRA"):
+        for file in sorted((here / folder).glob("*.tif"))[1:]:
+            file.unlink()
+
+
 def lose_the_spaces(folder: Path, patch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(folder / "cache" / "spaces")
     patch.delattr("feature_cache.store.maintenance.verify")  # it would take long
@@ -518,6 +524,13 @@ MISTAKES = [
         "a folder that is no model",
         "track movie/01 --cache cache --model movie",
         "error: movie is no model: it has no config.yaml; name the folder that a training wrote",
+        needs="trackastra",
+    ),
+    Mistake(
+        "a movie of one frame to track",
+        "track movie/01 --cache cache --model movie",
+        "error: movie/01 TRA has 1 frame: expected 2 or more, to link cells",
+        lose_all_frames_but_one,
         needs="trackastra",
     ),
     Mistake(

@@ -70,11 +70,15 @@ def track_movie(
         No such mode.
     BackboneError
         No such model, or its features are not to be had: as `cached_inference`.
+    MovieError
+        The movie has a single frame.
     MovieError, NotWrittenError
         As `write_tracks`; before it begins.
     """
     if movie.masks is None:
         raise NoMasksError(f"{movie.name} has no masks: name them (--detections, --masks)")
+    if len(movie) < 2:
+        raise MovieError(f"{movie.name} has {len(movie)} frame: expected 2 or more, to link cells")
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
     check_result(folder, len(movie))
