@@ -421,12 +421,12 @@ MISTAKES = [
     Mistake(
         "a channel that can't be",
         f"{WARM} --channel -1",
-        "error: '--channel': '-1': expected at least 0",
+        "error: '--channel'…-1…",  # and typer's words, which differ by its version
     ),
     Mistake(
         "a number that is none",
         f"{WARM} --copies few",
-        "error: '--copies': 'few': expected a valid integer",
+        "error: '--copies'…few…",
     ),
     Mistake(
         "a channel that is not there",
@@ -612,7 +612,7 @@ def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, he
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--cache cache --seed x train.py", "error: '--seed': 'x': expected a valid integer"),
+        ("--cache cache --seed x train.py", "error: '--seed'…'x'…"),
         (
             "train.py",
             "error: missing option '--cache' (env var: 'FEATURE_CACHE_DIR'); see python …",
@@ -621,7 +621,9 @@ def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, he
     ],
 )
 def test_what_runs_a_script_says_it_in_one_line(here, monkeypatch, capsys, words, says):
-    running = pytest.importorskip("feature_cache.trackastra.run")
+    pytest.importorskip("trackastra")
+    from feature_cache.trackastra import run as running
+
     monkeypatch.setattr(sys, "argv", ["run", *words.split()])
     with pytest.raises(SystemExit) as ended:
         running.main()
@@ -630,7 +632,9 @@ def test_what_runs_a_script_says_it_in_one_line(here, monkeypatch, capsys, words
 
 
 def test_a_training_that_cant_write_its_model_says_so_first(here):
-    training = pytest.importorskip("feature_cache.trackastra.train")
+    pytest.importorskip("trackastra_pretrained_feats")
+    from feature_cache.trackastra import train as training
+
     (here / "empty").touch()
     (here / "train.yaml").write_text("input_train: [movie/01]\ninput_val: [movie/01]\n")
     options = ["--cache", "new", "--outdir", "empty", "--name", "out", "--timestamp", "false"]
