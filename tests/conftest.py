@@ -135,3 +135,8 @@ def pytest_collection_finish() -> None:
     """Leave what all tests have loaded out of every later collection of garbage."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let all be let go of at the end, of which some bindings complain otherwise."""
+    gc.unfreeze()
