@@ -25,11 +25,16 @@ class Lock:
         self._lock = threading.RLock()
         _locks.add(self)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
+    # C enters and leaves it: a Ctrl-C that came at the end of a method of ours would leave it held,
+    # and the threads that commit waiting for it.
 
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+    @property
+    def __enter__(self) -> Callable[[], bool]:
+        return self._lock.__enter__
+
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        return self._lock.__exit__
 
     def _renew(self) -> None:
         self._lock = threading.RLock()

@@ -7,11 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count, takewhile
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+from feature_cache import forks
 from feature_cache.backbones.state import exact_float32
 from feature_cache.forks import Lock, cached_property
 
@@ -66,6 +69,40 @@ def compute(slow: Slow) -> None:
     with exact_float32():
         assert precision() != CHOSEN
     assert precision() == CHOSEN
+
+
+def test_an_interrupt_at_any_moment_leaves_a_lock_to_others() -> None:
+    lock = Lock()
+
+    def is_interrupted(moment: int) -> bool:
+        """Take the lock, and raise at one of the moments at which Python runs code of ours."""
+        moments = count(1)
+
+        def trace(frame: FrameType, *_: object) -> Any:
+            if frame.f_code.co_filename == forks.__file__ and next(moments) == moment:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with lock:
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    def take() -> None:
+        with lock:
+            pass
+
+    for moment in takewhile(is_interrupted, count(1)):
+        other = threading.Thread(target=take, daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive(), f"interrupted at moment {moment}, it is held"
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,9 @@ def test_two_hosts_share_a_cache(mounts: tuple[Path, Path], tmp_path: Path) -> N
         for number in range(3)
     ]
     assert [process.wait() for process in work] == [0] * 6
-    assert len(embedded(logs)) == len(set(embedded(logs))) == 80
+    assert len(set(embedded(logs))) == 80
+    # Of a pack of the other host a mount may hear only after its claims were let go of.
+    assert len(embedded(logs)) <= 80 + 8
     work = [
         start(host, mount, code, logs / "none", 0.0)
         for host, mount in hosts
