@@ -208,6 +208,7 @@ def run(**arguments) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning")
 def test_killed_and_resumed_it_sees_the_same_copies(movies, records, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 import torch
 
@@ -163,6 +164,7 @@ class World:
         return spec, record
 
 
+@pytest.mark.slow
 def test_a_thousand_mutations(tmp_path, monkeypatch):
     monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
     hurry(monkeypatch)

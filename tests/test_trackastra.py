@@ -464,6 +464,7 @@ class TestCopies:
                 for name, value in expected.items():
                     assert np.array_equal(given[name], value), name
 
+    @pytest.mark.slow
     def test_the_choice_is_shared_by_a_concat_and_its_workers(self, small_folder, cache):
         augmentations = Augmentations("flips", copies=3, seed=5)
         members = [load(small_folder("one", frames=6)), load(small_folder("two", seed=4, frames=6))]

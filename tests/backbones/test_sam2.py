@@ -56,6 +56,7 @@ def predicted(upstream, frame):
 
 
 class TestParity:
+    @pytest.mark.slow
     def test_image_embedding_equals_the_predictors(self, checkpoint, frame, predicted):
         backbone = load_backbone(TINY, checkpoint, "cpu", standardize=True)
         ours = backbone.embed(torch.from_numpy(frame)[None])
