@@ -63,7 +63,10 @@ def own_memo(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True, scope="session")
 def own_runtime_folder() -> Any:
     """Keep sockets of the tests apart from those of the user."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fc-") as folder:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="fc-", ignore_cleanup_errors=True) as folder,
+    ):
         patch.setenv("XDG_RUNTIME_DIR", folder)
         yield
 

@@ -52,12 +52,12 @@ _log = logging.getLogger(__name__)
 class _Known:
     """What this process knows of a space: packs too large to merge, and packs to remove later.
 
-    While there are packs to remove, by those that hold their records, the claim of `alone` stays
-    with this process, so that no other merges them again.
+    While there are packs to remove, with those that hold their records and since when they do, the
+    claim of `alone` stays with this process, so that no other merges them again.
     """
 
     large: set[str] = field(default_factory=set)
-    replaced: dict[str, set[str]] = field(default_factory=dict)
+    replaced: dict[str, tuple[set[str], float]] = field(default_factory=dict)
 
 
 _known: defaultdict[Path, _Known] = defaultdict(_Known)
@@ -300,8 +300,9 @@ def _merge(
         with writing(space.root):
             _hand_on_uses(space, written, heirs)
             for name in names:
-                holders = [*written.items(), *heirs.items()]
-                _known[space.path].replaced[name] = {heir for heir, of in holders if name in of}
+                held = [*written.items(), *heirs.items()]
+                holders = {holder for holder, of in held if name in of}
+                _known[space.path].replaced[name] = holders, _since(space, holders)
             _remove_replaced(space)
         return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
 
@@ -447,20 +448,26 @@ def _read_entries(
         yield entries, sources
 
 
+def _since(space: Space, packs: Iterable[str]) -> float:
+    """Give since when packs are there, those of them that still are."""
+    times = [0.0]
+    for name in packs:
+        with suppress(FileNotFoundError):
+            times.append((space.packs_folder / name).stat().st_ctime)
+    return max(times)
+
+
 def _remove_replaced(space: Space) -> None:
     """Remove packs whose records are all in others for long enough, and still are."""
     root, replaced = space.root, _known[space.path].replaced
     grace = NETWORK_GRACE_SECONDS if find_file_system(root).is_network else 0.0
     now = join(root).now()
     is_removed = False
-    for name, holders in list(replaced.items()):
+    for name, (holders, since) in list(replaced.items()):
         path = space.packs_folder / name
-        try:
-            since = max((space.packs_folder / one).stat().st_ctime for one in holders)
-        except FileNotFoundError:  # set aside or collected meanwhile: no other holds them any more
-            del replaced[name]
-            continue
-        if now - since >= grace:
+        if not (holders and all((space.packs_folder / one).exists() for one in holders)):
+            del replaced[name]  # one was set aside, or collected: no other holds its records now
+        elif not grace or now - since >= grace:
             is_removed = True
             if remove_tree(path, join(root).name) or not path.exists():
                 del replaced[name]
