@@ -14,7 +14,7 @@ import feature_cache
 PACKAGE = Path(feature_cache.__file__).parent
 LAYERS = [
     {"errors", "system"},
-    {"forks", "hashing", "outputs", "units", "usage"},
+    {"command_errors", "forks", "hashing", "outputs", "units"},
     {"pooling", "memo"},
     {"spec", "movies"},
     {"augment", "backbones", "normalize", "pooling_torch"},

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..usage import run_command
+from ..command_errors import run_command
 from . import check_movies, compute, evaluate, keep, look, pictures, serve, tracking
 
 app = typer.Typer(

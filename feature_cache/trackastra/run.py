@@ -19,9 +19,9 @@ from lightning.fabric.strategies.launchers import subprocess_script as _fabric
 from lightning.pytorch.strategies.launchers import subprocess_script as _pytorch
 
 from ..cache import FeatureCache
+from ..command_errors import run_command
 from ..errors import MissingDependencyError
 from ..train_options import find_seed
-from ..usage import run_command
 from .inference import cached_inference
 from .patching import patch, replaced
 

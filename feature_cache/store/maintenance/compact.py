@@ -299,10 +299,14 @@ def _merge(
         heirs = _heirs(opened, names, copies)
         with writing(space.root):
             _hand_on_uses(space, written, heirs)
+            holders: defaultdict[str, set[str]] = defaultdict(set)
+            for holder, of in (*written.items(), *heirs.items()):
+                for name in of:
+                    holders[name].add(holder)
+            times = {name: _time_of(space, name) for name in {*written, *heirs}}
             for name in names:
-                held = [*written.items(), *heirs.items()]
-                holders = {holder for holder, of in held if name in of}
-                _known[space.path].replaced[name] = holders, _since(space, holders)
+                since = max((times[holder] for holder in holders[name]), default=0.0)
+                _known[space.path].replaced[name] = holders[name], since
             _remove_replaced(space)
         return CompactReport(space.name, len(merged), len(written), len(rows), duplicates)
 
@@ -448,13 +452,12 @@ def _read_entries(
         yield entries, sources
 
 
-def _since(space: Space, packs: Iterable[str]) -> float:
-    """Give since when packs are there, those of them that still are."""
-    times = [0.0]
-    for name in packs:
-        with suppress(FileNotFoundError):
-            times.append((space.packs_folder / name).stat().st_ctime)
-    return max(times)
+def _time_of(space: Space, name: str) -> float:
+    """Give since when a pack is there; 0 where it is gone again."""
+    try:
+        return (space.packs_folder / name).stat().st_ctime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _remove_replaced(space: Space) -> None:
@@ -462,10 +465,10 @@ def _remove_replaced(space: Space) -> None:
     root, replaced = space.root, _known[space.path].replaced
     grace = NETWORK_GRACE_SECONDS if find_file_system(root).is_network else 0.0
     now = join(root).now()
-    is_removed = False
+    there, is_removed = set(space.pack_names()) if replaced else set(), False
     for name, (holders, since) in list(replaced.items()):
         path = space.packs_folder / name
-        if not (holders and all((space.packs_folder / one).exists() for one in holders)):
+        if not (holders and holders <= there):
             del replaced[name]  # one was set aside, or collected: no other holds its records now
         elif not grace or now - since >= grace:
             is_removed = True
