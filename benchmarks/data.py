@@ -19,7 +19,7 @@ from feature_cache import Augmentations, FeatureCache
 from feature_cache.cache import MovieFeatures
 from feature_cache.dataset import Copies
 from feature_cache.key import Record
-from feature_cache.store import Entry
+from feature_cache.store import NewRecord
 from feature_cache.testing import FakeBackbone
 
 Halves = NDArray[np.float16]
@@ -162,9 +162,9 @@ class Collection:
         labels = np.arange(_SIDE * _SIDE, dtype=np.int32) % self.regions + 1
         return np.stack(frames), np.stack([labels.reshape(_SIDE, _SIDE)] * self.frames)
 
-    def entries(self, number: int, copy: int, movie: MovieFeatures) -> list[Entry]:
+    def entries(self, number: int, copy: int, movie: MovieFeatures) -> list[NewRecord]:
         labels = np.arange(1, self.regions + 1, dtype=np.int32)
         return [
-            Entry(movie.key(t), Record(rows, labels), movie.provenance(t))
+            NewRecord(movie.key(t), Record(rows, labels), movie.provenance(t))
             for t, rows in enumerate(self.features(number, copy))
         ]

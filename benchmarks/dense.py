@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from feature_cache import FeatureCache
 from feature_cache.key import Record
 from feature_cache.pooling import pool
-from feature_cache.store import Entry
+from feature_cache.store import NewRecord
 from feature_cache.testing import FakeBackbone
 
 from .data import load_real, make_grids
@@ -51,7 +51,8 @@ def write_cache(root: Path, grids: NDArray[np.float16], codec: Any = "raw") -> R
     frames = np.arange(len(grids) * SIDE * SIDE, dtype=np.float32).reshape(-1, SIDE, SIDE)
     movie = cache.movie(frames, None, FakeBackbone(dim=SHAPE[2]), pooling=None, name="dense")
     entries = [
-        Entry(movie.key(t), Record(grid, None), movie.provenance(t)) for t, grid in enumerate(grids)
+        NewRecord(movie.key(t), Record(grid, None), movie.provenance(t))
+        for t, grid in enumerate(grids)
     ]
     movie.space.write(entries, {}, codec)
 
@@ -123,6 +124,6 @@ def compare_pooling(home: Path, options: Options, frames: list[int]) -> Case:
 
 
 def keys_of(pack: Path) -> NDArray[np.uint8]:
-    from feature_cache.store.contents import read_keys
+    from feature_cache.store.pack_contents import read_keys
 
     return read_keys(pack)

@@ -46,8 +46,8 @@ from torch.utils.data import DataLoader, Dataset
 from feature_cache import Augmentations, CachedFeatureDataset, Draw, FeatureCache, load_backbone
 from feature_cache.backbones.base import Backbone
 from feature_cache.engine import Embedding, Frame, cut_batches
+from feature_cache.engine.cpu import Plain
 from feature_cache.engine.device import PLAIN, OnDevice
-from feature_cache.engine.plain import Plain
 from feature_cache.hashing import frame_digest
 from feature_cache.key import Record
 from feature_cache.movies import Movie

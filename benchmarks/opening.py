@@ -18,7 +18,7 @@ from feature_cache.key import Keys
 from feature_cache.spec import SpaceSpec
 from feature_cache.store import Space, Store
 from feature_cache.store.array import write_array
-from feature_cache.store.contents import Contents, pack_name, write_contents
+from feature_cache.store.pack_contents import Contents, pack_name, write_contents
 from feature_cache.store.writer import _write_metadata
 from feature_cache.testing import FakeBackbone
 

@@ -20,8 +20,8 @@ from feature_cache import FeatureCache
 from feature_cache.spec import SpaceSpec
 from feature_cache.store import Space, Store
 from feature_cache.store.array import write_array
-from feature_cache.store.contents import Contents, join_parts, pack_name, write_contents
 from feature_cache.store.maintenance import last_uses, plan_gc
+from feature_cache.store.pack_contents import Contents, join_parts, pack_name, write_contents
 from feature_cache.store.writer import _write_metadata
 from feature_cache.testing import FakeBackbone
 

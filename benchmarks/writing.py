@@ -13,12 +13,12 @@ import numpy as np
 
 from feature_cache import FeatureCache
 from feature_cache.cache import MovieFeatures
-from feature_cache.store import Entry
+from feature_cache.store import NewRecord
 
 from .data import Collection
 from .harness import OURS, Case, Options, interleave, seconds_of
 
-Write = Callable[[Path, Sequence[Entry]], None]
+Write = Callable[[Path, Sequence[NewRecord]], None]
 RECORDS = {"small pack": 8, "large pack": 2560}
 
 
@@ -36,14 +36,14 @@ def run(options: Options) -> list[Case]:
     return cases
 
 
-def make_entries(options: Options, count: int) -> tuple[MovieFeatures, list[Entry]]:
+def make_entries(options: Options, count: int) -> tuple[MovieFeatures, list[NewRecord]]:
     collection = Collection(options.folder, 1, 1, count, 50)
     movie = collection.bind(FeatureCache(options.folder / "nothing"), 0)[0]
     return movie, collection.entries(0, 0, movie)
 
 
 def sides_of(
-    movie: MovieFeatures, entries: Sequence[Entry], folder: Path, *, synced: bool
+    movie: MovieFeatures, entries: Sequence[NewRecord], folder: Path, *, synced: bool
 ) -> dict[str, Callable[[], float]]:
     writes: dict[str, Write] = {
         "write()": write_raw,
@@ -68,7 +68,9 @@ def sides_of(
     return {name: side(write) for name, write in writes.items()}
 
 
-def write_and_sync(write: Write, place: Path, entries: Sequence[Entry], *, synced: bool) -> None:
+def write_and_sync(
+    write: Write, place: Path, entries: Sequence[NewRecord], *, synced: bool
+) -> None:
     """Write, and have others synced as ours is: every file and folder."""
     write(place, entries)
     if synced and write is not write_lmdb and not (place / "cache").exists():
@@ -78,24 +80,24 @@ def write_and_sync(write: Write, place: Path, entries: Sequence[Entry], *, synce
             os.close(descriptor)
 
 
-def write_raw(place: Path, entries: Sequence[Entry]) -> None:
+def write_raw(place: Path, entries: Sequence[NewRecord]) -> None:
     with open(place / "raw", "wb", buffering=0) as file:
         for entry in entries:
             file.write(entry.record.features.data)
 
 
-def write_ours(place: Path, entries: Sequence[Entry], movie: MovieFeatures) -> None:
+def write_ours(place: Path, entries: Sequence[NewRecord], movie: MovieFeatures) -> None:
     FeatureCache(place / "cache").space(movie.spec).write(entries, {})
 
 
-def write_zarr(place: Path, entries: Sequence[Entry]) -> None:
+def write_zarr(place: Path, entries: Sequence[NewRecord]) -> None:
     import zarr
 
     rows = np.concatenate([entry.record.features for entry in entries])
     zarr.create_array(place / "array.zarr", data=rows, chunks=rows.shape, compressors=None)
 
 
-def write_hdf5(place: Path, entries: Sequence[Entry]) -> None:
+def write_hdf5(place: Path, entries: Sequence[NewRecord]) -> None:
     import h5py
 
     with h5py.File(place / "file.h5", "w") as file:
@@ -103,7 +105,7 @@ def write_hdf5(place: Path, entries: Sequence[Entry]) -> None:
             file[entry.key.hex()] = entry.record.features
 
 
-def write_lmdb(place: Path, entries: Sequence[Entry]) -> None:
+def write_lmdb(place: Path, entries: Sequence[NewRecord]) -> None:
     import lmdb
 
     synced = os.fsync.__module__ == "posix"  # and not replaced

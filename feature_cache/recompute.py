@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .augment import Draw
-from .backbones.alike import load_alike
+from .backbones.from_spec import load_alike
 from .engine import Decoded, Frame, Model, compute_each
 from .errors import (
     BackboneError,
@@ -40,8 +40,8 @@ from .movies import Movie, Source
 from .rounding import difference, rounding_bound
 from .spec import KEY_VERSION, TABLES, BackboneSpec, SpaceSpec, describe, differences
 from .store import Pack, Space, read_provenance
-from .store.contents import read_keys
 from .store.maintenance import Finding, name_source
+from .store.pack_contents import read_keys
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone

@@ -126,8 +126,8 @@ def public_folder() -> Iterator[Path]:
 def no_sockets_of_the_dead() -> Iterator[None]:
     """Remove what killed processes left in the runtime folder, so that no later test sees it."""
     yield
-    if "feature_cache.service.place" in sys.modules:
-        folder = sys.modules["feature_cache.service.place"].runtime_folder()
+    if "feature_cache.service.addresses" in sys.modules:
+        folder = sys.modules["feature_cache.service.addresses"].runtime_folder()
         for file in folder.glob("*-*") if folder.exists() else ():
             pid = file.name.partition("-")[0]
             if pid.isdecimal() and not psutil.pid_exists(int(pid)):

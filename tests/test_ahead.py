@@ -12,10 +12,10 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.data.distributed import BalancedBatchSampler
 
+from cold_trainings import embeddings, nothing_left, wait_until
 from feature_cache import FeatureCache, ReadAhead
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import wrap
-from serving import embeddings, nothing_left, wait_until
 
 FRAMES, WINDOW, BATCHES = 80, 3, 20
 

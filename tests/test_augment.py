@@ -44,7 +44,7 @@ from feature_cache.augment import (
     sampling,
     vflip,
 )
-from feature_cache.augment.kept import Kept
+from feature_cache.augment.bounded_cache import Kept
 from feature_cache.errors import DrawError, FrameError, UnknownNameError
 from feature_cache.hashing import canonical_json, digest_array, digest_json, frame_digest
 

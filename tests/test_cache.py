@@ -18,7 +18,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crowd import content
 from feature_cache import (
     Augmentations,
     BackboneError,
@@ -32,6 +31,7 @@ from feature_cache import (
 )
 from feature_cache.pooling import POOLINGS, pool
 from feature_cache.testing import FakeBackbone
+from forked_processes import content
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 import tifffile
 import typer
 
-from aging import age, hurry
 from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.cli import app, main
 from feature_cache.movies import image_files, write_movie
 from feature_cache.store import Store
+from old_files import age, hurry
 from synthetic import make_movie
 
 MODEL = ("--backbone", "efficientnet-lite0", "--weights", "random:0", "--device", "cpu")

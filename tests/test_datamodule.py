@@ -15,13 +15,13 @@ import torch
 from joblib import parallel_config
 from trackastra.data import CTCData
 
-import probe
+import recorded_training
+from cold_trainings import damage, embeddings, nothing_left
 from feature_cache import FeatureCache, MovieError, MovieNotFoundError
 from feature_cache.dataset import choose_copy
 from feature_cache.movies import write_movie
 from feature_cache.testing import FakeBackbone
-from probe import AUGMENTATIONS, DIM, TRAIN, VAL, WINDOW, fit, make_module, read_log
-from serving import damage, embeddings, nothing_left
+from recorded_training import AUGMENTATIONS, DIM, TRAIN, VAL, WINDOW, fit, make_module, read_log
 from synthetic import make_movie
 
 pytestmark = [
@@ -59,7 +59,7 @@ def digest_expected(records, line) -> str:
     """Digest what a sample must hold: every token of its window, in its copy."""
     window = slice(line["index"], line["index"] + WINDOW)
     rows = [record.features for record in records[line["movie"], line["copy"] or 0][window]]
-    return probe.digest_features(torch.from_numpy(np.concatenate(rows)).float())
+    return recorded_training.digest_features(torch.from_numpy(np.concatenate(rows)).float())
 
 
 def check_lines(records, lines) -> None:
@@ -204,7 +204,7 @@ def test_batch_sizes_must_agree(movies, tmp_path):
 
 
 def run(**arguments) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, probe.__file__, json.dumps(arguments)]
+    command = [sys.executable, recorded_training.__file__, json.dumps(arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,46 @@ def test_imports_go_downward_only():
             continue
         for other in imported_by(file) - {module}:
             assert rank[other] < rank[module], f"{module} imports {other}"
+
+
+def module_imports() -> dict[str, set[str]]:
+    """Which module of the package imports which, those for types alone and in functions too."""
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file
+        for file in PACKAGE.rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            above = name.split(".")[: -node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            found[name] |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        found[name] &= files.keys()
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = module_imports()
+    assert sum(map(len, graph.values())) > 500
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+
+
+def test_no_two_files_and_no_two_public_classes_share_a_name():
+    files = [file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"]
+    assert [name for name, n in Counter(file.name for file in files).items() if n > 1] == []
+    classes = Counter(
+        node.name
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, n in classes.items() if n > 1] == []
 
 
 def test_the_wings_never_see_each_other():

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crowd import Scene, apart, beat_fast, finish, fork, no_sync, start
 from feature_cache.engine import commit
 from feature_cache.store import Space, Store, claims
 from feature_cache.store.files import TEMPORARY_PREFIX
 from feature_cache.store.maintenance import compact_space, plan_gc, run_gc, verify
+from forked_processes import Scene, apart, beat_fast, finish, fork, no_sync, start
 
 KILLS = int(os.environ.get("FEATURE_CACHE_KILLS", "320"))
 AT_ONCE, CHECK_EVERY, LONGEST_SECONDS = 2, 10, 0.06

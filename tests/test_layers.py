@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buckets import aws, bucket, endpoint, service
 from feature_cache import (
     CorruptRecordError,
     FeatureCache,
@@ -26,7 +25,8 @@ from feature_cache import (
 )
 from feature_cache.store.remote import open_remote, pull, push
 from feature_cache.testing import FakeBackbone
-from hub import hub
+from hugging_face_server import hub
+from s3_server import aws, bucket, endpoint, service
 
 __all__ = ["aws", "bucket", "endpoint", "hub", "service"]
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tifffile
 
-from aging import age, hurry
 from feature_cache import FeatureCache, FrameError, Movie, MovieError
 from feature_cache import memo as memo_module
 from feature_cache.hashing import digest_bytes
@@ -26,6 +25,7 @@ from feature_cache.movies import ReadOptions, Series, image_files
 from feature_cache.movies.image_files import ImageFiles
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import plan_warm, run_warm
+from old_files import age, hurry
 
 OLD_NS = (time.time_ns() // 10**9 - 1000) * 10**9
 

@@ -20,6 +20,7 @@ import tifffile
 import torch
 import typer
 
+from cold_trainings import make_dataset
 from feature_cache import (
     Augmentations,
     CachedFeatureDataset,
@@ -32,7 +33,6 @@ from feature_cache.cli import app
 from feature_cache.movies import write_movie
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
-from serving import make_dataset
 from synthetic import make_movie
 from test_cli import run
 

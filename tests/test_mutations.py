@@ -13,7 +13,6 @@ import pytest
 import tifffile
 import torch
 
-from aging import hurry
 from feature_cache import FeatureCache, Movie, Normalization
 from feature_cache.augment import IDENTITY, Draw, Scale, hflip, quarter_turn, vflip
 from feature_cache.backbones.base import Backbone
@@ -24,6 +23,7 @@ from feature_cache.movies import write_movie
 from feature_cache.rounding import records_agree
 from feature_cache.spec import SpaceSpec
 from feature_cache.testing import FakeBackbone
+from old_files import hurry
 from test_witness import Tiny
 
 TIMES, FRAMES, SHAPE = 1000, 2, (16, 24)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from lab import members
+from cold_trainings import FRAMES, damage, embeddings, nothing_left, sockets, wait_until
 from processes import outcome
-from serving import FRAMES, damage, embeddings, nothing_left, sockets, wait_until
+from shared_folder import members
 
 SHELLS = {
     "IPython": """

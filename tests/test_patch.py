@@ -21,7 +21,8 @@ from trackastra.data.distributed import BalancedDataModule
 from trackastra.model import TrackingTransformer
 from trackastra_pretrained_feats import TrackingTransformerwPretrainedFeats
 
-import standin
+import training_script
+from cold_trainings import embeddings, nothing_left
 from feature_cache import Augmentations, BackboneError, FeatureCache
 from feature_cache.dataset import choose_copy
 from feature_cache.movies import write_movie
@@ -29,7 +30,6 @@ from feature_cache.spec import SpaceSpec
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import CachedCTCData, ModelFeatures, patch, patching
 from feature_cache.trackastra import run as command
-from serving import embeddings, nothing_left
 from synthetic import make_movie
 
 pytestmark = [
@@ -101,7 +101,7 @@ def test_a_script_of_pull_request_61_trains_on_augmented_copies(movies, tmp_path
         nothing_left(),
         patch(tmp_path / "cache", backbone=backbone, seed=7, policy="flips"),
     ):
-        standin.main(standin.parse(arguments))
+        training_script.main(training_script.parse(arguments))
     assert np.isfinite(np.loadtxt(tmp_path / "losses-0")).all()
     spec = SpaceSpec(backbone.spec, "nearest_patch")
     named = ModelFeatures.of(spec, backbone, "regionprops_small", False)
@@ -138,7 +138,7 @@ def test_two_ranks_of_a_script_run_by_the_command_line(movies, tmp_path):
     """Lightning starts the second rank, which has to be patched as well."""
     command = [
         *(sys.executable, "-m", "feature_cache.trackastra.run", "--cache", tmp_path / "cache"),
-        *("--policy", "flips", standin.__file__),
+        *("--policy", "flips", training_script.__file__),
         *flags(movies, tmp_path, "--features", "pretrained_feats_aug", "--devices", "2"),
         *("--pretrained_feats_model", "debug/random", "--dim", "128"),
         *("--pretrained_feats_additional_props", "regionprops_small", "--feat_dim", "5"),

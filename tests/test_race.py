@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crowd import Scene, apart, beat_fast, content, finish, fork, no_sync, start
 from feature_cache.engine import commit
 from feature_cache.store.maintenance import compact_space, plan_gc, run_gc, verify
+from forked_processes import Scene, apart, beat_fast, content, finish, fork, no_sync, start
 
 PROCESSES, FRAMES, BATCH = 8, 200, 4
 

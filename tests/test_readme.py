@@ -25,7 +25,8 @@ SHORTER = {
     "--device cuda:0,cuda:1": "--device cpu",
     "--epochs 100": "--epochs 1 --train_samples 8 -d 16",
     "--lr 1e-5": "--lr 1e-5 --epochs 1 --train_samples 8",
-    " train.py ": " $ROOT/tests/standin.py --input_val movies/bacteria/01 --outdir out --dim 112 "
+    " train.py ": " $ROOT/tests/training_script.py "
+    "--input_val movies/bacteria/01 --outdir out --dim 112 "
     "--feat_dim 0 ",
     "python -m benchmarks --quick ": "true ",
     "python -m benchmarks --only windows batches": "(cd $ROOT && python -m benchmarks --quick "

@@ -16,7 +16,7 @@ from feature_cache.key import Record
 from feature_cache.movies import write_movie
 from feature_cache.recompute import choose_records, recompute
 from feature_cache.spec import SpaceSpec
-from feature_cache.store import Entry, Pack, Space, read_provenance
+from feature_cache.store import NewRecord, Pack, Space, read_provenance
 from feature_cache.store.maintenance.compact import alone
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
@@ -47,7 +47,7 @@ def change(
         labels = None if record.labels is None else record.labels.copy()
         if i == row:
             edit(features, labels)
-        entries.append(Entry(pack.keys[i].tobytes(), Record(features, labels), source))
+        entries.append(NewRecord(pack.keys[i].tobytes(), Record(features, labels), source))
     shutil.rmtree(pack.path)
     space.write(entries, provenance, pack.features.codec)
     return entries[row].key
@@ -176,7 +176,7 @@ class TestWhatIsWrong:
         pack = Pack(space.packs_folder / space.pack_names()[0])
         wrong = Record(pack.record(2).features + np.float16(1), pack.record(2).labels)
         source = read_provenance(pack.path)["records"][2]
-        space.write([Entry(pack.keys[2].tobytes(), wrong, source)], {})
+        space.write([NewRecord(pack.keys[2].tobytes(), wrong, source)], {})
         found = again(cache)
         assert (found.agree, len(found.wrong)) == (6, 1)
 
@@ -275,7 +275,7 @@ class TestWhatCanNotBeCompared:
             other = Space(space.path.with_name(f"other-{field}"), spec, "a")
             pack = Pack(space.packs_folder / space.pack_names()[0])
             sources = read_provenance(pack.path)["records"]
-            other.write([Entry(pack.keys[0].tobytes(), pack.record(0), sources[0])], {})
+            other.write([NewRecord(pack.keys[0].tobytes(), pack.record(0), sources[0])], {})
         found = again(cache)
         assert (found.agree, found.unknown.total(), found.wrong) == (12, 2, [])
         assert {what for what, _ in found.unknown} == {"weights"}
@@ -348,7 +348,7 @@ class TestChoice:
     def test_is_of_records_not_of_places(self, cache, spaces):
         for space in spaces:
             pack = Pack(space.packs_folder / space.pack_names()[0])
-            space.write([Entry(pack.keys[0].tobytes(), pack.record(0), {})], {})
+            space.write([NewRecord(pack.keys[0].tobytes(), pack.record(0), {})], {})
         everything = choose_records(cache.store.spaces(), None)
         assert sum(len(one.rows) for one in everything) == 20 + 3
         assert self.chosen(cache.store.spaces(), 20) == self.chosen(cache.store.spaces(), None)

@@ -26,7 +26,7 @@ from feature_cache import (
     Normalization,
     Policy,
 )
-from feature_cache.augment import Entry
+from feature_cache.augment import NewRecord
 from feature_cache.cli import main
 from feature_cache.dataset import Copies, TokenFeatures
 from feature_cache.movies import Movie, Source, write_movie
@@ -42,11 +42,11 @@ from feature_cache.report import (
     survey_cache,
 )
 from feature_cache.report.colours import GREY, Directions, Palette, normalize_rows
-from feature_cache.report.commands import quote_movie
-from feature_cache.report.condition import sum_by_period
 from feature_cache.report.coverage import find_coverage
+from feature_cache.report.health import sum_by_period
 from feature_cache.report.outlines import draw_edges, trace_outlines
 from feature_cache.report.thumbnails import data_uri, resize_to, shrink_image
+from feature_cache.report.warm_command import quote_movie
 from feature_cache.spec import BackboneSpec
 from feature_cache.store import Run, Usage, maintenance
 from feature_cache.testing import FakeBackbone
@@ -330,7 +330,7 @@ class TestCoverage:
         ]
 
     def test_commands_are_there_where_one_would_help(self, cache, small_folder, small):
-        own = Augmentations(Policy((Entry.of("hflip"),)), copies=1)
+        own = Augmentations(Policy((NewRecord.of("hflip"),)), copies=1)
         warm(cache, small_folder(), copies=COPIES, pooling="nearest_patch")
         warm(cache, small_folder(), copies=own, pooling="nearest_patch")
         cache.get_or_compute(small[0][:, ::-1], small[1], FakeBackbone())

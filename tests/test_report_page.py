@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 from feature_cache import Augmentations, FeatureCache
 from feature_cache.movies import Movie, Source, write_movie
 from feature_cache.report import Choice, look_at, render_page, survey_cache
-from feature_cache.report.coverage import Column, Contents, Group, KnownMovie
+from feature_cache.report.coverage import Column, CopyGroup, KnownMovie, SeenByModel
 from feature_cache.spec import Context
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
@@ -233,12 +233,12 @@ def test_what_can_be_used_has_a_name_and_tables_have_headers(open_page):
 
 def many_movies(report, number):
     """Give a report the movies of a much larger cache."""
-    nine = {Context(): Contents.of((k, k) for k in range(9))}
+    nine = {Context(): SeenByModel.of((k, k) for k in range(9))}
     movies = tuple(
         KnownMovie((source.path,), 9, 0, source, nine)
         for source in (Source(f"data/{i:04d}") for i in range(number))
     )
-    columns = tuple(Column(Group(1, "default"), copy, f"[{copy}]") for copy in range(15))
+    columns = tuple(Column(CopyGroup(1, "default"), copy, f"[{copy}]") for copy in range(15))
     counts = tuple(tuple((i + copy) % 10 for copy in range(15)) for i in range(number))
     [space] = report.coverage
     coverage = replace(space, columns=columns, counts=counts, expected=(None, *(9,) * (number - 1)))

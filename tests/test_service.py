@@ -24,7 +24,20 @@ import torch
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from crowd import apart
+from cold_trainings import (
+    FRAMES,
+    WINDOW,
+    Windows,
+    damage,
+    embeddings,
+    expected_of,
+    make_dataset,
+    make_loader,
+    nothing_left,
+    sockets,
+    start_serving,
+    wait_until,
+)
 from feature_cache import (
     Augmentations,
     BackboneError,
@@ -41,21 +54,8 @@ from feature_cache.service import Misses, StandIn, close_all, list_servers, open
 from feature_cache.service.filling import Progress
 from feature_cache.service.misses import plan_block
 from feature_cache.testing import FakeBackbone
+from forked_processes import apart
 from processes import outcome
-from serving import (
-    FRAMES,
-    WINDOW,
-    Windows,
-    damage,
-    embeddings,
-    expected_of,
-    make_dataset,
-    make_loader,
-    nothing_left,
-    sockets,
-    start_serving,
-    wait_until,
-)
 from synthetic import make_movie
 
 # Tests run on machines of two cores.

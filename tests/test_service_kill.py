@@ -20,11 +20,19 @@ import psutil
 import pytest
 import torch
 
-from crowd import apart, fork
+from cold_trainings import (
+    FRAMES,
+    damage,
+    expected_of,
+    make_dataset,
+    make_loader,
+    sockets,
+    wait_until,
+)
 from feature_cache import FeatureCache, MissingRecordError, ServiceError
 from feature_cache.service import list_servers, open_host
 from feature_cache.testing import FakeBackbone
-from serving import FRAMES, damage, expected_of, make_dataset, make_loader, sockets, wait_until
+from forked_processes import apart, fork
 
 ROUNDS = int(os.environ.get("FEATURE_CACHE_ROUNDS", "50"))
 LONGEST_SECONDS = 30

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cold_trainings import make_dataset, make_loader, nothing_left, sockets, wait_until
 from feature_cache import FeatureCache, MissingRecordError, ServiceError
 from feature_cache.movies import Source
-from feature_cache.service import Service, list_servers, place, runtime_folder, wire
+from feature_cache.service import Service, addresses, list_servers, runtime_folder, wire
 from feature_cache.service import client as asking
 from feature_cache.service.client import Ask, Client, connect
 from feature_cache.service.server import Server
 from feature_cache.testing import FakeBackbone
-from serving import make_dataset, make_loader, nothing_left, sockets, wait_until
 from synthetic import make_movie
 
 FRAME, MASK = [48, 64], [48, 64]
@@ -268,7 +268,7 @@ def test_errors_keep_their_class():
 
 def write_description(name, **changes):
     runtime_folder().mkdir(mode=0o700, exist_ok=True)
-    process = place.this_process()
+    process = addresses.this_process()
     plain = {
         "version": 2, "pid": process.pid, "started": process.started, "host": process.host,
         "cache": [1, 2], "root": "/x", "backbones": [], "device": "cpu", "standalone": False,
@@ -287,16 +287,16 @@ def test_descriptions_of_the_dead_are_removed_and_damaged_ones_passed_over():
     assert [address.name for address in list_servers() if address.root == "/x"] == ["e"]
     assert "a.json" not in sockets()
     for name in "bcde":
-        place.withdraw(name)
+        addresses.withdraw(name)
 
 
 def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
     dataset = make_dataset(tmp_path / "cache")
     movie = dataset.tokens.movies[0]
-    cache = list(place.identify(movie.cache.store.root))
+    cache = list(addresses.identify(movie.cache.store.root))
     digest = movie.spec.backbone.digest.hex()
     write_description("a", cache=cache, backbones=[digest], standalone=True, pid=os.getppid(),
-                      started=place._started(os.getppid()))  # fmt: skip
+                      started=addresses._started(os.getppid()))  # fmt: skip
     assert len(list(make_loader(dataset, 1, "fork"))) == len(dataset)
     assert "a.json" not in sockets()
 
@@ -305,7 +305,7 @@ def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
 def test_workers_need_no_folder(tmp_path, monkeypatch, method):
     short = Path(tempfile.mkdtemp(prefix="fc-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
-    monkeypatch.setattr(place, "SHARED_TEMPORARY", str(short / "nowhere"))
+    monkeypatch.setattr(addresses, "SHARED_TEMPORARY", str(short / "nowhere"))
     (short / "feature_cache").mkdir()
     (short / "feature_cache").chmod(0o755)  # that others may enter is not used
     dataset = make_dataset(tmp_path / "cache")
@@ -316,7 +316,7 @@ def test_workers_need_no_folder(tmp_path, monkeypatch, method):
 
 
 def test_a_server_is_found_in_another_environment_and_after_a_logout(tmp_path, monkeypatch):
-    monkeypatch.setattr(place, "SHARED_TEMPORARY", str(tmp_path))
+    monkeypatch.setattr(addresses, "SHARED_TEMPORARY", str(tmp_path))
     dataset = make_dataset(tmp_path / "cache")
 
     def found():
@@ -351,8 +351,8 @@ def test_a_server_that_hangs_is_given_up(movie, monkeypatch):
     greeting.start()
     made = Client.__new__(Client)
     made._connection = wire.greet(left, b"k", server=False)
-    process = place.this_process()
-    made.address = place.Address("x", process.pid, process.started, process.host, (0, 0), "/x",
+    process = addresses.this_process()
+    made.address = addresses.Address("x", process.pid, process.started, process.host, (0, 0), "/x",
                                  frozenset(), "", False, b"k")  # fmt: skip
     greeting.join()
     with pytest.raises(ServiceError, match="said nothing for 0 s"):

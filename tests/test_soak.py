@@ -29,11 +29,11 @@ import psutil
 import pytest
 import torch
 
-from crowd import apart, fork
+from cold_trainings import Windows, damage, make_loader, sockets, start_serving, wait_until
 from feature_cache import CachedFeatureDataset, FeatureCache, load_backbone
 from feature_cache.service import close_all, list_servers, runtime_folder
+from forked_processes import apart, fork
 from processes import outcome
-from serving import Windows, damage, make_loader, sockets, start_serving, wait_until
 from synthetic import make_movie
 
 SECONDS = float(os.environ.get("FEATURE_CACHE_SOAK_SECONDS", "60"))

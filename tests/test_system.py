@@ -22,7 +22,7 @@ from processes import outcome
 def test_another_system_imports_computes_stores_and_trains_with_workers(
     words: list[str], tmp_path: Path
 ) -> None:
-    script = Path(__file__).with_name("elsewhere.py")
+    script = Path(__file__).with_name("other_platforms.py")
     process = subprocess.Popen(
         [sys.executable, "-X", "warn_default_encoding", script, words[0], tmp_path, *words[1:]],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -20,7 +20,6 @@ from trackastra.data import CTCData, collate_sequence_padding
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm
 
-from crowd import apart
 from feature_cache import BackboneError, MissingDependencyError
 from feature_cache.testing import FakeBackbone
 from feature_cache.trackastra import ModelFeatures, wrap
@@ -36,6 +35,7 @@ from feature_cache.trackastra.training import (
     warmup_cosine,
 )
 from feature_cache.train_options import parse_training
+from forked_processes import apart
 
 SMALL = {"d_model": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "window": 3}
 SCRIPT = os.environ.get("TRACKASTRA_TRAIN_SCRIPT")

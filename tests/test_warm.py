@@ -16,8 +16,6 @@ import tifffile
 import torch
 import yaml
 
-from aging import age, hurry
-from crowd import content
 from feature_cache import Augmentations, FeatureCache, Movie, movies
 from feature_cache import backbones as registry
 from feature_cache.cli import main, progress
@@ -35,7 +33,9 @@ from feature_cache.warm import (
     run_warm,
 )
 from feature_cache.warm.worker import Recipe
-from lab import contents
+from forked_processes import content
+from old_files import age, hurry
+from shared_folder import contents
 
 COPIES = Augmentations("default", copies=2)
 

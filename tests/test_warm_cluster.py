@@ -12,7 +12,7 @@ from feature_cache import FeatureCache
 from feature_cache.store.maintenance import verify
 from feature_cache.testing import FakeBackbone
 from feature_cache.warm import cluster, find_sources, plan_warm, run_warm
-from lab import Lab, contents, counts, end, finish, interrupt, lines, wait_until
+from shared_folder import Lab, contents, counts, end, finish, interrupt, lines, wait_until
 
 POOLINGS = ("--pooling", "mean_patches_exact", "--pooling", "nearest_patch")
 

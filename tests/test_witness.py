@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aging import age, hurry
 from feature_cache import (
     BackboneError,
     BackboneSpec,
@@ -27,6 +26,7 @@ from feature_cache.backbones.efficientnet import EfficientNetLite0
 from feature_cache.backbones.tiles import Tiled
 from feature_cache.testing import FakeBackbone, check_backbone
 from feature_cache.warm import plan_warm, run_warm
+from old_files import age, hurry
 from synthetic import make_movie
 
 

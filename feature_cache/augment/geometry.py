@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import DrawError
 from ..hashing import Digest
 from ..spec import UNIT_RANGE, Bounds
-from .kept import Kept
+from .bounded_cache import Kept
 from .operation import Label, Operation, Points, Shape
 from .parameters import SEED, Allowed, Stream
 from .sampling import (

@@ -2,9 +2,9 @@
 
 from ..engine import GRID_DTYPE, Progress, grid_spec
 from .cache import FeatureCache, open_to_fill
+from .folder import OpenCache
 from .movie_features import MovieFeatures
 from .movie_requests import check_batch_size, request_all, warm_movies
-from .opened import OpenCache
 
 __all__ = [
     "GRID_DTYPE",

@@ -19,8 +19,8 @@ from ..recompute import choose_records
 from ..recompute import recompute as compute_again
 from ..spec import SpaceSpec
 from ..store import maintenance, read_runs, remote, sum_usage
+from .folder import OpenCache
 from .movie_features import MovieFeatures
-from .opened import OpenCache
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

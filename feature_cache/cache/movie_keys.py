@@ -32,8 +32,8 @@ from ..movies import Series, Source
 from ..spec import KEY_VERSION, SpaceSpec
 from ..store import Asked, Space, add_asked
 from ..system import count_cores
-from .opened import OpenCache
-from .recent import Recent
+from .folder import OpenCache
+from .recent_frames import Recent
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

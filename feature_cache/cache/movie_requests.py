@@ -20,9 +20,9 @@ from ..engine import (
 )
 from ..errors import MissingRecordError
 from ..store import Usage
+from .folder import OpenCache
 from .movie_keys import MovieKeys
-from .opened import OpenCache
-from .recent import Recent
+from .recent_frames import Recent
 
 _HASHED_AT_ONCE = 16
 

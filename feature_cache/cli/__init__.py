@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..command_errors import run_command
-from . import check_movies, compute, evaluate, keep, look, pictures, serve, tracking
+from . import check_movies, compute, evaluate, inform, maintain, pictures, serve, tracking
 
 app = typer.Typer(
     name="feature-cache",
@@ -28,11 +28,19 @@ app = typer.Typer(
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(check_movies.check, compute.warm, evaluate.evaluate, serve.serve, compute.explain),
     *(tracking.train, tracking.track),
-    *(look.list_spaces, look.stats, look.inspect, look.backbones, look.doctor),
+    *(inform.list_spaces, inform.stats, inform.inspect, inform.backbones, inform.doctor),
     *(pictures.report, pictures.show),
-    *(keep.verify, keep.gc, keep.compact, keep.pin, keep.unpin, keep.push, keep.pull),
+    *(
+        maintain.verify,
+        maintain.gc,
+        maintain.compact,
+        maintain.pin,
+        maintain.unpin,
+        maintain.push,
+        maintain.pull,
+    ),
 )
-_NAMES = {look.list_spaces: "ls"}
+_NAMES = {inform.list_spaces: "ls"}
 
 
 def _register(command: Callable[..., None]) -> None:

@@ -124,7 +124,7 @@ class _Checked:
 
 def _specs_of(backbone: str | None) -> Sequence[BackboneSpec]:
     """Give the specs of a backbone's layers, whose weights need not be there."""
-    from ..backbones.alike import describe_all
+    from ..backbones.from_spec import describe_all
 
     return () if backbone is None else describe_all(backbone)
 

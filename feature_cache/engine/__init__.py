@@ -2,6 +2,7 @@
 
 from .batches import choose_batch
 from .commit import Budget, Commits, Written
+from .cpu import Embedding, Grids
 from .engine import MEMORY_BYTES, PATIENCE_SECONDS, Engine
 from .frame import Decoded, Frame
 from .frame_claims import claim_name
@@ -16,7 +17,6 @@ from .model import (
     grid_spec,
 )
 from .outcome import PART_FAILS, Failure, FailureListener, FrameAnswer, Tally
-from .plain import Embedding, Grids
 from .request import Answer, Promise, Request, View, Wanted, request_frame
 
 __all__ = [

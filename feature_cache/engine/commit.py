@@ -12,7 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from ..hashing import JSON, Digest
-from ..store import Counter, Entry, Space, Usage
+from ..store import Counter, NewRecord, Space, Usage
 from ..store.files import tree_bytes
 from ..store.maintenance import merge_behind
 
@@ -99,13 +99,13 @@ class Commits:
     ) -> None:
         self._counter, self._codec, self._settled = counter, codec, settled
         self._budget, self._written = budget, written
-        self.pending: dict[Digest, tuple[Order, Space, Entry]] = {}
+        self.pending: dict[Digest, tuple[Order, Space, NewRecord]] = {}
         self._spaces: set[Space] = set()
         self._bytes = self._reserved = 0
         self._since = 0.0
         self.committed = 0
 
-    def add(self, space: Space, entry: Entry, order: Order = (0, 0)) -> bool:
+    def add(self, space: Space, entry: NewRecord, order: Order = (0, 0)) -> bool:
         """Take a record; False where the budget has no room for it, even when all is written.
 
         In a pack records lie in the order given, in which they came where that is equal.

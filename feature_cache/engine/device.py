@@ -25,11 +25,10 @@ from ..key import Record
 from ..normalize import normalize_on
 from ..pooling_torch import pool_on
 from ..spec import BackboneSpec, SpaceSpec
-from .frame import Frame
-from .plain import (
+from .cpu import (
+    DrawnFrames,
     Embedding,
     Grids,
-    Group,
     check_finite,
     check_range,
     count_slices,
@@ -38,6 +37,7 @@ from .plain import (
     split_stacks,
     too_large,
 )
+from .frame import Frame
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -152,12 +152,12 @@ class OnDevice:
             event.record()
             event.synchronize()
 
-    def draw(self, batch: Sequence[Embedding]) -> list[Group]:
+    def draw(self, batch: Sequence[Embedding]) -> list[DrawnFrames]:
         """Draw as `Plain.draw`; the pixels are checked with the records."""
         with self._on(self._computing):
             return draw_groups(batch, self._images_of, self.spec)
 
-    def embed(self, groups: Sequence[Group]) -> list[Grids]:
+    def embed(self, groups: Sequence[DrawnFrames]) -> list[Grids]:
         """Embed what is drawn, as one batch; waits for nothing."""
         with self._on(self._computing):
             found = embed_groups(self.backbone, self.specs, groups)

@@ -33,19 +33,19 @@ from ..augment import Draw
 from ..errors import FeatureCacheError, ServiceError, StoreError
 from ..hashing import DIGEST_BYTES, Digest
 from ..key import Keys, Record
-from ..store import Counter, Entry, Space
+from ..store import Counter, NewRecord, Space
 from ..store.claims import Claims
 from ..system import count_cores, trim
 from .batches import choose_batch, is_full
 from .commit import COMMIT_SECONDS, Budget, Commits, Written
-from .crew import Crew
-from .flights import Flights
+from .cpu import Embedding
 from .frame import Frame
 from .frame_claims import ASKED_SECONDS, FrameClaims
 from .interrupt import finish, say_kept, terminable
-from .plain import Embedding
+from .pending import Flights
 from .queue import LAST_PAUSE_SECONDS, LOOK_SECONDS, Queue
 from .request import Part, Promise, Request, Wanted
+from .threads import Crew
 
 PATIENCE_SECONDS = 600.0
 """How long others may take without a new record before their work is done here as well."""
@@ -616,7 +616,7 @@ class Engine:
             part, records = self._collected.popleft()
             order = self._draws.setdefault(part.draw, len(self._draws)), part.request.number
             for wanted, record in zip(part.wanted, records, strict=True):
-                entry = Entry(wanted.key, record, wanted.describe())
+                entry = NewRecord(wanted.key, record, wanted.describe())
                 try:
                     has_room = self._commits.add(wanted.space, entry, order)
                 except StoreError as error:

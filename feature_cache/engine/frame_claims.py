@@ -27,7 +27,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class ClaimedPart:
     """What of a request is this engine's to do, and what other processes are at.
 
     Attributes
@@ -65,7 +65,7 @@ class FrameClaims:
         """Whether anything is claimed."""
         return bool(self._of_key)
 
-    def take(self, requests: Sequence[Request]) -> list[Share]:
+    def take(self, requests: Sequence[Request]) -> list[ClaimedPart]:
         """Claim frames; what this object claimed before is shared. StoreError as `Claims.take`."""
         named = [_name_all(request) for request in requests]
         tops = [unit if len(draws) > 1 else next(iter(draws)) for unit, draws in named]
@@ -75,11 +75,11 @@ class FrameClaims:
         shares = []
         for request, (unit, draws), top, is_own in zip(requests, named, tops, own, strict=True):
             if is_own:
-                shares.append(Share(request.wanted, ()))
+                shares.append(ClaimedPart(request.wanted, ()))
             elif won[top] or self._join(top, request.wanted):
                 shares.append(self._share(request, unit, draws, top))
             else:
-                shares.append(Share((), request.wanted, (top,)))
+                shares.append(ClaimedPart((), request.wanted, (top,)))
         return shares
 
     def _join(self, name: str, wanted: Sequence[Wanted]) -> bool:
@@ -92,7 +92,7 @@ class FrameClaims:
 
     def _share(
         self, request: Request, unit: str, draws: Mapping[str, Sequence[Wanted]], top: str
-    ) -> Share:
+    ) -> ClaimedPart:
         """Leave out what others claimed in the other way; `top` is claimed."""
         held = tuple(
             name
@@ -110,7 +110,7 @@ class FrameClaims:
             self._join(top, mine)
         elif top not in self._by_name:
             self._claims.release([top])
-        return Share(mine, others, held)
+        return ClaimedPart(mine, others, held)
 
     def holder(self, name: str) -> str:
         """Name who holds a claim, for people."""

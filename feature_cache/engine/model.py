@@ -23,9 +23,9 @@ from ..hashing import DIGEST_BYTES
 from ..key import Record, record_key
 from ..rounding import difference, rounding_bound
 from ..spec import BackboneSpec, SpaceSpec
+from .cpu import DrawnFrames, Embedding, Grids, Plain, count_slices
 from .device import PLAIN, OnDevice, is_plain
 from .frame import Frame
-from .plain import Embedding, Grids, Group, Plain, count_slices
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
@@ -186,7 +186,7 @@ class Model:
             return error  # whatever the frame
         return None
 
-    def _measure(self, groups: Sequence[Group]) -> list[Any]:
+    def _measure(self, groups: Sequence[DrawnFrames]) -> list[Any]:
         """Embed a batch; see how many fit by what the first takes, where that can be seen."""
         device = torch.device(self.device)
         if self._is_measured or device.type != "cuda":

@@ -18,8 +18,8 @@ from ..store import Space
 from .frame import Frame
 
 if TYPE_CHECKING:
+    from .cpu import Embedding
     from .model import Model
-    from .plain import Embedding
 
 
 _numbers = count()

@@ -22,8 +22,8 @@ from ..engine import Tally
 from ..errors import MovieError
 from ..movies import Given, Movie
 from ..spec import SpaceSpec
+from ..warm.frame_rates import recall_rate, remember_rate
 from ..warm.plan import bind_movie
-from ..warm.rates import recall_rate, remember_rate
 from .cells import Cells, Floats
 from .intervals import Bootstrap
 from .linker import (

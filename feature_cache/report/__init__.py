@@ -3,11 +3,11 @@
 Nothing here computes an embedding or changes the cache.
 """
 
-from .evaluation import render_evaluation
+from .evaluation_page import render_evaluation
+from .frame_pictures import Choice, FrameView, Strip, look_at
+from .overview import Report, survey_cache
 from .page import fit_palette, render_page
 from .picture import compose_picture, draw_in_terminal
-from .strip import Choice, FrameView, Strip, look_at
-from .survey import Report, survey_cache
 
 __all__ = [
     "Choice",

@@ -13,7 +13,7 @@ from ..movies import Source
 from ..movies.check import summarize
 from ..spec import Context
 from ..store import Asked, Space, record_regions, record_sources
-from .commands import WarmOptions
+from .warm_command import WarmOptions
 
 _ORIGIN = re.compile(r"copy (\d+) of seed (\d+) \((.+)\)")
 _IDENTITY = "[]"
@@ -21,7 +21,7 @@ _ALONE = Context()
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class SeenByModel:
     """What a backbone sees of a movie: each frame, or each window in time.
 
     Attributes
@@ -36,7 +36,7 @@ class Contents:
     pairs: frozenset[tuple[int, int]]
 
     @classmethod
-    def of(cls, seen: Iterable[tuple[int, int | None]]) -> Contents:
+    def of(cls, seen: Iterable[tuple[int, int | None]]) -> SeenByModel:
         """Sort what is seen with a mask or without."""
         seen = frozenset(seen)
         pairs = frozenset((frame, mask) for frame, mask in seen if mask is not None)
@@ -64,7 +64,7 @@ class KnownMovie:
         counts by itself in `Coverage`.
     source : Source or None
         How it was opened; None where the frames came from no file, so that no command warms them.
-    contents : mapping of Context to Contents
+    contents : mapping of Context to SeenByModel
         By what backbones see around a frame.
     regions : (int, float, int) or None
         Least, median and most regions of a frame; None where no record of the movie itself has any.
@@ -74,7 +74,7 @@ class KnownMovie:
     slots: int
     versions: int
     source: Source | None
-    contents: Mapping[Context, Contents]
+    contents: Mapping[Context, SeenByModel]
     regions: tuple[int, float, int] | None = None
 
     def cover(self, context: Context, masked: bool) -> tuple[frozenset[Any], int | None]:
@@ -89,7 +89,7 @@ class KnownMovie:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Group:
+class CopyGroup:
     """Copies that one command makes.
 
     Attributes
@@ -117,14 +117,14 @@ class Column:
 
     Attributes
     ----------
-    group : Group
+    group : CopyGroup
     number : int
         Of the copy, in its group.
     draw : str
         Canonical JSON of its operations.
     """
 
-    group: Group
+    group: CopyGroup
     number: int
     draw: str
 
@@ -152,7 +152,7 @@ class Coverage:
     counts: tuple[tuple[int, ...], ...]
     expected: tuple[int | None, ...]
 
-    def command(self, group: Group, cache: str) -> str | None:
+    def command(self, group: CopyGroup, cache: str) -> str | None:
         """Give the command that warms all copies of a group, with ``{movie}`` in it."""
         if group.rank == 2 or group.policy == "a policy of its own":
             return None
@@ -293,14 +293,14 @@ class _Survey:
         return self._draws[text]
 
     def movies(self) -> list[KnownMovie]:
-        same: dict[frozenset[tuple[Context, Contents]], list[str]] = defaultdict(list)
+        same: dict[frozenset[tuple[Context, SeenByModel]], list[str]] = defaultdict(list)
         for name, seen in self._seen.items():
-            made_of = {context: Contents.of(pairs) for context, pairs in seen.contents.items()}
+            made_of = {context: SeenByModel.of(pairs) for context, pairs in seen.contents.items()}
             same[frozenset(made_of.items())].append(name)
         found = [self._movie(sorted(names), dict(made_of)) for made_of, names in same.items()]
         return sorted(found, key=lambda movie: movie.names)
 
-    def _movie(self, names: Sequence[str], contents: Mapping[Context, Contents]) -> KnownMovie:
+    def _movie(self, names: Sequence[str], contents: Mapping[Context, SeenByModel]) -> KnownMovie:
         first, pairs = self._seen[names[0]], contents[_ALONE].pairs
         source = first.source
         if source is None and all(kind == "file" for kind, _ in first.slots):
@@ -331,12 +331,12 @@ def _find_columns(origins: Mapping[str, Iterable[str]]) -> tuple[Column, ...]:
     for draw, names in origins.items():
         copies = [found for name in names if (found := _ORIGIN.fullmatch(name))]
         if draw == _IDENTITY:
-            columns.append(Column(Group(0), 0, draw))
+            columns.append(Column(CopyGroup(0), 0, draw))
         elif copies:
             named = min(copies, key=lambda found: (found[3], int(found[2]), int(found[1])))
-            group = Group(1, named[3], int(named[2]))
+            group = CopyGroup(1, named[3], int(named[2]))
             columns.append(Column(group, int(named[1]), draw))
         else:
             others.append(draw)
-    columns += [Column(Group(2), i, draw) for i, draw in enumerate(sorted(others), start=1)]
+    columns += [Column(CopyGroup(2), i, draw) for i, draw in enumerate(sorted(others), start=1)]
     return tuple(sorted(columns, key=lambda column: (column.group, column.number)))

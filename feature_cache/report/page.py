@@ -19,13 +19,13 @@ from ..errors import MissingDependencyError
 from ..hashing import JSON
 from ..units import count_text, size_text, time_text
 from .colours import Directions, Palette
-from .commands import quote_movie
-from .condition import AGES
 from .coverage import Coverage
+from .frame_pictures import FrameView, Strip
+from .health import AGES
 from .outlines import trace_outlines
-from .strip import FrameView, Strip
-from .survey import Report
+from .overview import Report
 from .thumbnails import data_uri, shrink_factor, shrink_image, to_bytes
+from .warm_command import quote_movie
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -12,7 +12,7 @@ from .thumbnails import Bytes, resize_to, shrink_image, to_bytes
 
 if TYPE_CHECKING:
     from .colours import Palette
-    from .strip import FrameView
+    from .frame_pictures import FrameView
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 _OUTLINE = (255, 216, 77)

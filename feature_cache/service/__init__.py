@@ -1,9 +1,9 @@
 """Misses computed once, for every process of this host, by the one that owns the device."""
 
-from .ahead import ReadAhead
-from .hosting import Host, close_all, open_host
+from .addresses import list_servers, runtime_folder
 from .misses import Misses, StandIn, check_writable
-from .place import list_servers, runtime_folder
+from .process_engines import Host, close_all, open_host
+from .read_ahead import ReadAhead
 from .service import Service
 
 __all__ = [

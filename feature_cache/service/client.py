@@ -21,7 +21,7 @@ from ..errors import FeatureCacheError, FrameError, MovieError, ServiceError
 from ..key import Record
 from ..system import SOCKET_FAMILY, in_forked_child
 from . import wire
-from .place import Address, withdraw
+from .addresses import Address, withdraw
 from .wire import GONE, Connection
 
 SILENT_SECONDS = 60.0
@@ -33,7 +33,7 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class OwnerAnswer:
     """Records that were asked for, and the numbers of those frames that were to be computed."""
 
     records: list[Record | FeatureCacheError]
@@ -146,14 +146,14 @@ class Client:
         with suppress(OSError):
             self._connection.close()
 
-    def fetch(self, ask: Ask) -> Answer:
+    def fetch(self, ask: Ask) -> OwnerAnswer:
         """Ask for records of frames: by their names, or else with their pixels.
 
         Pixels are sent where the server can't read the frames, or reads others.
 
         Returns
         -------
-        Answer
+        OwnerAnswer
             A record or an error for each of the first `need` frames.
 
         Raises
@@ -178,13 +178,13 @@ class Client:
             self.close()
             raise ServiceError(self._say(f"is gone ({error!r})")) from error
 
-    def _ask(self, ask: Ask, *, named: bool) -> Answer:
+    def _ask(self, ask: Ask, *, named: bool) -> OwnerAnswer:
         self._send(ask.to_json() | (ask.names() if named else {}))
         told = self._receive("pixels")
         sent = told.get("named") or choose_pixels(told["pixels"], ask.need, ask.batch_size)
         if told["pixels"]:
             self._send_pixels(ask.movie, ask.block, sent, ask.need)
-        return Answer(self._receive_records(ask.movie.spec.dtype), sent)
+        return OwnerAnswer(self._receive_records(ask.movie.spec.dtype), sent)
 
     def _send_pixels(
         self, movie: MovieFeatures, block: Sequence[int], numbers: Sequence[int], need: int

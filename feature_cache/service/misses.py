@@ -19,9 +19,9 @@ from ..errors import FeatureCacheError, MissingRecordError, ServiceError
 from ..key import Record
 from ..spec import BackboneSpec
 from ..store import Usage
-from .client import Answer, Ask, Client, choose_pixels
-from .hosting import Host, find_host, open_host
-from .place import Address, find_servers, identify
+from .addresses import Address, find_servers, identify
+from .client import Ask, Client, OwnerAnswer, choose_pixels
+from .process_engines import Host, find_host, open_host
 from .service import Service
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class _Route:
                 failed = error
         raise failed or ServiceError("nobody answers")
 
-    def _try(self, ask: Ask, failed: ServiceError | None) -> Answer:
+    def _try(self, ask: Ask, failed: ServiceError | None) -> OwnerAnswer:
         backbone = ask.movie.spec.backbone.digest.hex()
         host = _own_host(ask.movie.cache, backbone)
         client = self._connected(ask.movie.cache, backbone, failed, own=host is not None)
@@ -300,7 +300,7 @@ def _nobody(ask: Ask) -> MissingRecordError:
     )
 
 
-def _compute_here(service: Service, ask: Ask) -> Answer:
+def _compute_here(service: Service, ask: Ask) -> OwnerAnswer:
     """Have the engine of this process compute; wait for what is needed."""
     movie, engine = ask.movie, service.engine
     promises = engine.find(movie.space, [movie.key(t) for t in ask.block])
@@ -310,7 +310,7 @@ def _compute_here(service: Service, ask: Ask) -> Answer:
     frames = {i: ask.block[i] for i in numbers}
     for i, promise in service.submit(movie, frames, ask.batch_size, ahead=ask.ahead).items():
         promises[i] = promise
-    return Answer([_wait(engine, promise) for promise in promises[: ask.need]], numbers)
+    return OwnerAnswer([_wait(engine, promise) for promise in promises[: ask.need]], numbers)
 
 
 def _wait(engine: Engine, promise: Promise | None) -> Record | FeatureCacheError:

@@ -35,8 +35,7 @@ from ..movies import Movie, Source
 from ..spec import SpaceSpec
 from ..system import HAS_ABSTRACT, in_forked_child
 from . import wire
-from .client import choose_pixels
-from .place import (
+from .addresses import (
     Address,
     identify,
     is_published,
@@ -46,6 +45,7 @@ from .place import (
     this_process,
     withdraw,
 )
+from .client import choose_pixels
 from .service import Service
 from .wire import GONE, Connection
 

@@ -1,15 +1,15 @@
 """The right wing: records on disk. Knows zarr, and nothing of torch."""
 
 from .array import CODECS
-from .asked import Asked, add_asked, read_asked
 from .claims import Claims
+from .counters import Counter, Run, Usage, read_runs, sum_usage
 from .index import Index
-from .inspect import count_regions, inspect, record_regions, record_sources
+from .inspection import count_regions, inspect, record_regions, record_sources
 from .pack import Pack, Span, read_provenance
+from .requested_movies import Asked, add_asked, read_asked
 from .space import Mode, Space
 from .store import FORMAT_VERSION, Store
-from .usage import Counter, Run, Usage, read_runs, sum_usage
-from .writer import Entry
+from .writer import NewRecord
 
 __all__ = [
     "CODECS",
@@ -17,9 +17,9 @@ __all__ = [
     "Asked",
     "Claims",
     "Counter",
-    "Entry",
     "Index",
     "Mode",
+    "NewRecord",
     "Pack",
     "Run",
     "Space",

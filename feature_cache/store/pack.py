@@ -38,8 +38,8 @@ from ..errors import CorruptRecordError, StoreError
 from ..hashing import DIGEST_BYTES, digest_bytes
 from ..key import Record
 from .array import AnyArray, ArrayFile
-from .contents import OLD_ARRAYS, Contents, missing_is_corrupt, pack_name, read_contents
 from .files import read_file, read_json
+from .pack_contents import OLD_ARRAYS, Contents, missing_is_corrupt, pack_name, read_contents
 
 if TYPE_CHECKING:
     import zarr

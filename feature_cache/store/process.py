@@ -30,7 +30,7 @@ from ..forks import Lock
 from ..hashing import canonical_json, digest_json
 from ..system import host_identity, in_forked_child, start_of
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, write_bytes
-from .uses import Uses
+from .last_uses import Uses
 
 BEAT_SECONDS = 15.0
 NOTE_SECONDS = 5.0

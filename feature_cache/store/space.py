@@ -22,7 +22,6 @@ from ..forks import Lock
 from ..hashing import JSON
 from ..key import Keys, Record
 from ..system import sync_folder
-from .contents import read_keys
 from .files import (
     check_there,
     list_folder,
@@ -34,12 +33,13 @@ from .files import (
     writing,
 )
 from .index import Index
+from .last_uses import Uses
 from .listing import Listing
 from .pack import Pack, Span
+from .pack_contents import read_keys
+from .pack_table import read_rows, read_table, write_table
 from .process import Presence, join
-from .table import read_rows, read_table, write_table
-from .uses import Uses
-from .writer import Entry, shape_of, write_pack
+from .writer import NewRecord, shape_of, write_pack
 
 Mode = Literal["a", "r"]
 
@@ -442,13 +442,13 @@ class Space:
     # Writing
 
     def write(
-        self, entries: Sequence[Entry], provenance: Mapping[str, JSON], codec: str = "raw"
+        self, entries: Sequence[NewRecord], provenance: Mapping[str, JSON], codec: str = "raw"
     ) -> list[str]:
         """Commit records: when this returns, they survive a crash; before, none is there.
 
         Parameters
         ----------
-        entries : sequence of Entry
+        entries : sequence of NewRecord
             Any number, keys unique. Grids of different shapes go to different packs.
         provenance : mapping
             What is common to these records.
@@ -474,7 +474,7 @@ class Space:
         return names
 
     def _write_pack(
-        self, entries: Sequence[Entry], provenance: Mapping[str, JSON], codec: str
+        self, entries: Sequence[NewRecord], provenance: Mapping[str, JSON], codec: str
     ) -> str:
         return write_pack(
             self.packs_folder,
@@ -546,8 +546,8 @@ def quarantine_folder(space: Space, name: str) -> Path:
     return space.root / "quarantine" / f"{space.name}-{name}-{secrets.token_hex(4)}"
 
 
-def _by_shape(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    groups: dict[tuple[int, ...], list[Entry]] = {}
+def _by_shape(entries: Sequence[NewRecord]) -> Iterator[list[NewRecord]]:
+    groups: dict[tuple[int, ...], list[NewRecord]] = {}
     for entry in entries:
         groups.setdefault(shape_of(entry.record), []).append(entry)
     yield from groups.values()

@@ -17,16 +17,16 @@ from ..hashing import DIGEST_BYTES, JSON, Digest
 from ..key import Record
 from ..system import sync_folder
 from .array import CODECS, DTYPES, AnyArray, write_array
-from .contents import Contents, pack_name, write_contents
 from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_tree
 from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, record_checksum
+from .pack_contents import Contents, pack_name, write_contents
 
 _COMPRESSED_CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class NewRecord:
     """One record on its way into a pack.
 
     Parameters
@@ -45,7 +45,7 @@ class Entry:
 
 def write_pack(
     folder: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[NewRecord],
     provenance: Mapping[str, JSON],
     codec: str = "raw",
     *,
@@ -62,7 +62,7 @@ def write_pack(
     ----------
     folder : Path
         The space's ``packs`` folder; it must exist.
-    entries : sequence of Entry
+    entries : sequence of NewRecord
         At least one; all of one kind, dtype and width (grids: of one shape), keys unique.
     provenance : mapping
         What is common to the records.
@@ -128,7 +128,7 @@ def install_pack(temporary: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _check_entries(entries: Sequence[Entry]) -> None:
+def _check_entries(entries: Sequence[NewRecord]) -> None:
     dtypes = {entry.record.features.dtype for entry in entries}
     if dtypes not in ({DTYPES["float16"]}, {DTYPES["float32"]}):
         found = ", ".join(sorted(map(str, dtypes))) or "none"
@@ -154,7 +154,7 @@ def shape_of(record: Record) -> tuple[int, ...]:
     return record.features.shape[record.labels is not None :]
 
 
-def _write_arrays(path: Path, entries: Sequence[Entry], codec: str) -> Contents:
+def _write_arrays(path: Path, entries: Sequence[NewRecord], codec: str) -> Contents:
     """Write the arrays of a pack; give what it holds beside the features."""
     features = [entry.record.features for entry in entries]
     if features[0].ndim > 2:
@@ -173,7 +173,7 @@ def _rows_of_chunk(rows: AnyArray, codec: str) -> int | None:
     return min(len(rows), max(1, _COMPRESSED_CHUNK_BYTES // rows[0].nbytes))
 
 
-def _list_contents(entries: Sequence[Entry]) -> Contents:
+def _list_contents(entries: Sequence[NewRecord]) -> Contents:
     keys = np.frombuffer(b"".join(entry.key for entry in entries), np.uint8)
     sums = np.array([record_checksum(entry.key, entry.record) for entry in entries], np.uint64)
     labels = [e.record.labels for e in entries if e.record.labels is not None]

@@ -21,10 +21,10 @@ from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..dataset import Drawn, OnMiss, warm_tokens
 from ..service import ReadAhead
-from .chance import mix_seeds, seeded_numpy
 from .collation import collate
 from .ctc_options import check_options
-from .held import check_inputs
+from .ctc_source import check_inputs
+from .seeds import mix_seeds, seeded_numpy
 from .shallow import Props
 from .starts import load_all
 from .wrapping import Geometry, PlacedCTCData, wrap

@@ -23,7 +23,7 @@ from trackastra.data import wrfeat as _wrfeat
 from trackastra.model import model_api as _api
 
 from ..backbones import load_backbone
-from ..backbones.alike import is_named, load_alike
+from ..backbones.from_spec import is_named, load_alike
 from ..cache import FeatureCache, MovieFeatures, check_batch_size
 from ..dataset import TokenFeatures
 from ..errors import BackboneError, MissingDependencyError, MovieError

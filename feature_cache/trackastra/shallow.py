@@ -12,7 +12,7 @@ from trackastra.utils import normalize
 
 from ..errors import UnknownNameError
 from ..movies import Series
-from .held import frames_of, masks_of, owners_of
+from .ctc_source import frames_of, masks_of, owners_of
 
 Props = Literal["regionprops_small", "regionprops", "regionprops2"]
 

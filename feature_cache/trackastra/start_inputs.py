@@ -18,7 +18,7 @@ from ..movies import ReadOptions, Series
 from ..movies.image_files import ImageFiles
 from ..movies.movie import detection_places
 from .ctc_options import DEFAULTS
-from .late import Hashed, ImageFrames, MaskFrames, NoFrames, Stack
+from .lazy_arrays import Hashed, ImageFrames, MaskFrames, NoFrames, Stack
 
 OF_SAMPLES = ("augment", "crop_size", "max_tokens", "return_dense")
 """Options that change samples, and no table."""

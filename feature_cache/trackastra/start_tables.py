@@ -14,7 +14,7 @@ from trackastra.data import wrfeat as _wrfeat
 
 from ..hashing import JSON
 from ..key import Record
-from .late import Distances, Links, Stack
+from .lazy_arrays import AssociationLinks, Distances, Stack
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -55,7 +55,7 @@ class Detections:
     ends : (T + 1,) int64
         Frame t has the regions from ends[t] to ends[t + 1].
     lines : (2, N) int32
-        `first` and `last` of `Links`.
+        `first` and `last` of `AssociationLinks`.
     features : mapping of str to (N, K) float32
         Trackastra's shallow features; empty where it measures them later.
     """
@@ -137,7 +137,7 @@ class Detections:
                 "t1": t,
                 "img": images.part(t, t + size),
                 "mask": masks.part(t, t + size),
-                "assoc_matrix": Links(first, last),
+                "assoc_matrix": AssociationLinks(first, last),
                 "labels": self.labels[part],
                 "timepoints": self.times[part],
             }

@@ -38,10 +38,10 @@ from ..hashing import (
     mask_digest,
 )
 from ..spec import TABLES, BackboneSpec, Normalization, SpaceSpec, differences
-from ..store import Entry, Space, record_sources
+from ..store import NewRecord, Space, record_sources
 from ..train_options import ARCHITECTURE, data_options
 from .ctc_options import check_options
-from .late import Stack, order_tracks
+from .lazy_arrays import Stack, order_tracks
 from .start_inputs import Inputs, find_detections
 from .start_tables import Arrays, Detections, from_record, to_record
 
@@ -273,7 +273,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
             )  # fmt: skip
             return built
         if key is not None:
-            entry = Entry(key, to_record(arrays, facts), self._provenance())
+            entry = NewRecord(key, to_record(arrays, facts), self._provenance())
             space.write([entry], versions(), self._own_cache.codec)
         return self._adopt(arrays, facts)
 

@@ -43,9 +43,9 @@ from ..train_options import (
     parse_training,
 )
 from .collation import collate
+from .ctc_source import folders_of
 from .datamodule import CachedDataModule
-from .held import folders_of
-from .late import count_masks
+from .lazy_arrays import count_masks
 from .model_features import ModelFeatures, check_resumed, find_model
 from .patching import replaced
 from .training import BestModel, TrackingModule, make_model

@@ -23,8 +23,8 @@ from ..movies import Source
 from ..movies.check import check_movie
 from ..token_geometry import map_coords, map_shallow
 from ..token_geometry import rotate_features as rotate
-from .chance import Randomness
-from .held import folders_of, frames_of, load_data, masks_of, owners_of
+from .ctc_source import folders_of, frames_of, load_data, masks_of, owners_of
+from .seeds import Randomness
 from .shallow import Props, check_props, columns_of, exchange_shallow
 
 if TYPE_CHECKING:

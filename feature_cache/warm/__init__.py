@@ -4,9 +4,9 @@ from ..engine import Failure
 from ..movies import Source
 from .local import run_warm
 from .plan import DENSE, PlannedMovie, PlanRow, Task, Unit, WarmPlan, plan_warm
-from .report import WarmReport
+from .run_report import WarmReport
 from .sources import find_sources, open_movies
-from .stored import StoredGrids
+from .stored_grids import StoredGrids
 from .worker import Recipe
 
 __all__ = [

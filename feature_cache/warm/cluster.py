@@ -26,7 +26,7 @@ from ..store import Usage
 from .local import begin, finish_push, make_report, open_budget, over_budget
 from .plan import UNIT_EMBEDDINGS, Task, Unit, WarmPlan
 from .push import Pushing
-from .report import WarmReport
+from .run_report import WarmReport
 from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 
 Client: TypeAlias = Any

@@ -11,10 +11,10 @@ from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MissingRecordError
 from ..movies.check import summarize
 from ..store import Usage, add_asked, count_regions
+from .frame_rates import remember_rate
 from .plan import Unit, WarmPlan
 from .push import Pushing
-from .rates import remember_rate
-from .report import WarmReport
+from .run_report import WarmReport
 
 
 def run_warm(

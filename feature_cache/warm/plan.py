@@ -23,10 +23,10 @@ from ..key import Keys
 from ..movies import Given, Movie, Row, Series, Source
 from ..spec import SpaceSpec
 from ..store import Asked
-from .rates import recall_rate
+from .frame_rates import recall_rate
 from .small_regions import say_small_regions
 from .sources import open_sources
-from .stored import StoredGrids
+from .stored_grids import StoredGrids
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

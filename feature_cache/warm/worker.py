@@ -24,7 +24,7 @@ from ..spec import SpaceSpec
 from .local import compute_units
 from .plan import Spot, Task, Unit, bind_movie
 from .push import Pushing
-from .stored import StoredGrids
+from .stored_grids import StoredGrids
 
 if TYPE_CHECKING:
     from ..augment import Draw

@@ -7,7 +7,7 @@ import torch
 
 from feature_cache import BackboneError, load_backbone
 from feature_cache.backbones import find_factory
-from feature_cache.backbones.alike import load_alike, options_of
+from feature_cache.backbones.from_spec import load_alike, options_of
 from feature_cache.backbones.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from feature_cache.spec import BackboneSpec, Context
 

@@ -7,7 +7,7 @@ import torch
 
 from feature_cache import BackboneError, UnknownNameError, load_backbone
 from feature_cache.backbones import list_options
-from feature_cache.backbones.alike import is_named, name_in_full
+from feature_cache.backbones.from_spec import is_named, name_in_full
 from feature_cache.spec import BackboneSpec
 
 LITE = "efficientnet-lite0"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from feature_cache import BackboneError, load_backbone
 from feature_cache.backbones import find_factory
-from feature_cache.backbones.alike import name_in_full, options_of
+from feature_cache.backbones.from_spec import name_in_full, options_of
 from feature_cache.testing import check_backbone
 
 pytest.importorskip("sam2", reason="needs the package sam2")

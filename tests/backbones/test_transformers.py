@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from aging import age, hurry
 from comparison import relative_error
 from feature_cache import (
     BackboneError,
@@ -17,6 +16,7 @@ from feature_cache import (
 )
 from feature_cache.backbones.preprocessing import scale_by_percentiles
 from feature_cache.backbones.transformers import DinoV2, Hiera
+from old_files import age, hurry
 
 transformers = pytest.importorskip("transformers")
 

@@ -44,7 +44,7 @@ from feature_cache.trackastra import CachedDataModule
 from feature_cache.warm import plan_warm, run_warm
 from feature_cache.warm.cluster import open_client, run_on_cluster
 from feature_cache.warm.worker import Recipe
-from lab import members, wait_until
+from shared_folder import members, wait_until
 
 PLUGIN = "contract"
 """By which name other processes load the backbone; its traits come as weights."""

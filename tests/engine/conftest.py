@@ -17,7 +17,7 @@ from callers import PLUGIN, Work
 from feature_cache import Augmentations, FeatureCache
 from feature_cache.movies import write_movie
 from feature_cache.testing import FakeBackbone
-from lab import Lab, contents
+from shared_folder import Lab, contents
 from synthetic import make_movie
 
 Contents: TypeAlias = dict[tuple[str, bytes], Any]

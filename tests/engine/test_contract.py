@@ -35,7 +35,7 @@ from callers import (
 )
 from feature_cache import FeatureCache
 from feature_cache.testing import FakeBackbone
-from lab import contents, holds_tables, wait_until
+from shared_folder import contents, holds_tables, wait_until
 
 MakeWork = Callable[..., Work]
 Right = Callable[[Work], dict[Any, Any]]

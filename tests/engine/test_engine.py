@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from crowd import Scene, apart, finish, fork, start
 from feature_cache import FeatureCache, StoreError
 from feature_cache.key import Keys
 from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
+from forked_processes import Scene, apart, finish, fork, start
 
 
 def test_as_many_frames_are_read_at_once_as_there_are_cores(tmp_path, small, monkeypatch):

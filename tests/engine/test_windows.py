@@ -19,7 +19,7 @@ from feature_cache.normalize import normalize
 from feature_cache.recompute import choose_records, recompute
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone, check_backbone
-from lab import contents
+from shared_folder import contents
 from synthetic import make_movie
 
 BACKBONE = FakeBackbone(dim=6, context=(2, 1))

@@ -13,10 +13,10 @@ import tifffile
 import torch
 import zarr
 
-from aging import age, hurry
 from feature_cache import Movie
 from feature_cache.movies import write_movie
 from feature_cache.testing import FakeBackbone
+from old_files import age, hurry
 from synthetic import make_movie
 
 FRAMES, MASKS, TRACKS = make_movie()

@@ -16,7 +16,7 @@ import numpy as np
 from feature_cache.hashing import digest_bytes
 from feature_cache.key import Keys, Record
 from feature_cache.spec import BackboneSpec, SpaceSpec
-from feature_cache.store import Entry, Space, Store
+from feature_cache.store import NewRecord, Space, Store
 from feature_cache.store.process import Process
 
 WIDTH = 8
@@ -52,11 +52,11 @@ def make_record(number: int, kind: str = "regions", dtype: str = "float16") -> R
     return Record(features, np.sort(rng.choice(1 << 31, rows, replace=False)).astype(np.int32))
 
 
-def make_entry(number: int, kind: str = "regions", dtype: str = "float16") -> Entry:
-    return Entry(make_key(number), make_record(number, kind, dtype), {"frame": number})
+def make_entry(number: int, kind: str = "regions", dtype: str = "float16") -> NewRecord:
+    return NewRecord(make_key(number), make_record(number, kind, dtype), {"frame": number})
 
 
-def make_entries(numbers: Iterable[int], *options: str) -> list[Entry]:
+def make_entries(numbers: Iterable[int], *options: str) -> list[NewRecord]:
     return [make_entry(number, *options) for number in numbers]
 
 

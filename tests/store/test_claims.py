@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import pytest
 
-from crowd import apart, finish, fork, start
 from feature_cache import BackboneError, FeatureCache
 from feature_cache.cache import MovieFeatures
 from feature_cache.engine import claim_name, engine
@@ -25,6 +24,7 @@ from feature_cache.store import Claims, Store
 from feature_cache.store.claims import NAMELESS_SECONDS
 from feature_cache.store.process import SILENT_SECONDS, Process, join, this_host
 from feature_cache.testing import FakeBackbone
+from forked_processes import apart, finish, fork, start
 from samples import ELSEWHERE, forge_process, in_fork, make_older
 from synthetic import make_movie
 

@@ -12,7 +12,15 @@ import pytest
 
 from feature_cache import FeatureCache, StoreError
 from feature_cache.key import Record
-from feature_cache.store import CODECS, Entry, Pack, Space, Store, read_provenance, record_sources
+from feature_cache.store import (
+    CODECS,
+    NewRecord,
+    Pack,
+    Space,
+    Store,
+    read_provenance,
+    record_sources,
+)
 from feature_cache.store.filesystem import FileSystem
 from feature_cache.store.maintenance import (
     compact,
@@ -40,14 +48,14 @@ from samples import (
 )
 
 
-def described(number: int, kind: str = "regions") -> Entry:
+def described(number: int, kind: str = "regions") -> NewRecord:
     """A record of one of two movies, two draws, and a frame, in an order that is not its number."""
     source = {
         "movie": f"movie {number % 2}",
         "draw": [] if number % 4 < 2 else [{"flip": "x"}],
         "frame": 20 - number,
     }
-    return Entry(make_key(number), make_record(number, kind), source)
+    return NewRecord(make_key(number), make_record(number, kind), source)
 
 
 def write_each(
@@ -94,7 +102,9 @@ def test_a_second_run_does_nothing(root: Path, codec: str) -> None:
     space = Store(root).space(make_spec("grids"))
     zeros = np.zeros((16, 16, 8), "f2")  # much smaller when compressed
     for number in range(10):
-        space.write([Entry(make_key(number), Record(zeros, None), {"frame": number})], {}, codec)
+        space.write(
+            [NewRecord(make_key(number), Record(zeros, None), {"frame": number})], {}, codec
+        )
     assert compact_space(space, target_bytes=3 * zeros.nbytes).written == 4
     names = space.pack_names()
     again = compact_space(Store(root).space(make_spec("grids")), target_bytes=3 * zeros.nbytes)

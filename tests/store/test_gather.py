@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feature_cache.key import Record
-from feature_cache.store import CODECS, Entry, Index, Space, Store
+from feature_cache.store import CODECS, Index, NewRecord, Space, Store
 from feature_cache.store.maintenance import verify
 from samples import (
     KINDS,
@@ -148,7 +148,7 @@ def test_a_last_record_without_regions_may_begin_where_the_file_ends(
 ) -> None:
     rows = [np.ones((n, width), np.float16) for n in (4, 4, 0)]
     entries = [
-        Entry(make_key(i), Record(features, np.arange(len(features), dtype=np.int32)), {})
+        NewRecord(make_key(i), Record(features, np.arange(len(features), dtype=np.int32)), {})
         for i, features in enumerate(rows)
     ]
     space = Store(tmp_path / "cache", "a").space(make_spec())

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from feature_cache import MissingRecordError
-from feature_cache.store import Counter, Space, Store, Usage, read_runs, sum_usage, usage, writer
-from feature_cache.store.inspect import record_sources
+from feature_cache.store import Counter, Space, Store, Usage, counters, read_runs, sum_usage, writer
+from feature_cache.store.inspection import record_sources
 from feature_cache.store.maintenance import (
     GarbageReport,
     collect,
@@ -441,14 +441,14 @@ def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
 
     def merge_and_die(number: int) -> None:
         die_at(number, "unlink", "replace", "open")
-        usage.merge_runs(root, time.time() + 1)
+        counters.merge_runs(root, time.time() + 1)
 
     number = 1
     while wait(fork(partial(merge_and_die, number))):
         number += 1
         assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
     assert number > 4
-    usage.merge_runs(root, time.time() + 1)
+    counters.merge_runs(root, time.time() + 1)
     assert len(os.listdir(root / "stats")) == 1
     assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
 
@@ -461,7 +461,7 @@ def test_counters_of_the_living_are_not_merged_and_damaged_ones_do_no_harm(root:
         (root / "stats" / f"{i}.json").write_text(text)
     before = sum_usage(read_runs(root))
     assert before.hits == 4
-    assert usage.merge_runs(root, time.time() + 1) == 3
+    assert counters.merge_runs(root, time.time() + 1) == 3
     assert sum_usage(read_runs(root)) == before
     counter.add(Usage(1))
     counter.save()

@@ -11,7 +11,7 @@ import pytest
 
 from feature_cache.hashing import digest_bytes
 from feature_cache.key import Keys, Record
-from feature_cache.store import Entry, Space, Store
+from feature_cache.store import NewRecord, Space, Store
 from feature_cache.store.maintenance import (
     compact,
     compact_space,
@@ -49,7 +49,9 @@ def keys(numbers: list[int]) -> Keys:
 
 
 def commit(space: Space, numbers: list[int]) -> None:
-    space.write([Entry(key(n), record(n), {"movie": f"{n % 7}", "frame": n}) for n in numbers], {})
+    space.write(
+        [NewRecord(key(n), record(n), {"movie": f"{n % 7}", "frame": n}) for n in numbers], {}
+    )
 
 
 def check(root: Path, numbers: list[int]) -> None:

@@ -17,9 +17,9 @@ import zarr
 
 from feature_cache import CorruptRecordError, StoreError, UnknownNameError
 from feature_cache.key import Record
-from feature_cache.store import CODECS, Entry, Pack, Space, Store, read_provenance
-from feature_cache.store.contents import read_keys
+from feature_cache.store import CODECS, NewRecord, Pack, Space, Store, read_provenance
 from feature_cache.store.maintenance import verify
+from feature_cache.store.pack_contents import read_keys
 from feature_cache.store.writer import write_pack
 from samples import (
     GRIDS,
@@ -105,7 +105,7 @@ def test_a_pack_takes_eight_files_and_folders(tmp_path: Path, kind: str, codec: 
 
 def test_zeros_are_stored_as_chunks_too(tmp_path: Path) -> None:
     zeros = Record(np.zeros(GRIDS["grids"], "f2"), None)
-    entries = [*make_entries([1], "grids"), Entry(make_key(0), zeros, {})]
+    entries = [*make_entries([1], "grids"), NewRecord(make_key(0), zeros, {})]
     pack = Pack(tmp_path / write_pack(tmp_path, [*entries, *make_entries([2], "grids")], {}))
     for row, record in enumerate([make_record(1, "grids"), zeros, make_record(2, "grids")]):
         assert content(pack.record(row)) == content(record)
@@ -118,7 +118,9 @@ def test_records_of_another_memory_layout_are_stored_in_ours(tmp_path: Path, cod
     for key, record in enumerate(
         (Record(grid, None), Record(rows, np.arange(12, dtype=">i8").astype(">i4")))
     ):
-        pack = Pack(tmp_path / write_pack(tmp_path, [Entry(make_key(key), record, {})], {}, codec))
+        pack = Pack(
+            tmp_path / write_pack(tmp_path, [NewRecord(make_key(key), record, {})], {}, codec)
+        )
         read = pack.record(0)
         assert np.array_equal(read.features, record.features)
         assert read.labels is None or read.labels.tolist() == list(range(12))
@@ -128,7 +130,7 @@ def test_big_compressed_regions_are_chunked_and_read_across_chunks(tmp_path: Pat
     features = np.random.default_rng(0).random((20_000, 64), np.float32)
     labels = np.arange(20_000, dtype=np.int32)
     records = [Record(features[i : i + 5000], labels[i : i + 5000]) for i in range(0, 20_000, 5000)]
-    entries = [Entry(make_key(i), record, {}) for i, record in enumerate(records)]
+    entries = [NewRecord(make_key(i), record, {}) for i, record in enumerate(records)]
     pack = Pack(tmp_path / write_pack(tmp_path, entries, {}, "blosc"))
     assert zarr.open_array(pack.path / "features", mode="r").nchunks > 1
     assert [content(pack.record(i)) for i in (3, 0, 2, 1)] == [
@@ -168,17 +170,17 @@ def test_provenance_is_kept_for_people_and_zarr(tmp_path: Path) -> None:
         [],
         make_entries([1, 1]),
         [*make_entries([1]), *make_entries([2], "regions", "float32")],
-        [Entry(make_key(1), Record(np.zeros((2, 3)), np.zeros(2, "i4")), {})],
-        [Entry(make_key(1), Record(np.zeros((2, 3), ">f2"), np.zeros(2, "i4")), {})],
-        [Entry(make_key(1), Record(np.zeros((2, 3), "f2"), np.zeros(3, "i4")), {})],
-        [Entry(make_key(1), Record(np.zeros(3, "f2"), None), {})],
-        [Entry(b"short", Record(np.zeros((2, 3), "f2"), np.zeros(2, "i4")), {})],
+        [NewRecord(make_key(1), Record(np.zeros((2, 3)), np.zeros(2, "i4")), {})],
+        [NewRecord(make_key(1), Record(np.zeros((2, 3), ">f2"), np.zeros(2, "i4")), {})],
+        [NewRecord(make_key(1), Record(np.zeros((2, 3), "f2"), np.zeros(3, "i4")), {})],
+        [NewRecord(make_key(1), Record(np.zeros(3, "f2"), None), {})],
+        [NewRecord(b"short", Record(np.zeros((2, 3), "f2"), np.zeros(2, "i4")), {})],
         [*make_entries([1]), *make_entries([2], "grids")],
     ],
     ids=["none", "twice", "dtypes", "float64", "endian", "labels", "flat", "key", "kinds"],
 )
 def test_entries_that_could_not_be_read_back_are_refused(
-    tmp_path: Path, entries: list[Entry]
+    tmp_path: Path, entries: list[NewRecord]
 ) -> None:
     with pytest.raises(ValueError, match=r"expected|twice|dimension"):
         write_pack(tmp_path, entries, {})
@@ -477,7 +479,7 @@ def test_a_full_disk_leaves_nothing(small_disk: Path) -> None:
     there = sorted(space.packs_folder.iterdir())
     big = Record(np.ones((40_000, WIDTH), "f2"), np.arange(40_000, dtype="i4"))
     with pytest.raises(StoreError, match="No space left"):
-        space.write([Entry(make_key(2), big, {})], {})
+        space.write([NewRecord(make_key(2), big, {})], {})
     assert sorted(space.packs_folder.iterdir()) == there
     space.write(make_entries([3]), {})
     assert contents(space, [1, 2, 3]) == [*expected([1]), None, *expected([3])]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from feature_cache import MissingRecordError, StoreError
-from feature_cache.store import Entry, Space, Store
+from feature_cache.store import NewRecord, Space, Store
 from feature_cache.store.maintenance import (
     add_pin,
     compact_space,
@@ -25,7 +25,7 @@ def space(root: Path) -> Space:
     space = Store(root).space(make_spec())
     for number in range(4):
         source = {"movie": f"lab/movie{number} GT", "frame": 0}
-        space.write([Entry(make_key(number), make_record(number), source)], {})
+        space.write([NewRecord(make_key(number), make_record(number), source)], {})
     return space
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from crowd import apart, beat_fast
 from feature_cache.store import Space, Store, process
 from feature_cache.store.process import GONE_SECONDS, Process, join, living, this_host
+from forked_processes import apart, beat_fast
 from samples import (
     contents,
     expected,

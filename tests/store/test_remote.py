@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buckets import aws, bucket, endpoint, service
 from feature_cache.errors import (
     CacheVersionError,
     CorruptRecordError,
@@ -31,7 +30,7 @@ from feature_cache.errors import (
     UnknownNameError,
 )
 from feature_cache.key import Record
-from feature_cache.store import Entry, Space, Store
+from feature_cache.store import NewRecord, Space, Store
 from feature_cache.store.remote import (
     PIECE_BYTES,
     Remote,
@@ -43,6 +42,7 @@ from feature_cache.store.remote import (
     push,
 )
 from feature_cache.store.remote.connection import connect
+from s3_server import aws, bucket, endpoint, service
 from samples import (
     KINDS,
     contents,
@@ -195,7 +195,7 @@ class TestPushAndPull:
         rng = np.random.default_rng(0)
         grid = rng.standard_normal((2 * PIECE_BYTES // 16 // 64 + 1, 64, 8)).astype(np.float16)
         space = Store(root).space(make_spec("grids"))
-        space.write([Entry(make_key(0), Record(grid, None), {})], {})
+        space.write([NewRecord(make_key(0), Record(grid, None), {})], {})
         told: list[int] = []
         push(root, remote, progress=told.append)
         pull(other, remote, progress=told.append)

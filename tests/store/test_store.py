@@ -38,17 +38,17 @@ from feature_cache.store import (
     CODECS,
     FORMAT_VERSION,
     Counter,
-    Entry,
+    NewRecord,
     Space,
     Store,
     Usage,
     read_runs,
     sum_usage,
 )
-from feature_cache.store.contents import read_keys
+from feature_cache.store.counters import merge_runs
 from feature_cache.store.layers import FolderLayer, LayeredSpace
 from feature_cache.store.maintenance import compact_space, plan_gc, repair, run_gc, verify
-from feature_cache.store.usage import merge_runs
+from feature_cache.store.pack_contents import read_keys
 from samples import (
     GRIDS,
     KINDS,
@@ -608,7 +608,7 @@ def test_pickles_are_small_and_read_the_same_in_a_new_process(root: Path, codec:
     big = make_record(4)
     rows = np.arange(50_000, dtype=np.int32)
     features = np.resize(big.features, (50_000, big.features.shape[1]))
-    entry = Entry(make_keys([99]).tobytes(), type(big)(features, rows), {})
+    entry = NewRecord(make_keys([99]).tobytes(), type(big)(features, rows), {})
     space.write([*make_entries(range(8)), entry], {}, codec)
     assert contents(space, range(8)) == expected(range(8))
     for thing in (space, store):

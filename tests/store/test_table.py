@@ -14,7 +14,7 @@ import pytest
 
 from feature_cache.store import Space, Store
 from feature_cache.store.maintenance import add_pin, plan_gc, run_gc, verify
-from feature_cache.store.table import read_table, write_table
+from feature_cache.store.pack_table import read_table, write_table
 from samples import contents, du, expected, flip, make_entries, make_keys, make_spec
 
 COUNT = 270

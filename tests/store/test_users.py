@@ -14,7 +14,16 @@ import pytest
 
 from feature_cache import ReadOnlyCacheError, StoreError
 from feature_cache.key import Record
-from feature_cache.store import Counter, Entry, Space, Store, Usage, claims, read_runs, sum_usage
+from feature_cache.store import (
+    Counter,
+    NewRecord,
+    Space,
+    Store,
+    Usage,
+    claims,
+    read_runs,
+    sum_usage,
+)
 from feature_cache.store.maintenance import (
     add_pin,
     compact_space,
@@ -257,7 +266,7 @@ def full(disk: Path) -> Space:
 def test_a_disk_that_fills_while_records_are_committed(disk: Path, full: Space) -> None:
     big = Record(np.ones((40_000, WIDTH), "f2"), np.arange(40_000, dtype="i4"))
     with pytest.raises(StoreError, match="No space left"):
-        full.write([Entry(make_key(9), big, {})], {})
+        full.write([NewRecord(make_key(9), big, {})], {})
     assert contents(full, [*range(4), 9]) == [*expected(range(4)), None]
     assert verify(full.root) == []
 

@@ -13,7 +13,7 @@ import pytest
 
 from feature_cache import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
 from feature_cache.key import Record
-from feature_cache.store import Counter, Entry, Space, Store, Usage, read_provenance
+from feature_cache.store import Counter, NewRecord, Space, Store, Usage, read_provenance
 from feature_cache.store.maintenance import (
     Finding,
     add_pin,
@@ -57,7 +57,7 @@ def sound(root: Path) -> Path:
     store = Store(root)
     for kind, numbers, codec in PACKS:
         entries = [
-            Entry(
+            NewRecord(
                 entry.key,
                 entry.record,
                 {"movie": f"hela {kind}", "frame": number, "origin": "copy 2"},
@@ -318,7 +318,7 @@ def test_duplicates_are_named_and_compact_drops_them(root: Path, space: Space) -
     space.write(make_entries([1, 2]), {})
     space.write(make_entries([2, 3]), {})
     other = Record(np.zeros((1, 8), "f2"), np.ones(1, "i4"))
-    space.write([Entry(make_key(3), other, {})], {})
+    space.write([NewRecord(make_key(3), other, {})], {})
     found = verify(root)
     assert {finding.kind for finding in found} == {"duplicate"}
     assert any("1 of them with other numbers" in finding.message for finding in found)

@@ -2,8 +2,8 @@
 
 from .collect import GarbagePlan, GarbageReport, choose_names, choose_spaces, plan_gc, run_gc
 from .compact import CompactReport, compact_space, merge_behind, merge_packs
-from .last_use import last_uses
 from .pins import Pin, add_pin, read_pins, remove_pin
+from .uses_of_packs import last_uses
 from .verify import Finding, count_packs, name_source, repair, verify
 
 __all__ = [

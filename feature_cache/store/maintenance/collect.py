@@ -14,17 +14,17 @@ import numpy as np
 
 from ...errors import MissingRecordError, StoreError
 from ...hashing import DIGEST_BYTES, JSON
-from ..asked import find_forgotten
 from ..claims import Claims
+from ..counters import merge_runs
 from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
+from ..last_uses import KnownUses, find_unseen, settle_uses
 from ..process import GONE_SECONDS, is_silent, join, living, read_process
+from ..requested_movies import find_forgotten
 from ..space import PACK_NAME, Space
 from ..store import Store
-from ..usage import merge_runs
-from ..uses import KnownUses, find_unseen, settle_uses
-from .last_use import known_uses
 from .pins import read_pins
 from .removal import remove_tree
+from .uses_of_packs import known_uses
 
 _log = logging.getLogger(__name__)
 TEMPORARY_GRACE_SECONDS = 3600.0

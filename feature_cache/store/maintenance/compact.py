@@ -27,13 +27,13 @@ from ...system import in_forked_child, start
 from ..claims import Claims
 from ..files import reading, writing
 from ..filesystem import find_file_system
+from ..last_uses import set_last_use
 from ..pack import Pack, check_metadata, read_provenance
 from ..process import join
 from ..space import Space
-from ..uses import set_last_use
-from ..writer import Entry
-from .last_use import last_uses
+from ..writer import NewRecord
 from .removal import remove_tree
+from .uses_of_packs import last_uses
 
 TARGET_BYTES = 64 << 20
 """How large packs become, in bytes of features."""
@@ -434,15 +434,15 @@ def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
 
 def _read_entries(
     rows: Iterable[_Row], copies: _Copies, target_bytes: int
-) -> Iterator[tuple[list[Entry], set[str]]]:
+) -> Iterator[tuple[list[NewRecord], set[str]]]:
     """Read records, verified, in lists of about one pack's size; name the packs that hold them."""
-    entries: list[Entry] = []
+    entries: list[NewRecord] = []
     sources: set[str] = set()
     size = 0
     for source, row in rows:
         record = source.pack.record(row)
         key = source.pack.keys[row].tobytes()
-        entries.append(Entry(key, record, source.records[row]))
+        entries.append(NewRecord(key, record, source.records[row]))
         sources |= {source.pack.name, *copies.get(key, ())}
         size += record.features.nbytes
         if size >= target_bytes:

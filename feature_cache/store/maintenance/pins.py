@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ...errors import MissingRecordError, StoreError
 from ...hashing import JSON, canonical_json, digest_json
-from ..contents import read_keys
 from ..files import make_folder, read_each, read_json, reading, write_text, writing
-from ..inspect import record_sources
+from ..inspection import record_sources
+from ..pack_contents import read_keys
 from ..space import Space
 from ..store import Store
 

@@ -16,8 +16,7 @@ import numpy as np
 from ...errors import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
 from ...hashing import JSON, digest_json
 from ..array import ArrayFile
-from ..asked import Asked
-from ..contents import OLD_ARRAYS, join_parts, missing_is_corrupt, read_contents
+from ..counters import read_run
 from ..files import (
     TRANSIENT,
     group_text,
@@ -30,11 +29,12 @@ from ..files import (
     writing,
 )
 from ..pack import Pack, read_provenance
+from ..pack_contents import OLD_ARRAYS, join_parts, missing_is_corrupt, read_contents
 from ..process import join
+from ..requested_movies import Asked
 from ..space import PACK_NAME, Space, quarantine_folder
 from ..store import OWN_NAMES, ROOT_TEXT, ROOT_TEXTS, TAG, read_spec, read_version
-from ..usage import read_run
-from ..writer import Entry
+from ..writer import NewRecord
 from .collect import choose_names, find_leftovers
 from .compact import alone
 from .pins import read_pin
@@ -417,7 +417,7 @@ def _set_records_aside(path: Path, records: Collection[str]) -> None:
         sources = provenance.pop("records")
         keys = [key.tobytes() for key in pack.keys]
         good = [row for row, key in enumerate(keys) if key.hex() not in records]
-        entries = [Entry(keys[row], pack.record(row), sources[row]) for row in good]
+        entries = [NewRecord(keys[row], pack.record(row), sources[row]) for row in good]
         if entries:
             space.write(entries, provenance, pack.features.codec)
         _move(path, quarantine_folder(space, path.name))

@@ -19,9 +19,9 @@ remote, of any kind, is pickled without its client, and says so in such a proces
 from __future__ import annotations
 
 from ..url import SCHEMES
-from .pieces import PIECE_BYTES, Progress
 from .remote import Remote, open_remote
 from .remote_space import RemoteSpace
+from .streams import PIECE_BYTES, Progress
 from .transfer import (
     PackPlace,
     TransferFailure,

@@ -12,7 +12,7 @@ from ...errors import StoreError
 from ...forks import Lock
 from .connection import enter_process, talking
 from .objects import SMALL_BYTES, Objects
-from .pieces import Progress, tell
+from .streams import Progress, tell
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -12,7 +12,7 @@ from ...system import sync_file, sync_folder
 from ..files import share_with_group, writing
 from ..url import READ_ONLY, url_folder
 from .connection import connect, enter_process, talking
-from .pieces import PIECE_BYTES, Progress, each, read_pieces, tell
+from .streams import PIECE_BYTES, Progress, each, read_pieces, tell
 
 if TYPE_CHECKING:
     from obstore import Bytes

@@ -21,12 +21,12 @@ from ...errors import (
 )
 from ...key import Keys
 from ..array import ArrayFile
-from ..contents import read_keys
 from ..files import TEMPORARY_PREFIX, group_text, make_folders, writing
 from ..pack import check_pack
+from ..pack_contents import read_keys
+from ..pack_table import NO_PACKS, PackTable, encode_table, parse_table, read_rows
 from ..space import PACK_NAME
 from ..store import FORMAT_VERSION, ROOT_TEXT, TAG, check_version, own_attributes
-from ..table import NO_PACKS, PackTable, encode_table, parse_table, read_rows
 from ..url import HUB, SCHEMES, find_folder, parse_url
 from ..writer import install_pack
 from .hugging_face import HubObjects
@@ -40,7 +40,7 @@ from .layout import (
     parse_spec,
 )
 from .objects import Objects
-from .pieces import Progress, cut, each, make_files, tell
+from .streams import Progress, cut, each, make_files, tell
 
 _OBJECTS_AT_ONCE = 8
 _OWN_NAMES = {"CACHEDIR.TAG", "spaces", "tables", "zarr.json"}

@@ -17,8 +17,8 @@ from ..index import Index
 from ..process import join
 from ..space import Space
 from .connection import enter_process
-from .pieces import PACKS_AT_ONCE, each
 from .remote import Remote
+from .streams import PACKS_AT_ONCE, each
 
 _KEYS_AT_ONCE = 32
 _FEW_PACKS = 2

@@ -15,8 +15,8 @@ from ..process import join
 from ..space import Mode, Space
 from ..store import Store, read_spec
 from .layout import GROUP, check_same, check_spec, pack_prefix, packs_prefix, sent_bytes
-from .pieces import PACKS_AT_ONCE, Progress, each, tell
 from .remote import Remote
+from .streams import PACKS_AT_ONCE, Progress, each, tell
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ..movies.formats import image_folder, list_images
 from ..movies.image_files import ImageFiles
 from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
-from .late import HeldMasks, MaskFrames, Stack, count_masks
+from .lazy_arrays import HeldMasks, MaskFrames, Stack, count_masks
 from .starts import load_ctc
 
 

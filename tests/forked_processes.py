@@ -21,7 +21,7 @@ from feature_cache import FeatureCache
 from feature_cache.cache import MovieFeatures
 from feature_cache.engine import compute_records
 from feature_cache.key import Keys, Record
-from feature_cache.store import Entry, Space, process
+from feature_cache.store import NewRecord, Space, process
 from feature_cache.testing import FakeBackbone
 
 fork = multiprocessing.get_context("fork")
@@ -106,8 +106,8 @@ class Scene:
         """Open the cache anew, and give the space of the records."""
         return self.movie(slice(0, 1), mode).space
 
-    def entries(self, numbers: Sequence[int]) -> list[Entry]:
-        return [Entry(self.keys[i], self.records[i], {"frame": i}) for i in numbers]
+    def entries(self, numbers: Sequence[int]) -> list[NewRecord]:
+        return [NewRecord(self.keys[i], self.records[i], {"frame": i}) for i in numbers]
 
     def keys_of(self, numbers: Sequence[int]) -> Keys:
         joined = b"".join(self.keys[number] for number in numbers)

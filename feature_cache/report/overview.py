@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..store import Store, Usage, read_asked, sum_usage
+from ..store.counters import read_runs
 from ..store.maintenance import Finding
-from ..store.usage import read_runs
 from ..units import count_text, size_text
-from .condition import Health, SpaceFacts, examine_health, measure, sum_by_period
 from .coverage import Coverage, KnownMovie, find_coverage
+from .health import Health, SpaceFacts, examine_health, measure, sum_by_period
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ..backbones.alike import is_named
+from ..backbones.from_spec import is_named
 from ..cache import GRID_DTYPE, FeatureCache
 from ..errors import BackboneError, MissingRecordError, UnknownNameError
 from ..spec import KEY_VERSION, BackboneSpec, describe

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import list_folder
+from ..last_uses import KnownUses, read_uses
 from ..process import join, living
 from ..space import Space
-from ..uses import KnownUses, read_uses
 
 
 def known_uses(root: Path) -> KnownUses:

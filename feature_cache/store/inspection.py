@@ -12,8 +12,8 @@ import numpy as np
 from ..errors import CorruptRecordError, MissingRecordError, StoreError
 from ..hashing import JSON
 from ..key import Keys
-from .contents import read_contents, read_keys
 from .pack import Pack, read_provenance
+from .pack_contents import read_contents, read_keys
 from .space import Space
 from .store import Store
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crowd import content
 from feature_cache import FeatureCache
 from feature_cache.movies import write_movie
 from feature_cache.spec import TABLES
 from feature_cache.store import Space
-from feature_cache.store.contents import read_keys
+from feature_cache.store.pack_contents import read_keys
+from forked_processes import content
 from processes import outcome
 from synthetic import make_movie
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from feature_cache import CachedFeatureDataset, FeatureCache
-from feature_cache.service import close_all, hosting, runtime_folder
+from feature_cache.service import close_all, process_engines, runtime_folder
 from feature_cache.store.maintenance import verify
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
@@ -121,7 +121,7 @@ def nothing_left() -> Iterator[None]:
         gc.collect()  # an error may have the dataset in its traceback
         return not {*sockets()} - before
 
-    left = not wait_until(closed), sockets(), list(hosting._hosts)
+    left = not wait_until(closed), sockets(), list(process_engines._hosts)
     close_all()
     assert not left[0], left
     assert wait_until(lambda: not ours()), ours()

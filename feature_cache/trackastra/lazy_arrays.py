@@ -244,7 +244,7 @@ class Stack(Compressed):
         return self.decompress()[place]
 
 
-class Links(Late):
+class AssociationLinks(Late):
     """The association matrix (N, N) of a window: which detections are of one line of descent.
 
     Cropped as Trackastra crops, ``links[rows][:, rows]``, it is made of these alone.
@@ -270,15 +270,15 @@ class Links(Late):
             return _Rows(self, place)
         return super().__getitem__(place)
 
-    def crop(self, rows: NDArray[np.integer[Any]]) -> Links:
+    def crop(self, rows: NDArray[np.integer[Any]]) -> AssociationLinks:
         """Give the matrix of some detections."""
-        return Links(self._first[rows], self._last[rows])
+        return AssociationLinks(self._first[rows], self._last[rows])
 
 
 class _Rows(Late):
-    """Rows of `Links`; of the same columns, they are `Links` again."""
+    """Rows of `AssociationLinks`; of the same columns, they are `AssociationLinks` again."""
 
-    def __init__(self, links: Links, rows: NDArray[np.integer[Any]]) -> None:
+    def __init__(self, links: AssociationLinks, rows: NDArray[np.integer[Any]]) -> None:
         super().__init__((len(rows), len(links)), bool)
         self._links, self._rows = links, rows
 

@@ -1,4 +1,4 @@
-"""A work day on a system that lacks what Linux has: ``python elsewhere.py win32 FOLDER [all]``.
+"""A work day on a system that lacks what Linux has: ``other_platforms.py win32 FOLDER [all]``.
 
 The package, and nothing else, finds modules, functions and constants taken away, and Windows'
 refusals in place: of folders that are opened, of files renamed or removed while they are open.
@@ -157,10 +157,10 @@ if __name__ in ("__main__", "__mp_main__"):  # its workers too
 
 import torch  # noqa: E402
 
+from cold_trainings import FRAMES, embeddings, make_dataset, make_loader  # noqa: E402
 from feature_cache import FeatureCache  # noqa: E402
 from feature_cache.service import close_all, list_servers  # noqa: E402
 from feature_cache.testing import FakeBackbone  # noqa: E402
-from serving import FRAMES, embeddings, make_dataset, make_loader  # noqa: E402
 from synthetic import make_movie  # noqa: E402
 
 

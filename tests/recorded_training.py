@@ -1,6 +1,6 @@
 """A Lightning training with `CachedDataModule` that writes down every sample it sees.
 
-``python probe.py '{"folder": …, "out": …}'`` runs `fit` with these arguments.
+``python recorded_training.py '{"folder": …, "out": …}'`` runs `fit` with these arguments.
 """
 
 from __future__ import annotations

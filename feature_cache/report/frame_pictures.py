@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..augment import Augmentations
 from ..backbones import load_backbone
-from ..backbones.alike import is_named
+from ..backbones.from_spec import is_named
 from ..backbones.name import split_name
 from ..cache import FeatureCache, MovieFeatures
 from ..errors import CorruptRecordError, MovieError
@@ -24,7 +24,7 @@ from ..movies import Source
 from ..spec import KEY_VERSION, STORAGE_DTYPES, BackboneSpec, Normalization, SpaceSpec
 from ..store import Pack, Space
 from ..warm import StoredGrids
-from .commands import WarmOptions
+from .warm_command import WarmOptions
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone

@@ -80,7 +80,7 @@ class Plain:
         for one in frame.seen:
             one.normalized(self.spec.normalization)
 
-    def draw(self, batch: Sequence[Embedding]) -> list[Group]:
+    def draw(self, batch: Sequence[Embedding]) -> list[DrawnFrames]:
         """Draw what can go through the backbone together.
 
         Raises
@@ -94,7 +94,7 @@ class Plain:
                 self._check_range(group.images, group.first)
             return groups
 
-    def embed(self, groups: Sequence[Group]) -> list[Grids]:
+    def embed(self, groups: Sequence[DrawnFrames]) -> list[Grids]:
         """Embed what is drawn, as one batch.
 
         Returns
@@ -117,7 +117,7 @@ class Plain:
             )
         ]
 
-    def _bring(self, grids: torch.Tensor, spec: BackboneSpec, group: Group) -> Any:
+    def _bring(self, grids: torch.Tensor, spec: BackboneSpec, group: DrawnFrames) -> Any:
         here = grids.cpu()
         if not torch.isfinite(here.sum()):  # cheap, and never finite where one of them is not
             check_finite(torch.isfinite(here).flatten(1).all(dim=1), spec, group.members)
@@ -179,7 +179,7 @@ def check_range(seen: torch.Tensor, spec: BackboneSpec, where: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class DrawnFrames:
     """Frames of one size under one draw, drawn at once.
 
     Attributes
@@ -202,7 +202,7 @@ def draw_groups(
     batch: Sequence[Embedding],
     images_of: Callable[[Sequence[Frame]], torch.Tensor],
     spec: BackboneSpec,
-) -> list[Group]:
+) -> list[DrawnFrames]:
     """Draw the frames of a batch; in its order.
 
     Parameters
@@ -222,7 +222,7 @@ def draw_groups(
         if not draw.is_identity:
             digests = list(chain.from_iterable(frame.slice_digests() for frame in seen))
             images = draw.apply(images, digests=digests, bounds=spec.normalization.range)
-        groups.append(Group(members, _join_windows(images, seen, frames, spec)))
+        groups.append(DrawnFrames(members, _join_windows(images, seen, frames, spec)))
     return groups
 
 
@@ -239,7 +239,7 @@ def _join_windows(
 
 
 def embed_groups(
-    backbone: Backbone | Layers, specs: Sequence[BackboneSpec], groups: Sequence[Group]
+    backbone: Backbone | Layers, specs: Sequence[BackboneSpec], groups: Sequence[DrawnFrames]
 ) -> list[dict[BackboneSpec, torch.Tensor]]:
     """Embed groups in one pass: the grids (B, gh, gw, C) float32 of each, by layer.
 

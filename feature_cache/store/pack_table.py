@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from ..errors import CorruptRecordError
 from ..hashing import DIGEST_BYTES
 from ..key import Keys
-from .contents import pack_name, read_contents
 from .files import make_folders, read_file, tree_bytes, write_bytes
 from .pack import find_salt
+from .pack_contents import pack_name, read_contents
 
 _MAGIC = b"feature_cache packs 1\n"
 _HEAD = struct.Struct(f"<{len(_MAGIC)}sQQ")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..backbones.alike import name_in_full
+from ..backbones.from_spec import name_in_full
 from ..movies import Source
 from ..spec import KEY_VERSION, BackboneSpec
 
