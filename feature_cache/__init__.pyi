@@ -10,6 +10,7 @@ from .cache import FeatureCache as FeatureCache
 from .cache import MovieFeatures as MovieFeatures
 from .dataset import CachedFeatureDataset as CachedFeatureDataset
 from .errors import BackboneError as BackboneError
+from .errors import BrokenDependencyError as BrokenDependencyError
 from .errors import CacheVersionError as CacheVersionError
 from .errors import CorruptRecordError as CorruptRecordError
 from .errors import DrawError as DrawError

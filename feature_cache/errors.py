@@ -11,6 +11,7 @@
     │   └── NoMasksError                         a movie without the detections asked for
     ├── UnknownNameError        LookupError      no backbone, pooling, dtype of that name
     ├── MissingDependencyError  ImportError      an optional package is not installed
+    ├── BrokenDependencyError   ImportError      it is, and can't be imported
     ├── BackboneError           RuntimeError     weights that don't fit, a wrong embedding
     ├── MissingRecordError      LookupError      not in the cache, and not to be computed
     ├── ServiceError            ConnectionError  the process that computes is gone or refuses
@@ -26,7 +27,8 @@ Whatever can't enter a key is a plain ``TypeError``, raised where the key is mad
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 _MANY = 12
@@ -127,6 +129,60 @@ class MissingDependencyError(FeatureCacheError, ImportError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.package, self.purpose, self.install)
+
+
+class BrokenDependencyError(FeatureCacheError, ImportError):
+    """An optional package is installed and can't be imported, as another one that it needs is not.
+
+    Parameters
+    ----------
+    package : str
+        The distribution that can't be imported.
+    purpose : str
+        What needs it.
+    reason : str
+        What its import said.
+    """
+
+    def __init__(self, package: str, purpose: str, reason: str) -> None:
+        self.package, self.purpose, self.reason = package, purpose, reason
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is installed and can't be imported: "
+            f"{reason}; 'pip check' names what doesn't fit together"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.package, self.purpose, self.reason)
+
+
+@contextmanager
+def importing(package: str, purpose: str, install: str) -> Iterator[None]:
+    """Say what is wrong where an optional package is imported and isn't there, or is broken.
+
+    Parameters
+    ----------
+    package : str
+        The distribution; its module has the same name, with ``_`` for ``-``.
+    purpose : str
+        What needs it.
+    install : str
+        The command that brings it.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is not installed.
+    BrokenDependencyError
+        It is, but its import fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name
+        if absent and absent.partition(".")[0] == package.replace("-", "_"):
+            raise MissingDependencyError(package, purpose, install) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise BrokenDependencyError(package, purpose, reason) from error
 
 
 class BackboneError(FeatureCacheError, RuntimeError):

@@ -780,7 +780,7 @@ class TestErrors:
             CachedFeatureExtractor(movie).precompute_image_embeddings(frames[:4])
 
     def test_of_a_missing_package(self, cache, monkeypatch):
-        monkeypatch.setattr(model_api, "PRETRAINED_FEATS_INSTALLED", False)
+        monkeypatch.setitem(sys.modules, "trackastra_pretrained_feats", None)
         with (
             pytest.raises(MissingDependencyError, match="--no-deps trackastra-pretrained"),
             cached_inference(cache),

@@ -30,7 +30,7 @@ CELLS = [
     """
 import os, signal, time
 from feature_cache.testing import FakeBackbone
-from serving import make_dataset, make_loader
+from cold_trainings import make_dataset, make_loader
 
 dataset = make_dataset({root!r}, FakeBackbone(4, 8, 0.02, {log!r}))
 loader = make_loader(dataset, {workers}, "fork")
@@ -75,7 +75,7 @@ def test_an_epoch_is_interrupted_and_another_one_works(
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from serving import make_dataset
+from cold_trainings import make_dataset
 dataset = make_dataset({cache!r})
 get_ipython().run_cell("print('rows', len(dataset[0]['labels']))", store_history=True)
 """

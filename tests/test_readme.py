@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from dask.distributed import LocalCluster
+from nbclient import NotebookClient
 
 import feature_cache
 from feature_cache import Movie, errors, trackastra
@@ -126,6 +129,34 @@ def test_every_block_does_what_it_shows(tmp_path, monkeypatch):
             else:
                 for command, expected in transcript(block):
                     assert mask_times(run(command, tmp_path)) == expected, (page, command)
+
+
+def texts_of(notebook: nbformat.NotebookNode) -> list[str]:
+    """Give what each cell printed, and which kinds of pictures it made."""
+    texts = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream" and output.name == "stdout":
+                texts.append(output.text)
+            elif output.output_type != "stream":
+                texts.append(" ".join(sorted(output.data)))
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["features_of_cells", "which_features"])
+def test_notebooks_print_what_they_show(tmp_path, name):
+    shown = nbformat.read(ROOT / "docs" / "notebooks" / f"{name}.ipynb", as_version=4)
+    again = copy.deepcopy(shown)
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(again, timeout=600, resources=place).execute()
+    assert len(texts_of(shown)) > 3
+    for given, expected in zip(texts_of(again), texts_of(shown), strict=True):
+        number = r"\d+\.\d+"  # shares may differ a little from processor to processor
+        assert re.sub(number, "…", given) == re.sub(number, "…", expected)
+        values, wanted = (np.array(re.findall(number, text), float) for text in (given, expected))
+        np.testing.assert_allclose(values, wanted, atol=0.06)
 
 
 def test_what_the_pages_name_is_there():

@@ -450,7 +450,7 @@ def test_it_ends_with_its_last_user(tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
-from serving import make_dataset, make_loader
+from cold_trainings import make_dataset, make_loader
 from feature_cache.testing import FakeBackbone
 
 if __name__ == "__main__":

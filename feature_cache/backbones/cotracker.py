@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, FrameError, MissingDependencyError
+from ..errors import BackboneError, FrameError, importing
 from ..spec import BackboneSpec, Context
 from .base import TorchBackbone, load_checkpoint, load_into, seeded
 from .hub import hub_file
@@ -196,11 +196,8 @@ def _select_encoder(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 def _find(name: str, module: str, kind: str) -> Any:
     """Give a class of upstream's."""
-    try:
-        with _hub_copy_importable():
-            found = import_module(f"cotracker.models.core.cotracker.{module}")
-    except ImportError as error:
-        raise MissingDependencyError("cotracker", f"the backbone {name!r}", INSTALL) from error
+    with importing("cotracker", f"the backbone {name!r}", INSTALL), _hub_copy_importable():
+        found = import_module(f"cotracker.models.core.cotracker.{module}")
     return getattr(found, kind)
 
 

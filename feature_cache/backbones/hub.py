@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import BackboneError, MissingDependencyError
+from ..errors import BackboneError, importing
 from .catalogue import BACKBONES
 
 _log = logging.getLogger(__name__)
@@ -32,29 +32,24 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
     ------
     BackboneError
         It is neither in the local cache nor to be had from the hub.
-    MissingDependencyError
-        huggingface_hub is not installed.
+    MissingDependencyError, BrokenDependencyError
+        huggingface_hub is not installed, or can't be imported.
     """
-    try:
+    with importing("huggingface_hub", *_name_need(repo, filename)):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        raise _name_missing(repo, filename) from error
     try:
         return Path(hf_hub_download(repo, filename, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return _download(repo, filename, revision)
 
 
-def _name_missing(repo: str, filename: str) -> MissingDependencyError:
-    """Name what the backbone of a file lacks, as the hub's package comes with its extra."""
+def _name_need(repo: str, filename: str) -> tuple[str, str]:
+    """Say what needs the hub's package for a file, and what brings it: the backbone's own extra."""
     for info in BACKBONES:
         if info.hub == (repo, filename) and info.missing:
-            return MissingDependencyError(
-                info.missing[0], f"the backbone {info.name!r}", info.install
-            )
-    purpose = f"{filename} of {repo}"
-    return MissingDependencyError("huggingface_hub", purpose, "pip install huggingface_hub")
+            return f"the backbone {info.name!r}", info.install
+    return f"{filename} of {repo}", "pip install huggingface_hub"
 
 
 def _download(repo: str, filename: str, revision: str | None) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..errors import BackboneError, UnknownNameError, importing
 from ..spec import BackboneSpec, Context
 from .base import TorchBackbone, load_checkpoint, load_into, resize_frames, seeded
 from .catalogue import SAM2_INSTALL
@@ -190,12 +190,10 @@ def _build_upstream(model: str, size: int | None) -> nn.Module:
 
     The file is read as it is, as Hydra's ``compose`` depends on the state of the process.
     """
-    try:
+    with importing("sam2", f"the backbone {model!r}", SAM2_INSTALL):
         import sam2
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
-    except ImportError as error:
-        raise MissingDependencyError("sam2", f"the backbone {model!r}", SAM2_INSTALL) from error
     file = Path(sam2.__path__[0]) / published_files(model)[0]
     config = OmegaConf.load(file).model
     config.image_size = size or config.image_size

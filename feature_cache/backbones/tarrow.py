@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..errors import BackboneError, MissingDependencyError, UnknownNameError
+from ..errors import BackboneError, UnknownNameError, importing
 from ..forks import cached_property
 from ..spec import BackboneSpec, Normalization
 from .base import TorchBackbone, load_into, seeded
@@ -87,10 +87,8 @@ class TimeArrow(TorchBackbone):
         return Path(self.weights)
 
     def _kwargs(self) -> dict[str, Any]:
-        try:
-            import yaml
-        except ImportError as error:
-            raise MissingDependencyError("tarrow", self.name, _INSTALL) from error
+        import yaml
+
         file = self._folder() / _KWARGS
         try:
             kwargs = yaml.safe_load(file.read_text("utf-8"))
@@ -107,12 +105,8 @@ class TimeArrow(TorchBackbone):
         return None if self._seed() is not None else self._folder() / _STATE
 
     def _build(self) -> nn.Module:
-        try:
+        with importing("tarrow", f"the backbone {self.name!r}", _INSTALL):
             from tarrow.models.backbones import get_backbone
-        except ImportError as error:
-            raise MissingDependencyError("tarrow", f"the backbone {self.name!r}", _INSTALL) from (
-                error
-            )
         with seeded(self._seed() or 0):
             network, _ = get_backbone(self.architecture, n_input=1)
         file = self._weights_file()

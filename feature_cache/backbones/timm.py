@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, MissingDependencyError, UnknownNameError, find_nearest
+from ..errors import BackboneError, UnknownNameError, find_nearest, importing
 from ..forks import cached_property
 from ..hashing import JSON
 from ..spec import BackboneSpec
@@ -250,7 +250,5 @@ def _has_own_size(config: Any) -> bool:
 
 
 def _import_timm(name: str) -> ModuleType:
-    try:
+    with importing("timm", f"the backbone {name!r}", _INSTALL):
         return import_module("timm")
-    except ImportError as error:
-        raise MissingDependencyError("timm", f"the backbone {name!r}", _INSTALL) from error

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from ..errors import MissingDependencyError
+from ..errors import importing
 from ..hashing import Digest
 from ..spec import BackboneSpec
 from .base import (
@@ -37,15 +37,12 @@ def import_transformers(purpose: str) -> Any:
     ------
     MissingDependencyError
         It is not installed; names the extra.
+    BrokenDependencyError
+        It can't be imported.
     """
-    try:
+    install = 'pip install "feature-cache[transformers]"'
+    with importing("transformers", f"the backbone {purpose!r}", install):
         return import_module("transformers")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "transformers",
-            f"the backbone {purpose!r}",
-            'pip install "feature-cache[transformers]"',
-        ) from error
 
 
 class HubBackbone(TorchBackbone):

@@ -169,7 +169,7 @@ def warm(
     from ..backbones.name import name_with_dtype
     from ..cache import open_to_fill
     from ..train_options import find_training
-    from ..warm import plan_warm
+    from ..warm import WarmReport, plan_warm
 
     check_file(report)
     training = find_training(movies)
@@ -181,6 +181,7 @@ def warm(
                 said[name] = context.params[name]
         if said["backbone"] is None and not from_grids:
             _build_training(training, cache, plan)
+            _show_report(WarmReport(0, 0, 0, 0.0), as_json, report)
             return
         backbone, weights, pooling, copies, seed, policy = said.values()
     named = backbone and name_with_dtype(backbone, compute_dtype)

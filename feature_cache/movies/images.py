@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,8 +112,14 @@ class Series(Images):
         """Count the images."""
         return len(self.times)
 
-    def __getitem__(self, t: int) -> NDArray[Any]:
-        """Read image `t`: (H, W) or (Z, H, W)."""
+    @overload
+    def __getitem__(self, t: int) -> NDArray[Any]: ...
+    @overload
+    def __getitem__(self, t: slice) -> Series: ...
+    def __getitem__(self, t: int | slice) -> NDArray[Any] | Series:
+        """Read image `t`: (H, W) or (Z, H, W); a slice gives a part of the series, and reads none."""
+        if isinstance(t, slice):
+            return replace(self, times=self.times[t])
         image = self._read(self.source, t)
         if self.overlay is not None:
             over = self._read(self.overlay, t)

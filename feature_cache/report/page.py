@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingDependencyError
+from ..errors import importing
 from ..hashing import JSON
 from ..units import count_text, size_text, time_text
 from .colours import Directions, Palette
@@ -79,12 +79,8 @@ def load_style() -> str:
 @cache
 def load_templates() -> Environment:
     """Make what fills in our pages; MissingDependencyError without the extra ``report``."""
-    try:
+    with importing("jinja2", "the report", 'pip install "feature-cache[report]"'):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingDependencyError(
-            "jinja2", "the report", 'pip install "feature-cache[report]"'
-        ) from error
     loader = FileSystemLoader(_TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters |= {

@@ -1,20 +1,19 @@
 """Cached features in Trackastra: training data, training, and tracking.
 
-The only package here that imports trackastra. Written for, and tested with, trackastra 0.5.6.
+The only package here that imports trackastra. Written for, and tested with, trackastra 0.5.5 and
+0.5.6.
 Everything public is listed in ``__init__.pyi`` and loaded when it is first used.
 """
 
 import lazy_loader
 
-from ..errors import MissingDependencyError
+from ..errors import BrokenDependencyError, MissingDependencyError, importing
 
 try:
-    import trackastra as _trackastra  # noqa: F401
-except ImportError as _error:
-    _missing = MissingDependencyError(
-        "trackastra", "feature_cache.trackastra", 'pip install "feature-cache[trackastra]"'
-    )
-    _missing.name = __name__  # so that `python -m` says it in one line, without a traceback
-    raise _missing from _error
+    with importing("trackastra", __name__, 'pip install "feature-cache[trackastra]"'):
+        import trackastra as _trackastra  # noqa: F401
+except (MissingDependencyError, BrokenDependencyError) as _error:
+    _error.name = __name__  # so that `python -m` says it in one line, without a traceback
+    raise
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

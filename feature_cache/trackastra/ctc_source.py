@@ -152,6 +152,6 @@ def owners_of(data: Any, folders: Sequence[str]) -> tuple[int, ...]:
     if len(owners) != len(data.windows):
         raise MovieError(
             f"{data.root} has {len(data.windows)} windows, expected {len(owners)} from its "
-            f"detections {list(folders)}: is this trackastra 0.5.6?"
+            f"detections {list(folders)}: is this trackastra 0.5.5 or 0.5.6?"
         )
     return tuple(owners)

@@ -26,7 +26,7 @@ from ..backbones import load_backbone
 from ..backbones.from_spec import is_named, load_alike
 from ..cache import FeatureCache, MovieFeatures, check_batch_size
 from ..dataset import TokenFeatures
-from ..errors import BackboneError, MissingDependencyError, MovieError
+from ..errors import BackboneError, MovieError, importing
 from ..hashing import Digest, digest_json
 from ..movies import Movie, Series
 from ..store import Usage
@@ -245,8 +245,8 @@ def cached_inference(
 
     Raises
     ------
-    MissingDependencyError
-        The package trackastra-pretrained-feats is not installed.
+    MissingDependencyError, BrokenDependencyError
+        The package trackastra-pretrained-feats is not installed, or can't be imported.
     ValueError
         `weights` for a backbone that is loaded, or a `batch_size` below 1.
     In ``track``: as `FeatureCache.get_or_compute`, `load_backbone` and `CachedFeatureExtractor`;
@@ -274,10 +274,8 @@ def cached_inference(
     >>> with cached_inference("features"):  # doctest: +SKIP
     ...     graph, tracked = model.track(frames, masks, mode="greedy")
     """
-    if not _api.PRETRAINED_FEATS_INSTALLED:
-        raise MissingDependencyError(
-            MODEL_PACKAGE, "tracking with pretrained features", MODEL_INSTALL
-        )
+    with importing(MODEL_PACKAGE, "tracking with pretrained features", MODEL_INSTALL):
+        import trackastra_pretrained_feats  # noqa: F401  Trackastra hides why it isn't there
     if weights is not None and backbone is not None and not isinstance(backbone, str):
         raise ValueError("weights are for a backbone that is loaded by name; this one has its own")
     check_batch_size(batch_size)

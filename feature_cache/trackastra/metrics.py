@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from trackastra.tracking import graph_to_ctc
 
-from ..errors import MissingDependencyError, MovieError, MovieNotFoundError
+from ..errors import MovieError, MovieNotFoundError, importing
 from ..movies import ReadOptions, Tracks, read_image, read_tracks
 from ..movies.formats import list_images
 from ..movies.times import order_files
 from ..outputs import check_folder
 
-try:
+with importing("traccuracy", "scoring tracks", 'pip install "feature-cache[trackastra]"'):
     from traccuracy import TrackingGraph
     from traccuracy.matchers import CTCMatcher
     from traccuracy.metrics import CTCMetrics, DivisionMetrics
-except ImportError as _error:
-    raise MissingDependencyError(
-        "traccuracy", "scoring tracks", 'pip install "feature-cache[trackastra]"'
-    ) from _error
 
 _FILES = ("*.tif", "*_track.txt")
 """What the folder of a result is read from."""
@@ -136,7 +133,9 @@ def score_tracks(
     if not known.graph.number_of_edges():
         raise ValueError(f"{truth} has no links in frames {first} to {first + frames - 1}")
     links = known.graph.number_of_edges()
-    matched = CTCMatcher().compute_mapping(known, tracked)
+    with warnings.catch_warnings():  # that the boxes of cells are found in the masks
+        warnings.filterwarnings("ignore", ".*regionprops", UserWarning)
+        matched = CTCMatcher().compute_mapping(known, tracked)
     errors = CTCMetrics().compute(matched).results
     missed, wrong = errors["fn_edges"], errors["fp_edges"]
     scores = {
@@ -193,11 +192,15 @@ def _check_labels(mask: NDArray[Any], listed: NDArray[np.int64], file: Path) -> 
 
 
 def _link(tracks: Tracks) -> Any:
-    """Make a graph whose nodes are (label, frame)."""
+    """Make a graph with a node for each label and frame; its nodes are integers."""
     graph = nx.DiGraph()
-    last = {label: (label, end) for label, _, end, _ in tracks.tolist()}
+    lengths = tracks[:, 2] - tracks[:, 1] + 1
+    last = dict(zip(tracks[:, 0].tolist(), (np.cumsum(lengths) - 1).tolist(), strict=True))
     for label, start, end, parent in tracks.tolist():
-        nodes = [(label, t) for t in range(start, end + 1)]
-        graph.add_nodes_from((node, {"segmentation_id": label, "t": node[1]}) for node in nodes)
+        first = last[label] - (end - start)
+        nodes = range(first, last[label] + 1)
+        graph.add_nodes_from(
+            (node, {"segmentation_id": label, "t": start + node - first}) for node in nodes
+        )
         nx.add_path(graph, [last[parent], *nodes] if parent else nodes)
     return graph

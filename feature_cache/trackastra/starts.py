@@ -269,7 +269,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         if unlike:
             _log.warning(
                 "the training data of %s are not kept: %s; are its tracks a forest, and is this "
-                "trackastra 0.5.6?", self.root, unlike,
+                "trackastra 0.5.5 or 0.5.6?", self.root, unlike,
             )  # fmt: skip
             return built
         if key is not None:

@@ -7,7 +7,6 @@ feature_cache.trackastra.cached_inference tracks with it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -28,7 +27,7 @@ from trackastra.utils import seed
 from ..augment import Augmentations
 from ..backbones import load_backbone
 from ..cache import FeatureCache
-from ..errors import BackboneError, FeatureCacheError, MissingDependencyError
+from ..errors import BackboneError, FeatureCacheError, importing
 from ..movies import ReadOptions, read_image
 from ..outputs import check_folder
 from ..spec import SpaceSpec
@@ -193,9 +192,8 @@ def check_movie(data: Any) -> None:
 
 def _open_wandb(options: argparse.Namespace) -> WandbLogger:
     """Begin a run of Weights & Biases before anything is computed: it may need a login."""
-    if importlib.util.find_spec("wandb") is None:
-        raise MissingDependencyError("wandb", "--logger wandb", "pip install wandb")
-    from wandb.errors import Error
+    with importing("wandb", "--logger wandb", "pip install wandb"):
+        from wandb.errors import Error
 
     logger = WandbLogger(options.name, project=options.wandb_project)
     try:
@@ -257,7 +255,7 @@ def choose_folder(options: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def train(options: argparse.Namespace) -> str:
-    """Train; say what there is at the end.
+    """Train; say what there is at the end, in the first rank of several.
 
     Raises
     ------
@@ -266,7 +264,7 @@ def train(options: argparse.Namespace) -> str:
     BackboneError
         The folder's model was trained on other features.
     FloatingPointError
-        Most batches of an epoch gave NaN.
+        Most batches of an epoch gave NaN, or all of the validation: no model was kept.
     """
     seed(options.seed)
     folder, checkpoint = choose_folder(options)
@@ -309,13 +307,17 @@ def train(options: argparse.Namespace) -> str:
             interrupted = True
     kept = _describe_kept(options, folder)
     if interrupted:
-        print(
-            f"interrupted in epoch {trainer.current_epoch}, after {trainer.global_step} steps; "
-            f"kept: {kept}",
-            file=sys.stderr,
-        )
+        if trainer.is_global_zero:
+            print(
+                f"interrupted in epoch {trainer.current_epoch}, after {trainer.global_step} steps; "
+                f"kept: {kept}",
+                file=sys.stderr,
+            )
         sys.exit(130)
-    return _describe_end(trainer, options, kept, started)
+    said = _describe_end(trainer, options, kept, started)
+    if not options.dry and not (folder / "model.pt").exists():
+        raise FloatingPointError(kept)
+    return said if trainer.is_global_zero else ""
 
 
 def _steps_of(checkpoint: Path | None) -> int:
@@ -330,7 +332,7 @@ def _describe_kept(options: argparse.Namespace, folder: Path) -> str:
     last = folder / "checkpoints" / "last.ckpt"
     goes_on = f", and {last}, from which --resume goes on" if last.exists() else ""
     if not (folder / "model.pt").exists():
-        return f"no model, as no epoch has a validation loss{goes_on}"
+        return f"no model, as no epoch has a validation loss that is a number{goes_on}"
     return f"model: {folder}"
 
 
@@ -350,11 +352,14 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train, from a command line; what goes wrong becomes one line."""
     options = parse_options(words, prog)
     try:
-        print(train(options))
+        said = train(options)
     except (
         FeatureCacheError, FloatingPointError, ValueError, FileNotFoundError, yaml.YAMLError,
     ) as error:  # fmt: skip
         text = str(error)
         if text.startswith("Caught "):  # in a DataLoader worker, and its traceback
             text = text.strip().splitlines()[-1]
-        sys.exit(f"error: {text}")
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+    if said:
+        print(said)

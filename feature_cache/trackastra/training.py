@@ -21,18 +21,14 @@ from torch.nn import functional
 from trackastra.model import TrackingTransformer
 from trackastra.utils import blockwise_causal_norm, blockwise_sum
 
-from ..errors import MissingDependencyError
+from ..errors import importing
 from ..train_options import MODEL_INSTALL, MODEL_PACKAGE
 from .inference import whole_batches
 from .model_features import ModelFeatures, check_resumed
 from .shallow import columns_of
 
-try:
+with importing(MODEL_PACKAGE, "training a model", MODEL_INSTALL):
     from trackastra_pretrained_feats import TrackingTransformerwPretrainedFeats
-except ModuleNotFoundError as error:
-    if error.name != "trackastra_pretrained_feats":
-        raise
-    raise MissingDependencyError(MODEL_PACKAGE, "training a model", MODEL_INSTALL) from error
 
 Batch = Mapping[str, Tensor]
 _log = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_cache import Movie, MovieError, MovieNotFoundError, NoMasksError
+from feature_cache import FeatureCache, Movie, MovieError, MovieNotFoundError, NoMasksError
 from feature_cache.movies import link_by_overlap, read_tracks, write_movie
+from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
 
 
@@ -328,3 +329,21 @@ def test_tracks_in_any_encoding_of_editors(small_folder, encoding):
     file = truth_of(root) / "man_track.txt"
     file.write_text(file.read_text(), encoding)
     assert np.array_equal(Movie.open(root).tracks, make_movie()[2])
+
+
+def test_a_slice_of_frames_or_masks_is_a_series_with_the_same_keys(tmp_path, small_folder):
+    root = small_folder()
+    movie = Movie.open(root)
+    frames, masks = movie.frames[1:5:2], movie.masks[1:5:2]
+    assert [len(frames), frames.name_of(1), frames.files_of(0)] == [
+        *(2, movie.frames.name_of(3), movie.frames.files_of(1)),
+    ]
+    assert np.array_equal(frames[1], movie.frames[3])
+    assert np.array_equal(masks[-1], movie.masks[3])
+    assert len(movie.frames[9:]) == 0
+    cache = FeatureCache(tmp_path / "cache")
+    whole = cache.get_or_compute(movie, backbone=FakeBackbone(8, 4))
+    found = cache.get(frames, masks, FakeBackbone(8, 4))
+    for record, t in zip(found, (1, 3), strict=True):
+        assert record is not None
+        assert np.array_equal(record.features, whole[t].features)

@@ -14,10 +14,10 @@ from typing import Any
 
 from ...errors import (
     CorruptRecordError,
-    MissingDependencyError,
     NotACacheError,
     StoreError,
     UnknownNameError,
+    importing,
 )
 from ...key import Keys
 from ..array import ArrayFile
@@ -81,11 +81,8 @@ def open_remote(url: str, **options: Any) -> Remote:
     if not url.startswith(SCHEMES):
         raise UnknownNameError("kind of remote", url, SCHEMES)
     package, extra = ("huggingface_hub", "hub") if url.startswith(HUB) else ("obstore", "remote")
-    try:
+    with importing(package, f"the remote {url}", f"pip install 'feature-cache[{extra}]'"):
         import_module(package)
-    except ImportError as error:
-        install = f"pip install 'feature-cache[{extra}]'"
-        raise MissingDependencyError(package, f"the remote {url}", install) from error
     return Remote(url, options)
 
 
