@@ -131,6 +131,7 @@ def load(parts: Parts, cache: Path, backbone: Any, options: argparse.Namespace) 
         {"batch_size": BATCH, "num_workers": 0, "collate_fn": collate},
         cache=cache, backbone=backbone,
         augmentations=Augmentations("default", copies=options.copies, seed=0),
+        rotate_features=options.rotate_features,
     )  # fmt: skip
     data.setup("fit")
     for dataset in data.datasets.values():
@@ -181,13 +182,20 @@ def link_nearest(masks: Any) -> Any:
 
 
 def track(
-    model: Any, arm: str, movie: tuple[Any, Any], cache: Path, backbone: Any, threshold: float
+    model: Any,
+    arm: str,
+    movie: tuple[Any, Any],
+    cache: Path,
+    backbone: Any,
+    threshold: float,
+    rotate_features: bool,
 ) -> Any:
     args = {
         "features": "wrfeat" if arm == "none" else "pretrained_feats",
         "pretrained_feats_model": BACKBONE,
         "pretrained_feats_mode": "mean_patches_exact",
         "pretrained_feats_additional_props": "regionprops2",
+        "rotate_features": rotate_features and arm != "none",
     }
     linking = partial(track_greedy, threshold=threshold)
     with (
@@ -246,7 +254,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]))
     parser.add_argument("--copies", type=int, default=2)
     parser.add_argument("--feature_dropout", type=float, default=0.0)
-    parser.add_argument("--threshold", type=float, default=0.5, help="of links")
+    parser.add_argument("--rotate_features", action="store_true")
+    parser.add_argument("--threshold", type=float, nargs="+", default=[0.5], help="of links")
     options = parser.parse_args()
     print("| movies | truth | features | links | links F1 | missed | wrong |")
     print("|---|---|---|---:|---:|---:|---:|", flush=True)
@@ -267,15 +276,16 @@ def main() -> None:
             for arm in options.arms:
                 backbone = backbones.get(arm, learnt)
                 with quiet():
-                    data, scores = load(parts, cache, backbone, options), []
-                    for number in range(options.seeds):
-                        model = train(data, arm, backbone.spec.width, number, options)
-                        graphs = [
-                            track(model, arm, movie, cache, backbone, options.threshold)
-                            for movie in movies
-                        ]
-                        scores.append(score(graphs, parts["test"], folder))
-                print(row_of(kind, arm, scores), flush=True)
+                    data = load(parts, cache, backbone, options)
+                    width = backbone.spec.width
+                    models = [train(data, arm, width, n, options) for n in range(options.seeds)]
+                for threshold in options.threshold:
+                    with quiet():
+                        rest = cache, backbone, threshold, options.rotate_features
+                        graphs = [[track(m, arm, movie, *rest) for movie in movies] for m in models]
+                        scores = [score(found, parts["test"], folder) for found in graphs]
+                    named = arm if len(options.threshold) == 1 else f"{arm}, {threshold}"
+                    print(row_of(kind, named, scores), flush=True)
 
 
 if __name__ == "__main__":

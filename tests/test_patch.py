@@ -353,7 +353,7 @@ def test_copies_have_the_seed_of_the_scripts_configuration(
 
 
 def test_without_trackastra_the_command_says_so_in_one_line(tmp_path):
-    (tmp_path / "trackastra.py").write_text("raise ImportError")
+    (tmp_path / "trackastra.py").write_text("raise ModuleNotFoundError(name=__name__)")
     done = subprocess.run(
         [sys.executable, "-m", "feature_cache.trackastra.run", "--help"],
         capture_output=True, text=True, check=False,

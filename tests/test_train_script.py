@@ -180,14 +180,16 @@ def test_movies_that_are_no_use_are_named(
         training.train(training.parse_options(config(**{**options, "window": 3, **given})))
 
 
-def test_an_error_is_one_line_from_a_worker_too(monkeypatch):
+def test_an_error_is_one_line_from_a_worker_too(monkeypatch, capsys):
     def train(_):
         raise ValueError("Caught ValueError in DataLoader worker 0.\nTraceback\nValueError: why\n")
 
     monkeypatch.setattr(training, "parse_options", lambda *_: None)
     monkeypatch.setattr(training, "train", train)
-    with pytest.raises(SystemExit, match=r"^error: ValueError: why$"):
+    with pytest.raises(SystemExit) as ended:
         training.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: ValueError: why\n"
 
 
 def test_a_folder_that_exists_is_gone_on_with_or_an_error(config, tmp_path):
@@ -224,8 +226,11 @@ def test_warmed_by_its_configuration_a_training_computes_and_builds_nothing(
     words = config(**given, device="cpu", num_workers=0)
     cache = str(tmp_path / "cache")
     with parallel_config(backend="sequential"):
-        done = CliRunner().invoke(app, ["warm", words[1], "--cache", cache])
+        report = tmp_path / "report.json"
+        command = ["warm", words[1], "--cache", cache, "--report", str(report)]
+        done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output
+        assert json.loads(report.read_text())["computed"] == (0 if given is EXAMPLE else 6 * 3)
         assert "training data of 1 movie built" in done.output
         monkeypatch.setattr(CTCData, "_load_wrfeat", lambda _: pytest.fail("built again"))
         options = training.parse_options([*words, "--cache", cache, "--only_prechecks"])
@@ -238,6 +243,30 @@ def test_warmed_by_its_configuration_a_training_computes_and_builds_nothing(
         data.prepare_data()
         data.setup("fit")
         assert sum(split.warm() for split in data.datasets.values()) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_whose_validation_is_all_nan_kept_no_model_and_says_so(
+    config, tmp_path, monkeypatch
+):
+    choose = training.choose_model
+
+    def spoil(*given):
+        model = choose(*given)
+        model.register_forward_hook(
+            lambda model, _, logits: logits if model.training else logits * torch.nan
+        )
+        return model
+
+    monkeypatch.setattr(training, "choose_model", spoil)
+    options = training.parse_options(config(
+        **EXAMPLE | {"window": 3, "crop_size": [30, 40], "outdir": str(tmp_path), "name": "run"},
+        device="cpu", num_workers=0, cache=str(tmp_path / "cache"), logger="none",
+        timestamp=False, d_model=16, epochs=1, train_samples=8,
+    ))  # fmt: skip
+    with parallel_config(backend="sequential"), pytest.raises(FloatingPointError) as ended:
+        training.train(options)
+    assert str(ended.value).startswith("no model, as no epoch has a validation loss that is a ")
 
 
 @pytest.mark.slow

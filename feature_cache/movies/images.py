@@ -117,7 +117,7 @@ class Series(Images):
     @overload
     def __getitem__(self, t: slice) -> Series: ...
     def __getitem__(self, t: int | slice) -> NDArray[Any] | Series:
-        """Read image `t`: (H, W) or (Z, H, W); a slice gives a part of the series, and reads none."""
+        """Read image `t`: (H, W) or (Z, H, W); a slice gives a series, and reads nothing."""
         if isinstance(t, slice):
             return replace(self, times=self.times[t])
         image = self._read(self.source, t)
