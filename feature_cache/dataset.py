@@ -272,20 +272,37 @@ class TokenFeatures:
         """Compute all that is missing, in every copy; give the number of records computed."""
         return warm_tokens([self])
 
-    def prefetch(self, movie: int, times: Sequence[int], copy: int = 0) -> None:
-        """Have records computed in the background that will be asked for; waits for nothing.
+    def choose(self, index: int, before: int = 0) -> int:
+        """Give the copy that a sample uses, as `Copies.choose`; 0 where there are none."""
+        return 0 if self.copies is None else self.copies.choose(index, before)
 
-        Where too much waits already, nothing is done.
+    def foresees(self, index: int) -> bool:
+        """Tell whether the records of a coming sample are known, and computed if need be."""
+        return self.on_miss == "compute" and (self.copies is None or self.copies.knows(index))
+
+    def prefetch(self, index: int, movie: int, times: Sequence[int], before: int = 0) -> None:
+        """Have the records of a coming sample computed in the background; waits for nothing.
+
+        Where they aren't foreseen, or too much waits already, nothing is done.
 
         Parameters
         ----------
-        movie, copy : int
+        index, before : int
+            As `Copies.choose`.
+        movie : int
             As in a call.
         times : sequence of int
             Frames of the movie.
         """
-        if self.on_miss == "compute":
-            self._misses.prefetch(self.variants[movie][copy], times, batch_size=self.batch_size)
+        if not self.foresees(index):
+            return
+        copy = 0 if self.copies is None else self.copies.choose(index, before, ahead=True)
+        self._misses.prefetch(self.variants[movie][copy], times, batch_size=self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose other copies, as `Copies.set_epoch`."""
+        if self.copies is not None:
+            self.copies.set_epoch(epoch)
 
     def complete(self, movie: MovieFeatures, lookups: Sequence[Lookup]) -> None:
         """Count what was found of one of the `variants`, and get what was not. Errors as a call."""
@@ -477,8 +494,8 @@ class CachedFeatureDataset(Dataset[Sample]):
             raise ValueError(f"{len(movies)} movies: pass movie_of, from a sample to its movie")
         self.dataset, self.movie_of, self.frames_of = dataset, movie_of, frames_of
         samples = len(dataset) if isinstance(dataset, Sized) else 0
-        self.copies = Copies(augmentations, samples) if augmentations is not None else None
-        self.tokens = TokenFeatures(movies, self.copies, on_miss, batch_size, progress)
+        copies = Copies(augmentations, samples) if augmentations is not None else None
+        self.tokens = TokenFeatures(movies, copies, on_miss, batch_size, progress)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -507,9 +524,9 @@ class CachedFeatureDataset(Dataset[Sample]):
         count = len(self.tokens.movies)
         if movie not in range(count):
             raise ValueError(f"movie_of({index}) is {movie!r}: expected 0 to {count - 1}")
-        copy = 0
-        if self.copies is not None:
-            copy = sample["copy"] = self.copies.choose(index)
+        copy = self.tokens.choose(index)
+        if self.tokens.copies is not None:
+            sample["copy"] = copy
         return self.tokens.begin(sample, movie, copy)
 
     def prefetch(self, indices: Iterable[int]) -> None:
@@ -519,12 +536,9 @@ class CachedFeatureDataset(Dataset[Sample]):
         otherwise the copy of a sample isn't known. What doesn't fit in a bounded queue is passed
         over.
         """
-        for index in indices:
-            if self.copies is not None and not self.copies.knows(index):
-                continue
-            copy = 0 if self.copies is None else self.copies.choose(index, ahead=True)
+        for index in filter(self.tokens.foresees, indices):
             movie = 0 if self.movie_of is None else self.movie_of(index)
-            self.tokens.prefetch(movie, self._frames_of(index), copy)
+            self.tokens.prefetch(index, movie, self._frames_of(index))
 
     def _frames_of(self, index: int) -> list[int]:
         if self.frames_of is not None:
@@ -533,8 +547,7 @@ class CachedFeatureDataset(Dataset[Sample]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `Copies.set_epoch`."""
-        if self.copies is not None:
-            self.copies.set_epoch(epoch)
+        self.tokens.set_epoch(epoch)
 
     def warm(self) -> int:
         """Compute all that is missing; give the number of records computed."""

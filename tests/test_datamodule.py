@@ -126,7 +126,7 @@ def test_a_window_that_comes_often_has_every_copy(movies, tmp_path):
     sampler = {"batch_size": 2, "n_pool": 2, "num_samples": 2000}
     module = make_module(movies, str(tmp_path), sampler_kwargs=sampler, seed=8)
     module.setup("fit")
-    copies = module.datasets["train"].datasets[0].feature_cache_extras.copies
+    copies = module.datasets["train"].datasets[0].feature_cache_extras.tokens.copies
     drawn = [n for batch in module.train_dataloader().batch_sampler.batch_sampler for n in batch]
     table = np.zeros((len(module.datasets["train"]), copies.count + 1))
     for n in drawn:

@@ -344,7 +344,7 @@ def test_copies_have_the_seed_of_the_scripts_configuration(
         "import sys\nfrom trackastra.data import CTCData\n"
         f"data = CTCData(root=r'{movies / 'one/01'}', window_size=3, augment=1, "
         "features='pretrained_feats_aug', pretrained_feats_model='debug/random')\n"
-        "sys.seed = data.feature_cache_extras.copies.augmentations.seed\n"
+        "sys.seed = data.feature_cache_extras.tokens.copies.augmentations.seed\n"
     )
     given = ["run", "--cache", tmp_path / "cache", script, "-c", config, *words]
     monkeypatch.setattr(sys, "argv", [*map(str, given)])

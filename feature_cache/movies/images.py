@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -56,6 +57,10 @@ class Images(ABC):
         MovieError
             It can't be read, or is not what a movie's image is.
         """
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        """Read the images, one after the other."""
+        return (self[t] for t in range(len(self)))
 
     @property
     @abstractmethod

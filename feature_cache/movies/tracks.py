@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,8 +42,8 @@ def read_tracks(file: str | os.PathLike[str]) -> Tracks:
 
 def write_movie(
     root: str | os.PathLike[str],
-    frames: Sequence[NDArray[Any]],
-    masks: Sequence[NDArray[Any]],
+    frames: Iterable[NDArray[Any]],
+    masks: Iterable[NDArray[Any]],
     tracks: Tracks,
 ) -> None:
     """Write a movie as ``<root>`` and ``<root>_GT/TRA``.
@@ -52,7 +52,7 @@ def write_movie(
     ----------
     root : path
         Such as ``data/01``.
-    frames, masks : sequences of (H, W) or (Z, H, W)
+    frames, masks : arrays (T, H, W) or (T, Z, H, W), or as many images
         A label is the same cell over time.
     tracks : (N, 4) int64
     """
@@ -73,7 +73,7 @@ def _write_tiff(file: Path, image: NDArray[Any]) -> None:
     tifffile.imwrite(file, image, compression="zlib", photometric="minisblack", metadata=axes)
 
 
-def link_by_overlap(masks: Sequence[NDArray[Any]]) -> tuple[list[Masks], Tracks]:
+def link_by_overlap(masks: Iterable[NDArray[Any]]) -> tuple[list[Masks], Tracks]:
     """Give each cell one label over time, linking regions that overlap most in consecutive frames.
 
     A region is the continuation of the region of the frame before that it shares most pixels with,

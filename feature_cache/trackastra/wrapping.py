@@ -38,7 +38,6 @@ class _Extras:
     """What a `CachedCTCData` adds to the samples of its `CTCData`."""
 
     tokens: TokenFeatures
-    copies: Copies | None
     movie_of: tuple[int, ...]
     frames_of: tuple[range, ...]
     shape: tuple[int, int]
@@ -49,27 +48,16 @@ class _Extras:
 
     def begin(self, n: int, sample: dict[str, Any]) -> Unfinished:
         """Give the sample of window `n` without its features, its geometry mapped as theirs."""
-        copy = 0
-        if self.copies is not None:
-            copy = self.copies.choose(n, self.before)
+        copy = self.tokens.choose(n, self.before)
+        if self.tokens.copies is not None:
             sample = {**sample, "copy": copy}
-            draw = self.copies.draws[copy]
+            draw = self.tokens.copies.draws[copy]
             if self.columns is not None and not draw.is_identity:
                 sample = self._map(sample, draw)
         turn = None
         if self.rotate_features:
             turn = partial(rotate, coords=sample["coords"], shape=self.shape)
         return self.tokens.begin(sample, self.movie_of[n], copy, turn)
-
-    def prefetch(self, indices: Iterable[int]) -> None:
-        """Have the records of coming windows computed in the background."""
-        for n in indices:
-            if self.copies is not None and not self.copies.knows(n):
-                continue
-            copy = 0
-            if self.copies is not None:
-                copy = self.copies.choose(n, self.before, ahead=True)
-            self.tokens.prefetch(self.movie_of[n], self.frames_of[n], copy)
 
     def _map(self, sample: dict[str, Any], draw: Draw) -> dict[str, Any]:
         before = sample["coords0"]
@@ -158,15 +146,16 @@ class CachedCTCData(PlacedCTCData):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""
-        if self.feature_cache_extras.copies is not None:
-            self.feature_cache_extras.copies.set_epoch(epoch)
+        self.feature_cache_extras.tokens.set_epoch(epoch)
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the records of coming windows computed in the background; waits for none.
 
         As `feature_cache.CachedFeatureDataset.prefetch`.
         """
-        self.feature_cache_extras.prefetch(indices)
+        extras = self.feature_cache_extras
+        for n in indices:
+            extras.tokens.prefetch(n, extras.movie_of[n], extras.frames_of[n], extras.before)
 
     def warm(self) -> int:
         """Compute all that is missing, in every copy; give the number of records computed."""
@@ -304,7 +293,6 @@ def wrap(
         columns = columns_of(additional_props, data.ndim) if geometry == "map" else None
         extras = _Extras(
             TokenFeatures(movies, copies, on_miss, batch_size, progress),
-            copies,
             owners_of(data, folders),
             tuple(range(w["t1"], w["t1"] + data.window_size) for w in data.windows),
             (movies[0].frames.shape[-2], movies[0].frames.shape[-1]),
