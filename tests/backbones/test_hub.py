@@ -80,6 +80,6 @@ def test_a_missing_package_of_a_backbone_names_its_extra(monkeypatch):
     with pytest.raises(MissingDependencyError) as caught:
         hub_file("facebook/dinov2-base", "model.safetensors")
     assert str(caught.value) == (
-        "the backbone 'facebook/dinov2-base' needs the package 'transformers'; install it with: "
+        "the backbone 'facebook/dinov2-base' needs the package 'huggingface_hub'; install it with: "
         'pip install "feature-cache[transformers]"'
     )
