@@ -275,6 +275,7 @@ def test_too_few_frames(cache: FeatureCache) -> None:
         evaluate(Movie.of(frames, masks), [FakeBackbone()], cache, steps=[0])
     two = evaluate([Movie.of(frames, masks), Movie.of(frames, masks)], [FakeBackbone()], cache)
     assert two.steps[0].cells == 2 * CELLS
+    assert list(two.movies) == ["movie 1", "movie 2"]
 
 
 def test_a_verdict_claims_chance_only_where_cells_are_many(tmp_path: Path) -> None:

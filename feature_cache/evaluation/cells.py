@@ -65,14 +65,18 @@ class Cells:
             A mask has labels that are none.
         """
         if movie.masks is None:
-            raise MovieError(f"{movie.name} was opened without masks: it has no cells to compare")
+            raise MovieError(
+                f"{movie.name or 'a movie'} was opened without masks: it has no cells to compare"
+            )
         measured = [
             _measure(movie.frames[t], mask_labels(movie.masks[t], f"mask {t} of {movie.name}"))
             for t in range(len(movie))
         ]
         counts = [len(labels) for labels, _, _ in measured]
         if not any(counts):
-            raise MovieError(f"{movie.name} has no cell in any of its {len(movie)} masks")
+            raise MovieError(
+                f"{movie.name or 'a movie'} has no cell in any of its {len(movie)} masks"
+            )
         labels = np.concatenate([one for one, _, _ in measured])
         places = np.concatenate([one for _, one, _ in measured])
         shapes = np.concatenate([one for _, _, one in measured])

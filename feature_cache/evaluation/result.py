@@ -199,7 +199,7 @@ class Evaluation:
     ----------
     movies : dict of str to str
         Where the links of each movie come from: ``"man_track.txt"``, with what cells it lacks, or
-        ``"overlap"``.
+        ``"overlap"``. Movies of arrays are called by their number.
     steps : tuple of Step
     """
 

@@ -141,7 +141,8 @@ def evaluate(
                 trial.add(features)
         del arm, views, space
     found = tuple(trial.finish(list(setups.values()), len(trials)) for trial in trials)
-    return Evaluation({one.movie: one.truth for one in cells}, found)
+    truths = {one.movie or f"movie {n}": one.truth for n, one in enumerate(cells, start=1)}
+    return Evaluation(truths, found)
 
 
 def _check_given(*given: Sequence[Any]) -> None:
