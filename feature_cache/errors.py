@@ -16,6 +16,7 @@
     ├── MissingRecordError      LookupError      not in the cache, and not to be computed
     ├── ServiceError            ConnectionError  the process that computes is gone or refuses
     ├── SchedulerGoneError      ConnectionError  no Dask scheduler answers
+    ├── NotWrittenError                          a page, picture or report can't be written
     └── StoreError              OSError
         ├── NotACacheError                       the folder is something else
         ├── CacheVersionError                    a newer feature_cache wrote it

@@ -57,8 +57,7 @@ class Record:
     Attributes
     ----------
     features : (N, C), or a grid (gh, gw, C) or (Z, gh, gw, C), float16 or float32, read-only
-        In the storage dtype, the same numbers on a hit and on a miss. Mapped from the pack where
-        that can be.
+        In the storage dtype, the same numbers on a hit and on a miss.
     labels : (N,) int32, ascending; None for a grid
         The label of each row, as in the mask.
     """

@@ -59,8 +59,8 @@ class FeatureCache(OpenCache):
         (smaller). All are lossless and none is in a key.
     layers : sequence of path or URL
         Caches below, which are only read, the first one first: other folders, or what `push`
-        wrote to ``s3://…``, ``gs://…`` or ``az://…``, whose packs are brought here when they are
-        needed.
+        wrote to ``s3://…``, ``gs://…``, ``az://…`` or ``hf://datasets/…``, also as read by
+        ``https://…``; the packs of these are brought here when they are needed.
     promote : bool
         Whether packs of folders in `layers` are brought here too when they are read.
     create : bool
@@ -238,8 +238,8 @@ class FeatureCache(OpenCache):
         Returns
         -------
         dict
-            ``spaces``, ``records``, ``packs``, ``bytes`` (on disk), and in records ``hits``,
-            ``misses``, ``computed``.
+            ``spaces``, ``records``, ``packs``, ``bytes`` (on disk), in records ``hits``,
+            ``misses`` and ``computed``, and of features ``bytes_read`` and ``bytes_written``.
         """
         self.counter.save()
         spaces = self.store.spaces()
@@ -366,7 +366,8 @@ class FeatureCache(OpenCache):
         Parameters
         ----------
         url : str
-            ``s3://…``, ``gs://…``, ``az://…`` or ``file://…``; credentials as obstore finds them.
+            ``s3://…``, ``gs://…``, ``az://…`` or ``file://…``, with credentials as obstore finds
+            them; or ``hf://datasets/…``.
         progress : callable, optional
             Called with the number of bytes just sent.
         """

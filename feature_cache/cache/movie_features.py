@@ -163,8 +163,9 @@ class MovieFeatures(MovieKeys):
         """Compute and commit those records of some frames that are missing.
 
         Commits every 64 MB or 30 seconds, and what is complete when an error ends it. Records that
-        another process is computing are waited for, as long as that process lives. Where a frame's
-        grid is stored in float32, its record is pooled from it, and the backbone is not called.
+        another process is computing are waited for, as long as that process lives, and computed
+        here too where none has come for ten minutes. Where a frame's grid is stored in float32,
+        its record is pooled from it, and the backbone is not called.
 
         Parameters
         ----------

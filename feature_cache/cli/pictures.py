@@ -81,7 +81,8 @@ def report(
 ) -> None:
     """Write one page of HTML: what a cache holds, its use and health. Computes nothing.
 
-    Exit status 0 when the page is written, also where --verify finds damage.
+    Exit status 0 when the page is written, also where --verify finds damage; 1 when a --movie is
+    left out of it.
 
     Example: feature-cache report cache.html --cache features
     """

@@ -59,7 +59,7 @@ class RunProgress:
         self._tell()
 
     def fail(self, failure: Failure) -> None:
-        """Count what failed; the first few are shown at once."""
+        """Count what failed, and log why."""
         self.failed += failure.records
         _log.info("failed: %s (%d records)", failure.reason, failure.records)
         if self._bar is not None:

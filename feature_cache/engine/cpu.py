@@ -1,4 +1,4 @@
-"""From frames to records with all but the network on the CPU: what other ways are compared with."""
+"""From frames to records with all but draws and network on the CPU, to compare others with."""
 
 from __future__ import annotations
 

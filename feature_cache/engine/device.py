@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ..backbones.several_layers import Layers
 
 PLAIN = "FEATURE_CACHE_PLAIN"
-"""Set to 1, everything but the network is computed on the CPU; to 0, on any device there is."""
+"""Set to 1, all but draws and network is computed on the CPU; to 0, on any device there is."""
 
 
 def is_plain(device: object) -> bool:

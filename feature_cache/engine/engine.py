@@ -4,8 +4,8 @@
 
     claim    frames that nobody else computes, and are not there by now; the others wait their time
     read     decode, check and normalise, once a frame; as many threads as the process has cores
-    embed    batches of one shape, of whatever draws and movies, one after the other on the device;
-             the next one is drawn meanwhile
+    embed    batches of one shape (of any, where the network's input has but one), of whatever draws
+             and movies, one after the other on the device; the next one is drawn meanwhile
     pool     by the threads that read
     commit   by bytes, by age, or when another process waits
 

@@ -142,7 +142,7 @@ def _close_at_exit() -> None:
     """Close before the process leaves its caches, and before it can't start threads any more.
 
     The first is for a process of multiprocessing, the second for any other: what atexit calls comes
-    after the thread pools are closed, by which zarr writes.
+    after the thread pools are closed.
     """
     global _closes_at_exit
     if not _closes_at_exit:

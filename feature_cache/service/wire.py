@@ -5,12 +5,14 @@ A conversation is one of
 ::
 
     -> {"do": "want", "pooling", "dtype", "backbone", "space", "draw", "keys", "need", …,
-        where the movie is in files: "source", "frames": [[frame, digest, digest of the mask], …]}
+        where the movie is in files: "source", "name", "origin", "frames": [numbers],
+        "digests": [[frame, digest, digest of the mask], …]}
     <- {"pixels": [numbers of the keys whose frames are to be sent]}, none where "named" lists those
        that the server reads by itself; then straight to the records
-    -> {"frames": [{"frame": shape, "mask": shape, "digest", "mask_digest", …}, …]}
+    -> {"frames": [{"number", "frame": shape, "seen": how many frames, "mask": shape, "where",
+        "provenance"}, …]}
     <- {"go": true}, after memory for them is set aside
-    -> the arrays: frame, mask, frame, mask, …
+    -> the arrays: for each of them the frames that the backbone sees, then the mask, if any
     <- {"records": [{"features": shape, "labels": length} or {"error": [class, message]}, …]}
     <- the arrays: features, labels, …
 

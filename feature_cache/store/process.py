@@ -1,4 +1,4 @@
-"""Who uses a cache: one small file a process, touched every half minute.
+"""Who uses a cache: one small file a process, touched every 15 seconds.
 
 ``processes/<name>`` says host and process. Claims are held by such a name, and temporary folders
 carry one. A process that can't write the file (a read-only folder, a full disk) goes on without.

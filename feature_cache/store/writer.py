@@ -1,4 +1,4 @@
-"""Writing packs: under a temporary name, by zarr-python, synced, renamed."""
+"""Writing packs: under a temporary name, as Zarr's format says, synced, renamed."""
 
 from __future__ import annotations
 

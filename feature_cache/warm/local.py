@@ -131,7 +131,7 @@ def compute_units(
     budget: Budget | None = None,
     pushing: Pushing | None = None,
 ) -> None:
-    """Compute units; those that other processes are at are waited for, as long as these live."""
+    """Compute units; those of other processes are waited for, as by `MovieFeatures.compute`."""
 
     def is_over() -> bool:
         return tally.fatal is not None or (budget is not None and budget.is_over)

@@ -5,6 +5,7 @@
     <url>/CACHEDIR.TAG  zarr.json                     format version
       spaces/<space>/zarr.json                        the space's full spec
       spaces/<space>/packs/<pack>/                    see `feature_cache.store.pack`
+      tables/<space>                                  names, keys and sizes of packs of a space
 
 An object store has no rename: a pack is there when its group's ``zarr.json`` is, which is sent
 after all its other objects. Equal names mean equal records, so only missing packs are moved, and
