@@ -264,6 +264,7 @@ def make_parser(prog: str | None) -> _Parser:
         "these options, as for Trackastra's own train.py; what stands on the command line counts "
         "before it.",
         usage="%(prog)s CONFIG [options]",
+        epilog="Example: feature-cache train train.yaml --cache features --epochs 100",
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", type=Path, help="YAML with any of these")

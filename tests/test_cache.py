@@ -538,4 +538,4 @@ def test_nearest_patch_says_once_what_it_costs(cache, small):
     before, after = said.split("mean_patches_exact\n", 1)
     assert before == ""
     assert after.count("nearest_patch takes the one cell") == 1
-    assert "4 to 14 of 100 parents fewer" in after
+    assert "10 to 14 of 100 parents fewer" in after

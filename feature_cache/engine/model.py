@@ -262,7 +262,7 @@ class Model:
             if not apart <= bound:
                 raise BackboneError(
                     f"{self.spec.name} on {self.device} gives other numbers for "
-                    f"{embedding.frame.where} than when everything but the network is computed on "
+                    f"{embedding.frame.where} than when pixels are normalised and grids pooled on "
                     f"the CPU: up to {apart:.3g} of the largest in a vector, where rounding "
                     f"explains {bound:.3g}; nothing of it is stored: set {PLAIN}=1, and report it"
                 )
