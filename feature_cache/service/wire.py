@@ -5,12 +5,13 @@ A conversation is one of
 ::
 
     -> {"do": "want", "pooling", "dtype", "backbone", "space", "draw", "keys", "need", …,
-        where the movie is in files: "source", "frames": [[frame, digest, digest of the mask], …]}
+        where the movie is in files: "source", "frames": [their numbers],
+        "digests": [[frame, digest, digest of the mask], …] of all that the backbone sees}
     <- {"pixels": [numbers of the keys whose frames are to be sent]}, none where "named" lists those
        that the server reads by itself; then straight to the records
-    -> {"frames": [{"frame": shape, "mask": shape, "digest", "mask_digest", …}, …]}
+    -> {"frames": [{"number", "frame": shape, "seen": how many of it, "mask": shape, …}, …]}
     <- {"go": true}, after memory for them is set aside
-    -> the arrays: frame, mask, frame, mask, …
+    -> the arrays: of each, all frames that the backbone sees, then the mask
     <- {"records": [{"features": shape, "labels": length} or {"error": [class, message]}, …]}
     <- the arrays: features, labels, …
 
@@ -59,6 +60,7 @@ def greet(opened: socket.socket, authkey: bytes, *, server: bool) -> Connection:
     """
     opened.setblocking(True)
     limit_waiting(opened, GREETING_SECONDS)
+    # `Connection` takes the descriptor away; limits are the socket's, by whichever they are set
     file = opened.dup()
     made = mp.Connection(opened.detach())
     try:
