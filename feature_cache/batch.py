@@ -93,6 +93,7 @@ class Tokens:
         frames, bounds = _group(times)
         order = None
         if any(after <= before for before, after in pairwise(frames)):
+            # stable: within a frame labels stay in the sample's order, which is mostly the record's
             order = np.argsort(times, kind="stable")
             labels = labels[order]
             frames, bounds = _group(times[order])
@@ -129,7 +130,7 @@ class Tokens:
     def write(self, found: Found, rows: Tensor) -> None:
         """Write the features of the tokens into rows of a batch, and zeros into those left.
 
-        Errors as `select`.
+        FrameError for a label that is not in the mask of its frame.
         """
         if self.times:
             _cast(self.select(found), rows)
@@ -144,6 +145,7 @@ class Tokens:
         if tuple(offsets) == self.bounds and (span.labels == self.labels).all():
             return span.features
         known, asked = _number(span.labels, offsets), _number(self.labels, self.bounds)
+        # labels of a record ascend, and so do the numbers of frame and label together
         rows = known.searchsorted(asked)
         if not len(known) or (known.take(rows, mode="clip") != asked).any():
             return None

@@ -128,6 +128,7 @@ class Copies:
         count = self._shared[1 + (before + index) % self.samples]
         times = int(count)
         if not ahead:
+            # in place, in shared memory: all workers see it
             count += 1
         return choose_copy(seed, epoch, index, copies, *([times] if times else []))
 
@@ -313,6 +314,7 @@ class TokenFeatures:
         if absent:
             for one, record in zip(absent, self._fetch(movie, [a.t for a in absent]), strict=True):
                 one.record = record
+            # the first use of each is counted by `Misses.fetch`, as a hit where it was on its way
             self.count(movie, sum(one.uses - 1 for one in absent))
 
     def _fetch(self, movie: MovieFeatures, absent: Sequence[int]) -> list[Record]:

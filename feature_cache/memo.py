@@ -144,10 +144,13 @@ class Memo:
         before = None if _there_is_none() else _identify(files)
         if before is None:
             return compute()
+        # also under `no_memo`: what is read then replaces what is remembered, or has it forgotten
         page, name = self._page(files, purpose), _name_entry(files, part)
         known = page.recall(name, before)
         if known is not None and not memo_is_off():
             return known
+        # before it is read, so that a file which is written while it is read is too young;
+        # and looked at again after it, so that one which is replaced meanwhile is not remembered
         started = time.time_ns()
         fresh = compute()
         if fresh == known:
@@ -165,6 +168,7 @@ class Memo:
 
     def close(self) -> None:
         """Write what is new, and let go of what was loaded; it is loaded again when needed."""
+        # taken out first: a thread that asks meanwhile loads a page of its own
         pages, self._pages = self._pages, {}
         for page in pages.values():
             page.write()
@@ -203,11 +207,13 @@ class _Page:
             self.write()
 
     def forget(self, name: str) -> None:
+        # None is written too: removed here alone, it would come back from the file
         self.entries[name] = self.fresh[name] = None
 
     def write(self) -> None:
         if not self.fresh:
             return
+        # what others wrote meanwhile stays, and what is new here counts
         self.entries = {**self.entries, **_load_entries(self.file), **self.fresh}
         content = {**self.about, "entries": self.entries}
         _write_whole(self.file, json.dumps(content, separators=(",", ":")).encode())

@@ -113,6 +113,7 @@ class Frozen:
             return True
         if "spec" not in vars(self):
             return False
+        # attributes are kept in the order in which they were set: those before the spec made it
         before = takewhile(lambda known: known != "spec", vars(self))
         in_spec = name == "spec" or (name in before and not name.startswith("_"))
         return in_spec or callable(value) or (owner is not None and _is_ours(owner))
@@ -202,6 +203,7 @@ class TorchBackbone(Frozen, ABC):
     def _load(self) -> _Loaded:
         if self._shared is not None:
             return self._shared._loaded
+        # tensors of inference mode have no version, by which `NetworkState` sees changes
         with torch.inference_mode(False):
             network = self._build().eval().requires_grad_(False)
             weights = self._digest_network(network).hex()
@@ -221,6 +223,7 @@ class TorchBackbone(Frozen, ABC):
         """
         expected, loaded = self.spec.weights, self._loaded
         if loaded.weights != expected:
+            # the spec's digest may be the memo's, of a file that was replaced and left no trace
             file = self._weights_file()
             if file is not None:
                 with Memo() as memo:
@@ -402,6 +405,7 @@ def state_dict_digest(state: Mapping[str, Tensor]) -> Digest:
 
 def _as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
     plain = tensor.detach().cpu().contiguous()
+    # NumPy has no bfloat16
     if plain.dtype == torch.bfloat16:
         return plain.view(torch.int16).numpy()
     return plain.numpy()

@@ -114,6 +114,7 @@ def exact_float32() -> Iterator[None]:
     What was chosen comes back when the last of the threads inside has left.
     """
     global _depth
+    # not held in the block, in which other threads compute as well
     with _lock:
         if _depth == 0:
             _before[:] = [_switch(*switch) for switch in _precision_switches()]

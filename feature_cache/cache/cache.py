@@ -306,6 +306,7 @@ class FeatureCache(OpenCache):
             _log.warning("%s", again)
         if repair:
             maintenance.repair(self.store.root, again.wrong)
+            # packs went to quarantine without these open spaces being told
             for space in self._spaces.values():
                 space.refresh()
         return findings + again.wrong

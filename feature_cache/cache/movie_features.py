@@ -85,6 +85,7 @@ class MovieFeatures(MovieKeys):
             return None
         if self._places is None or self._places.index is not self.space.index:
             self._places = Places(self.space.index)
+        # taken once: another thread may exchange it for that of another index
         places = self._places
         unknown = [t for t in indices if t not in places.rows]
         if unknown:
@@ -121,6 +122,7 @@ class MovieFeatures(MovieKeys):
         absent = [t for t, record in records.items() if record is None]
         if absent:
             self._compute(absent, tally, batch_size=batch_size, keep_grids=keep_grids)
+            # from the store: the engine keeps no records, and a miss gives what a hit would
             records.update(zip(absent, self.space.read(self.keys(absent)), strict=True))
         tally.check()
         return [self.expect(t, records[t]) for t in wanted]

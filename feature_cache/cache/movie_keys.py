@@ -153,6 +153,7 @@ class MovieKeys:
         FrameError, MovieError
             The frame can't be read, or holds NaN; frame and mask don't fit.
         """
+        # without a lock: two threads that hash one frame find the same
         if t not in self._digests:
             frame = self._fingerprint(t, "frame", partial(self._hash_frame, t))
             if self.masks is None:
@@ -186,6 +187,7 @@ class MovieKeys:
         """Read a frame or mask to hash it."""
         image = images[t]
         self.images_read += 1
+        # only what was decoded from files: an array of the user's may change until it is computed
         if self.recent is not None and isinstance(image, np.ndarray) and images.files_of(t):
             self.recent.keep(images, t, image)
         return image
@@ -193,6 +195,7 @@ class MovieKeys:
     def _take_image(self, images: Series, t: int) -> Any:
         """Read a frame or mask to compute it, if it was not read to be hashed just now."""
         image = None if self.recent is None else self.recent.take(images, t)
+        # decoded here, and `take` gives it once: nobody else can change it
         if image is not None and image.flags.owndata:
             return image
         image = images[t] if image is None else image
@@ -231,18 +234,27 @@ class MovieKeys:
         return {s: self.digests(s) for t in indices for s in self.window(t)}
 
     def seen_digest(self, t: int) -> Digest:
-        """Give the digest of what the backbone sees for frame `t`. Errors as `digests`."""
+        """Give the digest of what the backbone sees for frame `t`.
+
+        FrameError or MovieError where a frame can't be read, or its mask doesn't fit.
+        """
         return window_digest([self.digests(s)[0] for s in self.window(t)])
 
     def key(self, t: int) -> Digest:
-        """Give the key of frame `t`'s record: 16 bytes. Errors as `digests`."""
+        """Give the key of frame `t`'s record: 16 bytes.
+
+        FrameError or MovieError where a frame can't be read, or its mask doesn't fit.
+        """
         if t not in self._keys:
             mask = self.digests(t)[1]
             self._keys[t] = record_key(self._space_digest, self.seen_digest(t), mask, self.draw)
         return self._keys[t]
 
     def keys(self, indices: Sequence[int] | None = None) -> Keys:
-        """Give the keys of some frames, by default all: (n, 16) uint8. Errors as `digests`."""
+        """Give the keys of some frames, by default all: (n, 16) uint8.
+
+        FrameError or MovieError where a frame can't be read, or its mask doesn't fit.
+        """
         joined = b"".join(map(self.key, self.numbers(indices)))
         return np.frombuffer(joined, np.uint8).reshape(-1, DIGEST_BYTES)
 
@@ -316,6 +328,7 @@ class MovieKeys:
             yield hash_one(frames[0])  # alone: it opens the memo's pages, which the others share
             for first in range(1, len(frames), 4 * threads):  # no further than is asked for
                 some = frames[first : first + 4 * threads]
+                # a thread of a pool doesn't inherit `no_memo`, which is a context variable
                 contexts = [contextvars.copy_context() for _ in some]
                 yield from readers.map(lambda context, t: context.run(hash_one, t), contexts, some)
 
@@ -340,6 +353,7 @@ class MovieKeys:
     def _read_pixels(self, t: int) -> Frame:
         given = self._take_image(self.frames, t)
         pixels, digest = frame_pixels(given, self.where(t)), self.digests(t)[0]
+        # hashed again: the digest may be the memo's, and the file another by now
         if frame_digest(pixels) != digest:
             raise self._changed(t)
         is_small = isinstance(given, np.ndarray) and given.dtype.kind in "bui"
@@ -347,6 +361,7 @@ class MovieKeys:
 
     def _changed(self, t: int) -> FrameError:
         """Let the memo forget frame `t` and its mask: a digest from it may be wrong."""
+        # written at once: the next run must not recall it either
         with self.memo as memo:
             for images, kind in ((self.frames, "frame"), (self.masks, "mask")):
                 place = None if images is None else in_files(images, t, kind)

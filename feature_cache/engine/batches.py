@@ -19,11 +19,14 @@ def choose_batch(ready: Sequence[Part]) -> list[Part]:
     order = {draw: n for n, draw in enumerate(dict.fromkeys(part.draw for part in alike))}
     chosen: list[Part] = []
     slices = 0
+    # a stable sort: under one draw, parts stay in the order of their ranks
     for part in sorted(alike, key=lambda part: order[part.draw]):
+        # one part at least: a stack may have more slices than a batch
         if chosen and slices >= first.request.batch_size:
             break
         chosen.append(part)
         slices += part.depth
+    # frames that are drawn at once lie together: `draw_groups` groups neighbours only
     return sorted(chosen, key=lambda part: (order[part.draw], part.embedding.frame.shape))
 
 

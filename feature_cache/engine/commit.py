@@ -131,6 +131,7 @@ class Commits:
         if self._budget is None:
             return True
         for last in (False, True):
+            # in the loop, as after a flush each space begins another pack
             wanted = size + (0 if space in self._spaces else PACK_BYTES)
             if self._budget.take(wanted):
                 self._reserved += wanted
@@ -154,7 +155,7 @@ class Commits:
         Raises
         ------
         StoreError
-            As `Space.write`.
+            A pack can't be written, as where the disk is full.
         """
         pending, self.pending, self._bytes = self.pending, {}, 0
         spaces, self._spaces = self._spaces, set()
@@ -170,8 +171,11 @@ class Commits:
                 self._counter.add(Usage(bytes_written=size))
                 self.committed += len(entries)
         finally:
+            # not before its packs are there: whoever claims a frame next looks for it in the store;
+            # after an error too, as anybody may compute again what is lost
             self._settled(list(pending))
         if self._budget is not None:
+            # after an error the reserve stays taken: the run ends with it
             self._budget.settle(reserved, sum(tree_bytes(pack) for _, pack in packs))
         if self._written is None:
             for space, _ in packs:

@@ -126,6 +126,7 @@ class Plain:
     def _images_of(self, frames: Sequence[Frame]) -> torch.Tensor:
         rule = self.spec.normalization
         images = torch.from_numpy(np.concatenate([frame.normalized(rule) for frame in frames]))
+        # before the draw too, which may clip to the range and hide it
         self._check_range(images, frames[0])
         return images.to(self.device)
 
@@ -152,6 +153,7 @@ class Plain:
 
 
 def _make_record(features: NDArray[np.floating[Any]], spec: SpaceSpec, frame: Frame) -> Record:
+    # what is too large becomes infinity, which is looked for next
     with np.errstate(over="ignore"):
         stored = features.astype(spec.dtype)
     if not np.isfinite(stored).all():
@@ -213,10 +215,12 @@ def draw_groups(
     spec : BackboneSpec
     """
     groups = []
+    # neighbours only, as `choose_batch` has put together what goes together
     for (draw, _), group in groupby(batch, key=lambda each: (each.draw, each.frame.shape)):
         members = list(group)
         frames = seen = [each.frame for each in members]
         if any(spec.context):
+            # windows overlap, and each frame is drawn once
             seen = list(dict.fromkeys(chain.from_iterable(frame.seen for frame in frames)))
         images = images_of(seen)
         if not draw.is_identity:

@@ -113,20 +113,23 @@ class OnDevice:
         Raises
         ------
         FrameError
-            As `feature_cache.normalize.normalize`.
+            The pixels are too far apart for float32.
         """
+        # without a lock: two windows that share a frame may both upload it, and either will do
         if frame.on_device is not None:
             return
         for one in frame.window:
             self.prepare(one)
         rows = None if frame.mask is None else self._pin(frame.regions().rows)
         with self._on(self._uploads):
+            # before `_upload`, whose wait for the stream is then for this copy as well
             put = None if rows is None else rows.to(self.device, non_blocking=True)
             frame.on_device = DeviceImage(self._upload(frame), put)
 
     def _upload(self, frame: Frame) -> torch.Tensor:
         """Upload a frame's pixels and normalise them, unless its window has them: (Z, H, W)."""
         if frame.window:
+            # for the rows of the mask: the pixels were waited for when the window was prepared
             self._wait()
             image: DeviceImage = frame.window[self.spec.context.before].on_device
             return image.pixels
@@ -183,7 +186,15 @@ class OnDevice:
         return image
 
     def make_records(self, embedding: Embedding, found: DeviceGrid) -> list[Record]:
-        """Make a frame's records of its grid; waits until they are here. Errors as `Plain`'s."""
+        """Make a frame's records of its grid; waits until they are here.
+
+        Raises
+        ------
+        BackboneError
+            NaN, a number that does not fit the storage dtype, or pixels out of range.
+        FrameError
+            There is no mask, and a pooling needs one.
+        """
         frame, modes, grid = embedding.frame, embedding.modes, found.grid
         fallback = None
         if modes:
@@ -198,6 +209,7 @@ class OnDevice:
                 put = fallback.to(self.device, non_blocking=True)
                 pooled.update(zip(modes, pool_on(grid, rows, put, modes), strict=True))
             stored = {s: pooled[s.pooling].to(_DTYPES[s.dtype]) for s in embedding.specs}
+            # what is to be checked comes back with the records: one wait for all of it
             checks = [finite.to(torch.float32), found.seen, *map(_reach, stored.values())]
             here = [self._bring(tensor) for tensor in (torch.cat(checks), *stored.values())]
             self._wait()

@@ -174,6 +174,7 @@ class Engine:
             with terminable():
                 self._feed(requests, until)
         except (KeyboardInterrupt, SystemExit):
+            # before `say_kept`: what is kept is known when the last commit is done
             finish(self.close)
             say_kept(self.kept)
             raise
@@ -203,6 +204,8 @@ class Engine:
     def find(self, space: Space, keys: Sequence[Digest]) -> list[Promise | None]:
         """Give what is there or on its way; None for what must be computed."""
         found: list[Promise | None] = [None] * len(keys)
+        # on its way first, in the store second: a record leaves `_flights` when it is committed,
+        # so that one which leaves it between the two looks is in the store
         with self._lock:
             for i, key in enumerate(keys):
                 promise = Promise()
@@ -260,6 +263,7 @@ class Engine:
         """
         with self._lock:
             self._check_open()
+            # told once: those who had the lost records were answered before the commit failed
             lost, self._lost = self._lost, None
             if lost is not None:
                 raise lost
@@ -279,12 +283,14 @@ class Engine:
             if self.closing:
                 return
             self.closing = True
+            # without a thread nobody else would say so
             self.ended = self._thread is None
             self._wake_all()
 
     def close(self) -> None:
         """Commit what is computed and end; what is not computed fails for those who wait."""
         self.stop()
+        # the engine's own thread would wait for itself
         if threading.current_thread() is not self._thread:
             with self._lock:
                 self._changed.wait_for(lambda: self.ended or not self._runs(), CLOSING_SECONDS)
@@ -316,6 +322,8 @@ class Engine:
     def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
         error = error.with_traceback(None)  # with which who keeps it would keep the frames' pixels
         keys = [one.key for one in wanted]
+        # in this order, as in `_let_go`: who is told may ask again at once, and then must not join
+        # a claim that is being given up
         self._claims.settle(keys)
         self._flights.fail(keys, error)
         self._tick_at_end()
@@ -352,6 +360,7 @@ class Engine:
             stage.start()
         self._guard(self._commit_some)
         try:
+            # in the order of the work: each stage may still hand something to the next
             for stage in stages:
                 stage.join()
             self._crew.close()  # what is embedded is pooled
@@ -394,6 +403,7 @@ class Engine:
             self._claimable.wait_for(self._may_claim, self._queue.seconds_to_look())
             batch = [] if self.closing else self._queue.take(self._room(), self._room(ahead=True))
             self._tick()
+            # while it is being claimed it counts as one to come, for which the device waits
             self._coming += bool(batch)
         if not batch:
             return
@@ -407,6 +417,7 @@ class Engine:
             mine = []
         with self._lock:
             self._coming += len(mine) - 1
+            # one part each until it is read, so that `_room` counts it from here on
             self._left.update((request, 1) for request in mine)
             self._embeddable.notify_all()
         for request in mine:
@@ -425,6 +436,7 @@ class Engine:
         What is read ahead is in nobody's way who waits.
         """
         most = _BATCHES_AHEAD * self._batch_size
+        # by the largest frame until now; before one is read nobody knows
         if self._frame_bytes:
             most = min(most, max(1, self.memory_bytes // self._frame_bytes))
         return most - sum(ahead or not request.ahead for request in self._left)
@@ -438,6 +450,7 @@ class Engine:
                 PATIENCE_SECONDS, len(impatient),
             )  # fmt: skip
         asked = [request for request in batch if request not in impatient]
+        # without a claim, which the others still hold: a record computed twice is the same record
         mine = list(impatient)
         shares = self._claims.take(asked)
         new = [s for r, s in zip(asked, shares, strict=True) if s.others and r.held_since is None]
@@ -451,6 +464,7 @@ class Engine:
                 mine.append(request.of(share.mine))
             if share.others:
                 rest = request.of(share.others)
+                # reserved for both parts, and given back with the one that is computed here
                 rest.nbytes = 0 if share.mine else request.nbytes
                 self._claims.ask(share.held)
                 with self._lock:
@@ -504,10 +518,12 @@ class Engine:
 
     def _have_done(self, function: Callable[..., None], *args: object) -> None:
         """Have a thread of the crew do something, unless the engine ends."""
+        # `submit` counts the crew's threads, which two callers at once would get wrong
         with self._lock:
             self._crew.submit(lambda: self._guard_once(lambda: function(*args)))
 
     def _read(self, request: Request) -> None:
+        # what is counted of it matters no more, and `_finish` tells those who wait
         if self.closing:
             return
         parts: list[Part] = []
@@ -531,13 +547,16 @@ class Engine:
             return
         with self._lock:
             self._coming -= 1
+            # in place of the 1 of `_claim_some`, now that its draws are known
             self._left[request] = len(parts)
+            # pixels of one byte take four when they are normalised
             self._frame_bytes = max(self._frame_bytes, 4 * frame.nbytes)
             for part, grid in zip(parts, found, strict=True):
                 if grid is None:
                     insort(self._ready, part, key=_rank)
             self._pooling += sum(grid is not None for grid in found)
             self._embeddable.notify_all()
+        # not under the lock, as pooling takes long
         for part, grid in zip(parts, found, strict=True):
             if grid is not None:
                 self._make_records(part, grid)
@@ -546,6 +565,7 @@ class Engine:
         """Read a frame; one with a window stays a while."""
         frame = request.read()
         if frame.window:
+            # `Decoded` holds frames weakly: without this, the next window would read them again
             self._recent.append(frame)
         return frame
 
@@ -568,6 +588,8 @@ class Engine:
             wait_for(lambda: self.closing or self._ready, LOOK_SECONDS)
             if self.closing or not self._ready:
                 return
+            # frames come one after the other: while more are claimed or read, a batch that is not
+            # full would waste the device; but reading may be slow, hence the limits
             wait_for(lambda: self.closing or is_full(self._ready), GATHER_SECONDS)
             wait_for(lambda: self.closing or not self._coming or is_full(self._ready), LOOK_SECONDS)
             if not self._ready:  # the other thread took it
@@ -575,8 +597,10 @@ class Engine:
             batch = choose_batch(self._ready)
             chosen = set(map(id, batch))
             self._ready = [part for part in self._ready if id(part) not in chosen]
+            # grids lie on the device until they are pooled: most of them are to go before more come
             wait_for(lambda: self.closing or self._pooling <= 2 * len(batch), LOOK_SECONDS)
         grids = batch[0].request.model.embed([part.embedding for part in batch])
+        # one by one: where a batch is halved, its first half is pooled while the other is embedded
         for part, grid in zip(batch, grids, strict=True):
             if isinstance(grid, Exception):
                 self._fail(part.wanted, grid)
@@ -593,6 +617,7 @@ class Engine:
             self._fail(part.wanted, error)
             self._done(part.request)
             records = []
+        # a part that became records is done when `_collect` has taken them
         with self._lock:
             if records:
                 self._collected.append((part, records))
@@ -612,6 +637,7 @@ class Engine:
 
     def _collect(self) -> None:
         """Take what was computed, and answer; it is committed later."""
+        # without the lock: others only append, and no other thread takes
         while self._collected:
             part, records = self._collected.popleft()
             order = self._draws.setdefault(part.draw, len(self._draws)), part.request.number
@@ -621,11 +647,13 @@ class Engine:
                     has_room = self._commits.add(wanted.space, entry, order)
                 except StoreError as error:
                     self._lose(error)
+                    # lost with the rest: only a run has a budget, and it ends with this error
                     has_room = True
                 if has_room:
                     for one in self._flights.take([wanted.key], record):
                         one.answer.computed(record)
                 else:
+                    # nobody is told: the run ends, as the budget is spent
                     self._claims.settle([wanted.key])
                     self._flights.take([wanted.key])
                 self._computed(int(has_room))
@@ -638,6 +666,7 @@ class Engine:
     def _nap(self) -> float | None:
         """Give the seconds until there is something to look at."""
         left = self._seconds_to_commit()
+        # another process that waits leaves a file, of which no condition tells
         if self._claims.any:
             return ASKED_SECONDS if left is None else min(ASKED_SECONDS, max(0.0, left))
         return left
@@ -646,6 +675,7 @@ class Engine:
         if not self._commits.pending:
             return None
         asked = time.monotonic() - self._claims.asked()
+        # who waits asks anew at each look: not heard of for two pauses, it has what it wanted
         if asked < 2 * LAST_PAUSE_SECONDS:
             return self._commits.seconds_left(ASKED_SECONDS)
         is_idle = not (self._left or len(self._queue) or self._queue.ahead)
@@ -666,6 +696,7 @@ class Engine:
         for request in waiting:
             self._fail(request.wanted, error)
             self._free(request)
+        # `run` ends with it; what serves others goes on, and tells the next who asks
         if self._ticks is not None:
             self.error = self.error or error
 

@@ -86,7 +86,7 @@ class Frame:
         return sum(pixels.values()) + (0 if self.mask is None else self.mask.nbytes)
 
     def normalized(self, normalization: Normalization) -> NDArray[np.float32]:
-        """Normalise the pixels, once: (Z, H, W) float32. Errors as `normalize`."""
+        """Normalise the pixels, once: (Z, H, W) float32. FrameError where that can't be."""
         normalized = self.image  # which another thread may let go
         if normalized is None:
             image = normalize(self.pixels, normalization, self.where)
@@ -101,6 +101,7 @@ class Frame:
         FrameError
             There is no mask.
         """
+        # without a lock: two threads that come at once make the same
         if self._regions is None:
             if self.mask is None:
                 raise FrameError(f"{self.where} has no mask, and pooling needs one")
@@ -130,8 +131,10 @@ class Decoded:
         return tuple(self._take(number, read) for number in numbers)
 
     def _take(self, number: int, read: Callable[[int], Frame]) -> Frame:
+        # a lock for each frame: who wants the same one waits for it, others read theirs meanwhile
         with self._locks.setdefault(number, Lock()):
             frame = self._frames.get(number)
             if frame is None:
+                # the local name holds it: of the dictionary alone it would be gone at once
                 frame = self._frames[number] = read(number)
             return frame

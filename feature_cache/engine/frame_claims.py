@@ -70,6 +70,7 @@ class FrameClaims:
         named = [_name_all(request) for request in requests]
         tops = [unit if len(draws) > 1 else next(iter(draws)) for unit, draws in named]
         own = [self._join(top, r.wanted) for top, r in zip(tops, requests, strict=True)]
+        # each once: `Claims.take` doesn't give a claim of this process a second time
         new = dict.fromkeys(top for top, is_own in zip(tops, own, strict=True) if not is_own)
         won = dict(zip(new, self._claims.take(new), strict=True))
         shares = []
@@ -83,6 +84,7 @@ class FrameClaims:
         return shares
 
     def _join(self, name: str, wanted: Sequence[Wanted]) -> bool:
+        # joining and giving up exclude each other: no claim is given up with a new key in it
         with self._lock:
             claim = self._by_name.get(name)
             if claim is not None:
@@ -94,6 +96,7 @@ class FrameClaims:
         self, request: Request, unit: str, draws: Mapping[str, Sequence[Wanted]], top: str
     ) -> ClaimedPart:
         """Leave out what others claimed in the other way; `top` is claimed."""
+        # a claim of this engine's own in the other way is in nobody's way
         held = tuple(
             name
             for name in ([unit] if top in draws else draws)
@@ -106,8 +109,10 @@ class FrameClaims:
         if mine:
             claim = Claim(top, set())
             with self._lock:
+                # another request of this call may have made it
                 self._by_name.setdefault(top, claim)
             self._join(top, mine)
+        # claimed for nothing, unless another request needs it
         elif top not in self._by_name:
             self._claims.release([top])
         return ClaimedPart(mine, others, held)
@@ -135,8 +140,11 @@ class FrameClaims:
                 if claim is not None:
                     claim.keys.discard(key)
                     if not claim.keys:
+                        # the name goes before the file: what is joined must have a file
                         del self._by_name[claim.name]
                         done.append(claim.name)
+        # outside the lock, as it reads and removes files. Wanted again before its file is gone, a
+        # frame counts as somebody else's, and is set aside for a moment
         self._claims.release(done)
 
     def close(self) -> None:

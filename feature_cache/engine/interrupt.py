@@ -27,6 +27,7 @@ def say_kept(records: int) -> None:
 
 def was_interrupted() -> bool:
     """Tell whether this process ends by Ctrl-C or by a SIGTERM that was handled here."""
+    # at the end of a process the error that ended it is in `last_type`, and no more in `exc_info`
     last = getattr(sys, "last_type", None), sys.exc_info()[0]
     return _terminated or KeyboardInterrupt in last
 
@@ -58,6 +59,7 @@ def end_by_exit() -> bool:
 def _exit(number: int, _: object) -> None:
     global _terminated
     if _forking.now:  # what is raised in a hook of a fork is ignored
+        # so it is sent again, until the fork is over; by another thread, as this one is to go on
         again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
         again.daemon = True
         start(again)
@@ -81,17 +83,20 @@ def _hold_back() -> None:
     whoever ended it would wait for ever.
     """
     is_ours = signal.getsignal(signal.SIGTERM) is _exit
+    # first: until the mask is set, `_exit` may still be called here
     _forking.now = True
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if is_ours else ())
 
 
 def _let_come() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+    # last: what waited comes as soon as the mask is lifted, and must not be raised in this hook
     _forking.now = False
 
 
 def _forget_exit() -> None:
     """Have SIGTERM end a forked child at once, as whoever started it expects."""
+    # before `_let_come`: a SIGTERM that waited then ends the child, without a word of Python's
     if signal.getsignal(signal.SIGTERM) is _exit:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _let_come()

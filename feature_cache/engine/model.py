@@ -153,6 +153,7 @@ class Model:
         while parts:
             part = parts.pop()
             chosen = batch[part.start : part.stop]
+            # None: too many slices, halved without an attempt
             outcome = self._attempt(chosen) if self._fits(chosen) else None
             if isinstance(outcome, list):
                 yield from outcome
@@ -160,6 +161,7 @@ class Model:
                 yield outcome
             else:
                 half = len(part) // 2
+                # the first half comes next, so that all are given in order
                 parts += [part[half:], part[:half]]
 
     def _fits(self, batch: Sequence[Embedding]) -> bool:
@@ -169,6 +171,7 @@ class Model:
     def _attempt(self, batch: Sequence[Embedding]) -> list[Any] | FeatureCacheError:
         """Embed one batch; where memory ran out, nothing holds on to it."""
         try:
+            # not under the lock: drawn while another thread's batch is embedded
             groups = self._way.draw(batch)
             with self._lock:
                 # Nothing may come between: a network that changes then would not be noticed.
@@ -212,6 +215,7 @@ class Model:
                 "%s on %s: out of memory with %d frames at once, going on with %d; a batch size "
                 "of %d would have done", name, self.device, len(batch), fewer, fewer,
             )  # fmt: skip
+        # of several frames nobody hears this: they are halved, and tried again
         first = batch[0].frame
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return BackboneError(
@@ -232,12 +236,14 @@ class Model:
         FrameError
             There is no mask, and a pooling needs one.
         """
+        # from the store, or computed in the plain way: no device has them
         is_here = all(isinstance(grid, np.ndarray) for grid in grids.values())
         way = self._plain if is_here else self._way
         try:
             try:
                 records = _make_all(way, embedding, grids)
             except Exception as error:
+                # the grids are good: only to pool them there was no memory
                 if not (isinstance(way, OnDevice) and _is_out_of_memory(error)):
                     raise
                 parts = embedding.by_layer()
@@ -259,6 +265,7 @@ class Model:
         expected = _make_all(self._plain, embedding, again)
         for spec, one, other in zip(embedding.specs, records, expected, strict=True):
             apart, bound = difference(one, other), rounding_bound(spec)
+            # not `>`, which NaN would pass
             if not apart <= bound:
                 raise BackboneError(
                     f"{self.spec.name} on {self.device} gives other numbers for "
@@ -267,6 +274,7 @@ class Model:
                     f"explains {bound:.3g}; nothing of it is stored: set {PLAIN}=1, and report it"
                 )
             self._proofs[spec] = self._proofs.get(spec, 0) + 1
+        # normalised here for the comparison alone; a frame of a window lives on
         for frame in embedding.frame.seen:
             frame.image = None
 

@@ -97,6 +97,7 @@ class Tally:
             self.failures.append(failure)
             if error is not None:
                 self.errors.append((number, error))
+                # with a cause, it came from code that is not ours: the frame may not be to blame
                 self._strange = self._strange + 1 if error.__cause__ is not None else 0
                 if self._strange >= _MOST_STRANGE:
                     self.fatal = self.fatal or error
@@ -115,6 +116,7 @@ class Tally:
             raise self.fatal
         if not self.errors:
             return
+        # in the order asked for, not in that in which threads came to them
         errors = [error for _, error in sorted(self.errors, key=itemgetter(0))]
         reasons = list(dict.fromkeys(map(str, errors)))
         if not self.computed + self.elsewhere:

@@ -73,6 +73,7 @@ class Flights:
         with self._lock:
             for key in keys:
                 flight = self._flights.get(key)
+                # one that has its record was told already: no later error reaches it
                 if flight is not None and flight.record is None:
                     waiting += flight.waiting
                     flight.waiting, flight.record = [], record
@@ -86,6 +87,7 @@ class Flights:
         failed: dict[Answer, list[Wanted]] = {}
         for one in self.take(keys):
             failed.setdefault(one.answer, []).extend([] if one.wanted is None else [one.wanted])
+        # not under the lock: who listens may take its time
         for answer, group in failed.items():
             answer.failed(error, group)
 

@@ -102,6 +102,7 @@ class Request:
     def of(self, wanted: Sequence[Wanted]) -> Request:
         """Give a request for a part of the records."""
         part = replace(self, wanted=wanted)
+        # `replace` leaves out what `init` doesn't take, and patience must not begin anew
         part.held_since, part.pause = self.held_since, self.pause
         return part
 
@@ -192,6 +193,7 @@ class Promise:
 
     def found(self, record: Record | None) -> None:
         """Give the record, as it was read."""
+        # the record first, the news second: who hears them looks for it
         self._record = record
         self._news.put(None)
 

@@ -33,6 +33,7 @@ class Crew:
         """Have a job done; after `close`, perhaps not."""
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            # none starts while the interpreter ends: those that there are do it, or else the caller
             if start(thread):
                 self._threads.append(thread)
             elif not self._threads:
@@ -47,6 +48,7 @@ class Crew:
 
     def close(self) -> None:
         """Wait until all jobs are done, and end."""
+        # behind all jobs in the queue; each thread takes one, and ends
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

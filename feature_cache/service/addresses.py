@@ -118,6 +118,7 @@ def this_process() -> Process:
     return Process(this_host(), os.getpid(), _started(os.getpid()))
 
 
+# by number, so that a forked child finds its own
 @cache
 def _started(pid: int) -> float:
     return system.start_of(psutil.Process(pid))
@@ -222,6 +223,7 @@ def withdraw(name: str) -> None:
 def list_servers() -> Iterator[Address]:
     """Read the descriptions of servers; those of dead processes are removed."""
     files = [file for f in _folders() if is_private(f) for file in sorted(f.glob("*.json"))]
+    # a server has a description in each folder: the first folder's counts
     for file in {file.name: file for file in reversed(files)}.values():
         try:
             if file.stat().st_size > _DESCRIPTION_BYTES:
@@ -231,8 +233,10 @@ def list_servers() -> Iterator[Address]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            # of another version, perhaps: not ours to remove
             _log.debug("passing over %s: %r", file, error)
             continue
+        # not where that can't be seen (None), as from a container that shares the folder
         if runs is False:
             withdraw(address.name)
         else:

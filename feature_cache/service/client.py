@@ -114,12 +114,14 @@ def connect(address: Address) -> Connection:
         opened.connect(address.socket)
         return wire.greet(opened, address.authkey, server=False)
     except (ConnectionRefusedError, FileNotFoundError) as error:
+        # one that can't be seen from here may well listen, where others reach it: its files stay
         if address.runs is not None:
             withdraw(address.name)
         raise ServiceError(f"{address} does not listen any more: {error}") from error
     except (AuthenticationError, *GONE, ValueError, AssertionError) as error:
         raise ServiceError(f"{address} can't be connected to: {error!r}") from error
     finally:
+        # `greet` has taken the descriptor out of it by then
         opened.close()
 
 
@@ -165,6 +167,7 @@ class Client:
         """
         try:
             answer = self._ask(ask, named=True)
+            # the server may see other files of these names: the pixels that are read here count
             if any(isinstance(record, FrameError | MovieError) for record in answer.records):
                 answer = replace(self._ask(replace(ask, hits=0), named=False), sent=answer.sent)
             return answer
@@ -292,6 +295,7 @@ def _bytes_of(array: NDArray[Any]) -> memoryview:
 
 def _forget_inherited() -> None:
     for client in list(_clients):
+        # the child's copy of the descriptor: the parent's connection stays as it is
         client.close()
     _clients.clear()
 

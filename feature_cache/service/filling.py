@@ -46,6 +46,7 @@ class Progress:
             self.computed, self.total = self.computed + computed, self.total + total
             if computed:
                 now = time.monotonic()
+                # a pause counts as a second at most: the rate is of the time in which it computes
                 self._busy += min(now - self._last, 1.0) if self._last else 0.0
                 self._last = now
                 if self.shown:

@@ -119,6 +119,7 @@ class Misses:
             As in the process that computes.
         """
         self._renew()
+        # one at a time: threads share the connection, and what tells that frames come in order
         with self._lock:
             block = plan_block(movie, absent, batch_size)
             hits, self.hits = self.hits, 0
@@ -163,6 +164,7 @@ class Misses:
         """Start anew in a forked child; what it inherited belongs to its parent."""
         if self._process != os.getpid():
             self._process, self._lock = os.getpid(), threading.Lock()
+            # the parent's servers are others' from here on, and can be asked
             self._known = _Known(self.addresses())
             self._route, self._ahead = _Route(self._known), _Ahead(self._known)
             self._run = None
@@ -214,12 +216,14 @@ class _Route:
     def run(self, ask: Ask) -> tuple[list[Record], Sequence[int]]:
         """Have it done; give what is needed, and which of the block was to be computed for it."""
         failed: ServiceError | None = None
+        # one that is found may have ended when it is asked, and so may the next
         for _ in range(8):
             try:
                 answer = self._try(ask, failed)
                 return _raise_errors(answer.records), answer.sent
             except ServiceError as error:
                 _log.info("%s; looking for another", error)
+                # a server commits when it ends: it may be there
                 again = self._look_again(ask)
                 if again is not None:
                     return again, ()
@@ -232,6 +236,7 @@ class _Route:
         client = self._connected(ask.movie.cache, backbone, failed, own=host is not None)
         if client is not None:
             return client.fetch(ask)
+        # an engine that closed while it was asked would refuse again
         if host is not None and not (failed is not None and host.service.engine.closing):
             return _compute_here(host.service, ask)
         raise failed or _nobody(ask)
@@ -249,6 +254,7 @@ class _Route:
         self.close()
         servers = find_servers(place, backbone, known=self._known.addresses())
         for address in servers:
+            # who can compute asks no other training to
             if own and not address.standalone:
                 continue
             self._client = self._connect(address)
@@ -320,6 +326,7 @@ def _wait(engine: Engine, promise: Promise | None) -> Record | FeatureCacheError
         try:
             return promise.wait(_LOOK_SECONDS)
         except TimeoutError:
+            # it may have been kept between the end of the wait and this look
             if not promise.done:
                 engine.check()
         except FeatureCacheError as error:
@@ -376,6 +383,7 @@ class _Ahead:
         with self._lock:
             self._changed.wait_for(lambda: self._asks, _IDLE_SECONDS)
             if not self._asks:
+                # under the lock: `put` finds a thread that will look again, or starts another
                 self._thread = None
                 return None
             return self._asks.popleft()
@@ -384,6 +392,7 @@ class _Ahead:
         route = _Route(self._known)
         while (ask := self._next()) is not None:
             try:
+                # asked for some time ago: by now it may be there
                 there = ask.movie.contains(ask.block).tolist()
                 missing = [t for t, found in zip(ask.block, there, strict=True) if not found]
                 if missing:

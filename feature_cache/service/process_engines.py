@@ -50,6 +50,8 @@ class Host:
         """One user less; with the last one it ends, soon. May be called in any thread."""
         if self.pid != os.getpid():  # a forked child lets go of what it inherited
             return
+        # without `_opening`, as finalizers come in any thread at any moment: who is given a host
+        # that closes just then finds nobody, and opens another (`Misses.fetch`)
         self.users.discard(user)
         if not self.users:
             self.stop()
@@ -63,6 +65,7 @@ class Host:
     def close(self) -> None:
         """Commit and end."""
         self.stop()
+        # the engine first: who is connected gets what is computed, or is told
         self.service.close()
         if self.server is not None:
             self.server.close()
@@ -142,10 +145,11 @@ def _close_at_exit() -> None:
     """Close before the process leaves its caches, and before it can't start threads any more.
 
     The first is for a process of multiprocessing, the second for any other: what atexit calls comes
-    after the thread pools are closed.
+    after the thread pools are closed, by which layers in object stores are read.
     """
     global _closes_at_exit
     if not _closes_at_exit:
+        # above 10, at which the process leaves its caches
         multiprocessing.util.Finalize(None, close_all, exitpriority=20)
         getattr(threading, "_register_atexit", atexit.register)(close_all)
         end_by_exit()

@@ -86,6 +86,7 @@ class Server:
             identify(root), str(root), frozenset(), "", standalone, secrets.token_bytes(32),
         )  # fmt: skip
         try:
+            # before it is published: whoever finds it can connect
             self._socket, self.address = listen(self.address)
         except OSError as error:
             raise ServiceError(f"can't listen for DataLoader workers: {error}") from error
@@ -121,6 +122,7 @@ class Server:
 
     def stop(self) -> None:
         """Let nobody in any more; who waits is answered or told. Waits for nothing."""
+        # not in a forked child, where `forget` has set it: the description is the parent's
         if not self._closing:
             self._closing = True
             withdraw(self.address.name)
@@ -154,6 +156,7 @@ class Server:
                     continue
                 except OSError as error:
                     _log.warning("can't take a connection: %s", error)
+                    # such as too many open files: there may soon be fewer
                     time.sleep(_LOOK_SECONDS)
                     continue
                 thread = threading.Thread(
@@ -199,6 +202,7 @@ class Server:
             self._threads.discard(threading.current_thread())
 
     def _wait_for(self, connection: Connection) -> bool:
+        # only between conversations: one that has begun is brought to its end
         while not self._closing:
             if connection.poll(_LOOK_SECONDS):
                 return True
@@ -211,6 +215,7 @@ class Server:
             else:
                 raise ServiceError(f"unknown message {str(header.get('do'))[:40]!r}")
         except GONE as error:
+            # ServiceError and StoreError are OSErrors too, and don't say that the client is gone
             if isinstance(error, FeatureCacheError):
                 wire.send(connection, {"error": wire.error_text(error)})
             raise
@@ -255,6 +260,7 @@ class _Conversation:
             return {}
         try:
             movie = self._open_named(str(self.header["name"]), str(self.header["origin"]))
+            # for the key alone: what is read here is compared with these digests (`MovieKeys.read`)
             movie.know(
                 {
                     t: (bytes.fromhex(frame), None if mask is None else bytes.fromhex(mask))
@@ -302,6 +308,7 @@ class _Conversation:
                 for frame, size, promise in zip(described, sizes, promises, strict=True)
             ]
             self.engine.submit(received)
+            # from here on the requests give it back
             held = 0
         finally:
             self.engine.give_back(held)

@@ -51,6 +51,7 @@ class Service:
     def model(self, spec: BackboneSpec) -> Model:
         """Give what computes with a backbone. MissingRecordError where it is not served."""
         digest = spec.digest.hex()
+        # one a backbone: what it learns of memory, and proves, is of all its batches
         with self._lock:
             if digest not in self._models:
                 backbone = self.backbones.get(digest)

@@ -34,6 +34,7 @@ class _Held:
 
     def get(self, name: str, read: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         # Without a lock, which a fork could leave taken: each step is one of the interpreter's.
+        # taken out here and put in last: the order is that of use
         image = self._images.pop(name, None)
         if image is None:
             image = read()
@@ -287,6 +288,7 @@ class _Rows(Late):
         return made
 
     def __getitem__(self, place: Any) -> Any:
+        # the very same array, as upstream crops: another would have to be compared
         if isinstance(place, tuple) and len(place) == 2 and place[1] is self._rows:
             return self._links.crop(self._rows)[place[0]]
         return super().__getitem__(place)

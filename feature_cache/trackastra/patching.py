@@ -221,6 +221,7 @@ def _loading(original: Callable[..., None], provider: _Provider) -> Callable[...
             original(self, *args, **kwargs)
             return
         original(**{**asked, "features": "wrfeat"})
+        # the script has this object already, so it becomes the other in place
         self.__dict__ = provider.provide(self, asked).__dict__
         self.__class__ = CachedCTCData
 
@@ -232,6 +233,7 @@ def _saving(original: Callable[..., None], provider: _Provider) -> Callable[...,
     def save(self: Any, folder: str | os.PathLike[str]) -> None:
         features, target = provider.features_of(self), Path(folder)
         if features is not None:
+            # before anything is written: after an error, what is there stays as it was
             check_resumed(target, features)
             target.mkdir(parents=True, exist_ok=True)
             features.write(target)

@@ -26,6 +26,7 @@ def seeded_numpy(seed: int, generator: np.random.RandomState | None = None) -> I
 
     But for the second of a pair of normal numbers: keeping it costs more than a sample's crop.
     """
+    # exchanged, not reseeded: the state of the generator that others use stays as it was
     before = mtrand.get_bit_generator()
     mtrand.set_bit_generator((generator or np.random.RandomState())._bit_generator)
     try:
@@ -71,6 +72,7 @@ class Randomness:
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
         before = torch.get_rng_state()
+        # not `torch.manual_seed`, which seeds the generators of devices too
         torch.default_generator.manual_seed(seed)
         try:
             with seeded_numpy(seed, self._generator):

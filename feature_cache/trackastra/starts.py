@@ -128,6 +128,7 @@ def load_all(
         joblib.Parallel(jobs)(tasks)
     for i, _ in missing:
         root, options = movies[i]
+        # what those processes built is read; what was not, or could not be kept, is built here
         loaded[i] = _load_data(root, cache, options, build=True)
     return loaded
 
@@ -251,6 +252,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         with _claimed(cache, f"{key.hex()}.start", lambda: bool(space.contains(keys)[0])) as mine:
             if mine:
                 return self._build(build, space, key)
+        # built by another meanwhile; where it can't be read, it is built here and not kept
         record = space.read(keys)[0]
         return (
             self._build(build, space, None) if record is None else self._adopt(*from_record(record))
@@ -343,6 +345,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         images: NDArray[Any] = super()._load_tiffs(folder, dtype)
         digest = frame_digest if dtype == np.float32 else mask_digest
         known = self._own_inputs.hashed[folder].digests
+        # the pixels that upstream reads must be those that the key stands for
         for t, (image, expected) in enumerate(zip(images, known, strict=True)):
             if digest(image) != expected:
                 raise MovieError(
@@ -391,6 +394,7 @@ def _claimed(cache: FeatureCache, name: str, is_done: Callable[[], bool]) -> Ite
     """Claim what is to be built, or wait until another process has: tell whether it is ours."""
     claims = cache.store.claims
     told = False
+    # a second thread of this process is not given it either, and waits like others
     while not claims.take([name])[0]:
         if not told:
             _log.info("waiting for training data that %s builds", claims.holder(name) or "another")
@@ -400,6 +404,7 @@ def _claimed(cache: FeatureCache, name: str, is_done: Callable[[], bool]) -> Ite
             yield False
             return
     try:
+        # looked at once more: it may have been built between the first look and the claim
         yield not is_done()
     finally:
         claims.release([name])

@@ -206,6 +206,7 @@ class _Run:
 
     def _allowance(self, window: int) -> int:
         """Share out the bytes that are left among the units that can run at once."""
+        # what is there is measured on the disk: units at work may still write all of their share
         reserved = sum(order.max_bytes or 0 for _, order in self.running.values())
         return max(0, self._left() - reserved) // (window - len(self.running))
 
@@ -234,6 +235,7 @@ class _Run:
             raise SchedulerGoneError(_gone(self.client))
         error = future.exception()
         outcome: Outcome | None = None if error is not None else future.result()
+        # not before its outcome is here: if the scheduler is gone, it is among those to give up
         unit, order = self.running.pop(future)
         if outcome is None:
             self._give_up([(unit, order)], f"{type(error).__name__}: {error}")
@@ -274,6 +276,7 @@ class _Run:
 
     def _leave(self) -> None:
         """Take back what has not begun; what has begun ends soon, commits, and is counted."""
+        # as far as it goes: who interrupts doesn't wait for a scheduler that is gone
         with suppress(OSError, CancelledError, RuntimeError):
             begun = {key for keys in self.client.processing().values() for key in keys}
             self.client.cancel([future for future in self.running if future.key not in begun])

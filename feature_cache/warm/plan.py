@@ -427,6 +427,7 @@ class _Planner:
         by_space = {s: features.texts_of(one for one, some in pairs if s in some) for s in every}
         if features.name:
             self.asked.append(features.asked(by_space))
+        # only where images were read anyway: a plan that recalls all digests opens none
         if len(self.tasks) > before and features.images_read:
             self._look_at(movie if pooled else replace(movie, masks=None))
 
@@ -474,6 +475,7 @@ class _Planner:
 
     def _unseen(self, view: MovieFeatures, frames: list[int]) -> list[int]:
         """Give one frame for each key that is not seen yet."""
+        # reversed: of several frames with one key the first is kept
         first = {view.key(t): t for t in reversed(frames) if view.key(t) not in self._seen}
         self._seen.update(first)
         return sorted(first.values())

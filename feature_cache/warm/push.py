@@ -65,6 +65,7 @@ class Pushing:
         """
         if not (self._behind or everything):
             return []
+        # before the push: what another thread can't send meanwhile is for the next time
         self._behind = False
         try:
             sent = remote.push(self._root, self._remote)

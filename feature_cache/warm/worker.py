@@ -159,6 +159,7 @@ def compute_order(order: Order) -> Outcome:
         compute_units(cache, units, order.batch_size, tally, budget, pushing)
     finally:
         _at_work.pop(order.name, None)
+    # the cache stays open for other units, and the worker may be killed before it is closed
     cache.counter.save()
     failures = (*tally.failures, *(pushing.finish() if pushing is not None else ()))
     return Outcome(tally.computed, tally.elsewhere, failures, budget.is_over)
