@@ -37,6 +37,7 @@ class Lock:
         return self._lock.__exit__
 
     def _renew(self) -> None:
+        # `with` looks `__exit__` up before it enters: who forks inside lets go of the old lock.
         self._lock = threading.RLock()
 
 
@@ -48,6 +49,8 @@ def _renew_all() -> None:
         lock._renew()
 
 
+# Such hooks run in the order in which they came: those of modules that import this one find
+# the locks free.
 in_forked_child(_renew_all)
 
 
@@ -75,4 +78,6 @@ class cached_property(Generic[T]):  # noqa: N801 (as functools has it)
         """Make the value the first time; it is found in the instance from then on."""
         if instance is None:
             return self
+        # `vars`, as frozen dataclasses take no attribute; `setdefault`, so that of two threads that
+        # make it both go on with the same one.
         return vars(instance).setdefault(self._name, self._make(instance))

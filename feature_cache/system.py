@@ -30,6 +30,7 @@ SOCKET_FAMILY = getattr(socket, "AF_UNIX", socket.AF_INET)
 SHARED_TEMPORARY = tempfile.gettempdir() if IS_WINDOWS else "/tmp"
 """Where this user's processes meet, whatever their environment."""
 _READ_PLAIN = os.O_RDONLY
+# O_NONBLOCK: to open a pipe that lies in a file's place would wait for somebody who writes.
 for _flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
     _READ_PLAIN |= getattr(os, _flag, 0)
 _IN_USE_SECONDS = 2.0
@@ -38,6 +39,7 @@ _BLOCK_BYTES = 512
 _CLUSTER_BYTES = 4096
 """Of which a file takes whole ones, where the system doesn't say how many."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# No `forks.Lock`: it is taken only where there is no `pread`, and nothing forks there.
 _seeking = threading.Lock()
 
 
@@ -130,6 +132,7 @@ def open_plain(file: Path) -> int:
 def read_at(descriptor: int, length: int, place: int) -> bytes:
     """Read bytes from a place on, fewer where the file ends; any thread may, at the same time."""
     data = _read_some(descriptor, length, place)
+    # Linux reads at most 2 GiB at once.
     while len(data) < length and (
         more := _read_some(descriptor, length - len(data), place + len(data))
     ):
@@ -218,6 +221,7 @@ def is_private(folder: Path) -> bool:
     those in it.
     """
     try:
+        # Not `stat`: a link that another user put there is not ours, wherever it leads.
         status = folder.lstat()
     except OSError:
         return False
@@ -252,6 +256,7 @@ def listen(address: str | tuple[str, int]) -> socket.socket:
 
 def limit_waiting(opened: socket.socket, seconds: float) -> None:
     """Limit each read and write; also of a `Connection` made of the socket."""
+    # Not by `settimeout`: it makes the descriptor non-blocking, which a `Connection` reads itself.
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     if IS_WINDOWS:
         limit = struct.pack("=L", int(seconds * 1e3))

@@ -128,6 +128,7 @@ class ArrayFile:
             *(path, shape, chunk_shape, file_shape, dtype, codec, is_shard, separator),
             dict(meta.get("attributes", {})),
         )
+        # A compressed chunk is decoded as a whole: metadata that lie must not fill the memory.
         fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= _DECODED_LIMIT
         return array if fits and array.chunks_in_file <= _CHUNKS_LIMIT else None
 
@@ -221,6 +222,7 @@ class ArrayFile:
         pairs = places[:-_CRC_BYTES].view("<u8").reshape(-1, 2).astype(np.int64)
         sizes = [*pairs[pairs[:, 0] >= 0, 1].tolist(), listed]  # a place of -1: no chunk there
         starts = np.sort(pairs[pairs[:, 0] >= 0, 0]).tolist()
+        # No gap, no overlap: `check_file` goes through them in a row, and leaves no byte out.
         if [*starts, size - listed] != np.cumsum([0, *sizes[:-1]]).tolist():
             raise CorruptRecordError(f"the chunks in {self.chunk_file(*index)} don't fill it")
         return sizes
@@ -274,6 +276,7 @@ class ArrayFile:
         around += (self.chunks_in_file * _PLACE_BYTES + _CRC_BYTES) * self.is_shard
         if self.codec == "raw" and self.is_direct and size != decoded + around:
             raise CorruptRecordError(f"{file} has {size} bytes, expected {decoded + around}")
+        # What can't be compressed becomes a little longer, never twice as long.
         if size > 2 * decoded + around + _PIECE_BYTES:
             raise CorruptRecordError(f"{file} has {size} bytes, more than a compressed chunk can")
 
@@ -362,6 +365,7 @@ def _write_chunks(
     places, place = [], 0
     for start in range(0, len(array), rows):
         part = array[start : start + rows]
+        # Chunks are all of one size: Zarr fills up the last one.
         if len(part) < rows:
             part = np.concatenate([part, np.zeros((rows - len(part), *part.shape[1:]), part.dtype)])
         size = write(_compress(np.ascontiguousarray(part), codec))

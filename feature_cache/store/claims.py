@@ -82,6 +82,7 @@ class Claims:
         """Give up claims; those that another process took over stay its own."""
         own = join(self._root).name
         for name in names:
+            # Between look and removal another may take it over: then it is computed twice.
             with suppress(OSError):
                 if self.holder(name) == own:
                     remove(self.folder / name)
@@ -96,6 +97,7 @@ class Claims:
         except FileNotFoundError:
             return None
         except OSError:
+            # Of another user, perhaps: it counts like one whose name is not written yet.
             return ""
         except ValueError:
             return "no process"
@@ -111,6 +113,7 @@ class Claims:
             if holder is not None and "/" not in holder:
                 with suppress(OSError):
                     file = self.folder / f"{_ASKED}{holder}"
+                    # Like a claim of the holder's: gc leaves it there while that one lives.
                     create_exclusive(file, holder)
                     self._asks.add(file)
 
@@ -137,6 +140,7 @@ class Claims:
         # One taker at a time: the marker is exclusive, and its owner looks once more.
         marker, own = self.folder / f"{name}{_TAKEOVER}", join(self._root).name
         if not create_exclusive(marker, own):
+            # Of a taker that died: removed, and the next call may try.
             if not self._holds(marker.name, join(self._root).now()):
                 marker.unlink(missing_ok=True)
             return False
@@ -144,6 +148,7 @@ class Claims:
             if self.holder(name) != holder:
                 return False
             _log.info("taking over the claim %s of %s, which is gone", name, holder or "nobody")
+            # Replaced in one step: were the old one removed first, a third could make its own.
             temporary = self.folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
             create_exclusive(temporary, own)
             replace(temporary, self.folder / name)

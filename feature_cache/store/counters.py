@@ -129,6 +129,7 @@ class Counter:
 
     def save(self) -> None:
         """Keep the counters in the store; where that fails, say so in the log and go on."""
+        # The time also where it can't be saved, or each count would try again.
         total, self._saved_at = self.total, time.monotonic()
         if self._store.mode == "r" or total == self._saved or not self._store.root.exists():
             return
@@ -192,6 +193,7 @@ def _merge(root: Path, before: float) -> int:
     alive = {(process.host, process.pid) for process in living_processes}
     files, _ = read_each(root / "stats", read_run)
     done = {name for _, names in files.values() for name in names}
+    # None of who lives: it writes its file anew, and what a merged file names counts no more.
     old = {
         name: run
         for name, (run, _) in files.items()
@@ -203,6 +205,7 @@ def _merge(root: Path, before: float) -> int:
         text = canonical_json({**merged.to_json(), "of": sorted(old)})
         write_text(root / "stats" / f"{_MERGED}{secrets.token_hex(8)}.json", text)
         done |= set(old)
+    # Also what an earlier merge, killed, had summed up and left.
     for name in done & set(files):
         (root / "stats" / name).unlink(missing_ok=True)
     return len(old) if len(old) > 1 else 0

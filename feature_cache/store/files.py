@@ -65,6 +65,7 @@ def open_file(file: Path) -> BinaryIO:
     try:
         descriptor = open_plain(file)
     except OSError as error:
+        # ELOOP of a link, ENXIO of a socket; of a folder Windows says that it may not be opened.
         if error.errno in (errno.ELOOP, errno.ENXIO) or file.is_dir():
             raise ValueError(f"{file} is no plain file") from error
         raise
@@ -181,9 +182,11 @@ def write_bytes(file: Path, data: bytes, *, is_durable: bool = False) -> None:
     try:
         with open(temporary, "wb") as opened:
             opened.write(data)
+            # Before the rename: after a crash the name could else be that of an empty file.
             if is_durable:
                 opened.flush()
                 os.fsync(opened.fileno())
+        # Before the rename too: the group may read it from the first moment on.
         share_with_group(temporary)
         replace(temporary, file)
     finally:
@@ -197,6 +200,7 @@ def create_exclusive(file: Path, text: str) -> bool:
     except FileExistsError:
         return False
     try:
+        # Until now it was there and empty: so a claim that names nobody counts for some seconds.
         os.write(descriptor, text.encode())
     except OSError:
         file.unlink(missing_ok=True)

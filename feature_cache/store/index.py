@@ -34,6 +34,7 @@ class _Run:
             np.concatenate(columns)
             for columns in zip(*((r.high, r.low, r.pack, r.row) for r in runs), strict=True)
         )
+        # Stable, as lexsort is: of several packs that hold a key, the first stays first.
         order = np.argsort(high, kind="stable")  # linear where the parts are sorted already
         if (high[order][1:] == high[order][:-1]).any():
             order = np.lexsort((low, high))
@@ -65,6 +66,7 @@ class _Run:
             at = np.minimum(place, last)
 
 
+# No slots: `cached_property` keeps its value in the instance.
 @dataclass(frozen=True, eq=False)
 class Index:
     """An immutable table from keys to (pack, row).
@@ -97,12 +99,14 @@ class Index:
     def extend(self, names: Sequence[str], counts: NDArray[np.int64], keys: Keys) -> Index:
         """Give the index with more packs: their names, numbers of records, and all their keys."""
         if not names:
+            # The same object: to `Space.find` another one means that something came or went.
             return self
         parts = [_run_of(keys, counts, len(self.packs))]
         runs = [*self._runs]
         size = len(keys)
         while runs and len(runs[-1]) < 2 * size:
             size += len(runs[-1])
+            # In front: their packs are older than the new ones.
             parts.insert(0, runs.pop())
         return Index((*self.packs, *names), (*runs, _Run.merge(parts)))
 

@@ -178,6 +178,7 @@ def _give(root: Path, times: Mapping[Pack, float]) -> bool:
     done = [
         set_last_use(root / "spaces" / space / "packs" / pack, used)
         for (space, pack), used in times.items()
+        # The names are from files that all may write: none may lead elsewhere.
         if space in spaces and pack.isalnum()
     ]
     return all(done)

@@ -165,6 +165,7 @@ def promote_pack(source: Path, top: Space) -> None:
             copy_pack(source, target, join(top.root).name)
         top.refresh()
     except StoreError as error:
+        # Also where that cache has merged it away meanwhile: its records were read all the same.
         _log.warning("%s is not copied to %s: %s", source, top.path, error)
 
 

@@ -41,6 +41,7 @@ class Listing:
 
     def stands(self, now: Listing) -> bool:
         """Tell whether the folders, as they look now, need not be listed again."""
+        # Some file systems keep whole seconds, or two; a time that looks so by chance costs little.
         coarse = any(stamp % 10**7 == 0 for look in self.looks for stamp in look[2:])
         tick = _COARSE_TICK_SECONDS if coarse else _TICK_SECONDS
         is_settled = self.listed - self.first_seen > tick

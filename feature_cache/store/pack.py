@@ -64,6 +64,7 @@ def metadata_digest(pack: Path, group: bytes) -> str:
     """Sum up the metadata of a pack: those of its arrays, and of the group with a blank digest."""
     parts = []
     for name in sorted(("features", "index", *OLD_ARRAYS)):
+        # A pack has the arrays of one version only.
         with suppress(FileNotFoundError):
             parts.append(name.encode() + read_file(pack / name / "zarr.json", _GROUP_LIMIT))
     return digest_bytes(group, *parts).hex()
@@ -77,6 +78,7 @@ def check_metadata(pack: Path) -> None:
     if version == 1:
         return
     digest = str(own.get("digest"))
+    # The first only: what the writer said comes after it, and may hold the same letters.
     blank = text.replace(digest.encode(errors="replace"), NO_DIGEST.encode(), 1)
     try:
         changed = metadata_digest(pack, blank) != digest
@@ -101,6 +103,7 @@ def find_salt(pack: Path, contents: Contents, name: str) -> int:
     CorruptRecordError
         None does.
     """
+    # Most packs have none, and their metadata, with a line for each record, need not be read.
     if pack_name(contents.keys, contents.checksums, 0) == name:
         return 0
     salt = _read_own(pack, _read_group(pack)).get("salt", 0)
@@ -268,7 +271,7 @@ class Pack:
         self._verified[:] = False
 
     def record(self, row: int) -> Record:
-        """Give record `row`, verified. Errors as `spans`."""
+        """Give record `row`, verified; CorruptRecordError where it is not what was written."""
         return self.spans(row, row + 1)[0].records()[0]
 
     def spans(self, start: int, stop: int) -> list[Span]:
@@ -313,6 +316,7 @@ class Pack:
             with missing_is_corrupt(self.path):
                 self._file = file = self.features.open_rows()
             weakref.finalize(self, os.close, file)
+        # Copied, not mapped: to touch a map of a file that was cut short kills the process.
         return self.features.read_rows(self._file, start, stop)
 
     def _decode(self, start: int, stop: int) -> AnyArray:
@@ -325,6 +329,7 @@ class Pack:
                 self._array = zarr.open_array(self.features.path, mode="r", zarr_format=3)
             decoded = np.asarray(self._array[start:stop])
         except MemoryError as error:
+            # Not the pack's fault, which would be set aside for a `CorruptRecordError`.
             raise StoreError(f"{self.features.path} can't be decoded in memory") from error
         except (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError) as error:
             raise CorruptRecordError(f"{self.features.path} can't be decoded: {error}") from error
@@ -333,7 +338,7 @@ class Pack:
 
 
 def check_pack(folder: Path, name: str) -> None:
-    """Compare all of a pack with what was written, its name too; errors as `Pack.check`.
+    """Compare all of a pack with what was written, its name too.
 
     Parameters
     ----------
@@ -341,5 +346,10 @@ def check_pack(folder: Path, name: str) -> None:
         The pack, perhaps under a temporary name.
     name : str
         The name it should have.
+
+    Raises
+    ------
+    CorruptRecordError, FileNotFoundError
+        A bit is not as it was written; the pack is gone.
     """
     Pack(folder, name).check()

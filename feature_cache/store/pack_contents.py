@@ -91,7 +91,13 @@ def read_keys(pack: Path) -> Keys:
 
 
 def read_contents(pack: Path) -> Contents:
-    """Read what a pack holds beside its features, checked by CRCs; errors as `read_keys`."""
+    """Read what a pack holds beside its features, checked by CRCs.
+
+    Raises
+    ------
+    CorruptRecordError, FileNotFoundError
+        It is not what was written; the pack is gone.
+    """
     with missing_is_corrupt(pack):
         return _read_index(pack) or _read_old(pack)
 
@@ -109,6 +115,7 @@ def _read_index(pack: Path) -> Contents | None:
         records = int(found["keys"][1]) // _ROW_INTS["keys"]
     except (TypeError, ValueError, KeyError, IndexError, OverflowError):
         found, records = {}, 0
+    # Made as a writer makes them: places that lie could lead out of the array.
     wanted = _place_parts(records, len(values), has_regions="labels" in found)
     if (
         values.dtype != np.int32

@@ -165,6 +165,7 @@ def write_table(root: Path, file: Path, table: PackTable) -> None:
     """Write a table in place of the one before; where that fails, say so in the log and go on."""
     try:
         make_folders(file.parent, root)
+        # Not durable: one that a crash tore fails its digest, and the packs are read instead.
         write_bytes(file, encode_table(table))
     except OSError as error:
         _log.debug("%s is not written: %s", file, error)

@@ -42,6 +42,7 @@ GONE_SECONDS = 900.0
 """One that was not heard of for so long uses nothing any more."""
 
 _NAME = re.compile(r"\w+-\d+-[0-9a-f]{16}")
+# The start is counted in ticks, and the boot in whole seconds.
 _START_TOLERANCE_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class Presence:
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self.uses = Uses(root, self.name)
         self._process = Process(this_host(), os.getpid(), start_of(psutil.Process()))
+        # Held while members take theirs: who holds a member's must not wait for this one.
         self._lock = Lock()
         self.announced = self._left = False
         self.is_inherited = False
@@ -160,8 +162,10 @@ class Presence:
                 return
             try:
                 for member in list(self.members):
+                    # Nobody to tell it to is here: whoever reads that space gets the error.
                     with suppress(OSError):
                         member.refresh()
+                # Not written yet; or the last beat failed: gc removes the file of who was silent.
                 if not self.announced:
                     self._write()
                 os.utime(self.file)
@@ -171,6 +175,7 @@ class Presence:
 
     def note(self) -> None:
         """Write down what was used, unless the process has left."""
+        # Outside the lock: this waits for a space that is being read, and others need not.
         self._ask_members()
         with self._lock:
             if not self._left:
@@ -187,6 +192,7 @@ class Presence:
     def now(self) -> float:
         """Give the file system's time, in seconds."""
         try:
+            # Without times, which the server of a network file system then gives.
             os.utime(self.file)
             return self.file.stat().st_mtime
         except OSError:
@@ -217,6 +223,7 @@ def join(root: Path, *, create: bool = True) -> Presence:
         Whether folders may be made for it.
     """
     presence = _present.get(root)
+    # Again where it could not be announced, or a reader was not to make the folders.
     if presence is None or (create and not presence.announced):
         with _joining:
             presence = _present.setdefault(root, presence or Presence(root))
@@ -231,6 +238,7 @@ def _start_heart() -> None:
     if _heart is None:
         _heart = threading.Thread(target=_beat_forever, name="feature_cache heartbeat", daemon=True)
         _heart.start()
+        # No `atexit`: children of multiprocessing, as a loader's workers are, end without it.
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=10)
 
 
@@ -242,6 +250,7 @@ def _beat_forever() -> None:
         beaten = time.monotonic() if beats else beaten
         for root, presence in list(_present.items()):
             if not root.exists():
+                # If a cache comes there later, `join` makes a new presence in it.
                 _present.pop(root, None)
                 continue
             presence.note()
@@ -307,7 +316,9 @@ def is_silent(root: Path, name: str, now: float, seconds: float) -> bool:
 
 def holds_claims(root: Path, name: str, now: float) -> bool:
     """Tell whether a process lives and was heard of lately, so that its claims count."""
+    # The name is what a file says: nothing else becomes a part of a path.
     process = read_process(root, name) if _NAME.fullmatch(name) else None
     if process is None or process.runs is False:
         return False
+    # Also of this host: one that was stopped runs, and would be waited for without end.
     return not is_silent(root, name, now, SILENT_SECONDS)

@@ -84,6 +84,7 @@ def add_asked(root: Path, asked: Asked) -> None:
     try:
         check_there(root)
         make_folder(file.parent)
+        # Without a lock: of two at once one may be lost, and is noted when it is asked for again.
         before = Asked.read(file) if file.exists() else asked
         joined = before.joined(asked)
         if file.exists() and joined == before:

@@ -45,7 +45,9 @@ Mode = Literal["a", "r"]
 
 _log = logging.getLogger(__name__)
 PACK_NAME = re.compile(r"[0-9a-f]{32}")
+# Each may hold a descriptor, of which a process often has 1024 for everything.
 _OPEN_PACKS = 128
+# Where packs come and go faster, what is not found by then is a miss, and nobody waits.
 _LISTED_AGAIN = 5
 _FEW_PACKS, _MANY_PACKS = 64, 256
 """Up to so many packs are read one by one; so many that a table lacks make it worth writing."""
@@ -115,6 +117,7 @@ class Space:
         if self._presence is None or self._presence.is_inherited:
             self._presence = join(self.root, create=self.mode == "a")
             self._presence.members.add(self)
+            # It has the dict, as the space would live on then: `_packs` stays this very one.
             weakref.finalize(self, _note, self._packs, self.name, self._presence.uses)
         return self._presence
 
@@ -148,6 +151,7 @@ class Space:
         """
         names: set[str] | None = None
         for _ in range(_LISTED_AGAIN):
+            # Looked at before it is listed: what comes in between changes how it looks next time.
             now, before = Listing.after(now, self.packs_folder), names
             names = set(list_folder(self.packs_folder))
             is_read = self._take_in(names)
@@ -169,6 +173,7 @@ class Space:
             index = index.extend(table.names, table.counts, table.keys)
             new -= set(table.names)
         found = self._read_keys_of(sorted(new))
+        # In one assignment: `contains` and others look into the index without the lock.
         self._index = index.add(found)
         self._untabled += len(found)
         self._renew_table()
@@ -195,6 +200,7 @@ class Space:
         names, enough = self._index.packs, max(_MANY_PACKS, len(self._index.packs) // 8)
         if self.mode == "r" or self._untabled < enough:
             return
+        # Another process may have written it since these packs were read.
         old = read_table(self._table)
         missing = sorted(set(names) - set(old.names))
         self._untabled = len(missing)
@@ -273,6 +279,7 @@ class Space:
         found: list[Record | None] = [None] * len(keys)
         absent: Sequence[int] = range(len(keys))
         for _ in range(_LISTED_AGAIN):
+            # Taken before: what another thread takes in or lets go of while this reads counts too.
             index = self.index
             self._find_into(found, absent, keys[absent])
             absent = [i for i, record in enumerate(found) if record is None]
@@ -334,6 +341,7 @@ class Space:
     def _gather(self, keys: Keys) -> Iterator[tuple[int, Span]]:
         index = self._index
         packs, rows = index.find(keys)
+        # Each key that is absent is apart: -1 does not follow on -1.
         apart = (packs[1:] != packs[:-1]) | (rows[1:] != rows[:-1] + 1)
         bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(keys)]
         for first, end in pairwise(bounds):
@@ -349,6 +357,7 @@ class Space:
         try:
             spans = self._spans_of(name, start, stop)
         except FileNotFoundError:
+            # A pack that replaced it may have the records: `find` lists again, and tries there.
             self._forget(name)
         except CorruptRecordError as error:
             if stop - start == 1:
@@ -375,6 +384,7 @@ class Space:
             raise CorruptRecordError(f"{pack.path} holds {pack.features.dtype}: not its space's")
         while len(self._packs) >= _OPEN_PACKS:
             oldest = next(iter(self._packs))
+            # Noted as it goes: `note` only asks the packs that are open.
             _note({oldest: self._packs.pop(oldest)}, self.name, self._join().uses)
         self._packs[name] = pack
         return pack
@@ -382,6 +392,7 @@ class Space:
     def _forget(self, name: str) -> None:
         self._packs.pop(name, None)
         self._index = self._index.drop({name})
+        # The next refresh lists, however the folder looks: its times may be old on a network.
         self._listing = Listing()
 
     # Damage
@@ -403,6 +414,7 @@ class Space:
         if self.mode == "a":
             target = quarantine_folder(self, name)
             with suppress(OSError):
+                # Without permission it is kept in mind below; where another was first, it is gone.
                 make_folder(target.parent)
                 (self.packs_folder / name).rename(target)
                 _log.warning("%s; the pack goes to %s, its records count as missing", error, target)
@@ -418,6 +430,7 @@ class Space:
 
     def _identity(self, name: str) -> tuple[int, int]:
         status = (self.packs_folder / name).stat()
+        # A pack that is written anew may get the inode that has become free.
         return status.st_ino, status.st_ctime_ns
 
     def is_aside(self, name: str) -> bool:
@@ -476,6 +489,7 @@ class Space:
     def _write_pack(
         self, entries: Sequence[NewRecord], provenance: Mapping[str, JSON], codec: str
     ) -> str:
+        # Without the lock: it has a folder of its own until it is renamed, and others read on.
         return write_pack(
             self.packs_folder,
             entries,
@@ -486,7 +500,10 @@ class Space:
         )
 
     def create(self) -> None:
-        """Make the space's folders, where there are none. Errors as `write`."""
+        """Make the space's folders, where there are none.
+
+        ReadOnlyCacheError in mode ``"r"`` and without permission; StoreError on a full disk.
+        """
         if self.mode == "r":
             raise ReadOnlyCacheError(f"{self.path} was opened with mode 'r' and can't be written")
         if (self.path / "zarr.json").exists():
@@ -498,6 +515,7 @@ class Space:
                 write_group(folder, {})
             for folder in (self.root, self.path.parent):
                 sync_folder(folder)
+            # Last: where this file is, nobody makes or syncs the folders again.
             write_group(self.path, {"feature_cache": {"space": dict(self.spec)}})
 
     # Use and size

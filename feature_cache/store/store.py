@@ -108,6 +108,7 @@ class Store:
         with writing(self.root, is_new=True):
             make_folders(self.root)
             write_text(self.root / "CACHEDIR.TAG", TAG)
+            # Last: with it the folder is a cache. Cut short before, whoever opens it next goes on.
             write_text(self.root / "zarr.json", ROOT_TEXT)
 
     @property
@@ -203,7 +204,10 @@ def read_version(root: Path) -> int:
 
 
 def check_version(own: Mapping[str, Any], where: object, what: str) -> int:
-    """Give the format version that is among the attributes of a cache; errors as `read_version`."""
+    """Give the format version that is among the attributes of a cache.
+
+    NotACacheError where there is none, CacheVersionError where it is newer than ours.
+    """
     version = own.get("format_version")
     if type(version) is not int:
         raise NotACacheError(f"{where} is a Zarr group, but no feature cache; name another {what}")

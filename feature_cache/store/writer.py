@@ -88,6 +88,7 @@ def write_pack(
     if codec not in CODECS:
         raise UnknownNameError("codec", codec, CODECS)
     _check_entries(entries)
+    # In the same folder, and so on the same file system: to another one nothing is renamed.
     temporary = folder / f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}"
     temporary.mkdir()
     try:
@@ -97,6 +98,7 @@ def write_pack(
             salt, name = salt + 1, pack_name(contents.keys, contents.checksums, salt + 1)
         records: list[JSON] = [dict(entry.provenance) for entry in entries]
         kind = "grid" if contents.labels is None else "regions"
+        # After the arrays, whose metadata go into its digest.
         _write_metadata(temporary, {**provenance, "records": records}, kind, salt)
         install_pack(temporary, folder / name)
     finally:
@@ -110,10 +112,12 @@ def install_pack(temporary: Path, target: Path) -> None:
     Synced before the rename and after it; where the pack is there already, it stays, as if it had
     just been written.
     """
+    # Permissions first: they are to last as well.
     share_tree(temporary)
     sync_tree(temporary)
     while True:
         try:
+            # Never over a pack: a folder that holds something is not replaced.
             temporary.rename(target)
         except OSError:
             if not target.is_dir():
@@ -121,10 +125,12 @@ def install_pack(temporary: Path, target: Path) -> None:
             try:
                 os.utime(target)  # as good as written now; gc sees it, and leaves it
             except FileNotFoundError:
+                # gc took it away since: now this one is needed.
                 continue
             except OSError as error:
                 _log.debug("%s is not seen as used: %s", target, error)
         break
+    # Also for one that was there: whoever renamed it may not have come to this yet.
     sync_folder(target.parent)
 
 

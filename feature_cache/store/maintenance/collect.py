@@ -205,7 +205,7 @@ def choose_spaces(spaces: list[Space], names: Collection[str]) -> list[Space]:
 
 
 def choose_names(names: Sequence[str], starts: Collection[str]) -> list[str]:
-    """Give the names that begin so, by default all; errors as `choose_spaces`."""
+    """Give the names that begin so, by default all; MissingRecordError where none does."""
     for start in starts:
         if not any(name.startswith(start) for name in names):
             known = ", ".join(names) or "none"
@@ -280,6 +280,7 @@ def _is_left(root: Path, path: Path, now: float) -> bool:
         return not process.runs
     if process is not None and not is_silent(root, writer, now, GONE_SECONDS):
         return False
+    # Perhaps only cut off, or without a file of its own: how old all of it is decides.
     try:
         newest = max([path.lstat().st_mtime, *(f.lstat().st_mtime for f in path.rglob("*"))])
     except FileNotFoundError:
@@ -306,6 +307,7 @@ def run_gc(store: Store, plan: GarbagePlan, *, max_seconds: float | None = None)
     root, left, evicted = store.root, set[Path](), list[Eviction]()
     with writing(root):
         settle_uses(root, known_uses(root))  # first: the files of ended processes go below
+        # Looked for again: what was left when it was planned may have been taken over since.
         left.update(find_leftovers(root) if plan.leftovers else ())
         going = [(path, size, inf) for path, size in plan.leftovers if path in left]
         going += [(path, size, inf) for path, size in plan.quarantined]
@@ -331,6 +333,7 @@ def _remove(
     """Remove what was not used after a time; give the bytes freed, and whether there was time."""
     freed = 0
     for number, (path, size, last_use) in enumerate(going):
+        # One at least, so that runs with very little time come to an end as well.
         if number and time.monotonic() > deadline:
             return freed, False
         if remove_tree(path, store.presence.name, last_use=last_use):

@@ -186,10 +186,11 @@ def compact_space(
 def merge_packs(space: Space) -> CompactReport:
     """Merge `MERGED_AT_ONCE` packs or more of about one size, if there are as many.
 
-    What one call does is bounded, and nothing rests on it. Parameters and errors as
-    `compact_space`.
+    What one call does is bounded, and nothing rests on it. StoreError where the folder can't be
+    read or written.
     """
     known = _known[space.path]
+    # Before anything is claimed: after most commits there is nothing to do.
     if not known.replaced and not choose_tier(space.pack_records(), known.large):
         return CompactReport(space.name)
     with alone(space) as granted, reading(space.path):
@@ -251,6 +252,7 @@ def choose_tier(records: Mapping[str, int], large: Collection[str] = ()) -> list
 def alone(space: Space) -> Iterator[bool]:
     """Be the only process that writes the packs of a space anew; tells whether that is so."""
     claims, claim, known = Claims(space.root), f"compact-{space.name}", _known[space.path]
+    # Among threads the claim does not do: with packs still to remove it is held already.
     if not _merging.acquire(blocking=False):
         yield False
         return
@@ -292,12 +294,15 @@ def _merge(
         try:
             written = _write(space, merged, rows, copies, target_bytes, progress)
         except (CorruptRecordError, FileNotFoundError):
+            # What is written by now stays; what is there twice then is dropped another time.
             space.refresh()
             opened = _choose_sound(space, opened)
             continue
+        # A pack that came out as it was has the same name, and is not one that goes.
         names = [source.pack.name for source in merged if source.pack.name not in written]
         heirs = _heirs(opened, names, copies)
         with writing(space.root):
+            # While the old packs are there, as their folders say when they were used.
             _hand_on_uses(space, written, heirs)
             holders: defaultdict[str, set[str]] = defaultdict(set)
             for holder, of in (*written.items(), *heirs.items()):
@@ -357,8 +362,10 @@ def _choose(
 ) -> tuple[list[_Source], list[_Row], int, _Copies]:
     """Choose packs to merge; give the records to keep, how many are elsewhere too, and copies."""
     small = {source.pack.name for source in opened if source.bytes < target_bytes / 2}
+    # So that `merge_packs` doesn't open them again with every commit.
     _known[space.path].large.update(s.pack.name for s in opened if s.pack.name not in small)
     seen: dict[bytes, str] = {}
+    # Ordered by the packs alone, so that two processes that merge at once keep the same copy.
     for source in sorted(opened, key=lambda one: (-len(one.pack), one.pack.name)):
         for key in source.pack.keys:
             seen.setdefault(key.tobytes(), source.pack.name)
@@ -415,6 +422,7 @@ def _hand_on_uses(space: Space, written: _Heirs, heirs: _Heirs) -> None:
     """Let packs have been used when the last of those was whose records they hold now."""
     uses = last_uses(space)
     for name, sources in written.items():
+        # A new pack would count as used just now, and to be merged is no use.
         used = max(uses.get(source, 0.0) for source in sources)
         with suppress(PermissionError, FileNotFoundError):  # it is another user's, or gone again
             os.utime(space.packs_folder / name, (used, used))
@@ -455,6 +463,7 @@ def _read_entries(
 def _time_of(space: Space, name: str) -> float:
     """Give since when a pack is there; 0 where it is gone again."""
     try:
+        # Not mtime, which says when it was used.
         return (space.packs_folder / name).stat().st_ctime
     except FileNotFoundError:
         return 0.0
@@ -472,6 +481,7 @@ def _remove_replaced(space: Space) -> None:
             del replaced[name]  # one was set aside, or collected: no other holds its records now
         elif not grace or now - since >= grace:
             is_removed = True
+            # On Windows it stays while somebody reads it, and is tried again.
             if remove_tree(path, join(root).name) or not path.exists():
                 del replaced[name]
     if is_removed:
@@ -480,6 +490,7 @@ def _remove_replaced(space: Space) -> None:
 
 def _start_anew() -> None:
     global _merging, _thread
+    # The child has none of its parent's claims.
     _known.clear()
     _merging, _thread = threading.Lock(), None
 

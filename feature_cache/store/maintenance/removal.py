@@ -14,6 +14,7 @@ from pathlib import Path
 from ...system import rename_folder
 from ..files import TEMPORARY_PREFIX
 
+# More than a time of the file system loses as a float.
 _TICK_SECONDS = 1e-3
 
 
@@ -39,6 +40,8 @@ def remove_tree(path: Path, writer: str, *, last_use: float = inf) -> bool:
             return False
     except FileNotFoundError:
         return False
+    # Looked at after the rename: before it, a writer could still find the pack there, and take
+    # it for committed.
     if doomed.lstat().st_mtime > last_use + _TICK_SECONDS:
         _put_back(doomed, path)
         return False

@@ -293,6 +293,7 @@ def _check_files(pack: Pack) -> list[Path]:
         expected.update(array.chunk_file(*index) for index in array.file_indices())
     found = {file for file in pack.path.rglob("*") if file.is_symlink() or not file.is_dir()}
     for file in sorted(expected - found):
+        # Where it is gone, this raises: perhaps with its pack, and that is no damage.
         file.lstat()
         raise CorruptRecordError(f"{file} is no plain file")
     return sorted(file for file in found - expected if not file.name.startswith(TRANSIENT))

@@ -66,6 +66,7 @@ class HubObjects(Objects):
                 self._repo, folder, recursive=recursive, **self._where
             )
             try:
+                # Nothing was asked yet: this is where a folder turns out not to be there.
                 for one in tree:
                     yield one.path.removeprefix(self._top), getattr(one, "size", None)
             except EntryNotFoundError:

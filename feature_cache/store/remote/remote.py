@@ -160,7 +160,7 @@ class Remote:
         return {pack: sum(all_.values()) for pack, all_ in packs.items() if GROUP in all_}
 
     def table(self, space: str) -> PackTable:
-        """Fetch names, keys and sizes of the packs of a space as of the last push; see `table`."""
+        """Fetch names, keys and sizes of the packs of a space as of the last push."""
         try:
             data = self._objects.get(f"tables/{packs_prefix(space).split('/')[1]}")
             return NO_PACKS if data is None else parse_table(data)
@@ -319,6 +319,7 @@ class Remote:
             raise self._lacking(f"{prefix}/{GROUP}")
         folders = {str(folder) for name in objects for folder in PurePosixPath(name).parents}
         for name in objects:
+            # In an object store one name may be an object's and a folder's: here it can't be both.
             if name in folders or not all(map(is_safe, name.split("/"))):
                 raise CorruptRecordError(
                     f"{self.url}/{prefix} holds an object {name!r}, which no pack has"
@@ -381,6 +382,7 @@ class Remote:
                     f"{self.url}/{prefix}/{name} has {there.get(name, 'no')} bytes, {size} were "
                     "sent: another process sends the same pack with another codec; push again"
                 )
+        # Before `zarr.json` is put: after a crash it would name a pack of empty files.
         self._objects.settle(f"{prefix}/{name}" for name in sizes)
 
     def _fetch(

@@ -80,7 +80,7 @@ class RemoteSpace:
         StoreError
             If the remote is no cache or a newer one, or can't be read.
         """
-        enter_process(self.remote.url)  # in a fork, the lock may be held for ever
+        enter_process(self.remote.url)  # obstore never answers in a forked child
         with self._lock:
             self._refresh()
 
@@ -126,6 +126,7 @@ class RemoteSpace:
         """
         self.contains(keys)
         fetched = 0
+        # Again, as another pack may hold what a damaged one did.
         while names := self._absent_packs(keys, packs_folder):
             results = each(partial(self._pull, packs_folder, writer), names, PACKS_AT_ONCE)
             failed = {name for name in results if name is not None}
@@ -139,6 +140,7 @@ class RemoteSpace:
         """Bring packs into a space here, verified, and read the records there; None for others."""
         top.create()
         self.fetch(keys, top.packs_folder, writer=join(top.root).name)
+        # Of this folder alone: `top.find` would ask this layer again.
         return Space.find(top, keys)
 
     def _absent_packs(self, keys: Keys, packs_folder: Path) -> list[str]:

@@ -27,6 +27,7 @@ def make_files(folder: Path, sizes: Mapping[str, int]) -> None:
         file = folder / name
         make_folders(file.parent, folder)
         with open(file, "wb") as opened:
+            # In full size, as its pieces come in any order.
             opened.truncate(size)
 
 
@@ -52,6 +53,7 @@ def tell(progress: Progress | None, count: int) -> None:
 
 def each(act: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
     """Do something with many items at once; the first error cancels those not begun."""
+    # It is left when none runs any more: the caller may remove the files that they write.
     with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(act, item) for item in items]
         try:

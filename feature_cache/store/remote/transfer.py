@@ -169,6 +169,7 @@ def push(
             try:
                 return remote.push_pack(place.space, folder, progress=told)
             except FileNotFoundError:
+                # Collected, or merged: what holds its records by now goes with the next push.
                 _log.info("%s is gone since the push was planned", folder)
                 return None
 
