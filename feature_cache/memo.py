@@ -34,6 +34,7 @@ from typing import Any, TypeAlias
 
 import platformdirs
 
+from .forks import Lock
 from .hashing import Digest, digest_bytes, digest_json
 from .system import replace
 
@@ -175,10 +176,12 @@ class Memo:
 
     def _page(self, files: Sequence[Path], purpose: str) -> _Page:
         at = (purpose, *(str(file.parent) for file in files))
-        if at not in self._pages:
+        page = self._pages.get(at)
+        if page is None:
             folders = [str(file.parent.absolute()) for file in files]
-            self._pages[at] = _Page(folders, purpose)
-        return self._pages[at]
+            # of two threads that load it at once, both take the first one's
+            page = self._pages.setdefault(at, _Page(folders, purpose))
+        return page
 
 
 class _Page:
@@ -193,6 +196,7 @@ class _Page:
         self.entries = _load_entries(self.file)
         self.fresh: dict[str, Any] = {}
         self.written = time.monotonic()
+        self._lock = Lock()
 
     def recall(self, name: str, identities: list[_Identity]) -> Fingerprint | None:
         entry = self.entries.get(name)
@@ -202,22 +206,27 @@ class _Page:
 
     def remember(self, name: str, identities: list[_Identity], made: Fingerprint) -> None:
         entry = {"digest": made.digest.hex(), "shape": made.shape, "files": identities}
-        self.entries[name] = self.fresh[name] = entry
+        with self._lock:
+            self.entries[name] = self.fresh[name] = entry
         if time.monotonic() - self.written >= _WRITE_SECONDS:
             self.write()
 
     def forget(self, name: str) -> None:
         # None is written too: removed here alone, it would come back from the file
-        self.entries[name] = self.fresh[name] = None
+        with self._lock:
+            self.entries[name] = self.fresh[name] = None
+            self.write()  # at once: the page may be closed already, and it would come back
 
     def write(self) -> None:
         if not self.fresh:
             return
-        # what others wrote meanwhile stays, and what is new here counts
-        self.entries = {**self.entries, **_load_entries(self.file), **self.fresh}
-        content = {**self.about, "entries": self.entries}
-        _write_whole(self.file, json.dumps(content, separators=(",", ":")).encode())
-        self.fresh, self.written = {}, time.monotonic()
+        # what other threads remember or forget meanwhile would be in neither the file nor `fresh`
+        with self._lock:
+            # what others wrote meanwhile stays, and what is new here counts
+            self.entries = {**self.entries, **_load_entries(self.file), **self.fresh}
+            content = {**self.about, "entries": self.entries}
+            _write_whole(self.file, json.dumps(content, separators=(",", ":")).encode())
+            self.fresh, self.written = {}, time.monotonic()
 
 
 def remembered_digest(file: Path, purpose: str, compute: Callable[[], Digest]) -> Digest:

@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,32 @@ def test_an_unchanged_file_is_read_once(tmp_path):
     digests = {remembered_digest(reader.file, "test", reader) for _ in range(3)}
     assert digests == {b"weights".ljust(16)}
     assert reader.times == 1
+
+
+def test_what_threads_remember_while_it_is_written_is_kept(tmp_path):
+    """Threads digest files while another one writes the memo, over and over."""
+    files = [tmp_path / f"{number}" for number in range(400)]
+    for file in files:
+        file.write_text("weights")
+        os.utime(file, ns=(OLD_NS, OLD_NS))
+        age(file)
+    memo, done, made = Memo(), threading.Event(), Fingerprint(b"weights".ljust(16))
+
+    def write() -> None:
+        while not done.is_set():
+            for page in list(memo._pages.values()):
+                page.write()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda file: memo.fingerprint((file,), "test", lambda: made), files))
+    done.set()
+    writer.join()
+    memo.close()
+    with Memo() as again:
+        for file in files:
+            assert again.fingerprint((file,), "test", lambda: pytest.fail("forgotten")) == made
 
 
 def replace_text(file: Path, how: str) -> None:

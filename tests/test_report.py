@@ -26,7 +26,7 @@ from feature_cache import (
     Normalization,
     Policy,
 )
-from feature_cache.augment import NewRecord
+from feature_cache.augment import Entry
 from feature_cache.cli import main
 from feature_cache.dataset import Copies, TokenFeatures
 from feature_cache.movies import Movie, Source, write_movie
@@ -330,7 +330,7 @@ class TestCoverage:
         ]
 
     def test_commands_are_there_where_one_would_help(self, cache, small_folder, small):
-        own = Augmentations(Policy((NewRecord.of("hflip"),)), copies=1)
+        own = Augmentations(Policy((Entry.of("hflip"),)), copies=1)
         warm(cache, small_folder(), copies=COPIES, pooling="nearest_patch")
         warm(cache, small_folder(), copies=own, pooling="nearest_patch")
         cache.get_or_compute(small[0][:, ::-1], small[1], FakeBackbone())

@@ -6,12 +6,13 @@ import json
 import signal
 from pathlib import Path
 
+import distributed
 import pytest
 
 from feature_cache import FeatureCache
 from feature_cache.store.maintenance import verify
 from feature_cache.testing import FakeBackbone
-from feature_cache.warm import cluster, find_sources, plan_warm, run_warm
+from feature_cache.warm import Recipe, cluster, find_sources, plan_warm, run_warm
 from shared_folder import Lab, contents, counts, end, finish, interrupt, lines, wait_until
 
 POOLINGS = ("--pooling", "mean_patches_exact", "--pooling", "nearest_patch")
@@ -141,6 +142,27 @@ def test_a_budget_holds_on_a_cluster(lab: Lab) -> None:
     assert 100_000 < used <= 300_000
     assert report["planned"] == report["computed"] + report["failed"] == 400
     assert "--max-size 300,000" in report["errors"][-1]["reason"]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_unit_that_stops_at_its_share_and_has_failures_says_what_is_left(lab: Lab) -> None:
+    root = lab.write_movie("movie", 40, 0)
+    cache = FeatureCache(lab.root / "cache")
+    recipe = Recipe("debug/random")
+    plan = plan_warm(cache, [root], recipe.load(), pooling=[None])
+    (root / "t001.tif").write_bytes((root / "t002.tif").read_bytes())
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as local,
+        distributed.Client(local, set_as_default=False) as client,
+    ):
+        report = cluster.run_on_cluster(plan, recipe, client, batch_size=2, max_bytes=400_000)
+    assert report.planned == 40
+    assert 0 < report.computed < 39
+    assert report.computed + report.failed == 40
+    reasons = " ".join(failure.reason for failure in report.failures)
+    assert "run the same again" in reasons
 
 
 @pytest.mark.slow

@@ -257,8 +257,14 @@ class _Run:
         if self.budget is not None and not outcome.computed:
             self.budget.spent = (order.max_bytes or 0) >= self._left()
             self.narrow = True
-        if not outcome.failures and (rest := unit.missing()).wanted:
+        rest = unit.missing()
+        failed = sum(failure.records for failure in outcome.failures)
+        if not failed and rest.wanted:
             self.waiting.append((rest, replace(order, wanted=rest.wanted)))
+        elif left := rest.records - failed:
+            # Which of the rest failed isn't known, and would fail once more.
+            reason = "stopped with the unit, some of which failed: run the same again"
+            self.tally.fail(Failure(rest.where, reason, left))
 
     def _check(self) -> None:
         if self.client.status not in ("running", "connecting"):
