@@ -160,7 +160,10 @@ def test_features_of_different_width_make_no_batch(load, cache):
         data.__getitems__([0, 5])
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "method"),
+    [(0, None), (2, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)],
+)
 def test_balanced_batches_through_workers(load, cache, workers, method):
     data = many(load, cache, augmentations=Augmentations("flips", copies=2, seed=0))
     places = itertools.count()

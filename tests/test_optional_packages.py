@@ -43,48 +43,51 @@ from feature_cache.trackastra.train import _open_wandb
 
 sys.path.insert(0, sys.argv[1])
 replaced = {{"feature_cache.trackastra.metrics", *{list(MODULES.values())}}}
-for name in list(sys.modules):
-    if name in replaced or name.partition(".")[0] in replaced:
-        del sys.modules[name]
-said = {{}}
-for package, use in {USES!r}.items():
-    try:
-        said[package] = repr(eval(use))
-    except Exception as error:
-        said[package] = f"{{type(error).__name__}}: {{error}}"
-print(json.dumps(said))
+answers = []
+for line in sys.argv[2:]:
+    for name in list(sys.modules):
+        if name in replaced or name.partition(".")[0] in replaced:
+            del sys.modules[name]
+    answers.append({{}})
+    for package, use in {USES!r}.items():
+        try:
+            answers[-1][package] = repr(eval(use))
+        except Exception as error:
+            answers[-1][package] = f"{{type(error).__name__}}: {{error}}"
+print(json.dumps(answers))
 """
+FAILS = "import what_it_needs"
+ABSENT = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
 
 
-def what_is_said(folder: Path, line: str) -> dict[str, str]:
-    """Use each package, where all that can be found of it is a module with this line."""
+def test_packages_that_are_absent_and_packages_whose_import_fails_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    """All that can be found of each package is a module with one of two lines."""
     for module in MODULES.values():
-        (folder / module).mkdir()
-        (folder / module / "__init__.py").write_text(line)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder], capture_output=True, text=True, check=False
-    )
+        (tmp_path / module).mkdir()
+        text = "import sys\nexec(sys.modules['__main__'].line)"
+        (tmp_path / module / "__init__.py").write_text(text)
+    command = [sys.executable, "-c", SCRIPT, tmp_path, FAILS, ABSENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_a_package_whose_import_fails_is_not_called_missing(tmp_path: Path) -> None:
+    broken, missing = json.loads(done.stdout)
     reason = "ModuleNotFoundError: No module named 'what_it_needs'"
-    for package, said in what_is_said(tmp_path, "import what_it_needs").items():
-        assert said.startswith("BrokenDependencyError: "), said
-        assert f"package {package!r}, which is installed and can't be imported: {reason}" in said
+    for package in USES:
+        assert broken[package].startswith("BrokenDependencyError: "), broken[package]
+        said = f"package {package!r}, which is installed and can't be imported: {reason}"
+        assert said in broken[package]
+        assert missing[package].startswith("MissingDependencyError: "), missing[package]
+        said = f"needs the package {package!r}; install it with: pip install "
+        assert said in missing[package]
+
+
+def test_any_import_that_fails_otherwise_is_a_broken_package() -> None:
     with (
         pytest.raises(BrokenDependencyError, match="imported: ImportError: libx is gone"),
         importing("x", "all", "pip install x"),
     ):
         raise ImportError("libx is gone")
-
-
-def test_a_package_that_is_not_there_is_named_with_the_line_that_brings_it(tmp_path: Path) -> None:
-    line = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
-    for package, said in what_is_said(tmp_path, line).items():
-        assert said.startswith("MissingDependencyError: "), said
-        assert f"needs the package {package!r}; install it with: pip install " in said, said
 
 
 def test_the_error_survives_a_pickle() -> None:

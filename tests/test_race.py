@@ -49,8 +49,15 @@ def lines(log: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
-@pytest.mark.parametrize("unit", [8, 10_000], ids=["small commits", "one commit"])
-@pytest.mark.parametrize("kill", [False, True], ids=["all live", "one is killed"])
+@pytest.mark.parametrize(
+    ("unit", "kill"),
+    [
+        pytest.param(8, True, id="small commits, one is killed"),
+        pytest.param(10_000, False, id="one commit, all live"),
+        pytest.param(8, False, id="small commits, all live", marks=pytest.mark.slow),
+        pytest.param(10_000, True, id="one commit, one is killed", marks=pytest.mark.slow),
+    ],
+)
 def test_each_record_is_computed_once(tmp_path: Path, unit: int, kill: bool) -> None:
     root, logs = tmp_path / "cache", tmp_path / "logs"
     logs.mkdir()

@@ -31,6 +31,10 @@ OPTIONS = {
 }
 ALSO = ("facebook/sam2.1-hiera-tiny/highres", "facebook/sam2-hiera-tiny")
 DEEP = {"facebook/sam-vit-base": 12, "mouseland/cellpose-sam": 24}
+LONG = (
+    *("facebook/sam2.1-hiera-tiny/highres", "facebook/sam2-hiera-tiny"),
+    *("facebook/hiera-tiny-224-hf", "facebook/dinov3-vits16-pretrain-lvd1689m"),
+)
 SAME_NETWORK = ("microsam/vit_b_lm",)  # as facebook/sam-vit-base, with other weights
 NO_WEIGHTS = ("debug/encoded_labels",)
 
@@ -46,7 +50,7 @@ def smallest():
         for name, options in FAMILIES.get(info.name, [(info.name, OPTIONS.get(info.name, {}))]):
             absent = pytest.mark.skip(reason=f"not installed: {info.install}")
             marks = [] if info.installed else [absent]
-            marks += [pytest.mark.slow] if name in DEEP else []
+            marks += [pytest.mark.slow] if name in DEEP or name in LONG else []
             chosen.append(pytest.param(info, name, options, id=name, marks=marks))
     return chosen
 

@@ -198,7 +198,14 @@ def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:
 Damaged = tuple[Space, list[int], Path]
 
 
-@pytest.fixture(params=[("regions", "raw"), ("grids", "raw"), ("regions", "zstd")], ids="-".join)
+@pytest.fixture(
+    params=[
+        ("regions", "raw"),
+        pytest.param(("grids", "raw"), marks=pytest.mark.slow),
+        pytest.param(("regions", "zstd"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def pack(request: pytest.FixtureRequest, root: Path) -> Damaged:
     """A read-only space, the numbers of its records, and the one pack that they are in."""
     kind, codec = request.param

@@ -127,7 +127,7 @@ def watch(root: Path, method: str, kill: bool) -> tuple[list[str], ...]:
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["ends", "is killed"])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_child_has_a_file_of_its_own_until_it_ends(filled: Path, method: str, kill: bool) -> None:
     read_filled(filled)
     [own] = processes(filled)
