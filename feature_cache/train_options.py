@@ -158,7 +158,14 @@ def check_training(options: argparse.Namespace) -> None:
     for name in ("input_train", "input_val"):
         if not getattr(options, name):
             raise ValueError(f"no movies in --{name}: name at least one")
-    missing = [path for path in options.input_train + options.input_val if not Path(path).is_dir()]
+    paths = dict.fromkeys(map(Path, options.input_train + options.input_val))
+    files = [str(path) for path in paths if path.is_file()]
+    if files:
+        raise ValueError(
+            f"{', '.join(files)}: a training reads folders of one TIFF a timepoint, with tracks; "
+            "feature_cache.movies.write_movie writes such a folder"
+        )
+    missing = [str(path) for path in paths if not path.is_dir()]
     if missing:
         raise ValueError(f"no such movie folder: {', '.join(missing)}")
     if options.name is None and not options.dry:

@@ -80,6 +80,10 @@ def test_upstreams_files_are_understood(config, capsys):
     [
         ({"epoch": 3}, "train.yaml: unknown key 'epoch': did you mean 'epochs'? Known: "),
         ({"input_val": ["nowhere"]}, "no such movie folder: nowhere"),
+        (
+            {"input_val": [__file__]},
+            "a training reads folders of one TIFF a timepoint, with tracks",
+        ),
         ({"features": "pretrained_feats"}, "needs --cache"),
         ({"feature_dropout": 0.5}, "--feature_dropout with --features wrfeat, which has no"),
         ({"feature_dropout": 1}, "expected a number from 0 to below 1"),

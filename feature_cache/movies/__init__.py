@@ -17,7 +17,7 @@ from .check import MovieCheck, Problem
 from .image_files import read_image
 from .images import Images, ReadOptions, Series
 from .movie import Given, Movie, Row, Source
-from .tracks import Masks, Tracks, link_by_overlap, read_tracks, write_movie
+from .tracks import Masks, Tracks, link_by_overlap, read_tracks, tracks_of_labels, write_movie
 
 __all__ = [
     "Given",
@@ -34,5 +34,6 @@ __all__ = [
     "link_by_overlap",
     "read_image",
     "read_tracks",
+    "tracks_of_labels",
     "write_movie",
 ]

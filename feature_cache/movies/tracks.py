@@ -109,6 +109,25 @@ def link_by_overlap(masks: Iterable[NDArray[Any]]) -> tuple[list[Masks], Tracks]
     return linked, np.array([[n, *row] for n, row in tracks.items()], np.int64).reshape(-1, 4)
 
 
+def tracks_of_labels(masks: Iterable[NDArray[Any]]) -> Tracks:
+    """Give a track for each label, of masks in which a label is the same cell over time.
+
+    Parameters
+    ----------
+    masks : array (T, H, W) or (T, Z, H, W), or as many images; integer
+
+    Returns
+    -------
+    (N, 4) int64
+        Label, first and last frame that have it, and 0, as labels alone tell no parents.
+    """
+    spans: dict[int, list[int]] = {}
+    for t, mask in enumerate(masks):
+        for label in np.unique(mask[mask > 0]).tolist():
+            spans.setdefault(label, [t, t])[1] = t
+    return np.array([[n, *spans[n], 0] for n in sorted(spans)], np.int64).reshape(-1, 4)
+
+
 def _most_overlapped(before: NDArray[Any], after: NDArray[Any]) -> dict[int, int]:
     """Map each label of `after` to the label of `before` that it shares most pixels with."""
     both = (before > 0) & (after > 0)

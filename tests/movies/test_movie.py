@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_cache import FeatureCache, Movie, MovieError, MovieNotFoundError, NoMasksError
-from feature_cache.movies import link_by_overlap, read_tracks, write_movie
+from feature_cache.movies import link_by_overlap, read_tracks, tracks_of_labels, write_movie
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
 
@@ -329,6 +329,27 @@ def test_tracks_in_any_encoding_of_editors(small_folder, encoding):
     file = truth_of(root) / "man_track.txt"
     file.write_text(file.read_text(), encoding)
     assert np.array_equal(Movie.open(root).tracks, make_movie()[2])
+
+
+def test_labels_that_are_cells_over_time_are_tracks(tmp_path):
+    frames, masks, tracks = make_movie()
+    found = tracks_of_labels(masks)
+    assert np.array_equal(found[:, :3], tracks[np.argsort(tracks[:, 0]), :3])
+    assert not found[:, 3].any()
+    stacks = tmp_path / "frames.tif", tmp_path / "masks.tif"
+    for file, images in zip(stacks, (frames, masks), strict=True):
+        tifffile.imwrite(file, np.stack(list(images)))
+    movie = Movie.open(*stacks, axes="TYX")
+    write_movie(tmp_path / "mine" / "01", movie.frames, movie.masks, found)
+    written = Movie.open(tmp_path / "mine" / "01")
+    assert np.array_equal(written.tracks, found)
+    for t in range(len(frames)):
+        assert np.array_equal(written.frames[t], frames[t])
+        assert np.array_equal(written.masks[t], masks[t])
+
+
+def test_no_labels_are_no_tracks():
+    assert tracks_of_labels([np.zeros((4, 4), int)]).shape == (0, 4)
 
 
 def test_a_slice_of_frames_or_masks_is_a_series_with_the_same_keys(tmp_path, small_folder):
