@@ -256,6 +256,26 @@ def test_what_is_damaged_while_it_is_merged_gets_no_new_checksum(space: Space) -
         assert contents(fresh, [number]) in ([None], expected([number]))
 
 
+def test_more_packs_are_merged_than_files_may_be_open(
+    root: Path, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(compact, "_OPEN_FILES", 8)
+    numbers = range(1, 100)
+    write_each(space, numbers)
+
+    def check() -> None:
+        limit = len(os.listdir("/proc/self/fd")) + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        fresh = Store(root).space(make_spec())
+        assert compact_space(fresh).merged == len(numbers)
+        assert contents(fresh, numbers) == expected(numbers)
+
+    in_fork(check)
+
+
 @pytest.mark.parametrize("goes", ["a new pack", "a pack that stays"])
 def test_a_pack_stays_where_the_one_that_holds_its_records_goes_meanwhile(
     space: Space, monkeypatch: pytest.MonkeyPatch, goes: str

@@ -28,6 +28,7 @@ from samples import (
     content,
     contents,
     expected,
+    flip,
     in_fork,
     make_entries,
     make_key,
@@ -152,6 +153,18 @@ def test_records_outlive_their_pack(tmp_path: Path) -> None:
     record = Pack(folder).record(0)
     shutil.rmtree(folder)
     assert content(record) == content(make_record(3))
+
+
+def test_a_pack_that_was_closed_is_opened_and_verified_again(tmp_path: Path) -> None:
+    pack = Pack(tmp_path / write_pack(tmp_path, make_entries(range(1, 4)), {}))
+    assert content(pack.record(0)) == content(make_record(1))
+    pack.close()
+    pack.close()
+    assert content(pack.record(0)) == content(make_record(1))
+    pack.close()
+    flip(pack.path / "features" / "c.0.0", 0)
+    with pytest.raises(CorruptRecordError, match="fails its checksum"):
+        pack.record(0)
 
 
 def test_provenance_is_kept_for_people_and_zarr(tmp_path: Path) -> None:
