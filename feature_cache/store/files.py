@@ -27,6 +27,7 @@ TEMPORARY_PREFIX = ".tmp-"
 TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
 """How names begin that come and go: ours, and those of NFS for open files that were removed."""
 _GROUP_BITS = stat.S_IRGRP | stat.S_IWGRP
+_IS_THERE, _TRIES = (errno.ENOTEMPTY, errno.EEXIST), 100
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -168,6 +169,29 @@ def sync_tree(root: Path) -> None:
         for file in files:
             sync_file(Path(folder, file))
         sync_folder(Path(folder))
+
+
+def rename_new(folder: Path, target: Path) -> bool:
+    """Give a folder a name, unless there is a folder of that name, with something in it.
+
+    Returns
+    -------
+    bool
+        Whether it has the name now.
+    """
+    tries = 0
+    while True:
+        try:
+            # Never over a pack: a folder that holds something is not replaced.
+            folder.rename(target)
+            return True
+        except OSError as error:
+            if target.is_dir():
+                return False
+            tries += 1
+            # What was there may have gone since: gc takes packs away.
+            if error.errno not in _IS_THERE or tries == _TRIES:
+                raise
 
 
 def write_text(file: Path, text: str) -> None:
