@@ -419,6 +419,12 @@ def test_the_folders_above_a_new_space_are_synced(
     synced = {path for call, path, *_ in calls if call == "fsync"}
     for folder in (root, root / "spaces", second.path, second.packs_folder):
         assert str(folder) in synced
+    # Before its own zarr.json, which is written beside `packs`: who sees it syncs nothing again.
+    named = [i for i, (_, path, *_) in enumerate(calls) if Path(path).parent == second.path]
+    named = [i for i in named if calls[i][1] != str(second.packs_folder)]
+    before = {path for call, path, *_ in calls[: named[0]] if call == "fsync"}
+    for folder in (root, root / "spaces", second.path, second.packs_folder):
+        assert str(folder) in before
 
 
 def test_temporary_folders_are_in_the_same_folder_and_unique(
