@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 import stat
@@ -80,6 +81,11 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)  # 1e999 would be written as Infinity
+
+
 def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -94,7 +100,7 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
     """Read a JSON object from bytes; ValueError, which names where they are, for anything else."""
     try:
-        plain = json.loads(data, parse_constant=_refuse)
+        plain = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply") from error
     if not isinstance(plain, dict):

@@ -437,7 +437,8 @@ def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
     """Give what the writers of the packs said of themselves, each once."""
     found: dict[str, JSON] = {}
     for source in sources:
-        for origin in source.origin.get("compacted_from", [source.origin]):
+        told = source.origin.get("compacted_from")
+        for origin in told if isinstance(told, list) else [source.origin]:
             found.setdefault(canonical_json(origin), origin)
     return [json.loads(text) for text in sorted(found)]
 
