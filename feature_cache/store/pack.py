@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 PACK_VERSION = 4
 
 NO_DIGEST = "0" * 2 * DIGEST_BYTES
+SALTS = 1 << 32
+"""The salt in a pack's name is below it."""
 _GROUP_LIMIT = 1 << 30
 
 
@@ -107,7 +109,7 @@ def find_salt(pack: Path, contents: Contents, name: str) -> int:
     if pack_name(contents.keys, contents.checksums, 0) == name:
         return 0
     salt = _read_own(pack, _read_group(pack)).get("salt", 0)
-    right = type(salt) is int and 0 <= salt < 1 << 32
+    right = type(salt) is int and 0 <= salt < SALTS
     if not right or pack_name(contents.keys, contents.checksums, salt) != name:
         raise CorruptRecordError(f"{pack} holds other records than its name {name}")
     return int(salt)

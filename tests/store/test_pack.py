@@ -296,6 +296,22 @@ def test_a_flipped_bit_in_metadata_never_gives_a_wrong_number(pack: Damaged) -> 
     assert outcomes(space, numbers) == {"right"}
 
 
+def test_places_that_are_no_whole_numbers_or_in_another_order(tmp_path: Path) -> None:
+    pack = tmp_path / write_pack(tmp_path, make_entries(range(3)), {})
+    file = pack / "index" / "zarr.json"
+    metadata = json.loads(file.read_bytes())
+    parts = metadata["attributes"]["parts"]
+    floats = {name: [float(place) for place in places] for name, places in parts.items()}
+    for same in (floats, dict(reversed(parts.items()))):
+        file.write_text(json.dumps({**metadata, "attributes": {"parts": same}}))
+        assert np.array_equal(read_keys(pack), make_keys(range(3)))
+        assert content(Pack(pack).record(2)) == content(make_record(2))
+    for other in ({**parts, "keys": [0, 12.5]}, {**parts, "keys": [0.5, 12]}, {**floats, "a": 1}):
+        file.write_text(json.dumps({**metadata, "attributes": {"parts": other}}))
+        with pytest.raises(CorruptRecordError, match="don't make an index"):
+            read_keys(pack)
+
+
 def test_the_width_of_empty_records_is_checked(root: Path) -> None:
     space = Store(root).space(make_spec())
     space.write(make_entries(range(3), "empty"), {})

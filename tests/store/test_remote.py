@@ -551,6 +551,15 @@ class TestWhatIsThere:
         with pytest.raises(StoreError, match="another spec than its name says"):
             pull(other, s3)
 
+    def test_a_spec_that_is_nested_too_deeply(self, root, space, s3, bucket, other):
+        space.write(make_entries(range(3)), {})
+        push(root, s3)
+        spec: Any = json.loads("[" * 600 + "]" * 600)
+        text = json.dumps({"attributes": {"feature_cache": {"space": {"a": spec}}}}).encode()
+        bucket.put_object(Key=f"some/prefix/spaces/{space.name}/zarr.json", Body=text)
+        with pytest.raises(StoreError, match=r"zarr\.json is damaged"):
+            pull(other, s3)
+
     def test_pulling_where_nothing_is(self, remote, other):
         with pytest.raises(NotACacheError, match="no feature cache at"):
             pull(other, remote)

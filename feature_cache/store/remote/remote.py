@@ -336,11 +336,13 @@ class Remote:
                 found = ArrayFile.read(Path(folder, array))
                 files = [found.chunk_file(*index) for index in found.file_indices()]
                 names += [f"{array}/{GROUP}", *(str(file.relative_to(folder)) for file in files)]
-        sizes = {name: self._objects.size(f"{prefix}/{name}") for name in names}
-        for name, size in sizes.items():
-            if size is None:
+        sizes: dict[str, int] = {}
+        for name in names:
+            # At the first that is missing: metadata that lie may name a million.
+            if (size := self._objects.size(f"{prefix}/{name}")) is None:
                 raise self._lacking(f"{prefix}/{name}")
-        return {name: size for name, size in sizes.items() if size is not None}
+            sizes[name] = size
+        return sizes
 
     def _bring_chunk(self, prefix: str, folder: Path) -> None:
         """Fetch the array that the keys are in: ``keys``, in packs of version 1 to 3."""
