@@ -288,6 +288,19 @@ class TestPushAndPull:
         assert pull(third, s3).packs == 1
         assert read_all(third, range(1, 4)) == expected(range(1, 4))
 
+    def test_a_pack_that_came_since_the_plan_keeps_its_codec(self, root, space, remote, other):
+        space.write(make_entries(range(1, 4)), {}, "zstd")
+        raw = Store(other).space(make_spec())
+        raw.write(make_entries(range(1, 4)), {})
+        assert raw.pack_names() == space.pack_names()
+        plan = plan_push(other, remote)
+        assert push(root, remote).packs == 1
+        report = push(other, remote, plan=plan)
+        assert (report.packs, report.bytes, report.failures) == (0, 0, ())
+        third = other.with_name("third")
+        assert pull(third, remote).packs == 1
+        assert read_all(third, range(1, 4)) == expected(range(1, 4))
+
     def test_what_is_no_part_of_a_pack_is_not_sent(self, root, space, s3, bucket, other):
         space.write(make_entries(range(3)), {})
         folder = space.packs_folder / space.pack_names()[0]
