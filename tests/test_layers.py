@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -228,6 +229,22 @@ def test_what_was_pushed_is_a_layer_by_a_plain_link(tmp_path, small, shared, web
     push(root, open_remote(f"file://{folder}/features"))  # another pack, which is in the table
     fresh = FeatureCache(tmp_path / "fresh", layers=[url])
     assert fresh.contains(*small, backbone, **options) == [True] * 6
+
+
+def test_a_pack_on_the_web_that_names_too_many_files_is_a_miss(tmp_path, small, shared, web):
+    root, theirs = shared
+    folder, url = web
+    push(root, open_remote(f"file://{folder}/features"))
+    for file in folder.glob("features/spaces/*/packs/*/features/zarr.json"):
+        metadata = json.loads(file.read_bytes())
+        metadata["shape"][0] = 1 << 46
+        metadata["chunk_grid"]["configuration"]["chunk_shape"][0] = 1
+        file.write_text(json.dumps(metadata))
+    backbone = Counting()
+    frames, masks = small
+    cache = FeatureCache(tmp_path / "own", layers=[url])
+    assert same(cache.get_or_compute(frames[:4], masks[:4], backbone), theirs)
+    assert backbone.frames == 4
 
 
 def test_a_web_server_is_no_place_to_push_to_or_to_pull_from(tmp_path, shared, web):

@@ -130,7 +130,8 @@ class ArrayFile:
         )
         # A compressed chunk is decoded as a whole: metadata that lie must not fill the memory.
         fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= _DECODED_LIMIT
-        return array if fits and array.chunks_in_file <= _CHUNKS_LIMIT else None
+        counts = array.chunks_in_file, math.prod(array.file_counts)
+        return array if fits and max(counts) <= _CHUNKS_LIMIT else None
 
     @property
     def row_bytes(self) -> int:
@@ -146,6 +147,11 @@ class ArrayFile:
     def chunks_in_file(self) -> int:
         """How many chunks a file holds."""
         return math.prod(self.file_shape) // math.prod(self.chunk_shape)
+
+    @property
+    def file_counts(self) -> tuple[int, ...]:
+        """How many files there are along each axis."""
+        return tuple(-(-n // c) for n, c in zip(self.shape, self.file_shape, strict=True))
 
     @property
     def is_direct(self) -> bool:
@@ -263,8 +269,7 @@ class ArrayFile:
 
     def file_indices(self) -> Iterator[tuple[int, ...]]:
         """Give the index of every file."""
-        counts = [-(-n // c) for n, c in zip(self.shape, self.file_shape, strict=True)]
-        return product(*map(range, counts))
+        return product(*map(range, self.file_counts))
 
     def chunk_file(self, *index: int) -> Path:
         """Name the file of a chunk, or shard."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 import stat
@@ -27,6 +28,7 @@ TEMPORARY_PREFIX = ".tmp-"
 TRANSIENT = (TEMPORARY_PREFIX, ".nfs")
 """How names begin that come and go: ours, and those of NFS for open files that were removed."""
 _GROUP_BITS = stat.S_IRGRP | stat.S_IWGRP
+_IS_THERE, _TRIES = (errno.ENOTEMPTY, errno.EEXIST), 100
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -79,6 +81,11 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)  # 1e999 would be written as Infinity
+
+
 def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -93,7 +100,7 @@ def read_json(file: Path, limit: int = 1 << 20) -> dict[str, Any]:
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
     """Read a JSON object from bytes; ValueError, which names where they are, for anything else."""
     try:
-        plain = json.loads(data, parse_constant=_refuse)
+        plain = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply") from error
     if not isinstance(plain, dict):
@@ -168,6 +175,29 @@ def sync_tree(root: Path) -> None:
         for file in files:
             sync_file(Path(folder, file))
         sync_folder(Path(folder))
+
+
+def rename_new(folder: Path, target: Path) -> bool:
+    """Give a folder a name, unless there is a folder of that name, with something in it.
+
+    Returns
+    -------
+    bool
+        Whether it has the name now.
+    """
+    tries = 0
+    while True:
+        try:
+            # Never over a pack: a folder that holds something is not replaced.
+            folder.rename(target)
+            return True
+        except OSError as error:
+            if target.is_dir():
+                return False
+            tries += 1
+            # What was there may have gone since: gc takes packs away.
+            if error.errno not in _IS_THERE or tries == _TRIES:
+                raise
 
 
 def write_text(file: Path, text: str) -> None:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 PACK_VERSION = 4
 
 NO_DIGEST = "0" * 2 * DIGEST_BYTES
+SALTS = 1 << 32
+"""The salt in a pack's name is below it."""
 _GROUP_LIMIT = 1 << 30
 
 
@@ -107,7 +109,7 @@ def find_salt(pack: Path, contents: Contents, name: str) -> int:
     if pack_name(contents.keys, contents.checksums, 0) == name:
         return 0
     salt = _read_own(pack, _read_group(pack)).get("salt", 0)
-    right = type(salt) is int and 0 <= salt < 1 << 32
+    right = type(salt) is int and 0 <= salt < SALTS
     if not right or pack_name(contents.keys, contents.checksums, salt) != name:
         raise CorruptRecordError(f"{pack} holds other records than its name {name}")
     return int(salt)
@@ -220,11 +222,19 @@ class Pack:
         self._check_shapes()
         self._verified = np.zeros(len(self.keys), bool)
         self._file: int | None = None
+        self._closes: weakref.finalize[Any, Any] | None = None
         self._array: zarr.Array[Any] | None = None
 
     def __len__(self) -> int:
         """Count the records."""
         return len(self.keys)
+
+    def close(self) -> None:
+        """Let go of the file; who reads on opens it again, and verifies what is in it by then."""
+        if self._closes is not None:
+            self._closes()
+        self._file, self._closes = None, None
+        self._verified[:] = False
 
     def is_span(self, start: int, stop: int) -> bool:
         """Tell whether these records can be read as one span, at once."""
@@ -262,13 +272,15 @@ class Pack:
         FileNotFoundError
             If the pack is gone.
         """
-        with missing_is_corrupt(self.path):
-            check_metadata(self.path)
-            for index in self.features.file_indices():
-                self.features.check_file(*index)
-        for row in range(len(self)):
-            self.record(row)
-        self._verified[:] = False
+        try:
+            with missing_is_corrupt(self.path):
+                check_metadata(self.path)
+                for index in self.features.file_indices():
+                    self.features.check_file(*index)
+            for row in range(len(self)):
+                self.record(row)
+        finally:
+            self.close()
 
     def record(self, row: int) -> Record:
         """Give record `row`, verified; CorruptRecordError where it is not what was written."""
@@ -315,7 +327,7 @@ class Pack:
         if self._file is None:
             with missing_is_corrupt(self.path):
                 self._file = file = self.features.open_rows()
-            weakref.finalize(self, os.close, file)
+            self._closes = weakref.finalize(self, os.close, file)
         # Copied, not mapped: to touch a map of a file that was cut short kills the process.
         return self.features.read_rows(self._file, start, stop)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptRecordError
-from ..hashing import DIGEST_BYTES, JSON, digest_bytes
+from ..hashing import DIGEST_BYTES, digest_bytes
 from ..key import Keys
 from .array import AnyArray, ArrayFile, write_array
 
@@ -63,11 +63,11 @@ def join_parts(contents: Contents) -> NDArray[np.int32]:
     return np.concatenate([array.view(np.uint8) for array in arrays]).view(np.int32)
 
 
-def _place_parts(records: int, size: int, *, has_regions: bool) -> dict[str, JSON]:
+def _place_parts(records: int, size: int, *, has_regions: bool) -> dict[str, list[int]]:
     """Say where the parts of an index begin and end, in numbers of 4 bytes."""
     counts = {"keys": records, "checksums": records}
     counts |= {"offsets": records + 1} if has_regions else {}
-    parts: dict[str, JSON] = {}
+    parts: dict[str, list[int]] = {}
     place = 0
     for name, count in counts.items():
         parts[name] = [place, place + count * _ROW_INTS[name]]
@@ -121,10 +121,11 @@ def _read_index(pack: Path) -> Contents | None:
         values.dtype != np.int32
         or values.ndim != 1
         or found != wanted
-        or not _fills(found, len(values))
+        or not _fills(wanted, len(values))
     ):
         raise CorruptRecordError(f"{array.path} has parts {parts}, which don't make an index")
-    at = {name: values[start:stop] for name, (start, stop) in found.items()}
+    # Not those found, which may be floats, and in any order.
+    at = {name: values[start:stop] for name, (start, stop) in wanted.items()}
     return Contents(
         at["keys"].view("u1").reshape(-1, DIGEST_BYTES),
         at["checksums"].view("<u8"),

@@ -24,7 +24,7 @@ from ..errors import CorruptRecordError
 from ..hashing import DIGEST_BYTES
 from ..key import Keys
 from .files import make_folders, read_file, tree_bytes, write_bytes
-from .pack import find_salt
+from .pack import SALTS, find_salt
 from .pack_contents import pack_name, read_contents
 
 _MAGIC = b"feature_cache packs 1\n"
@@ -147,8 +147,11 @@ def parse_table(data: bytes) -> PackTable:
     table = PackTable(
         names, take("<i8", packs, 3), take("u1", records, DIGEST_BYTES), take("<u8", records)
     )
-    if (table.counts < 0).any() or table.counts.sum() != records:
+    # A remote may say anything: counts that are too large can wrap to the right sum.
+    if (table.packs < 0).any() or (table.counts > records).any() or table.counts.sum() != records:
         raise ValueError("its counts don't agree")
+    if (table.packs[:, 2] >= SALTS).any():
+        raise ValueError("it has a salt that no pack has")
     return table
 
 

@@ -402,6 +402,10 @@ class Space:
 
         One that is sound by now stays: it was removed while it was read, and written again.
         """
+        with self._lock:  # compaction comes here from a thread of its own
+            self._condemn(name, error)
+
+    def _condemn(self, name: str, error: CorruptRecordError) -> None:
         self._forget(name)
         try:
             self._open(name).check()
@@ -445,7 +449,8 @@ class Space:
 
     def _raise_damage(self, absent: Keys) -> None:
         lost = {key.tobytes() for key in absent}
-        for aside in self._aside.values() if lost else ():
+        # Listed at once: another thread may set a pack aside meanwhile.
+        for aside in list(self._aside.values()) if lost else ():
             if aside.keys is None or lost & {key.tobytes() for key in aside.keys}:
                 raise CorruptRecordError(
                     f"{aside.error}. The cache can only be read: run feature-cache verify --repair "
@@ -513,7 +518,7 @@ class Space:
             make_folders(self.packs_folder, self.root)
             for folder in (self.path.parent, self.packs_folder):
                 write_group(folder, {})
-            for folder in (self.root, self.path.parent):
+            for folder in (self.root, self.path.parent, self.path):
                 sync_folder(folder)
             # Last: where this file is, nobody makes or syncs the folders again.
             write_group(self.path, {"feature_cache": {"space": dict(self.spec)}})

@@ -17,7 +17,7 @@ from ..hashing import DIGEST_BYTES, JSON, Digest
 from ..key import Record
 from ..system import sync_folder
 from .array import CODECS, DTYPES, AnyArray, write_array
-from .files import TEMPORARY_PREFIX, group_text, share_tree, sync_tree
+from .files import TEMPORARY_PREFIX, group_text, rename_new, share_tree, sync_tree
 from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, record_checksum
 from .pack_contents import Contents, pack_name, write_contents
 
@@ -115,20 +115,13 @@ def install_pack(temporary: Path, target: Path) -> None:
     # Permissions first: they are to last as well.
     share_tree(temporary)
     sync_tree(temporary)
-    while True:
+    while not rename_new(temporary, target):
         try:
-            # Never over a pack: a folder that holds something is not replaced.
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-            try:
-                os.utime(target)  # as good as written now; gc sees it, and leaves it
-            except FileNotFoundError:
-                # gc took it away since: now this one is needed.
-                continue
-            except OSError as error:
-                _log.debug("%s is not seen as used: %s", target, error)
+            os.utime(target)  # as good as written now; gc sees it, and leaves it
+        except FileNotFoundError:
+            continue  # gc took it away since: now this one is needed
+        except OSError as error:
+            _log.debug("%s is not seen as used: %s", target, error)
         break
     # Also for one that was there: whoever renamed it may not have come to this yet.
     sync_folder(target.parent)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from feature_cache.store.maintenance import (
     run_gc,
     verify,
 )
+from feature_cache.store.pack import NO_DIGEST, metadata_digest
 from samples import (
     GRIDS,
     KINDS,
@@ -254,6 +256,47 @@ def test_what_is_damaged_while_it_is_merged_gets_no_new_checksum(space: Space) -
     for number in numbers:
         fresh = Store(space.root).space(make_spec())
         assert contents(fresh, [number]) in ([None], expected([number]))
+
+
+def test_more_packs_are_merged_than_files_may_be_open(
+    root: Path, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(compact, "_OPEN_FILES", 8)
+    numbers = range(1, 100)
+    write_each(space, numbers)
+
+    def check() -> None:
+        limit = len(os.listdir("/proc/self/fd")) + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        fresh = Store(root).space(make_spec())
+        assert compact_space(fresh).merged == len(numbers)
+        assert contents(fresh, numbers) == expected(numbers)
+
+    in_fork(check)
+
+
+@pytest.mark.parametrize("told", [5, None, "text", 1e308])
+def test_what_another_program_says_of_a_pack_stops_no_compaction(
+    root: Path, space: Space, told: Any
+) -> None:
+    space.write(make_entries([1]), {"compacted_from": told})
+    space.write(make_entries([2]), {"by": "us"})
+    if told == 1e308:  # more than a float can be, in a pack that is as it was written else
+        for name in space.pack_names():
+            file = space.packs_folder / name / "zarr.json"
+            text = file.read_text()
+            digest = json.loads(text)["attributes"]["feature_cache"]["digest"]
+            text = text.replace("1e+308", "1e+999").replace(digest, NO_DIGEST)
+            digest = metadata_digest(file.parent, text.encode())
+            file.write_text(text.replace(NO_DIGEST, digest))
+    for _ in range(2):
+        compact_space(space)
+        fresh = Store(root).space(make_spec())
+        assert contents(fresh, [1, 2]) == expected([1, 2])
+    assert len(verify(root)) == (told == 1e308)
 
 
 @pytest.mark.parametrize("goes", ["a new pack", "a pack that stays"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -327,14 +328,18 @@ def test_what_a_reader_has_open_it_reads_on_until_it_looks_again(
     assert contents(reader, range(1, 5)) == [None] * 4
 
 
-@pytest.mark.parametrize("moment", ["_write_arrays", "_write_metadata", "install_pack", "utime"])
+@pytest.mark.parametrize(
+    "moment", ["_write_arrays", "_write_metadata", "install_pack", "utime", "is_dir"]
+)
 def test_a_pack_removed_while_it_is_written_again_is_not_lost(
     root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    where: Any = os if moment == "utime" else writer
+    where: Any = {"utime": os, "is_dir": Path}.get(moment, writer)
     real = getattr(where, moment)
 
     def interrupted(*args: Any) -> Any:
+        if moment == "is_dir" and args[0].name != packs[0]:
+            return real(*args)
         monkeypatch.setattr(where, moment, real)
         collect_garbage(root, max_bytes=0)
         return real(*args)
@@ -361,6 +366,35 @@ def test_a_pack_written_again_just_before_it_is_removed_stays(
     store = Store(root)
     plan = plan_gc(store, max_bytes=0)
     monkeypatch.setattr(Path, "rename", rename)
+    assert run_gc(store, plan).evicted == 3
+    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
+    assert verify(root) == []
+
+
+def test_a_pack_written_again_and_removed_before_it_is_given_back_stays(
+    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, is_dir = Path.rename, Path.is_dir
+    pack = space.packs_folder / packs[0]
+
+    def written_again(self: Path, target: Path) -> Path:
+        if target == pack:  # it is given back, as it was used just before it was taken
+            monkeypatch.setattr(Path, "rename", rename)
+            space.write([make_entry(1)], {})
+            monkeypatch.setattr(Path, "is_dir", removed_again)
+        elif self == pack:
+            os.utime(self)
+        return rename(self, target)
+
+    def removed_again(self: Path) -> bool:
+        if self == pack:
+            monkeypatch.setattr(Path, "is_dir", is_dir)
+            shutil.rmtree(self)
+        return is_dir(self)
+
+    store = Store(root)
+    plan = plan_gc(store, max_bytes=0)
+    monkeypatch.setattr(Path, "rename", written_again)
     assert run_gc(store, plan).evicted == 3
     assert contents(Store(root).space(make_spec()), [1]) == expected([1])
     assert verify(root) == []

@@ -28,6 +28,7 @@ from samples import (
     content,
     contents,
     expected,
+    flip,
     in_fork,
     make_entries,
     make_key,
@@ -152,6 +153,18 @@ def test_records_outlive_their_pack(tmp_path: Path) -> None:
     record = Pack(folder).record(0)
     shutil.rmtree(folder)
     assert content(record) == content(make_record(3))
+
+
+def test_a_pack_that_was_closed_is_opened_and_verified_again(tmp_path: Path) -> None:
+    pack = Pack(tmp_path / write_pack(tmp_path, make_entries(range(1, 4)), {}))
+    assert content(pack.record(0)) == content(make_record(1))
+    pack.close()
+    pack.close()
+    assert content(pack.record(0)) == content(make_record(1))
+    pack.close()
+    flip(pack.path / "features" / "c.0.0", 0)
+    with pytest.raises(CorruptRecordError, match="fails its checksum"):
+        pack.record(0)
 
 
 def test_provenance_is_kept_for_people_and_zarr(tmp_path: Path) -> None:
@@ -290,6 +303,22 @@ def test_a_flipped_bit_in_metadata_never_gives_a_wrong_number(pack: Damaged) -> 
     assert outcomes(space, numbers) == {"right"}
 
 
+def test_places_that_are_no_whole_numbers_or_in_another_order(tmp_path: Path) -> None:
+    pack = tmp_path / write_pack(tmp_path, make_entries(range(3)), {})
+    file = pack / "index" / "zarr.json"
+    metadata = json.loads(file.read_bytes())
+    parts = metadata["attributes"]["parts"]
+    floats = {name: [float(place) for place in places] for name, places in parts.items()}
+    for same in (floats, dict(reversed(parts.items()))):
+        file.write_text(json.dumps({**metadata, "attributes": {"parts": same}}))
+        assert np.array_equal(read_keys(pack), make_keys(range(3)))
+        assert content(Pack(pack).record(2)) == content(make_record(2))
+    for other in ({**parts, "keys": [0, 12.5]}, {**parts, "keys": [0.5, 12]}, {**floats, "a": 1}):
+        file.write_text(json.dumps({**metadata, "attributes": {"parts": other}}))
+        with pytest.raises(CorruptRecordError, match="don't make an index"):
+            read_keys(pack)
+
+
 def test_the_width_of_empty_records_is_checked(root: Path) -> None:
     space = Store(root).space(make_spec())
     space.write(make_entries(range(3), "empty"), {})
@@ -413,6 +442,12 @@ def test_the_folders_above_a_new_space_are_synced(
     synced = {path for call, path, *_ in calls if call == "fsync"}
     for folder in (root, root / "spaces", second.path, second.packs_folder):
         assert str(folder) in synced
+    # Before its own zarr.json, which is written beside `packs`: who sees it syncs nothing again.
+    named = [i for i, (_, path, *_) in enumerate(calls) if Path(path).parent == second.path]
+    named = [i for i in named if calls[i][1] != str(second.packs_folder)]
+    before = {path for call, path, *_ in calls[: named[0]] if call == "fsync"}
+    for folder in (root, root / "spaces", second.path, second.packs_folder):
+        assert str(folder) in before
 
 
 def test_temporary_folders_are_in_the_same_folder_and_unique(

@@ -288,6 +288,19 @@ class TestPushAndPull:
         assert pull(third, s3).packs == 1
         assert read_all(third, range(1, 4)) == expected(range(1, 4))
 
+    def test_a_pack_that_came_since_the_plan_keeps_its_codec(self, root, space, remote, other):
+        space.write(make_entries(range(1, 4)), {}, "zstd")
+        raw = Store(other).space(make_spec())
+        raw.write(make_entries(range(1, 4)), {})
+        assert raw.pack_names() == space.pack_names()
+        plan = plan_push(other, remote)
+        assert push(root, remote).packs == 1
+        report = push(other, remote, plan=plan)
+        assert (report.packs, report.bytes, report.failures) == (0, 0, ())
+        third = other.with_name("third")
+        assert pull(third, remote).packs == 1
+        assert read_all(third, range(1, 4)) == expected(range(1, 4))
+
     def test_what_is_no_part_of_a_pack_is_not_sent(self, root, space, s3, bucket, other):
         space.write(make_entries(range(3)), {})
         folder = space.packs_folder / space.pack_names()[0]
@@ -549,6 +562,15 @@ class TestWhatIsThere:
         text = json.dumps({"attributes": {"feature_cache": {"space": spec}}}).encode()
         bucket.put_object(Key=f"some/prefix/spaces/{space.name}/zarr.json", Body=text)
         with pytest.raises(StoreError, match="another spec than its name says"):
+            pull(other, s3)
+
+    def test_a_spec_that_is_nested_too_deeply(self, root, space, s3, bucket, other):
+        space.write(make_entries(range(3)), {})
+        push(root, s3)
+        spec: Any = json.loads("[" * 600 + "]" * 600)
+        text = json.dumps({"attributes": {"feature_cache": {"space": {"a": spec}}}}).encode()
+        bucket.put_object(Key=f"some/prefix/spaces/{space.name}/zarr.json", Body=text)
+        with pytest.raises(StoreError, match=r"zarr\.json is damaged"):
             pull(other, s3)
 
     def test_pulling_where_nothing_is(self, remote, other):

@@ -8,9 +8,10 @@ import pickle
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from feature_cache.store import (
     read_runs,
     sum_usage,
 )
+from feature_cache.store import space as space_module
 from feature_cache.store.counters import merge_runs
 from feature_cache.store.layers import FolderLayer, LayeredSpace
 from feature_cache.store.maintenance import compact_space, plan_gc, repair, run_gc, verify
@@ -578,6 +580,59 @@ def test_a_pack_set_aside_by_another_process_is_a_miss(root: Path, space: Space)
     (space.packs_folder / name).rename(root / "elsewhere")
     assert contents(late, [2, 3]) == [None, None]
     assert not (root / "quarantine").exists()
+
+
+def test_a_pack_set_aside_while_another_thread_looks_stays_aside(
+    root: Path, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space.write(make_entries([2, 3]), {})
+    [name] = space.pack_names()
+    reader = Store(root, "r").space(make_spec())
+    assert reader.contains(make_keys([2])).all()
+    damage(space.packs_folder / name / "features" / "c.0.0", "flip")
+    space.write(make_entries([4]), {})
+    is_looking, is_set_aside = threading.Event(), threading.Event()
+
+    def read_slowly(pack: Path) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            is_looking.set()
+            is_set_aside.wait(0.5)
+        return read_keys(pack)
+
+    monkeypatch.setattr(space_module, "read_keys", read_slowly)
+    thread = threading.Thread(target=reader.refresh)
+    thread.start()
+    is_looking.wait()
+    reader.condemn(name, CorruptRecordError("it is damaged"))
+    is_set_aside.set()
+    thread.join()
+    assert name not in reader.pack_records()
+    with pytest.raises(CorruptRecordError, match="it is damaged"):
+        contents(reader, [2])
+    assert contents(reader, [4]) == expected([4])
+
+
+def test_a_pack_is_set_aside_while_another_thread_asks_what_was(
+    root: Path, space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (2, 3):
+        space.write(make_entries([number]), {})
+    for name in space.pack_names():
+        damage(space.packs_folder / name / "features" / "c.0.0", "flip")
+    reader = Store(root, "r").space(make_spec())
+
+    class Interrupted(np.ndarray[Any, Any]):
+        def __iter__(self) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(reader.find, make_keys([3])).result() == [None]
+            return super().__iter__()
+
+    monkeypatch.setattr(space_module, "read_keys", lambda pack: read_keys(pack).view(Interrupted))
+    assert reader.find(make_keys([2])) == [None]
+    assert reader.read(make_keys([9])) == [None]
+    for number in (2, 3):
+        with pytest.raises(CorruptRecordError):
+            reader.read(make_keys([number]))
 
 
 # Processes

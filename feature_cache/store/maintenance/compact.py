@@ -45,6 +45,8 @@ NETWORK_GRACE_SECONDS = 120.0
 that replaces them."""
 
 _OPENED_AT_ONCE, _MERGED_MOST = 4096, 256
+_OPEN_FILES = 128
+"""Each pack that is read holds a descriptor, of which a process often has 1024 for everything."""
 _log = logging.getLogger(__name__)
 
 
@@ -435,7 +437,8 @@ def _join_origins(sources: Iterable[_Source]) -> list[JSON]:
     """Give what the writers of the packs said of themselves, each once."""
     found: dict[str, JSON] = {}
     for source in sources:
-        for origin in source.origin.get("compacted_from", [source.origin]):
+        told = source.origin.get("compacted_from")
+        for origin in told if isinstance(told, list) else [source.origin]:
             found.setdefault(canonical_json(origin), origin)
     return [json.loads(text) for text in sorted(found)]
 
@@ -447,7 +450,12 @@ def _read_entries(
     entries: list[NewRecord] = []
     sources: set[str] = set()
     size = 0
+    # Rows are ordered by movie and time, not by pack: those read last are likely to be read again.
+    opened: dict[str, Pack] = {}
     for source, row in rows:
+        opened[source.pack.name] = opened.pop(source.pack.name, source.pack)
+        if len(opened) > _OPEN_FILES:
+            opened.pop(next(iter(opened))).close()
         record = source.pack.record(row)
         key = source.pack.keys[row].tobytes()
         entries.append(NewRecord(key, record, source.records[row]))
@@ -456,6 +464,8 @@ def _read_entries(
         if size >= target_bytes:
             yield entries, sources
             entries, sources, size = [], set(), 0
+    for pack in opened.values():
+        pack.close()
     if entries:
         yield entries, sources
 

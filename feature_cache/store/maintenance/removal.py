@@ -12,7 +12,7 @@ from math import inf
 from pathlib import Path
 
 from ...system import rename_folder
-from ..files import TEMPORARY_PREFIX
+from ..files import TEMPORARY_PREFIX, rename_new
 
 # More than a time of the file system loses as a float.
 _TICK_SECONDS = 1e-3
@@ -51,11 +51,7 @@ def remove_tree(path: Path, writer: str, *, last_use: float = inf) -> bool:
 
 def _put_back(taken: Path, path: Path) -> None:
     """Give back a pack that was used just now, unless it was written again meanwhile."""
-    try:
-        taken.rename(path)
-    except OSError:
-        if not path.is_dir():
-            raise
+    if not rename_new(taken, path):
         _remove(taken)
 
 

@@ -62,7 +62,7 @@ def check_spec(spec: Any, where: str, name: str) -> dict[str, Any]:
     """Give the spec of a space, if it is the one that the space's name says."""
     try:
         digest = digest_json(spec).hex()[:8]
-    except TypeError:
+    except (TypeError, RecursionError):
         digest = ""
     if not isinstance(spec, dict) or not name.endswith(f"-{digest}"):
         raise StoreError(f"{where}/{GROUP} is damaged: it holds another spec than its name says")

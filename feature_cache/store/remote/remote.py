@@ -230,7 +230,7 @@ class Remote:
                 shutil.rmtree(temporary, ignore_errors=True)
         return sum(objects.values())
 
-    def push_pack(self, space: str, pack: Path, *, progress: Progress | None = None) -> int:
+    def push_pack(self, space: str, pack: Path, *, progress: Progress | None = None) -> int | None:
         """Verify a pack and send it; it appears there with its last object.
 
         Parameters
@@ -242,8 +242,8 @@ class Remote:
 
         Returns
         -------
-        int
-            Bytes sent.
+        int or None
+            Bytes sent; None where the pack is there already.
 
         Raises
         ------
@@ -257,6 +257,9 @@ class Remote:
         files = pack_files(pack)
         sizes = {name: file.stat().st_size for name, file in files.items()}
         group = files.pop(GROUP)
+        if self._objects.size(f"{prefix}/{GROUP}") is not None:
+            # Another push came first: its arrays stay, which may have another codec.
+            return None
         sent = {f"{prefix}/{name}": file for name, file in files.items()}
         self._objects.put_files(sent, progress)
         self._check_sent(prefix, {name: sizes[name] for name in files})
@@ -336,11 +339,13 @@ class Remote:
                 found = ArrayFile.read(Path(folder, array))
                 files = [found.chunk_file(*index) for index in found.file_indices()]
                 names += [f"{array}/{GROUP}", *(str(file.relative_to(folder)) for file in files)]
-        sizes = {name: self._objects.size(f"{prefix}/{name}") for name in names}
-        for name, size in sizes.items():
-            if size is None:
+        sizes: dict[str, int] = {}
+        for name in names:
+            # At the first that is missing: metadata that lie may name a million.
+            if (size := self._objects.size(f"{prefix}/{name}")) is None:
                 raise self._lacking(f"{prefix}/{name}")
-        return {name: size for name, size in sizes.items() if size is not None}
+            sizes[name] = size
+        return sizes
 
     def _bring_chunk(self, prefix: str, folder: Path) -> None:
         """Fetch the array that the keys are in: ``keys``, in packs of version 1 to 3."""
