@@ -131,7 +131,8 @@ class Presence:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = f"{this_host()}-{os.getpid()}-{secrets.token_hex(8)}"
-        self.members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._adding = Lock()
         self.uses = Uses(root, self.name)
         self._process = Process(this_host(), os.getpid(), start_of(psutil.Process()))
         # Held while members take theirs: who holds a member's must not wait for this one.
@@ -155,13 +156,22 @@ class Presence:
         except OSError as error:
             _log.debug("not announced in %s: %s", self.file, error)
 
+    def add(self, member: Member) -> None:
+        """Refresh a member, and let it note what was used, as long as it is there."""
+        with self._adding:
+            self._members.add(member)
+
+    def _list_members(self) -> list[Member]:
+        with self._adding:
+            return list(self._members)
+
     def beat(self) -> None:
         """Say that the process lives; let go of packs that are gone."""
         with self._lock:
             if self._left:
                 return
             try:
-                for member in list(self.members):
+                for member in self._list_members():
                     # Nobody to tell it to is here: whoever reads that space gets the error.
                     with suppress(OSError):
                         member.refresh()
@@ -182,7 +192,7 @@ class Presence:
                 self.uses.save()
 
     def _ask_members(self) -> None:
-        for member in list(self.members):
+        for member in self._list_members():
             member.note()
 
     def _write(self) -> None:
@@ -249,13 +259,17 @@ def _beat_forever() -> None:
         beats = time.monotonic() - beaten >= BEAT_SECONDS
         beaten = time.monotonic() if beats else beaten
         for root, presence in list(_present.items()):
-            if not root.exists():
-                # If a cache comes there later, `join` makes a new presence in it.
-                _present.pop(root, None)
-                continue
-            presence.note()
-            if beats:
-                presence.beat()
+            try:
+                if not root.exists():
+                    # If a cache comes there later, `join` makes a new presence in it.
+                    _present.pop(root, None)
+                    continue
+                presence.note()
+                if beats:
+                    presence.beat()
+            except Exception:  # noqa: BLE001
+                # The thread goes on: nobody would start it again.
+                _log.exception("no heartbeat in %s", root)
 
 
 def _leave_all() -> None:

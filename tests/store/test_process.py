@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,63 @@ def watch_heart(root: Path) -> None:
 
 def test_the_heart_beats_and_makes_no_folder_anew(filled: Path) -> None:
     apart(watch_heart, filled)
+
+
+class Reader:
+    """What a process has open, that does something else when it is asked."""
+
+    def __init__(self, asked: Callable[[], object]) -> None:
+        self.note = self.refresh = asked
+
+
+def outlive_a_bug(root: Path) -> None:
+    beat_fast()
+    failed: list[str] = []
+    logger = logging.getLogger(process.__name__)
+    logger.addFilter(lambda record: failed.append(record.getMessage()) or False)
+    reader = Reader(lambda: 1 / 0)
+    join(root).add(reader)
+    for _ in range(3):
+        failed.clear()
+        wait_until(lambda: failed)
+        assert str(root) in failed[0]
+    del reader
+    os.utime(join(root).file, (0, 0))
+    wait_until(lambda: join(root).file.stat().st_mtime > 0)
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def test_the_heart_beats_on_after_what_nobody_expected(filled: Path) -> None:
+    apart(outlive_a_bug, filled)
+
+
+def test_spaces_may_be_opened_while_the_others_are_asked(root: Path) -> None:
+    presence, stop = Store(root).presence, threading.Event()
+    readers = [Reader(lambda: None) for _ in range(5000)]
+    for reader in readers:
+        presence.add(reader)
+
+    def open_others() -> None:
+        while not stop.is_set():
+            readers.append(Reader(lambda: None))
+            presence.add(readers[-1])
+            time.sleep(0)
+
+    with ThreadPoolExecutor(1) as threads:
+        opening = threads.submit(open_others)
+        try:
+            for _ in range(20):
+                presence.note()
+        finally:
+            stop.set()
+        opening.result()
 
 
 def test_a_last_beat_leaves_no_file(filled: Path) -> None:
