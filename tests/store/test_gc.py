@@ -323,7 +323,7 @@ def test_what_a_reader_has_open_it_reads_on_until_it_looks_again(
     assert contents(reader, range(1, 5)) == expected(range(1, 5))
     collect_garbage(root, max_bytes=0)
     assert contents(reader, range(1, 5)) == expected(range(1, 5))
-    Store(root).presence.beat()
+    Store(root).presence.refresh()
     assert contents(reader, range(1, 5)) == [None] * 4
 
 
@@ -376,7 +376,7 @@ def test_readers_go_on_while_packs_are_compacted_and_collected(root: Path, space
         reader = Store(root).space(make_spec())
         while not stop.exists():
             assert contents(reader, numbers) == expected(numbers)
-            Store(root).presence.beat()
+            Store(root).presence.refresh()
 
     def open_anew() -> None:
         while not stop.exists():

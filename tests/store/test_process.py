@@ -226,22 +226,6 @@ class Reader:
         self.note = self.refresh = asked
 
 
-def outlive_a_bug(root: Path) -> None:
-    beat_fast()
-    failed: list[str] = []
-    logger = logging.getLogger(process.__name__)
-    logger.addFilter(lambda record: failed.append(record.getMessage()) or False)
-    reader = Reader(lambda: 1 / 0)
-    join(root).add(reader)
-    for _ in range(3):
-        failed.clear()
-        wait_until(lambda: failed)
-        assert str(root) in failed[0]
-    del reader
-    os.utime(join(root).file, (0, 0))
-    wait_until(lambda: join(root).file.stat().st_mtime > 0)
-
-
 def wait_until(is_so: Callable[[], object]) -> None:
     for _ in range(2000):
         if is_so():
@@ -250,8 +234,38 @@ def wait_until(is_so: Callable[[], object]) -> None:
     raise AssertionError("it never came")
 
 
+def wait_for_a_beat(root: Path) -> None:
+    os.utime(join(root).file, (0, 0))
+    wait_until(lambda: join(root).file.stat().st_mtime > 0)
+
+
 def test_the_heart_beats_on_after_what_nobody_expected(filled: Path) -> None:
-    apart(outlive_a_bug, filled)
+    def check() -> None:
+        beat_fast()
+        said: list[str] = []
+        logger = logging.getLogger(process.__name__)
+        logger.addFilter(lambda record: said.append(record.getMessage()) or False)
+        reader = Reader(lambda: 1 / 0)
+        join(filled).add(reader)
+        for _ in range(3):
+            said.clear()
+            wait_until(lambda: said)
+            assert str(filled) in said[0]
+        wait_for_a_beat(filled)
+
+    in_fork(check)
+
+
+def test_the_heart_beats_while_a_folder_is_listed(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        is_asked = threading.Event()
+        reader = Reader(lambda: is_asked.set() or threading.Event().wait())
+        join(filled).add(reader)
+        assert is_asked.wait(60)
+        wait_for_a_beat(filled)
+
+    in_fork(check)
 
 
 def test_spaces_may_be_opened_while_the_others_are_asked(root: Path) -> None:
@@ -301,6 +315,7 @@ def fork_often(root: Path, times: int) -> None:
         loop(lambda: contents(Store(root).space(make_spec()), range(10, 14))),
         loop(lambda: contents(space, [10, 99])),
         loop(join(root).beat),
+        loop(join(root).refresh),
     ]
 
     def check() -> None:
