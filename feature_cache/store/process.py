@@ -274,16 +274,13 @@ def _note_forever() -> None:
 
 
 def _for_each(work: Callable[[Presence], None]) -> None:
-    for root, presence in list(_present.items()):
+    # Also in a cache that is away: when it is back, its spaces and claims have the same name.
+    for presence in list(_present.values()):
         try:
-            if root.exists():
-                work(presence)
-            else:
-                # If a cache comes there later, `join` makes a new presence in it.
-                _present.pop(root, None)
+            work(presence)
         except Exception:  # noqa: BLE001
             # The thread goes on: nobody would start it again.
-            _log.exception("%s failed in %s", work.__name__, root)
+            _log.exception("%s failed in %s", work.__name__, presence.root)
 
 
 def _leave_all() -> None:

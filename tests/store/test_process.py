@@ -256,6 +256,38 @@ def test_the_heart_beats_on_after_what_nobody_expected(filled: Path) -> None:
     in_fork(check)
 
 
+def test_a_cache_that_was_away_knows_its_process_again(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        claims, own = Store(filled).claims, join(filled)
+        read_filled(filled)
+        assert claims.take(["a"]) == [True]
+        away = filled.rename(filled.with_name("away"))
+        wait_until(lambda: not own.announced)
+        (away / "processes" / own.name).unlink()  # as gc would, after a while
+        away.rename(filled)
+        wait_until(own.file.exists)
+        assert join(filled).name == own.name
+        assert claims.take(["a"]) == [False]
+        claims.release(["a"])
+        assert claims.take(["a"]) == [True]
+
+    in_fork(check)
+
+
+def test_a_cache_made_anew_in_its_place_knows_it_too(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        own = join(filled)
+        shutil.rmtree(filled)
+        wait_until(lambda: not own.announced)
+        assert Store(filled).claims.take(["a"]) == [True]
+        assert Store(filled).claims.take(["a"]) == [False]
+        assert list(living(filled, time.time())) == [own.name]
+
+    in_fork(check)
+
+
 def test_the_heart_beats_while_a_folder_is_listed(filled: Path) -> None:
     def check() -> None:
         beat_fast()
