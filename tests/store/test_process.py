@@ -103,6 +103,21 @@ def test_a_folder_without_permission_is_read_all_the_same(public_folder: Path) -
     assert processes(root) == before
 
 
+def test_who_can_not_list_the_spaces_leaves_all_the_same(public_folder: Path) -> None:
+    root = public_folder / "cache"
+    Store(root).space(make_spec()).write(make_entries(range(4)), {})
+    (root / "processes").chmod(0o777)
+    (root / "spaces").chmod(0o700)
+
+    def check() -> None:
+        presence = join(root)
+        assert presence.file.exists()
+        presence.leave()
+        assert not presence.file.exists()
+
+    in_fork(check, uid=NOBODY)
+
+
 def stay(root: Path, ready: Any, leave: Any) -> None:
     read_filled(root)
     ready.set()
