@@ -202,7 +202,9 @@ def _merge(root: Path, before: float) -> int:
     if len(old) > 1:
         started, ended = min(r.started for r in old.values()), max(r.ended for r in old.values())
         merged = Run("", 0, started, ended, sum_usage(old.values()))
-        text = canonical_json({**merged.to_json(), "of": sorted(old)})
+        # With those that these stood for: a kill may leave them there when these are gone.
+        of = sorted(set(old) | (done & set(files)))
+        text = canonical_json({**merged.to_json(), "of": of})
         write_text(root / "stats" / f"{_MERGED}{secrets.token_hex(8)}.json", text)
         done |= set(old)
     # Also what an earlier merge, killed, had summed up and left.

@@ -429,15 +429,16 @@ def test_killed_between_any_two_steps_nothing_is_lost(root: Path, space: Space) 
     assert verify(root) == []
 
 
-def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
-    def count() -> None:
-        counter = Counter(Store(root))
-        counter.add(Usage(1, 2, 3))
-        counter.save()
+def count(root: Path) -> None:
+    counter = Counter(Store(root))
+    counter.add(Usage(1, 2, 3))
+    counter.save()
 
+
+def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
     Store(root)
     for _ in range(3):
-        in_fork(count)
+        in_fork(partial(count, root))
 
     def merge_and_die(number: int) -> None:
         die_at(number, "unlink", "replace", "open")
@@ -451,6 +452,31 @@ def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
     counters.merge_runs(root, time.time() + 1)
     assert len(os.listdir(root / "stats")) == 1
     assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
+
+
+def test_counters_are_merged_once_when_it_is_killed_twice(root: Path) -> None:
+    real = Path.unlink
+
+    def die(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".json":
+            os._exit(1)
+        real(self, missing_ok)
+
+    def merge_and_die() -> None:
+        Path.unlink = die  # type: ignore[method-assign]
+        counters.merge_runs(root, time.time() + 1)
+
+    Store(root)
+    in_fork(partial(count, root))
+    for _ in range(2):
+        in_fork(partial(count, root))
+        before = set(os.listdir(root / "stats"))
+        assert wait(fork(merge_and_die)) == 1
+    assert len(before) == 4
+    # What the second had to remove, the first one's sum before its parts.
+    for name in sorted(before, reverse=True):
+        (root / "stats" / name).unlink()
+        assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
 
 
 def test_counters_of_the_living_are_not_merged_and_damaged_ones_do_no_harm(root: Path) -> None:
