@@ -23,6 +23,7 @@ from feature_cache.store.maintenance import (
     verify,
 )
 from feature_cache.store.process import GONE_SECONDS, this_host
+from feature_cache.store.requested_movies import ASKED_SECONDS
 from samples import (
     content,
     contents,
@@ -311,6 +312,25 @@ def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[st
     assert len(os.listdir(root / "quarantine")) == 1
     assert collect_garbage(root).freed_bytes
     assert os.listdir(root / "quarantine") == []
+
+
+def test_what_another_gc_removes_meanwhile_is_not_missed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names = Store(root), ["a.json", "b.json"]
+    (root / "asked").mkdir()
+    for name in names:
+        (root / "asked" / name).touch()
+        make_older(root / "asked" / name, ASKED_SECONDS + 60)
+    real = Path.lstat
+
+    def lstat(self: Path) -> os.stat_result:
+        if self.name == names[0]:
+            self.unlink(missing_ok=True)
+        return real(self)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert [path.name for path, _ in plan_gc(store).leftovers] == names[1:]
 
 
 # Written again
