@@ -97,6 +97,7 @@ def start_of(process: psutil.Process) -> float:
     On Linux this is the boot, in terms of which the kernel keeps it. Others keep the clock's time
     of that moment.
     """
+    # Both by the clock as it is now: before psutil 7.1 the first was by an older one.
     started = float(process.create_time())
     return started - float(psutil.boot_time()) if _BOOT_ID.exists() else started
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError
+from ..forks import Lock
 from ..hashing import canonical_json
 from .claims import Claims
 from .files import make_folder, read_each, read_json, reading, write_text, writing
@@ -99,36 +100,48 @@ class Run:
 class Counter:
     """Counts one process's hits, misses and computed records, and keeps them in the store.
 
-    Kept every few seconds while counting, when asked, and when the cache object or the process
-    ends; never in a read-only store. A forked child counts its own.
+    May be shared by threads. Kept every few seconds while counting, when asked, and when the cache
+    object or the process ends; never in a read-only store. A forked child counts its own.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        # Two, so that nobody who counts waits for a file to be written.
+        self._counting, self._saving = Lock(), Lock()
         self._restart()
 
     def _restart(self) -> None:
-        self._process, self._total = os.getpid(), Usage()
-        self._name = f"{self._process}-{secrets.token_hex(8)}"
+        process, self._total = os.getpid(), Usage()
+        self._name = f"{process}-{secrets.token_hex(8)}"
         self._saved_at, self._saved, self._started = time.monotonic(), Usage(), time.time()
+        self._process = process  # last: other threads look at it without the lock
 
     @property
     def total(self) -> Usage:
         """What this process counted so far."""
         if self._process != os.getpid():
-            self._restart()
-            # What saves it when a process ends is passed over in a child of multiprocessing.
-            multiprocessing.util.Finalize(None, self.save, exitpriority=10)
+            with self._counting:
+                if self._process != os.getpid():
+                    self._restart()
+                    # What saves it when a process ends is passed over in a child of
+                    # multiprocessing.
+                    multiprocessing.util.Finalize(None, self.save, exitpriority=10)
         return self._total
 
     def add(self, usage: Usage) -> None:
         """Count more."""
-        self._total = self.total + usage
+        with self._counting:
+            self._total = self.total + usage
         if time.monotonic() - self._saved_at > _SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Keep the counters in the store; where that fails, say so in the log and go on."""
+        # One after the other, or an older total could come last.
+        with self._saving:
+            self._save()
+
+    def _save(self) -> None:
         # The time also where it can't be saved, or each count would try again.
         total, self._saved_at = self.total, time.monotonic()
         if self._store.mode == "r" or total == self._saved or not self._store.root.exists():
@@ -202,7 +215,9 @@ def _merge(root: Path, before: float) -> int:
     if len(old) > 1:
         started, ended = min(r.started for r in old.values()), max(r.ended for r in old.values())
         merged = Run("", 0, started, ended, sum_usage(old.values()))
-        text = canonical_json({**merged.to_json(), "of": sorted(old)})
+        # With those that these stood for: a kill may leave them there when these are gone.
+        of = sorted(set(old) | (done & set(files)))
+        text = canonical_json({**merged.to_json(), "of": of})
         write_text(root / "stats" / f"{_MERGED}{secrets.token_hex(8)}.json", text)
         done |= set(old)
     # Also what an earlier merge, killed, had summed up and left.

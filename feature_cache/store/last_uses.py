@@ -174,7 +174,10 @@ def settle_uses(root: Path, known: KnownUses) -> None:
 
 def _give(root: Path, times: Mapping[Pack, float]) -> bool:
     """Give packs' folders the times of their last use; tell whether all have theirs now."""
-    spaces = set(list_folder(root / "spaces"))
+    try:
+        spaces = set(list_folder(root / "spaces"))
+    except OSError:
+        return False
     done = [
         set_last_use(root / "spaces" / space / "packs" / pack, used)
         for (space, pack), used in times.items()

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -131,10 +131,11 @@ class Presence:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.name = f"{this_host()}-{os.getpid()}-{secrets.token_hex(8)}"
-        self.members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._adding = Lock()
         self.uses = Uses(root, self.name)
         self._process = Process(this_host(), os.getpid(), start_of(psutil.Process()))
-        # Held while members take theirs: who holds a member's must not wait for this one.
+        # Held, at the end, while members take theirs: who holds a member's must not wait for it.
         self._lock = Lock()
         self.announced = self._left = False
         self.is_inherited = False
@@ -155,16 +156,21 @@ class Presence:
         except OSError as error:
             _log.debug("not announced in %s: %s", self.file, error)
 
+    def add(self, member: Member) -> None:
+        """Refresh a member, and let it note what was used, as long as it is there."""
+        with self._adding:
+            self._members.add(member)
+
+    def _list_members(self) -> list[Member]:
+        with self._adding:
+            return list(self._members)
+
     def beat(self) -> None:
-        """Say that the process lives; let go of packs that are gone."""
+        """Say that the process lives; waits for nobody who reads."""
         with self._lock:
             if self._left:
                 return
             try:
-                for member in list(self.members):
-                    # Nobody to tell it to is here: whoever reads that space gets the error.
-                    with suppress(OSError):
-                        member.refresh()
                 # Not written yet; or the last beat failed: gc removes the file of who was silent.
                 if not self.announced:
                     self._write()
@@ -172,6 +178,13 @@ class Presence:
             except OSError as error:
                 self.announced = False
                 _log.debug("no heartbeat in %s: %s", self.file, error)
+
+    def refresh(self) -> None:
+        """Let go of packs that are gone."""
+        for member in self._list_members():
+            # Nobody to tell it to is here: whoever reads that space gets the error.
+            with suppress(OSError):
+                member.refresh()
 
     def note(self) -> None:
         """Write down what was used, unless the process has left."""
@@ -182,7 +195,7 @@ class Presence:
                 self.uses.save()
 
     def _ask_members(self) -> None:
-        for member in list(self.members):
+        for member in self._list_members():
             member.note()
 
     def _write(self) -> None:
@@ -238,24 +251,36 @@ def _start_heart() -> None:
     if _heart is None:
         _heart = threading.Thread(target=_beat_forever, name="feature_cache heartbeat", daemon=True)
         _heart.start()
+        threading.Thread(target=_note_forever, name="feature_cache notes", daemon=True).start()
         # No `atexit`: children of multiprocessing, as a loader's workers are, end without it.
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=10)
 
 
 def _beat_forever() -> None:
-    beaten = time.monotonic()
+    while True:
+        time.sleep(BEAT_SECONDS)
+        _for_each(Presence.beat)
+
+
+def _note_forever() -> None:
+    # A thread of its own: a folder that takes long to list must not make the process silent.
+    refreshed = time.monotonic()
     while True:
         time.sleep(min(NOTE_SECONDS, BEAT_SECONDS))
-        beats = time.monotonic() - beaten >= BEAT_SECONDS
-        beaten = time.monotonic() if beats else beaten
-        for root, presence in list(_present.items()):
-            if not root.exists():
-                # If a cache comes there later, `join` makes a new presence in it.
-                _present.pop(root, None)
-                continue
-            presence.note()
-            if beats:
-                presence.beat()
+        _for_each(Presence.note)
+        if time.monotonic() - refreshed >= BEAT_SECONDS:
+            refreshed = time.monotonic()
+            _for_each(Presence.refresh)
+
+
+def _for_each(work: Callable[[Presence], None]) -> None:
+    # Also in a cache that is away: when it is back, its spaces and claims have the same name.
+    for presence in list(_present.values()):
+        try:
+            work(presence)
+        except Exception:  # noqa: BLE001
+            # The thread goes on: nobody would start it again.
+            _log.exception("%s failed in %s", work.__name__, presence.root)
 
 
 def _leave_all() -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,5 +111,10 @@ def _read_if_allowed(file: Path) -> Asked:
 
 def find_forgotten(root: Path, now: float) -> list[Path]:
     """List what nobody asked for in `ASKED_SECONDS`; `now` as the file system has it."""
-    files = (root / "asked" / name for name in list_folder(root / "asked"))
-    return [f for f in files if f.suffix == ".json" and now - f.lstat().st_mtime > ASKED_SECONDS]
+    forgotten = []
+    for name in list_folder(root / "asked"):
+        file = root / "asked" / name
+        with suppress(FileNotFoundError):  # another gc was first
+            if file.suffix == ".json" and now - file.lstat().st_mtime > ASKED_SECONDS:
+                forgotten.append(file)
+    return forgotten

@@ -116,7 +116,7 @@ class Space:
     def _join(self) -> Presence:
         if self._presence is None or self._presence.is_inherited:
             self._presence = join(self.root, create=self.mode == "a")
-            self._presence.members.add(self)
+            self._presence.add(self)
             # It has the dict, as the space would live on then: `_packs` stays this very one.
             weakref.finalize(self, _note, self._packs, self.name, self._presence.uses)
         return self._presence

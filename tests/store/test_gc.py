@@ -24,6 +24,7 @@ from feature_cache.store.maintenance import (
     verify,
 )
 from feature_cache.store.process import GONE_SECONDS, this_host
+from feature_cache.store.requested_movies import ASKED_SECONDS
 from samples import (
     content,
     contents,
@@ -314,6 +315,25 @@ def test_quarantine_is_emptied_of_packs(root: Path, space: Space, packs: list[st
     assert os.listdir(root / "quarantine") == []
 
 
+def test_what_another_gc_removes_meanwhile_is_not_missed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names = Store(root), ["a.json", "b.json"]
+    (root / "asked").mkdir()
+    for name in names:
+        (root / "asked" / name).touch()
+        make_older(root / "asked" / name, ASKED_SECONDS + 60)
+    real = Path.lstat
+
+    def lstat(self: Path) -> os.stat_result:
+        if self.name == names[0]:
+            self.unlink(missing_ok=True)
+        return real(self)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert [path.name for path, _ in plan_gc(store).leftovers] == names[1:]
+
+
 # Written again
 
 
@@ -324,7 +344,7 @@ def test_what_a_reader_has_open_it_reads_on_until_it_looks_again(
     assert contents(reader, range(1, 5)) == expected(range(1, 5))
     collect_garbage(root, max_bytes=0)
     assert contents(reader, range(1, 5)) == expected(range(1, 5))
-    Store(root).presence.beat()
+    Store(root).presence.refresh()
     assert contents(reader, range(1, 5)) == [None] * 4
 
 
@@ -410,7 +430,7 @@ def test_readers_go_on_while_packs_are_compacted_and_collected(root: Path, space
         reader = Store(root).space(make_spec())
         while not stop.exists():
             assert contents(reader, numbers) == expected(numbers)
-            Store(root).presence.beat()
+            Store(root).presence.refresh()
 
     def open_anew() -> None:
         while not stop.exists():
@@ -463,15 +483,16 @@ def test_killed_between_any_two_steps_nothing_is_lost(root: Path, space: Space) 
     assert verify(root) == []
 
 
-def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
-    def count() -> None:
-        counter = Counter(Store(root))
-        counter.add(Usage(1, 2, 3))
-        counter.save()
+def count(root: Path) -> None:
+    counter = Counter(Store(root))
+    counter.add(Usage(1, 2, 3))
+    counter.save()
 
+
+def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
     Store(root)
     for _ in range(3):
-        in_fork(count)
+        in_fork(partial(count, root))
 
     def merge_and_die(number: int) -> None:
         die_at(number, "unlink", "replace", "open")
@@ -485,6 +506,31 @@ def test_counters_are_merged_once_whenever_it_is_killed(root: Path) -> None:
     counters.merge_runs(root, time.time() + 1)
     assert len(os.listdir(root / "stats")) == 1
     assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
+
+
+def test_counters_are_merged_once_when_it_is_killed_twice(root: Path) -> None:
+    real = Path.unlink
+
+    def die(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".json":
+            os._exit(1)
+        real(self, missing_ok)
+
+    def merge_and_die() -> None:
+        Path.unlink = die  # type: ignore[method-assign]
+        counters.merge_runs(root, time.time() + 1)
+
+    Store(root)
+    in_fork(partial(count, root))
+    for _ in range(2):
+        in_fork(partial(count, root))
+        before = set(os.listdir(root / "stats"))
+        assert wait(fork(merge_and_die)) == 1
+    assert len(before) == 4
+    # What the second had to remove, the first one's sum before its parts.
+    for name in sorted(before, reverse=True):
+        (root / "stats" / name).unlink()
+        assert sum_usage(read_runs(root)) == Usage(3, 6, 9)
 
 
 def test_counters_of_the_living_are_not_merged_and_damaged_ones_do_no_harm(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,21 @@ def test_a_folder_without_permission_is_read_all_the_same(public_folder: Path) -
 
     in_fork(check, uid=NOBODY)
     assert processes(root) == before
+
+
+def test_who_can_not_list_the_spaces_leaves_all_the_same(public_folder: Path) -> None:
+    root = public_folder / "cache"
+    Store(root).space(make_spec()).write(make_entries(range(4)), {})
+    (root / "processes").chmod(0o777)
+    (root / "spaces").chmod(0o700)
+
+    def check() -> None:
+        presence = join(root)
+        assert presence.file.exists()
+        presence.leave()
+        assert not presence.file.exists()
+
+    in_fork(check, uid=NOBODY)
 
 
 def stay(root: Path, ready: Any, leave: Any) -> None:
@@ -217,6 +234,109 @@ def test_the_heart_beats_and_makes_no_folder_anew(filled: Path) -> None:
     apart(watch_heart, filled)
 
 
+class Reader:
+    """What a process has open, that does something else when it is asked."""
+
+    def __init__(self, asked: Callable[[], object]) -> None:
+        self.note = self.refresh = asked
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def wait_for_a_beat(root: Path) -> None:
+    os.utime(join(root).file, (0, 0))
+    wait_until(lambda: join(root).file.stat().st_mtime > 0)
+
+
+def test_the_heart_beats_on_after_what_nobody_expected(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        said: list[str] = []
+        logger = logging.getLogger(process.__name__)
+        logger.addFilter(lambda record: said.append(record.getMessage()) or False)
+        reader = Reader(lambda: 1 / 0)
+        join(filled).add(reader)
+        for _ in range(3):
+            said.clear()
+            wait_until(lambda: said)
+            assert str(filled) in said[0]
+        wait_for_a_beat(filled)
+
+    in_fork(check)
+
+
+def test_a_cache_that_was_away_knows_its_process_again(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        claims, own = Store(filled).claims, join(filled)
+        read_filled(filled)
+        assert claims.take(["a"]) == [True]
+        away = filled.rename(filled.with_name("away"))
+        wait_until(lambda: not own.announced)
+        (away / "processes" / own.name).unlink()  # as gc would, after a while
+        away.rename(filled)
+        wait_until(own.file.exists)
+        assert join(filled).name == own.name
+        assert claims.take(["a"]) == [False]
+        claims.release(["a"])
+        assert claims.take(["a"]) == [True]
+
+    in_fork(check)
+
+
+def test_a_cache_made_anew_in_its_place_knows_it_too(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        own = join(filled)
+        shutil.rmtree(filled)
+        wait_until(lambda: not own.announced)
+        assert Store(filled).claims.take(["a"]) == [True]
+        assert Store(filled).claims.take(["a"]) == [False]
+        assert list(living(filled, time.time())) == [own.name]
+
+    in_fork(check)
+
+
+def test_the_heart_beats_while_a_folder_is_listed(filled: Path) -> None:
+    def check() -> None:
+        beat_fast()
+        is_asked = threading.Event()
+        reader = Reader(lambda: is_asked.set() or threading.Event().wait())
+        join(filled).add(reader)
+        assert is_asked.wait(60)
+        wait_for_a_beat(filled)
+
+    in_fork(check)
+
+
+def test_spaces_may_be_opened_while_the_others_are_asked(root: Path) -> None:
+    presence, stop = Store(root).presence, threading.Event()
+    readers = [Reader(lambda: None) for _ in range(5000)]
+    for reader in readers:
+        presence.add(reader)
+
+    def open_others() -> None:
+        while not stop.is_set():
+            readers.append(Reader(lambda: None))
+            presence.add(readers[-1])
+            time.sleep(0)
+
+    with ThreadPoolExecutor(1) as threads:
+        opening = threads.submit(open_others)
+        try:
+            for _ in range(20):
+                presence.note()
+        finally:
+            stop.set()
+        opening.result()
+
+
 def test_a_last_beat_leaves_no_file(filled: Path) -> None:
     read_filled(filled)
     join(filled).leave()
@@ -242,6 +362,7 @@ def fork_often(root: Path, times: int) -> None:
         loop(lambda: contents(Store(root).space(make_spec()), range(10, 14))),
         loop(lambda: contents(space, [10, 99])),
         loop(join(root).beat),
+        loop(join(root).refresh),
     ]
 
     def check() -> None:

@@ -43,6 +43,7 @@ from feature_cache.store import (
     Space,
     Store,
     Usage,
+    counters,
     read_runs,
     sum_usage,
 )
@@ -780,6 +781,46 @@ def test_usage_is_summed_over_processes(root: Path) -> None:
     (root / "stats" / "old.json").write_text('{"hits":1,"misses":0,"computed":7}')
     (root / "stats" / "broken.json").write_text('{"hits":"x"}')
     assert sum_usage(read_runs(root)) == Usage(13, 22, 40, 4, 5)
+
+
+def test_threads_that_count_at_once_lose_nothing(root: Path) -> None:
+    counter = Counter(Store(root))
+
+    class Slow(Usage):
+        """Is added up so slowly that another thread comes in between."""
+
+        def __radd__(self, other: Usage) -> Usage:
+            time.sleep(1e-4)
+            return Usage(other.hits + self.hits)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: counter.add(Slow(1)), range(100)))
+    assert counter.total == Usage(100)
+
+
+def test_an_older_count_is_never_kept_last(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, real = Counter(Store(root)), counters.write_text
+    begun, saved = threading.Event(), threading.Event()
+
+    def write_late(*args: Any) -> None:
+        if not begun.is_set():
+            begun.set()
+            saved.wait(0.2)
+        real(*args)
+
+    def save_more() -> None:
+        assert begun.wait(60)
+        counter.add(Usage(1))
+        counter.save()
+        saved.set()
+
+    monkeypatch.setattr(counters, "write_text", write_late)
+    counter.add(Usage(1))
+    with ThreadPoolExecutor(1) as threads:
+        saving = threads.submit(save_more)
+        counter.save()
+        saving.result()
+    assert sum_usage(read_runs(root)) == Usage(2)
 
 
 def test_disk_bytes_are_those_of_the_committed_packs(space: Space) -> None:

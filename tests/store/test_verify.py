@@ -399,7 +399,7 @@ def _tidy_until(root: Path, stop: Path) -> None:
         for space in store.spaces():
             compact_space(space, target_bytes=1 << 12)
         run_gc(store, plan_gc(store, max_bytes=60_000))
-        store.presence.beat()
+        store.presence.refresh()
 
 
 def test_verify_in_a_folder_that_can_only_be_read(sound: Path, public_folder: Path) -> None:
