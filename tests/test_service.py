@@ -56,6 +56,7 @@ from feature_cache.service.misses import plan_block
 from feature_cache.testing import FakeBackbone
 from forked_processes import apart
 from processes import outcome
+from refused_threads import refuse_threads
 from synthetic import make_movie
 
 # Tests run on machines of two cores.
@@ -615,6 +616,18 @@ def test_after_it_was_closed_it_begins_anew(tmp_path, log, expected):
     assert not sockets()
     check([dataset[i] for i in range(len(dataset))], expected)
     assert set(embeddings(log).values()) == {1}
+
+
+@pytest.mark.parametrize("name", ["engine", "claim", "embed"])
+def test_where_a_thread_did_not_start_the_next_who_asks_is_answered(
+    tmp_path, expected, monkeypatch, name
+):
+    dataset = make_dataset(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, name)
+        with pytest.raises(ServiceError, match="can't start new thread"):
+            _ = dataset[0]
+    check([dataset[0]], expected[:1])
 
 
 def test_progress_counts(tmp_path, monkeypatch, capsys):

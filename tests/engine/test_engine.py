@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from feature_cache import FeatureCache, StoreError
+from feature_cache import FeatureCache, ServiceError, StoreError
 from feature_cache.key import Keys
 from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
 from forked_processes import Scene, apart, finish, fork, start
+from refused_threads import refuse_threads
 
 
 def test_as_many_frames_are_read_at_once_as_there_are_cores(tmp_path, small, monkeypatch):
@@ -72,3 +73,20 @@ def fail_beside_another(root: Path) -> None:
 
 def test_what_another_process_computes_does_not_fail_with_what_is_ours(tmp_path: Path) -> None:
     apart(fail_beside_another, tmp_path / "cache")
+
+
+@pytest.mark.timeout(60)  # it hung
+@pytest.mark.parametrize(("name", "started"), [("engine", 0), ("claim", 0), ("embed", 1)])
+def test_a_thread_that_can_not_start_ends_the_run(tmp_path, small, monkeypatch, name, started):
+    movie = FeatureCache(tmp_path).movie(*small, FakeBackbone())
+    before = threading.enumerate()
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, name, started)
+        with pytest.raises(ServiceError, match=r"can't start new thread.*ulimit"):
+            movie.compute(range(4))
+    for thread in threading.enumerate():
+        if thread not in before and "heart" not in thread.name:
+            thread.join(20)
+            assert not thread.is_alive(), thread
+    movie.compute(range(4))
+    assert movie.contains(range(4)).all()
