@@ -28,7 +28,7 @@ import psutil
 
 from ..forks import Lock
 from ..hashing import canonical_json, digest_json
-from ..system import host_identity, in_forked_child, start_of
+from ..system import host_identity, in_forked_child, start, start_of
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, write_bytes
 from .last_uses import Uses
 
@@ -205,6 +205,7 @@ class Presence:
 _present: dict[Path, Presence] = {}
 _joining = threading.Lock()
 _heart: threading.Thread | None = None
+_leaves_at_end = False
 
 
 def join(root: Path, *, create: bool = True) -> Presence:
@@ -217,7 +218,7 @@ def join(root: Path, *, create: bool = True) -> Presence:
         Whether folders may be made for it.
     """
     presence = _present.get(root)
-    if presence is None or (create and not presence.announced):
+    if presence is None or _heart is None or (create and not presence.announced):
         with _joining:
             presence = _present.setdefault(root, presence or Presence(root))
             if not presence.announced:
@@ -227,11 +228,17 @@ def join(root: Path, *, create: bool = True) -> Presence:
 
 
 def _start_heart() -> None:
-    global _heart
-    if _heart is None:
-        _heart = threading.Thread(target=_beat_forever, name="feature_cache heartbeat", daemon=True)
-        _heart.start()
+    """Start what beats, once; where no thread starts, the next time this process joins."""
+    global _heart, _leaves_at_end
+    if not _leaves_at_end:
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=10)
+        _leaves_at_end = True
+    if _heart is None:
+        heart = threading.Thread(target=_beat_forever, name="feature_cache heartbeat", daemon=True)
+        if start(heart):
+            _heart = heart
+        else:
+            _log.debug("no heart beats: no more threads start")
 
 
 def _beat_forever() -> None:
@@ -256,11 +263,11 @@ def _leave_all() -> None:
 
 def _start_anew() -> None:
     """Forget, in a forked child, what its parent announced."""
-    global _heart, _joining
+    global _heart, _joining, _leaves_at_end
     for presence in _present.values():
         presence.is_inherited = True
     _present.clear()
-    _heart, _joining = None, threading.Lock()
+    _heart, _joining, _leaves_at_end = None, threading.Lock(), False
 
 
 in_forked_child(_start_anew)
