@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from feature_cache import FeatureCache, ServiceError, StoreError
+from feature_cache import BackboneError, FeatureCache, ServiceError, StoreError
+from feature_cache.engine import cpu
 from feature_cache.key import Keys
 from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
@@ -90,3 +91,20 @@ def test_a_thread_that_can_not_start_ends_the_run(tmp_path, small, monkeypatch, 
             assert not thread.is_alive(), thread
     movie.compute(range(4))
     assert movie.contains(range(4)).all()
+
+
+def test_poolings_that_all_fail_unexpectedly_end_the_run(tmp_path, small, monkeypatch):
+    frames, masks = (np.concatenate([array] * 20) for array in small)
+    tried = []
+
+    def fail(*args: Any) -> Any:
+        tried.append(args)
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(cpu.Plain, "make_records", fail)
+    frames = frames + np.arange(len(frames), dtype=frames.dtype)[:, None, None]
+    movie = FeatureCache(tmp_path).movie(frames, masks, FakeBackbone())
+    with pytest.raises(BackboneError, match=r"fake failed for frame .*: a kernel failed") as told:
+        movie.compute(range(len(frames)), batch_size=2)
+    assert isinstance(told.value.__cause__, RuntimeError)
+    assert 32 <= len(tried) < len(frames)
