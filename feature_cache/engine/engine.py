@@ -174,13 +174,14 @@ class Engine:
         self._ticks = SimpleQueue()
         try:
             with terminable():
-                self._feed(requests, until)
+                try:
+                    self._feed(requests, until)
+                finally:
+                    finish(self.close)  # SIGTERM is heard here too: there is much to commit
         except (KeyboardInterrupt, SystemExit):
-            finish(self.close)
-            say_kept(self.kept)
+            if self.ended:
+                say_kept(self.kept)
             raise
-        finally:
-            finish(self.close)
         if self.error is not None:
             raise self.error
 
