@@ -325,7 +325,7 @@ class Engine:
         if new:
             self._queue.add(request.of(new))
         else:
-            self._reserved -= request.nbytes
+            self._free(request)
 
     def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
         error = error.with_traceback(None)  # with which who keeps it would keep the frames' pixels

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from feature_cache import BackboneError, FeatureCache, ServiceError, StoreError
-from feature_cache.engine import cpu
+from feature_cache.engine import Promise, cpu, request_frame
 from feature_cache.key import Keys
 from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
@@ -108,3 +108,33 @@ def test_poolings_that_all_fail_unexpectedly_end_the_run(tmp_path, small, monkey
         movie.compute(range(len(frames)), batch_size=2)
     assert isinstance(told.value.__cause__, RuntimeError)
     assert 32 <= len(tried) < len(frames)
+
+
+def test_who_waits_for_room_is_told_of_what_is_asked_for_twice(tmp_path, small):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting(FakeBackbone):
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            begun.set()
+            assert go_on.wait(60)
+            return super().embed(images)
+
+    cache = FeatureCache(tmp_path)
+    movie = cache.movie(*small, Waiting())
+    model = cache.open_model(movie.backbone, movie.spec.backbone)
+    with cache.open_engine(memory_bytes=100) as engine:
+        promise = Promise()
+        engine.submit([request_frame(model, 0, [(movie, promise)], 1)])
+        assert begun.wait(30)
+        assert engine.reserve(100, 1)
+        waiting = threading.Thread(target=engine.reserve, args=(100, 50))
+        waiting.start()
+        again = request_frame(model, 0, [(movie, Promise())], 1)
+        again.nbytes = 100
+        engine.submit([again])
+        waiting.join(20)
+        told = not waiting.is_alive()
+        go_on.set()
+        waiting.join()
+        promise.wait(30)
+    assert told
