@@ -61,7 +61,10 @@ def around_forks(
 
 
 def start(thread: threading.Thread) -> bool:
-    """Start a thread; False while the interpreter ends, when from Python 3.12 on none starts."""
+    """Start a thread; False where none starts.
+
+    The system allows no more, or the interpreter ends, when from Python 3.12 on none does.
+    """
     try:
         thread.start()
     except RuntimeError:

@@ -50,12 +50,14 @@ from feature_cache import (
 from feature_cache.cache import grid_spec
 from feature_cache.cli import serve
 from feature_cache.engine import engine
-from feature_cache.service import Misses, StandIn, close_all, list_servers, open_host
+from feature_cache.service import Misses, StandIn, close_all, list_servers, misses, open_host
+from feature_cache.service.client import Client
 from feature_cache.service.filling import Progress
 from feature_cache.service.misses import plan_block
 from feature_cache.testing import FakeBackbone
 from forked_processes import apart
 from processes import outcome
+from refused_threads import refuse_threads
 from synthetic import make_movie
 
 # Tests run on machines of two cores.
@@ -617,6 +619,37 @@ def test_after_it_was_closed_it_begins_anew(tmp_path, log, expected):
     assert set(embeddings(log).values()) == {1}
 
 
+@pytest.mark.parametrize("name", ["engine", "claim", "embed"])
+def test_where_a_thread_did_not_start_the_next_who_asks_is_answered(
+    tmp_path, expected, monkeypatch, name
+):
+    dataset = make_dataset(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, name)
+        with pytest.raises(ServiceError, match="can't start new thread"):
+            _ = dataset[0]
+    check([dataset[0]], expected[:1])
+
+
+def test_a_server_without_a_thread_is_not_to_be_found(tmp_path, expected, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, "server")
+        dataset = make_dataset(tmp_path / "cache")
+    assert not sockets()
+    assert "workers can't ask this process to compute: " in caplog.text
+    check([dataset[0]], expected[:1])
+
+
+def test_a_server_takes_the_next_who_comes_where_no_thread_started(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path / "cache")
+    address = open_host(dataset.tokens.movies[0].cache, [], dataset).server.address
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, "client")
+        with pytest.raises(ServiceError, match="can't be connected to"):
+            Client(address)
+    Client(address).close()
+
+
 def test_progress_counts(tmp_path, monkeypatch, capsys):
     dataset = make_dataset(tmp_path / "cache")
     _ = [dataset[i] for i in range(len(dataset))]
@@ -657,6 +690,32 @@ def test_read_ahead_that_fails_fails_nobody(tmp_path, caplog):
     dataset.prefetch([18])
     assert wait_until(lambda: dataset.tokens.movies[0].cache.counter.total.computed == 3)
     _ = dataset[0]
+
+
+def test_read_ahead_goes_on_where_no_thread_started(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, "read-ahead")
+        dataset.prefetch([18])
+    dataset.prefetch([0])
+    assert wait_until(lambda: dataset.tokens.movies[0].contains()[:WINDOW].all(), 20)
+
+
+def test_read_ahead_goes_on_after_what_nobody_expects(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path / "cache")
+    run, failed = misses._Route.run, []
+
+    def fail_once(route, ask):
+        if not failed:
+            failed.append(ask)
+            raise RuntimeError("something odd")
+        return run(route, ask)
+
+    monkeypatch.setattr(misses._Route, "run", fail_once)
+    dataset.prefetch([18])
+    assert wait_until(lambda: failed)
+    dataset.prefetch([0])
+    assert wait_until(lambda: dataset.tokens.movies[0].contains()[:WINDOW].all(), 20)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

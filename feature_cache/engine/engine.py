@@ -45,7 +45,7 @@ from .interrupt import finish, say_kept, terminable
 from .pending import Flights
 from .queue import LAST_PAUSE_SECONDS, LOOK_SECONDS, Queue
 from .request import Part, Promise, Request, Wanted
-from .threads import Crew
+from .threads import Crew, start_or_raise
 
 PATIENCE_SECONDS = 600.0
 """How long others may take without a new record before their work is done here as well."""
@@ -168,18 +168,20 @@ class Engine:
         ------
         StoreError
             The cache can't be read or written.
+        ServiceError
+            The system starts no more threads.
         """
         self._ticks = SimpleQueue()
         try:
             with terminable():
-                self._feed(requests, until)
+                try:
+                    self._feed(requests, until)
+                finally:
+                    finish(self.close)  # SIGTERM is heard here too: there is much to commit
         except (KeyboardInterrupt, SystemExit):
-            # before `say_kept`: what is kept is known when the last commit is done
-            finish(self.close)
-            say_kept(self.kept)
+            if self.ended:
+                say_kept(self.kept)
             raise
-        finally:
-            finish(self.close)
         if self.error is not None:
             raise self.error
 
@@ -188,8 +190,14 @@ class Engine:
             self._tick_until(partial(self._has_room, request.batch_size), until)
             if until() or self.error is not None:
                 return
-            self.submit([request])
+            self._submit_one(request)
         self._tick_until(lambda: not self._flights.unanswered, until)
+
+    def _submit_one(self, request: Request) -> None:
+        try:
+            self.submit([request])
+        except ServiceError as refused:
+            raise self.error or refused  # noqa: B904 - it ended just now, and has a cause of its own
 
     def _tick_until(self, done: Callable[[], bool], until: Callable[[], bool]) -> None:
         # No condition of threading: Ctrl-C may come while its lock is let go.
@@ -259,7 +267,7 @@ class Engine:
         StoreError
             What was computed before could not be committed.
         ServiceError
-            The engine closes.
+            The engine closes, or its thread can't start.
         """
         with self._lock:
             self._check_open()
@@ -267,15 +275,20 @@ class Engine:
             lost, self._lost = self._lost, None
             if lost is not None:
                 raise lost
+            if self._thread is None:
+                self._start()  # first: nobody would answer what is taken in without it
             for request in requests:
                 self._batch_size = max(self._batch_size, request.batch_size)
                 self._enqueue(request)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="feature_cache engine", daemon=True
-                )
-                self._thread.start()
             self._claimable.notify_all()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="feature_cache engine", daemon=True)
+        try:
+            start_or_raise(self._thread)
+        except ServiceError:
+            self._thread = None  # who asks next tries again
+            raise
 
     def stop(self) -> None:
         """Commit and end, soon, without waiting for it."""
@@ -317,7 +330,7 @@ class Engine:
         if new:
             self._queue.add(request.of(new))
         else:
-            self._reserved -= request.nbytes
+            self._free(request)
 
     def _fail(self, wanted: Iterable[Wanted], error: Exception) -> None:
         error = error.with_traceback(None)  # with which who keeps it would keep the frames' pixels
@@ -347,19 +360,10 @@ class Engine:
     def _work(self) -> None:
         """Collect and commit; the other stages run beside it as long as it does."""
         self._crew = Crew(max(2, count_cores()), "feature_cache read")
-        stages = [
-            threading.Thread(target=self._guard, args=(step,), name=f"feature_cache {name}")
-            for name, step in (
-                ("claim", self._claim_some),
-                ("embed", self._embed_some),
-                ("embed", self._embed_some),  # one draws while the other's batch is embedded
-            )
-        ]
-        for stage in stages:
-            stage.daemon = True
-            stage.start()
-        self._guard(self._commit_some)
+        stages: list[threading.Thread] = []
         try:
+            self._guard_once(lambda: self._start_stages(stages))
+            self._guard(self._commit_some)
             # in the order of the work: each stage may still hand something to the next
             for stage in stages:
                 stage.join()
@@ -369,6 +373,18 @@ class Engine:
             with self._lock:
                 self.ended = True
                 self._wake_all()
+
+    def _start_stages(self, started: list[threading.Thread]) -> None:
+        for name, step in (
+            ("claim", self._claim_some),
+            ("embed", self._embed_some),
+            ("embed", self._embed_some),  # one draws while the other's batch is embedded
+        ):
+            stage = threading.Thread(
+                target=self._guard, args=(step,), name=f"feature_cache {name}", daemon=True
+            )
+            start_or_raise(stage)
+            started.append(stage)
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Repeat a step until the engine closes; what it did not expect ends the engine."""
@@ -393,7 +409,13 @@ class Engine:
             self._collect()
             self._commit()
         finally:
-            self._flights.fail_all(ServiceError("the process that computes has closed"))
+            why = "" if self.error is None else f": {self.error}"
+            self._flights.fail_all(ServiceError(f"the process that computes has closed{why}"))
+            # Whoever waits raises that error, and its traceback keeps the dataset, with which the
+            # host of this engine lives: no promise that has the error may stay here.
+            self._queue.clear()
+            self._ready.clear()
+            self._left.clear()
             self._claims.close()
 
     # Claim

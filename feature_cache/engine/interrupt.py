@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 from ..system import around_forks, start
 
@@ -111,12 +112,21 @@ def finish(function: Callable[[], None]) -> None:
 
     In a thread: what a signal raises (Ctrl-C; torch, of a worker killed) comes to the main one.
     """
-    working = threading.Thread(target=function, daemon=True)
-    if not start(working):
+    # No join: on Python 3.11 one that is interrupted takes the thread for ended.
+    done = SimpleQueue[None]()
+
+    def work() -> None:
+        try:
+            function()
+        finally:
+            for _ in range(2):  # what an interrupted `get` took is gone
+                done.put(None)
+
+    if not start(threading.Thread(target=work, daemon=True)):
         function()
         return
     try:
-        working.join()
+        done.get()
     except BaseException:
-        working.join()
+        done.get()
         raise

@@ -252,7 +252,9 @@ class Model:
             if way is not self._plain:
                 self._prove(embedding, records)
         except Exception as error:  # noqa: BLE001 - also of a device
-            raise _as_ours(error, self.spec.name, embedding.frame.where) from error.__cause__
+            ours = _as_ours(error, self.spec.name, embedding.frame.where)
+            # what nobody expects has itself as the cause, by which `Tally` knows it
+            raise ours from ours.__cause__ or error.__cause__
         return records
 
     def _prove(self, embedding: Embedding, records: Sequence[Record]) -> None:

@@ -6,10 +6,22 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from ..errors import ServiceError
 from ..system import start
 
 Job = Callable[[], object]
 """Raises nothing."""
+
+
+def start_or_raise(thread: threading.Thread) -> None:
+    """Start a thread that is needed; ServiceError where none starts any more."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ServiceError(
+            f"no thread starts that computes ({error}): end other programs, or allow more threads "
+            "(ulimit -u)"
+        ) from error
 
 
 class Crew:

@@ -19,6 +19,7 @@ from ..errors import FeatureCacheError, MissingRecordError, ServiceError
 from ..key import Record
 from ..spec import BackboneSpec
 from ..store import Usage
+from ..system import start
 from .addresses import Address, find_servers, identify
 from .client import Ask, Client, OwnerAnswer, choose_pixels
 from .process_engines import Host, find_host, open_host
@@ -373,11 +374,17 @@ class _Ahead:
                 return
             self._asks.append(ask)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="feature_cache read-ahead", daemon=True
-                )
-                self._thread.start()
+                self._start()
             self._changed.notify()
+
+    def _start(self) -> None:
+        """Start the thread; where none starts, what waits is passed over, and the next tries."""
+        self._thread = threading.Thread(
+            target=self._run, name="feature_cache read-ahead", daemon=True
+        )
+        if not start(self._thread):
+            self._thread = None
+            self._asks.clear()
 
     def _next(self) -> Ask | None:
         with self._lock:
@@ -397,8 +404,8 @@ class _Ahead:
                 missing = [t for t, found in zip(ask.block, there, strict=True) if not found]
                 if missing:
                     route.run(Ask(ask.movie, missing, 0, ask.batch_size, ahead=True))
-            except (FeatureCacheError, OSError, ValueError) as error:
-                _log.info("not read ahead: %s", error)  # the sample that needs it is told
+            except Exception as error:  # noqa: BLE001 - the sample that needs it is told
+                _log.info("not read ahead: %s", error)
         route.close()
 
 

@@ -87,6 +87,8 @@ def open_host(
         key = _key_of(cache)
         host = _hosts.get(key)
         if host is None or host.service.engine.closing:
+            if host is not None:
+                host.stop()  # an error may have ended its engine alone: nobody is to find it
             service = Service(cache, memory_bytes=memory_bytes, progress=progress)
             host = _hosts[key] = Host(service, None)
         before = len(host.service.backbones)

@@ -33,7 +33,7 @@ from ..hashing import DIGEST_BYTES, Digest, canonical_json, frame_digest, mask_d
 from ..key import Record, record_key
 from ..movies import Movie, Source
 from ..spec import SpaceSpec
-from ..system import HAS_ABSTRACT, in_forked_child
+from ..system import HAS_ABSTRACT, in_forked_child, start
 from . import wire
 from .addresses import (
     Address,
@@ -91,15 +91,17 @@ class Server:
         except OSError as error:
             raise ServiceError(f"can't listen for DataLoader workers: {error}") from error
         self._socket.settimeout(_LOOK_SECONDS)
-        try:
-            self.publish()
-        except ServiceError:
-            self._socket.close()
-            raise
         self._thread = threading.Thread(
             target=self._accept, name="feature_cache server", daemon=True
         )
-        self._thread.start()
+        try:
+            self.publish()
+            if not start(self._thread):
+                raise ServiceError("can't listen for DataLoader workers: no more threads start")
+        except ServiceError:
+            self.stop()
+            self._socket.close()
+            raise
         _servers.add(self)
 
     def publish(self) -> None:
@@ -163,7 +165,11 @@ class Server:
                     target=self._talk, args=(opened,), name="feature_cache client", daemon=True
                 )
                 self._threads.add(thread)
-                thread.start()
+                if not start(thread):
+                    _log.warning("can't take a connection: no more threads start")
+                    self._threads.discard(thread)
+                    opened.close()  # who asks looks for another
+                    time.sleep(_LOOK_SECONDS)
 
     def _stay_published(self) -> None:
         """Write the description anew where it vanished, as at the end of a login."""

@@ -28,7 +28,7 @@ import psutil
 
 from ..forks import Lock
 from ..hashing import canonical_json, digest_json
-from ..system import host_identity, in_forked_child, start_of
+from ..system import host_identity, in_forked_child, start, start_of
 from .files import TEMPORARY_PREFIX, list_folder, make_folder, read_json, write_bytes
 from .last_uses import Uses
 
@@ -223,7 +223,9 @@ class Presence:
 
 _present: dict[Path, Presence] = {}
 _joining = threading.Lock()
-_heart: threading.Thread | None = None
+_threads: dict[str, threading.Thread] = {}
+"""What beats and what notes, by name, once they have started."""
+_leaves_at_end = False
 
 
 def join(root: Path, *, create: bool = True) -> Presence:
@@ -236,24 +238,32 @@ def join(root: Path, *, create: bool = True) -> Presence:
         Whether folders may be made for it.
     """
     presence = _present.get(root)
-    # Again where it could not be announced, or a reader was not to make the folders.
-    if presence is None or (create and not presence.announced):
+    # Again where it could not be announced, or a reader was not to make the folders, or where no
+    # thread could start.
+    if presence is None or len(_threads) < 2 or (create and not presence.announced):
         with _joining:
             presence = _present.setdefault(root, presence or Presence(root))
             if not presence.announced:
                 presence.announce(create=create)
-            _start_heart()
+            _start_threads()
     return presence
 
 
-def _start_heart() -> None:
-    global _heart
-    if _heart is None:
-        _heart = threading.Thread(target=_beat_forever, name="feature_cache heartbeat", daemon=True)
-        _heart.start()
-        threading.Thread(target=_note_forever, name="feature_cache notes", daemon=True).start()
+def _start_threads() -> None:
+    """Start what beats and what notes, once; where none starts, when this process joins again."""
+    global _leaves_at_end
+    if not _leaves_at_end:
         # No `atexit`: children of multiprocessing, as a loader's workers are, end without it.
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=10)
+        _leaves_at_end = True
+    for name, work in (("heartbeat", _beat_forever), ("notes", _note_forever)):
+        thread = threading.Thread(target=work, name=f"feature_cache {name}", daemon=True)
+        if name in _threads:
+            continue
+        if start(thread):
+            _threads[name] = thread
+        else:
+            _log.debug("no %s: no more threads start", name)
 
 
 def _beat_forever() -> None:
@@ -290,11 +300,12 @@ def _leave_all() -> None:
 
 def _start_anew() -> None:
     """Forget, in a forked child, what its parent announced."""
-    global _heart, _joining
+    global _joining, _leaves_at_end
     for presence in _present.values():
         presence.is_inherited = True
     _present.clear()
-    _heart, _joining = None, threading.Lock()
+    _joining, _leaves_at_end = threading.Lock(), False
+    _threads.clear()
 
 
 in_forked_child(_start_anew)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from feature_cache import FeatureCache, StoreError
+from feature_cache import BackboneError, FeatureCache, ServiceError, StoreError
+from feature_cache.engine import Promise, cpu, request_frame
 from feature_cache.key import Keys
 from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
 from forked_processes import Scene, apart, finish, fork, start
+from refused_threads import refuse_threads
 
 
 def test_as_many_frames_are_read_at_once_as_there_are_cores(tmp_path, small, monkeypatch):
@@ -72,3 +74,67 @@ def fail_beside_another(root: Path) -> None:
 
 def test_what_another_process_computes_does_not_fail_with_what_is_ours(tmp_path: Path) -> None:
     apart(fail_beside_another, tmp_path / "cache")
+
+
+@pytest.mark.timeout(60)  # it hung
+@pytest.mark.parametrize(("name", "started"), [("engine", 0), ("claim", 0), ("embed", 1)])
+def test_a_thread_that_can_not_start_ends_the_run(tmp_path, small, monkeypatch, name, started):
+    movie = FeatureCache(tmp_path).movie(*small, FakeBackbone())
+    before = threading.enumerate()
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, name, started)
+        with pytest.raises(ServiceError, match=r"can't start new thread.*ulimit"):
+            movie.compute(range(4))
+    for thread in threading.enumerate():
+        if thread not in before and "heart" not in thread.name:
+            thread.join(20)
+            assert not thread.is_alive(), thread
+    movie.compute(range(4))
+    assert movie.contains(range(4)).all()
+
+
+def test_poolings_that_all_fail_unexpectedly_end_the_run(tmp_path, small, monkeypatch):
+    frames, masks = (np.concatenate([array] * 20) for array in small)
+    tried = []
+
+    def fail(*args: Any) -> Any:
+        tried.append(args)
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(cpu.Plain, "make_records", fail)
+    frames = frames + np.arange(len(frames), dtype=frames.dtype)[:, None, None]
+    movie = FeatureCache(tmp_path).movie(frames, masks, FakeBackbone())
+    with pytest.raises(BackboneError, match=r"fake failed for frame .*: a kernel failed") as told:
+        movie.compute(range(len(frames)), batch_size=2)
+    assert isinstance(told.value.__cause__, RuntimeError)
+    assert 32 <= len(tried) < len(frames)
+
+
+def test_who_waits_for_room_is_told_of_what_is_asked_for_twice(tmp_path, small):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting(FakeBackbone):
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            begun.set()
+            assert go_on.wait(60)
+            return super().embed(images)
+
+    cache = FeatureCache(tmp_path)
+    movie = cache.movie(*small, Waiting())
+    model = cache.open_model(movie.backbone, movie.spec.backbone)
+    with cache.open_engine(memory_bytes=100) as engine:
+        promise = Promise()
+        engine.submit([request_frame(model, 0, [(movie, promise)], 1)])
+        assert begun.wait(30)
+        assert engine.reserve(100, 1)
+        waiting = threading.Thread(target=engine.reserve, args=(100, 50))
+        waiting.start()
+        again = request_frame(model, 0, [(movie, Promise())], 1)
+        again.nbytes = 100
+        engine.submit([again])
+        waiting.join(20)
+        told = not waiting.is_alive()
+        go_on.set()
+        waiting.join()
+        promise.wait(30)
+    assert told

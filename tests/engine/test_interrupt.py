@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from feature_cache import FeatureCache
 from feature_cache.engine import finish
+from processes import outcome
 
 
 def test_what_is_to_be_finished_is_where_no_thread_starts(monkeypatch):
@@ -60,3 +62,42 @@ def test_a_terminate_amid_a_fork_ends_who_it_is_for():
         busy.kill()
     assert told == ["ready", *["ended"] * 50]
     assert ended == 128 + signal.SIGTERM
+
+
+LAST_COMMIT = """
+import logging, sys
+import numpy as np
+from feature_cache import FeatureCache
+from feature_cache.store import Space
+from feature_cache.testing import FakeBackbone
+
+logging.basicConfig()
+write = Space.write
+
+def write_when_told(*args):
+    print("committing", flush=True)
+    sys.stdin.read()
+    return write(*args)
+
+Space.write = write_when_told
+frames = np.random.default_rng(0).integers(0, 4096, (4, 16, 16), np.uint16)
+masks = np.ones_like(frames)
+FeatureCache(sys.argv[1]).movie(frames, masks, FakeBackbone(4)).compute(range(4))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_amid_the_last_commit_loses_nothing_and_says_so(tmp_path, number):
+    """All is computed by then, and no frame is asked for any more."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LAST_COMMIT, str(tmp_path / "cache")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as busy:  # fmt: skip
+        assert busy.stdout is not None
+        assert busy.stdout.readline() == "committing\n"
+        busy.send_signal(number)
+        _, said = outcome(busy)  # ends its input, so that it goes on
+    assert "interrupted: the 4 records computed until now are kept" in said
+    assert FeatureCache(tmp_path / "cache", "r").stats()["records"] == 4
+    if number == signal.SIGTERM:
+        assert busy.returncode == 128 + number

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from feature_cache.store import Space, Store, process
 from feature_cache.store.process import GONE_SECONDS, Process, join, living, this_host
 from forked_processes import apart, beat_fast
+from refused_threads import refuse_threads
 from samples import (
     contents,
     expected,
@@ -335,6 +336,23 @@ def test_spaces_may_be_opened_while_the_others_are_asked(root: Path) -> None:
         finally:
             stop.set()
         opening.result()
+
+
+def join_without_heart(root: Path) -> None:
+    beat_fast()
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_threads(patch, "heartbeat")
+        read_filled(root)
+        file = join(root).file
+        assert file.exists()
+    os.utime(join(root).file, (0, 0))
+    time.sleep(0.5)
+    assert time.time() - file.stat().st_mtime < 100
+
+
+def test_a_heart_that_could_not_start_is_started_when_asked_next(filled: Path) -> None:
+    apart(join_without_heart, filled)
+    assert processes(filled) == []
 
 
 def test_a_last_beat_leaves_no_file(filled: Path) -> None:
