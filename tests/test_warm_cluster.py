@@ -153,7 +153,7 @@ def test_a_unit_that_stops_at_its_share_and_has_failures_says_what_is_left(lab: 
     (root / "t001.tif").write_bytes((root / "t002.tif").read_bytes())
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
         ) as local,
         distributed.Client(local, set_as_default=False) as client,
     ):
