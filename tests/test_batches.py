@@ -407,29 +407,27 @@ class TestTokens:
         with pytest.raises(FrameError, match=f"label {label} is not in the mask of frame {t} of"):
             dataset.__getitems__([0, 1])
 
-    def test_labels_of_another_frame_are_no_match_though_all_labels_are_the_same(self, cache):
+    @pytest.mark.parametrize(
+        ("tokens", "wrong"),
+        [
+            ([(0, 1), (1, 2), (1, 3)], "label 2 is not in the mask of frame 1"),
+            (
+                [(0, 1), (0, (1 << 32) + 3), (1, 3)],
+                f"label {(1 << 32) + 3} is not in the mask of frame 0",
+            ),
+        ],
+        ids=["of the frame before", "beyond 32 bits"],
+    )
+    def test_labels_of_another_frame_are_no_match(self, cache, tokens, wrong):
         masks = np.zeros((2, 16, 16), int)
         masks[0, :4, :4], masks[0, 8:, :4], masks[1, :4, 8:] = 1, 2, 3
         frames = np.random.default_rng(0).random((2, 16, 16))
         movie = cache.movie(frames, masks, FakeBackbone(dim=3))
         movie.warm()
-        tokens = Chosen([[(0, 1), (1, 2), (1, 3)], [(0, 1), (0, 2), (1, 3)]])
-        dataset = CachedFeatureDataset(tokens, [movie], on_miss="error")
-        assert dataset[1]["pretrained_feats"].shape == (3, 3)
-        with pytest.raises(FrameError, match="label 2 is not in the mask of frame 1"):
-            dataset[0]
-
-    def test_a_label_beyond_32_bits_is_none_of_the_next_frame(self, cache):
-        masks = np.zeros((2, 16, 16), int)
-        masks[0, :4, :4], masks[0, 8:, :4], masks[1, :4, 8:] = 1, 2, 3
-        frames = np.random.default_rng(0).random((2, 16, 16))
-        movie = cache.movie(frames, masks, FakeBackbone(dim=3))
-        movie.warm()
-        wrong = (1 << 32) + 3
-        tokens = Chosen([[(0, 1), (0, 2), (1, 3)], [(0, 1), (0, wrong), (1, 3)]])
-        dataset = CachedFeatureDataset(tokens, [movie], on_miss="error")
+        right = [(0, 1), (0, 2), (1, 3)]
+        dataset = CachedFeatureDataset(Chosen([right, tokens]), [movie], on_miss="error")
         assert dataset[0]["pretrained_feats"].shape == (3, 3)
-        with pytest.raises(FrameError, match=f"label {wrong} is not in the mask of frame 0"):
+        with pytest.raises(FrameError, match=wrong):
             dataset[1]
 
 

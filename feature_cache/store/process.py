@@ -257,9 +257,9 @@ def _start_threads() -> None:
         multiprocessing.util.Finalize(None, _leave_all, exitpriority=10)
         _leaves_at_end = True
     for name, work in (("heartbeat", _beat_forever), ("notes", _note_forever)):
-        thread = threading.Thread(target=work, name=f"feature_cache {name}", daemon=True)
         if name in _threads:
             continue
+        thread = threading.Thread(target=work, name=f"feature_cache {name}", daemon=True)
         if start(thread):
             _threads[name] = thread
         else:
