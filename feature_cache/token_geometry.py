@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -18,64 +19,48 @@ from .errors import FrameError
 Doubles: TypeAlias = NDArray[np.float64]
 
 
-def map_coords(coords: Tensor, draw: Draw, shape: tuple[int, int]) -> Tensor:
-    """Move tokens to where a draw puts them.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Tokens of a sample, and the draw that moves them.
+
+    Attributes
+    ----------
+    coords : (N, 1 + ndim) float32, (t, y, x) or (t, z, y, x) in pixels
+    features : (N, F) float32
+        Shallow features.
+    draw : Draw
+    shape : (H, W)
+        Of the frame that the draw is applied to.
+    """
+
+    coords: Tensor
+    features: Tensor
+    draw: Draw
+    shape: tuple[int, int]
+
+
+def map_tokens(samples: Sequence[Placed], columns: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Move tokens to where draws put them, and change what is said of the shapes of their regions.
+
+    Several samples at once cost little more than one, and each gets what it gets alone.
 
     Parameters
     ----------
-    coords : (N, 1 + ndim) float32, (t, y, x) or (t, z, y, x) in pixels; not changed
-    draw : Draw
-    shape : (H, W)
-        Of the frame that the draw was applied to.
+    samples : sequence of Placed
+        Of as many dimensions and features; not changed.
+    columns : sequence of str
+        What each shallow feature is, F names; an inertia tensor is ``ndim * ndim`` columns of that
+        name.
 
     Returns
     -------
-    (N, 1 + ndim) float32
+    list of ((N, 1 + ndim) float32, (N, F) float32)
+        Coordinates and shallow features of each sample.
 
     Raises
     ------
     FrameError
         Places that are no finite numbers.
-    """
-    moved, affine = coords.numpy().copy(), _affine(draw, shape)
-    points = moved[:, -2:].astype(np.float64)
-    if affine is None:
-        points = draw.map_points(points, shape)
-    elif not math.isfinite(points.sum()):  # of float32, it doesn't overflow
-        raise FrameError("tokens are at places that are no finite numbers")
-    else:
-        linear, shift = affine
-        points = points @ linear
-        points += shift
-    moved[:, -2:] = points
-    return torch.from_numpy(moved)
-
-
-@lru_cache(maxsize=1 << 12)
-def _affine(draw: Draw, shape: tuple[int, int]) -> tuple[Doubles, Doubles] | None:
-    """Give a draw's map of points, where it is one: (2, 2) from the right, and (2,) to add."""
-    matrix = draw.matrix(shape)
-    return None if matrix is None else (matrix[:2, :2].T.copy(), matrix[:2, 2].copy())
-
-
-def map_shallow(
-    features: Tensor, columns: Sequence[str], coords: Tensor, draw: Draw, shape: tuple[int, int]
-) -> Tensor:
-    """Change shallow features as a draw stretches and turns the regions they describe.
-
-    Parameters
-    ----------
-    features : (N, F) float32; not changed
-    columns : sequence of str
-        What each column is, F names; an inertia tensor is ``ndim * ndim`` columns of that name.
-    coords : (N, 1 + ndim) float32
-        Where the regions are, before the draw.
-    draw, shape
-        As `map_coords`.
-
-    Returns
-    -------
-    (N, F) float32
 
     Notes
     -----
@@ -83,27 +68,70 @@ def map_shallow(
     order ndim, and second moments C of the pixels become ``J C J^T``; scikit-image's inertia tensor
     is ``tr(C) 1 - C``.
     """
-    columns, ndim = tuple(columns), coords.shape[1] - 1
-    if _affine(draw, shape) is None:
-        jacobians = draw.jacobians(coords[:, -2:].numpy(), shape)
-        factors, turns = _plan_shallow(jacobians, columns, ndim)
-    else:
-        factors, turns = _plan_affine(draw, shape, columns, ndim)
-    before = features.numpy().astype(np.float64)
-    mapped = before * factors
-    if "inertia_tensor" in columns:
-        first = columns.index("inertia_tensor")
-        block = slice(first, first + ndim**2)
-        np.einsum("nf,nfg->ng", before[:, block], turns, out=mapped[:, block])
-    return torch.from_numpy(mapped.astype(np.float32))
+    if not samples:
+        return []
+    columns, counts = tuple(columns), [len(one.coords) for one in samples]
+    moved = torch.cat([one.coords for one in samples])
+    changed = torch.cat([one.features for one in samples])
+    places = moved.numpy()[:, -2:]
+    # of float32, the sum doesn't overflow
+    points = places.astype(np.float64)
+    if not math.isfinite(points.sum()):
+        raise FrameError("tokens are at places that are no finite numbers")
+    maps = _maps_of(samples, columns)
+    y, x = points.T
+    places[:, 0] = maps[:, 0] * y + maps[:, 1] * x + maps[:, 2]
+    places[:, 1] = maps[:, 3] * y + maps[:, 4] * x + maps[:, 5]
+    if columns:
+        values, end = changed.numpy(), _POINT + len(columns)
+        before = values.astype(np.float64)
+        values[:] = before * maps[:, _POINT:end]
+        if "inertia_tensor" in columns:
+            first, size = columns.index("inertia_tensor"), columns.count("inertia_tensor")
+            block, turns = slice(first, first + size), maps[:, end:].reshape(len(maps), size, size)
+            values[:, block] = np.einsum("nf,nfg->ng", before[:, block], turns)
+    return list(zip(torch.split(moved, counts), torch.split(changed, counts), strict=True))
+
+
+_POINT = 6
+"""Numbers of a map of points: two rows of a matrix (2, 3)."""
+
+
+def _maps_of(samples: Sequence[Placed], columns: tuple[str, ...]) -> Doubles:
+    """Give the map of each token: (N, K), of points, then factors, then turns of inertia."""
+    maps, rows, first = [], [], 0
+    for one in samples:
+        n, ndim = len(one.coords), one.coords.shape[1] - 1
+        same = _same_map(one.draw, one.shape, columns, ndim)
+        maps.append(_local_maps(one, columns, ndim) if same is None else same)
+        rows.append(np.arange(first, first + n) if same is None else np.full(n, first))
+        first += len(maps[-1])
+    return np.concatenate(maps).take(np.concatenate(rows), axis=0)
 
 
 @lru_cache(maxsize=1 << 12)
-def _plan_affine(
+def _same_map(
     draw: Draw, shape: tuple[int, int], columns: tuple[str, ...], ndim: int
-) -> tuple[Doubles, Doubles]:
-    """Plan for a draw that is the same everywhere, once."""
-    return _plan_shallow(draw.jacobians([[0.0, 0.0]], shape), columns, ndim)
+) -> Doubles | None:
+    """Give the map, (1, K), of a draw that is the same everywhere; None for any other."""
+    matrix = draw.matrix(shape)
+    return None if matrix is None else _pack(matrix[None, :2], columns, ndim)
+
+
+def _local_maps(sample: Placed, columns: tuple[str, ...], ndim: int) -> Doubles:
+    """Give the map, (N, K), of each token, by the draw's linear part there."""
+    points = sample.coords.numpy()[:, -2:].astype(np.float64)
+    linear = sample.draw.jacobians(points, sample.shape)
+    shift = sample.draw.map_points(points, sample.shape)[..., None] - linear @ points[..., None]
+    return _pack(np.concatenate([linear, shift], axis=2), columns, ndim)
+
+
+def _pack(matrices: Doubles, columns: tuple[str, ...], ndim: int) -> Doubles:
+    """Put side by side matrices (n, 2, 3) and how shallow features change, a row for each."""
+    parts = [matrices, *_plan_shallow(matrices[..., :2], columns, ndim)]
+    # not -1: there may be no token
+    flat = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
+    return np.concatenate(flat, axis=1)
 
 
 def _plan_shallow(
@@ -114,7 +142,7 @@ def _plan_shallow(
     powers = {"area": 1.0, "equivalent_diameter_area": 1 / ndim}
     factors = growth[:, None] ** [powers.get(name, 0.0) for name in columns]
     each = np.eye(ndim**2).reshape(1, -1, ndim, ndim)
-    turns = _map_inertia(each, jacobians[:, None]).reshape(len(jacobians), -1, ndim**2)
+    turns = _map_inertia(each, jacobians[:, None]).reshape(len(jacobians), ndim**2, ndim**2)
     return factors, turns
 
 

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 from feature_cache import Augmentations, CachedFeatureDataset, Draw, FeatureCache, Normalization
 from feature_cache.augment import Affine, Elastic, Scale, hflip, quarter_turn
 from feature_cache.dataset import choose_copy
+from feature_cache.errors import FrameError
 from feature_cache.normalize import normalize
 from feature_cache.pooling import pool
 from feature_cache.testing import FakeBackbone
-from feature_cache.token_geometry import map_coords, map_shallow, rotate_features
+from feature_cache.token_geometry import Placed, map_tokens, rotate_features
 from synthetic import make_movie
 
 
@@ -172,7 +173,7 @@ for draw in Augmentations(sys.argv[4], copies=6, seed=seed).draws():
 """
 
 
-@pytest.mark.parametrize("policy", ["flips", "default"])
+@pytest.mark.parametrize("policy", [pytest.param("flips", marks=pytest.mark.slow), "default"])
 def test_two_runs_with_two_seeds_share_the_right_records_only(tmp_path, small, policy):
     for name, array in zip("fm", small, strict=True):
         np.save(tmp_path / f"{name}.npy", array)
@@ -356,9 +357,8 @@ class TestGeometry:
         assert len(kept) > 80
         coords, shallow = shallow_of(np.where(np.isin(mask, kept), mask, 0))
         found, measured = shallow_of(np.where(np.isin(drawn, kept), drawn, 0))
-        mapped = map_coords(coords, draw, mask.shape)
+        [(mapped, after)] = map_tokens([Placed(coords, shallow, draw, mask.shape)], COLUMNS)
         assert (mapped - found).abs().max() < 1
-        after = map_shallow(shallow, COLUMNS, coords, draw, mask.shape)
         assert torch.equal(after[:, [1, 6]], shallow[:, [1, 6]])
         assert ((after[:, 0] - measured[:, 0]).abs() / measured[:, 0]).max() < 0.05
         inertia = (after[:, 2:6] - measured[:, 2:6]).norm(dim=1) / measured[:, 2:6].norm(dim=1)
@@ -369,8 +369,8 @@ class TestGeometry:
         for draw in Augmentations("flips", copies=8, seed=0).draws():
             coords, shallow = shallow_of(mask)
             found, measured = shallow_of(draw.apply_mask(mask))
-            assert (map_coords(coords, draw, mask.shape) - found).abs().max() < 1e-3
-            after = map_shallow(shallow, COLUMNS, coords, draw, mask.shape)
+            [(mapped, after)] = map_tokens([Placed(coords, shallow, draw, mask.shape)], COLUMNS)
+            assert (mapped - found).abs().max() < 1e-3
             torch.testing.assert_close(after, measured, rtol=1e-4, atol=1e-4)
 
     def test_areas_and_stacks(self):
@@ -380,17 +380,47 @@ class TestGeometry:
         inertia = np.trace(moments) * np.eye(3) - moments
         features = torch.tensor([[80.0, *inertia.ravel()]], dtype=torch.float32)
         columns = ("area", *["inertia_tensor"] * 9)
-        [after] = map_shallow(features, columns, coords, draw, (100, 100))
+        [(moved, [after])] = map_tokens([Placed(coords, features, draw, (100, 100))], columns)
         smaller = np.diag([1.0, 1.0, 2.25])
         expected = [20.0, *(np.trace(smaller) * np.eye(3) - smaller).ravel()]
         assert after.tolist() == pytest.approx(expected, abs=1e-5)
-        assert map_coords(coords, draw, (100, 100))[0].tolist() == [0, 3, 4.75, 9.75]
+        assert moved[0].tolist() == [0, 3, 4.75, 9.75]
 
     def test_no_tokens(self):
-        draw = Draw.of(hflip())
-        none = torch.zeros(0, 3)
-        assert map_coords(none, draw, (10, 10)).shape == (0, 3)
-        assert map_shallow(torch.zeros(0, 7), COLUMNS, none, draw, (10, 10)).shape == (0, 7)
+        for draw in (Draw.of(hflip()), Draw.of(Elastic(1, 20))):
+            none = Placed(torch.zeros(0, 3), torch.zeros(0, 7), draw, (10, 10))
+            for coords, shallow in map_tokens([none, none], COLUMNS):
+                assert (coords.shape, shallow.shape) == ((0, 3), (0, 7))
+        assert map_tokens([], COLUMNS) == []
+
+    def test_several_samples_at_once_are_to_the_bit_as_each_alone(self):
+        rng, shape = np.random.default_rng(0), (90, 70)
+        draws = Augmentations("default", copies=12, seed=4).draws()
+        draws += (Draw.of(Elastic(amplitude=2, smoothing=20, seed=1), Affine(degrees=7)),)
+        samples = [
+            Placed(
+                torch.tensor(rng.uniform(-9, 99, (n, 3)), dtype=torch.float32),
+                torch.tensor(rng.uniform(0, 99, (n, 7)), dtype=torch.float32),
+                draw,
+                shape,
+            )
+            for draw, n in zip(draws, rng.integers(0, 40, len(draws)), strict=True)
+        ]
+        before = [(one.coords.clone(), one.features.clone()) for one in samples]
+        together = map_tokens(samples, COLUMNS)
+        for one, mapped, kept in zip(samples, together, before, strict=True):
+            [alone] = map_tokens([one], COLUMNS)
+            assert all(map(torch.equal, mapped, alone))
+            assert all(map(torch.equal, kept, (one.coords, one.features)))
+            points = one.draw.map_points(one.coords[:, 1:].numpy(), shape)
+            np.testing.assert_allclose(mapped[0][:, 1:], points, rtol=1e-6, atol=1e-4)
+            assert torch.equal(mapped[0][:, 0], one.coords[:, 0])
+
+    def test_places_that_are_no_numbers(self):
+        coords = torch.tensor([[0.0, 1.0, torch.nan]])
+        for draw in (Draw.of(hflip()), Draw.of(Elastic(1, 20))):
+            with pytest.raises(FrameError, match="no finite numbers"):
+                map_tokens([Placed(coords, torch.zeros(1, 7), draw, (10, 10))], COLUMNS)
 
 
 def _whole_cells(mask, drawn, draw):

@@ -23,7 +23,7 @@ from feature_cache.pooling import pool
 from feature_cache.recompute import choose_records, recompute
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
-from feature_cache.token_geometry import map_coords, map_shallow, rotate_features
+from feature_cache.token_geometry import Placed, map_tokens, rotate_features
 from feature_cache.trackastra import CachedCTCData, load_ctc, wrap, write_example
 from feature_cache.trackastra.wrapping import PlacedCTCData
 from feature_cache.warm import plan_warm, run_warm
@@ -76,7 +76,15 @@ def loaded_part(array, options):
     return array[first:last:time, ::space, ::space]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+OPTIONS = [
+    # the quick ones cover every option, each at least once
+    pytest.param(options, id="-".join(options) or "plain", marks=[] if quick else pytest.mark.slow)
+    for options in OPTIONS
+    for quick in [len(options) != 1 or "ndim" in options or "features" in options]
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_every_token_has_the_row_of_its_timepoint_and_label(small_folder, cache, options):
     movie = {"frames": 12, "height": 60, "width": 80, "cells": 6}
     backbone = FakeBackbone(dim=4, stride=8)
@@ -443,7 +451,8 @@ class TestCopies:
             copy = choose_copy(2, *place.place[:2], 5, 0)
             columns = 7 * ["intensity_mean"]
             columns[0], columns[2:6] = "equivalent_diameter_area", 4 * ["inertia_tensor"]
-            moved = map_coords(plain["coords0"], draws[copy], (48, 64))
+            placed = Placed(plain["coords0"], plain["features"], draws[copy], (48, 64))
+            [(moved, shallow)] = map_tokens([placed], columns)
             tokens = zip(plain["timepoints"].tolist(), plain["labels"].tolist(), strict=True)
             rows = [
                 records[copy][t].features[list(records[copy][t].labels).index(label)]
@@ -453,9 +462,7 @@ class TestCopies:
                 **plain,
                 "coords0": moved,
                 "coords": plain["coords"] + (moved - plain["coords0"]),
-                "features": map_shallow(
-                    plain["features"], columns, plain["coords0"], draws[copy], (48, 64)
-                ),
+                "features": shallow,
                 "copy": copy,
                 "pretrained_feats": torch.from_numpy(np.stack(rows).astype(np.float32)),
             }

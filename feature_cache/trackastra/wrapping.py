@@ -21,7 +21,7 @@ from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish, warm_to
 from ..errors import UnknownNameError
 from ..movies import Source
 from ..movies.check import check_movie
-from ..token_geometry import map_coords, map_shallow
+from ..token_geometry import Placed, map_tokens
 from ..token_geometry import rotate_features as rotate
 from .ctc_source import folders_of, frames_of, load_data, masks_of, owners_of
 from .seeds import Randomness
@@ -46,30 +46,49 @@ class _Extras:
     before: int
     """How many samples the members have that come before it."""
 
-    def begin(self, n: int, sample: dict[str, Any]) -> Unfinished:
-        """Give the sample of window `n` without its features, its geometry mapped as theirs."""
-        copy = self.tokens.choose(n, self.before)
-        if self.tokens.copies is not None:
-            sample = {**sample, "copy": copy}
-            draw = self.tokens.copies.draws[copy]
-            if self.columns is not None and not draw.is_identity:
-                sample = self._map(sample, draw)
-        turn = None
-        if self.rotate_features:
-            turn = partial(rotate, coords=sample["coords"], shape=self.shape)
-        return self.tokens.begin(sample, self.movie_of[n], copy, turn)
+    def draw_of(self, copy: int) -> Draw | None:
+        """Give the draw that maps the samples of a copy; None where they stay as they are."""
+        if self.tokens.copies is None or self.columns is None:
+            return None
+        draw = self.tokens.copies.draws[copy]
+        return None if draw.is_identity else draw
 
-    def _map(self, sample: dict[str, Any], draw: Draw) -> dict[str, Any]:
-        before = sample["coords0"]
-        after = map_coords(before, draw, self.shape)
-        return {
-            **sample,
-            "coords0": after,
-            "coords": sample["coords"] + (after - before),
-            "features": map_shallow(
-                sample["features"], self.columns or (), before, draw, self.shape
-            ),
-        }
+
+@dataclass(slots=True)
+class _Window:
+    """A window's sample without its features: of which movie and copy."""
+
+    extras: _Extras
+    movie: int
+    copy: int
+    sample: dict[str, Any]
+
+    def begin(self) -> Unfinished:
+        """Give it as what only lacks its features."""
+        extras, sample, turn = self.extras, self.sample, None
+        if extras.tokens.copies is not None:
+            sample["copy"] = self.copy
+        if extras.rotate_features:
+            turn = partial(rotate, coords=sample["coords"], shape=extras.shape)
+        return extras.tokens.begin(sample, self.movie, self.copy, turn)
+
+
+def _finish(windows: Sequence[_Window]) -> Batch:
+    """Map the geometry of windows as their copies' draws map frames, and look up their features."""
+    groups: dict[tuple[Any, ...], list[tuple[_Window, Placed]]] = {}
+    for window in windows:
+        extras, sample = window.extras, window.sample
+        if (draw := extras.draw_of(window.copy)) is not None:
+            placed = Placed(sample["coords0"], sample["features"], draw, extras.shape)
+            alike = extras.columns, placed.coords.shape[1]
+            groups.setdefault(alike, []).append((window, placed))
+    for (columns, _), group in groups.items():
+        mapped = map_tokens([placed for _, placed in group], columns)
+        for (window, placed), (coords, features) in zip(group, mapped, strict=True):
+            sample = window.sample
+            sample["coords"] = sample["coords"] + (coords - placed.coords)
+            sample["coords0"], sample["features"] = coords, features
+    return finish([window.begin() for window in windows])
 
 
 class PlacedCTCData(_ctc.CTCData):  # type: ignore[misc]
@@ -113,7 +132,7 @@ class CachedCTCData(PlacedCTCData):
         ValueError
             ``max_tokens`` leaves nothing of the window.
         """
-        return finish([self.begin(n, return_dense)])[0]
+        return _finish([self.window(n, return_dense)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Give the windows of a batch, their features read together; a DataLoader calls it.
@@ -121,10 +140,10 @@ class CachedCTCData(PlacedCTCData):
         They are equal to those given one by one, and `collate` need not copy their features.
         Errors as one by one, and ValueError for features of different width.
         """
-        return finish([self.begin(n) for n in indices])
+        return _finish([self.window(n) for n in indices])
 
-    def begin(self, n: int, return_dense: bool | None = None) -> Unfinished:
-        """Give window `n` without its features; nothing is looked up yet."""
+    def window(self, n: int, return_dense: bool | None = None) -> _Window:
+        """Give window `n` of its copy, with neither features nor the copy's geometry yet."""
         try:
             sample = super().__getitem__(n, return_dense)
         except IndexError as error:
@@ -132,7 +151,9 @@ class CachedCTCData(PlacedCTCData):
             raise
         if self.additional_props is None:
             sample["features"] = sample["features"][:, :0]
-        return self.feature_cache_extras.begin(n, sample)
+        extras = self.feature_cache_extras
+        copy = extras.tokens.choose(n, extras.before)
+        return _Window(extras, extras.movie_of[n], copy, sample)
 
     def _check_tokens(self, n: int, error: IndexError) -> None:
         """Raise where that came of clipping a window whose first frame alone is too much."""
@@ -172,7 +193,7 @@ class CachedConcatDataset(ConcatDataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Give the windows of a batch, of several members, as `CachedCTCData` does."""
-        return finish([data.begin(n) for data, n in map(self._locate, indices)])
+        return _finish([data.window(n) for data, n in map(self._locate, indices)])
 
     def _locate(self, index: int) -> tuple[CachedCTCData, int]:
         """Give the member of a sample, and the sample's index there."""
