@@ -43,7 +43,7 @@ def make_loader(data, workers, **options):
     )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_device_works_while_nobody_asks(tmp_path, small_folder, workers):
     root, log = small_folder(frames=FRAMES, width=160), tmp_path / "log"
     data = make_data(root, tmp_path / "cold", log=log)

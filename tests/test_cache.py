@@ -478,7 +478,7 @@ def read_in_child(cache, request, queue):
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_another_process_reads_the_same(cache, small, method):
     request = make_request(small)
     records = cache.get_or_compute(**request)

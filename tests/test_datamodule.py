@@ -71,7 +71,10 @@ def check_lines(records, lines) -> None:
         assert line["features"] == digest_expected(records, line)
 
 
-@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("workers", "persistent"),
+    [(0, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)],
+)
 def test_every_epoch_has_its_copies(movies, records, tmp_path, workers, persistent):
     with nothing_left():
         fit(movies, str(tmp_path), workers=workers, persistent=persistent)

@@ -79,7 +79,7 @@ def test_several_movies(cache, small):
         CachedFeatureDataset(tokens, movies)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_a_warm_cache(movie, small, method):
     movie.get_or_compute()
     dataset = CachedFeatureDataset(Tokens(small[1]), [movie])

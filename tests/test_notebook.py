@@ -45,7 +45,10 @@ for number, sample in enumerate(loader):
 ]
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    "shell",
+    ["IPython", *(pytest.param(one, marks=pytest.mark.slow) for one in SHELLS if one != "IPython")],
+)
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_epoch_is_interrupted_and_another_one_works(
     tmp_path: Path, shell: str, workers: int

@@ -60,6 +60,7 @@ FAILS = "import what_it_needs"
 ABSENT = "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)"
 
 
+@pytest.mark.slow
 def test_packages_that_are_absent_and_packages_whose_import_fails_are_told_apart(
     tmp_path: Path,
 ) -> None:

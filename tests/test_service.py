@@ -66,7 +66,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def clean():
+def clean(monkeypatch):
+    # after an error in a worker, torch waits as long for it to end
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     with nothing_left():
         yield
 
@@ -537,7 +539,9 @@ def debug_dataset(root):
     return CachedFeatureDataset(Windows(masks), [movie])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_server_of_its_own_serves_first_and_commits_when_it_is_stopped(tmp_path, number):
     serving = start_serving(tmp_path / "cache")
     dataset = debug_dataset(tmp_path / "cache")
@@ -718,7 +722,7 @@ def test_read_ahead_goes_on_after_what_nobody_expects(tmp_path, monkeypatch):
     assert wait_until(lambda: dataset.tokens.movies[0].contains()[:WINDOW].all(), 20)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_hits_in_workers_are_counted(tmp_path, method):
     dataset = make_dataset(tmp_path / "cache")
     dataset.warm()

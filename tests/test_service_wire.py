@@ -301,7 +301,7 @@ def test_one_that_does_not_listen_any_more_is_removed(tmp_path):
     assert "a.json" not in sockets()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_need_no_folder(tmp_path, monkeypatch, method):
     short = Path(tempfile.mkdtemp(prefix="fc-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))

@@ -64,6 +64,7 @@ class TestParity:
         assert ours.shape == (1, 64, 64, 256)
         assert relative(ours, expected) <= 1e-4
 
+    @pytest.mark.slow
     def test_high_resolution_equals_the_predictors(self, checkpoint, frame, predicted):
         backbone = load_backbone(f"{TINY}/highres", checkpoint, "cpu", standardize=True)
         ours = backbone.embed(torch.from_numpy(frame)[None])

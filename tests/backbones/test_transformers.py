@@ -23,7 +23,6 @@ transformers = pytest.importorskip("transformers")
 DINO = "facebook/dinov2-small"
 REGISTERS = "facebook/dinov2-with-registers-small"
 HIERA = "facebook/hiera-tiny-224-hf"
-NAMES = (DINO, REGISTERS, HIERA)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ class TestHieraParity:
         assert relative_error(ours, output.reshaped_hidden_states[-1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [DINO, REGISTERS, pytest.param(HIERA, marks=pytest.mark.slow)])
 class TestEach:
     def test_spec_says_it_all_and_round_trips(self, random, name):
         spec = random(name).spec

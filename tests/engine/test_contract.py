@@ -92,7 +92,7 @@ SCENES = {
         pytest.param(scene, caller, id=f"{name}, {caller}", marks=marks)
         for number, (name, scene) in enumerate(SCENES.items())
         for caller in CALLERS
-        for marks in [(pytest.mark.slow,) if number and caller in SLOW else ()]
+        for marks in [(pytest.mark.slow,) if caller is DASK or (number and caller in SLOW) else ()]
     ],
 )
 def test_records_are_equal_in_bits_and_computed_once(
@@ -138,7 +138,6 @@ def packs_of(work: Work) -> int:
 
 @each(
     *without(GET_OR_COMPUTE, COMPUTE, MAIN, LOADER, SERVE),
-    slow=(),
 )
 def test_a_job_that_fits_one_commit_becomes_one_pack(
     make_work: MakeWork, settle: Settle, caller: Caller

@@ -43,7 +43,7 @@ def count_passes(monkeypatch, backbone):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("way", ["plain", "device"])
+@pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "device"])
 def test_warmed_together_they_are_what_they_are_alone(tmp_path, small, monkeypatch, name, way):
     monkeypatch.setenv("FEATURE_CACHE_PLAIN", "1" if way == "plain" else "0")
     together = load(name.format(",".join(LAYERS[name])))

@@ -216,7 +216,14 @@ def take_over_by_eight(claims: Claims, count: int) -> int:
     return won.value
 
 
-@pytest.mark.parametrize("holder", [None, "the dead", ""])
+@pytest.mark.parametrize(
+    "holder",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        "the dead",
+        pytest.param("", marks=pytest.mark.slow),
+    ],
+)
 def test_eight_processes_at_once_and_each_claim_is_won_by_one(
     claims: Claims, holder: str | None
 ) -> None:

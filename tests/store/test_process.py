@@ -395,7 +395,7 @@ def fork_often(root: Path, times: int) -> None:
 
 
 def test_a_fork_beside_busy_threads_does_not_hang(filled: Path) -> None:
-    apart(fork_often, filled, 60)
+    apart(fork_often, filled, 20)
 
 
 # Others
