@@ -466,7 +466,7 @@ def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatc
 
 def test_a_closed_stderr_stops_nothing(tmp_path, small_folder):
     command = Path(sys.executable).with_name("feature-cache")
-    words = f"{command} warm {small_folder()} --cache cache {' '.join(MODEL)} --json 2>&-"
+    words = f"{command} warm {small_folder()} --cache cache --backbone debug/random --json 2>&-"
     done = subprocess.run(words, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
     assert json.loads(done.stdout)["computed"] == 6

@@ -52,8 +52,7 @@ def loaded_after(statement: str) -> set[str]:
         ("import feature_cache.backbones", {"torch", "zarr", "timm"}),
         ("import feature_cache.backbones.efficientnet", {"zarr", "timm"}),
         ("import feature_cache.normalize", {"torch", "zarr"}),
-        ("import feature_cache.engine", {"timm", "trackastra"}),
-        ("import feature_cache.cache", {"timm", "trackastra"}),
+        ("import feature_cache.cache, feature_cache.engine", {"timm", "trackastra"}),
         ("import feature_cache.cli", {"torch", "zarr", "jinja2", "imagecodecs"}),
         (
             "from feature_cache.cli import app; app(['warm', '--help'], standalone_mode=False)",
