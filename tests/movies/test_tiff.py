@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -866,6 +868,19 @@ def test_stack_is_pickled_and_forked(stack):
 def test_stack_that_has_changed_is_not_read(stack):
     write(STACK + 1, metadata={"axes": "TZYX"}, compression="zlib")(stack.file)
     with pytest.raises(MovieError, match="has changed since it was opened: open the movie again"):
+        stack[0]
+
+
+def test_a_copy_that_keeps_size_and_times_is_not_read_by_what_was_there_before(tmp_path):
+    """Of other byte order, it would give pixels that are in neither of the two."""
+    file, other = tmp_path / "movie.tif", tmp_path / "other.tif"
+    for one, order in ((file, "<"), (other, ">")):
+        write(VOLUME, metadata={"axes": "TYX"}, byteorder=order)(one)
+        os.utime(one, ns=(10**18, 10**18))
+    stack = TiffStack.open(file)
+    time.sleep(0.02)  # longer than a tick of the clock that gives files their times
+    shutil.copy2(other, file)
+    with pytest.raises(MovieError, match="has changed since it was opened"):
         stack[0]
 
 
