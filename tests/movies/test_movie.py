@@ -236,7 +236,7 @@ def test_silver_truth_of_other_times(small_folder):
         Movie.open(root)
 
 
-@pytest.mark.parametrize("line", ["1 2 3", "1 2 3 x", "1 2 3 4 5", "1 -2 3 0"])
+@pytest.mark.parametrize("line", ["1 2 3", "1 2 3 x", "1 2 3 4 5", "1 -2 3 0", f"1 2 {10**19} 0"])
 def test_broken_tracks(small_folder, line):
     root = small_folder()
     file = truth_of(root) / "man_track.txt"
