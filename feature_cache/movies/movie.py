@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,8 @@ class Movie:
             The meaning of each axis of the frames as stored, such as ``"TYX"``, where they don't
             say; of the masks too, where these don't.
         detections : str
-            Where the masks are in the layout above, such as ``"TRA"`` or ``"ERR_SEG"``; None opens
-            frames alone.
+            Where the masks are in the layout above, such as ``"TRA"`` or ``"ERR_SEG"``, which is
+            the default where the path is ``01_ERR_SEG``; None opens frames alone.
         slice_pct : (float, float)
             Part of the movie, from and to, 0 to 1.
         downscale_temporal, downscale_spatial : int
@@ -201,17 +201,8 @@ class Movie:
             None if masks is None else os.fspath(masks), channel, axes,
         )  # fmt: skip
         _check_source(source)
-        try:
+        with _looking(path):
             return _open(source)
-        except MovieError:
-            raise
-        except PermissionError as error:
-            raise MovieError(f"no permission to look into {error.filename}") from error
-        except OSError as error:
-            raise MovieError(
-                f"can't look into {error.filename or path}: {error.strerror or error}; expected a "
-                "folder or file that can be read"
-            ) from error
 
     @classmethod
     def of(cls, frames: Given, masks: Given = None, *, detections: str | None = "TRA") -> Movie:
@@ -240,8 +231,10 @@ class Movie:
         given = cls.open(frames, detections=None) if _is_path(frames) else frames
         images = _series(given)
         if _is_path(masks):
-            masks = find_images(Path(masks).expanduser(), ReadOptions(labels=True), "masks").images
-            masks = Series(masks, range(len(masks)), labels=True)
+            with _looking(masks):
+                place = Path(masks).expanduser()
+                found = find_images(place, ReadOptions(labels=True), "masks").images
+            masks = Series(found, range(len(found)), labels=True)
         root = given.root if isinstance(given, Movie) else _root_of(images)
         return cls(root, images, None if masks is None else _series(masks))
 
@@ -301,6 +294,22 @@ class Movie:
             )
             for t in range(len(self))
         ]
+
+
+@contextmanager
+def _looking(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a MovieError of what the file system says of folders."""
+    try:
+        yield
+    except MovieError:
+        raise
+    except PermissionError as error:
+        raise MovieError(f"no permission to look into {error.filename}") from error
+    except OSError as error:
+        raise MovieError(
+            f"can't look into {error.filename or path}: {error.strerror or error}; expected a "
+            "folder or file that can be read"
+        ) from error
 
 
 def _is_path(given: object) -> bool:
@@ -373,13 +382,15 @@ def _choose_labels(path: Path, options: ReadOptions) -> Found:
 
 def _open_folder(source: Source, path: Path, options: ReadOptions) -> Movie:
     """Open a movie in the layout of the Cell Tracking Challenge, or a folder of frames alone."""
-    root, default = _find_root(path)
+    root, named = _find_root(path)
     frames = find_images(image_folder(root), options, "frames")
     if source.detections is None:
         return _pair(source, root, frames, None)
-    folder, masked = _find_detections(root, default or source.detections), ReadOptions(labels=True)
+    name = named if source.detections == _DEFAULT.detections else source.detections
+    folder, masked = _find_detections(root, name), ReadOptions(labels=True)
     masks = find_images(folder, masked, "masks")
     overlay = _find_overlay(folder, masks, masked)
+    source = replace(source, detections=name)
     return _pair(source, root, frames, replace(masks, folder=folder), overlay)
 
 
@@ -440,8 +451,8 @@ def _check_source(source: Source) -> None:
         raise MovieError(f"{source.path}: downscale is {least}, expected 1 or more")
 
 
-def _find_root(path: Path) -> tuple[Path, str | None]:
-    """Give the folder of the frames, and the detections that the path itself names."""
+def _find_root(path: Path) -> tuple[Path, str]:
+    """Give the folder of the frames, and the detections that go with the path by default."""
     path = path.absolute() if path.name in ("", "..") else path
     root, detections = _split_path(path)
     if not root.is_dir():
@@ -450,13 +461,13 @@ def _find_root(path: Path) -> tuple[Path, str | None]:
     return root, detections
 
 
-def _split_path(path: Path) -> tuple[Path, str | None]:
+def _split_path(path: Path) -> tuple[Path, str]:
     if path.name == "TRA":
         truth = path.absolute().parent if len(path.parts) < 3 else path.parent
         return truth.with_name(truth.name.removesuffix("_GT")), "TRA"
     if path.name.endswith("_ERR_SEG"):
         return path.with_name(path.name.removesuffix("_ERR_SEG")), "ERR_SEG"
-    return path, None
+    return path, "TRA"
 
 
 def _find_detections(root: Path, name: str) -> Path:

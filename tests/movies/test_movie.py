@@ -132,6 +132,27 @@ def test_a_name_with_underlines_is_no_other_movie(tmp_path, form):
     assert np.array_equal(movie.frames[1], frames[1])
 
 
+def test_other_detections_than_those_in_the_path(tmp_path):
+    """As in a training that names ``01_GT/TRA``, and folders of detections beside it."""
+    frames, masks, tracks = make_movie(frames=2)
+    write_movie(tmp_path / "01", frames, masks, tracks)
+    write_movie(tmp_path / "other", frames, masks + (masks > 0), tracks)
+    shutil.copytree(truth_of(tmp_path / "other"), tmp_path / "01_ERR_SEG")
+    for path, detections, found in [
+        ("01_GT/TRA", "TRA", "TRA"),
+        ("01_GT/TRA", "ERR_SEG", "ERR_SEG"),
+        ("01_ERR_SEG", "TRA", "ERR_SEG"),
+        ("01_ERR_SEG", "ERR_SEG", "ERR_SEG"),
+        ("01", "ERR_SEG", "ERR_SEG"),
+    ]:
+        movie = Movie.open(tmp_path / path, detections=detections)
+        assert movie.name == f"{tmp_path / '01'} {found}"
+        assert movie.source.detections == movie.detections == found
+        assert np.array_equal(movie.masks[0], masks[0] + (masks[0] > 0) * (found == "ERR_SEG"))
+    with pytest.raises(NoMasksError, match="01 has no masks 'GONE'"):
+        Movie.open(tmp_path / "01_GT" / "TRA", detections="GONE")
+
+
 def test_places_in_the_current_folder(small_folder, monkeypatch):
     root = small_folder(frames=3)
     monkeypatch.chdir(f"{root}_GT")
@@ -185,6 +206,11 @@ def test_what_is_missing_is_named_when_opening(small_folder, change, error, mess
     change(root)
     with pytest.raises(error, match=message):
         Movie.open(root)
+
+
+def test_masks_of_arrays_at_a_place_that_cannot_be_looked_into(small):
+    with pytest.raises(MovieError, match=r"can't look into x{300}: .* too long"):
+        Movie.of(small[0], "x" * 300)
 
 
 def test_a_mask_of_another_shape(small_folder, cache):
