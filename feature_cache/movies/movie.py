@@ -236,7 +236,7 @@ class Movie:
                 found = find_images(place, ReadOptions(labels=True), "masks").images
             masks = Series(found, range(len(found)), labels=True)
         root = given.root if isinstance(given, Movie) else _root_of(images)
-        return cls(root, images, None if masks is None else _series(masks))
+        return cls(root, images, None if masks is None else _series(masks, "masks"))
 
     def __len__(self) -> int:
         """Count the frames."""
@@ -321,12 +321,12 @@ def _root_of(images: Images) -> Path:
     return folder.parent if folder.name == "img" else folder
 
 
-def _series(given: Given) -> Series:
+def _series(given: Given, name: str = "frames") -> Series:
     if isinstance(given, Movie):
         return given.frames
     if isinstance(given, Series):
         return given
-    images = images_of(given)
+    images = images_of(given, name=name)
     return Series(images, range(len(images)))
 
 
@@ -416,6 +416,11 @@ def _pair(
 
 
 def _check_counts(frames: Found, masks: Found) -> None:
+    if frames.images.files_of(0) == masks.images.files_of(0) != ():
+        raise MovieError(
+            f"{frames.images.place} was named for the frames and for the masks: name the folder or "
+            "file of the masks (--detections, --masks), or open frames alone"
+        )
     if frames.timed is not None and masks.timed is not None:
         check_pairs(frames.timed, masks.timed)
     elif len(frames.images) != len(masks.images):
@@ -489,9 +494,10 @@ def detection_places(root: Path, name: str) -> tuple[Path, ...]:
 def silver_folder(masks: Path) -> Path | None:
     """Give the folder of the silver truth that belongs to ground truth ``<n>_GT/TRA``."""
     truth = masks.parent
+    if masks.name != "TRA" or not truth.name.endswith("_GT"):
+        return None
     silver = truth.with_name(truth.name.removesuffix("_GT") + "_ST") / "SEG"
-    is_truth = masks.name == "TRA" and truth.name.endswith("_GT")
-    return silver if is_truth and silver.is_dir() else None
+    return silver if silver.is_dir() else None
 
 
 def _find_overlay(folder: Path, masks: Found, options: ReadOptions) -> Found | None:

@@ -153,6 +153,16 @@ def test_other_detections_than_those_in_the_path(tmp_path):
         Movie.open(tmp_path / "01_GT" / "TRA", detections="GONE")
 
 
+@pytest.mark.parametrize("named", [{"detections": ""}, {"detections": "."}, {"masks": "01"}])
+def test_frames_are_not_their_own_masks(small_folder, monkeypatch, named):
+    monkeypatch.chdir(small_folder(frames=2).parent)
+    with pytest.raises(MovieError, match="01 was named for the frames and for the masks: name"):
+        Movie.open("01", **named)
+    tifffile.imwrite("movie.tif", make_movie()[0], metadata={"axes": "TYX"})
+    with pytest.raises(MovieError, match=r"movie\.tif was named for the frames and for the masks"):
+        Movie.open("movie.tif", "movie.tif")
+
+
 def test_places_in_the_current_folder(small_folder, monkeypatch):
     root = small_folder(frames=3)
     monkeypatch.chdir(f"{root}_GT")
