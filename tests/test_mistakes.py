@@ -785,6 +785,10 @@ def score(result: str) -> None:
             "frame has one, and no axis for it: pass frames[..., 0]",
         ),
         (
+            lambda: ask_for(np.zeros((1, 40, 50)), 7),
+            "FrameTypeError: masks is a int: pass an array (T, H, W), or a list of images",
+        ),
+        (
             lambda: ask_for(["t000.tif"], np.zeros((1, 40, 50), int)),
             "MovieError: can't read t000.tif: No such file or directory; restore the file or leave "
             "it out",
