@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..hashing import JSON
 from .arrays import images_of
 from .check import MovieCheck, check_movie
 from .formats import Found, find_images, image_folder, is_pattern
+from .image_files import ImageFiles
 from .images import Images, ReadOptions, Series
 from .times import check_pairs, check_steps
 from .tracks import Tracks, read_tracks
@@ -236,7 +238,7 @@ class Movie:
                 found = find_images(place, ReadOptions(labels=True), "masks").images
             masks = Series(found, range(len(found)), labels=True)
         root = given.root if isinstance(given, Movie) else _root_of(images)
-        return cls(root, images, None if masks is None else _series(masks, "masks"))
+        return cls(root, images, None if masks is None else _series(masks, labels=True))
 
     def __len__(self) -> int:
         """Count the frames."""
@@ -321,13 +323,13 @@ def _root_of(images: Images) -> Path:
     return folder.parent if folder.name == "img" else folder
 
 
-def _series(given: Given, name: str = "frames") -> Series:
+def _series(given: Given, *, labels: bool = False) -> Series:
     if isinstance(given, Movie):
         return given.frames
     if isinstance(given, Series):
         return given
-    images = images_of(given, name=name)
-    return Series(images, range(len(images)))
+    images = images_of(given, ReadOptions(labels=labels), name="masks" if labels else "frames")
+    return Series(images, range(len(images)), labels=labels and isinstance(images, ImageFiles))
 
 
 def _open(source: Source) -> Movie:
@@ -446,14 +448,18 @@ def _check_source(source: Source) -> None:
             raise MovieNotFoundError(
                 f"{path} is a URL: movies are read from folders and files; mount or copy it"
             )
-    low, high = source.slice_pct
-    if not 0 <= low < high <= 1:
-        raise MovieError(
-            f"{source.path}: slice_pct is {source.slice_pct}, expected 0 <= from < to <= 1"
-        )
-    least = min(source.downscale_temporal, source.downscale_spatial)
-    if least < 1:
-        raise MovieError(f"{source.path}: downscale is {least}, expected 1 or more")
+    part, steps = source.slice_pct, (source.downscale_temporal, source.downscale_spatial)
+    is_part = isinstance(part, tuple | list) and len(part) == 2 and 0 <= part[0] < part[1] <= 1
+    are_steps = all(isinstance(step, Integral) and step >= 1 for step in steps)
+    is_channel = source.channel is None or isinstance(source.channel, Integral)
+    for is_right, text in (
+        (is_part, f"slice_pct is {part}, expected 0 <= from < to <= 1"),
+        (are_steps, f"downscale is {steps} (time, space), expected whole numbers from 1 on"),
+        (is_channel, f"channel is {source.channel!r}, expected a whole number from 0 on"),
+        (isinstance(source.axes, str | None), f"axes is {source.axes!r}, expected text as 'TYX'"),
+    ):
+        if not is_right:
+            raise MovieError(f"{source.path}: {text}")
 
 
 def _find_root(path: Path) -> tuple[Path, str]:

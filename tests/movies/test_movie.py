@@ -223,6 +223,31 @@ def test_masks_of_arrays_at_a_place_that_cannot_be_looked_into(small):
         Movie.of(small[0], "x" * 300)
 
 
+def test_a_list_of_masks_is_read_as_their_folder_is(tmp_path, small):
+    (tmp_path / "masks").mkdir()
+    files = [tmp_path / "masks" / f"{t}.tif" for t in range(len(small[1]))]
+    for file, mask in zip(files, small[1], strict=True):
+        tifffile.imwrite(file, mask.astype(np.float32))
+    for masks in (files, tmp_path / "masks"):
+        found = Movie.of(small[0], masks).masks[1]
+        assert found.dtype == np.int32
+        assert np.array_equal(found, small[1][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slice_pct": 0.5}, "slice_pct is 0.5, expected 0 <= from < to <= 1"),
+        ({"downscale_temporal": 2.0}, r"downscale is \(2.0, 1\) \(time, space\), expected whole"),
+        ({"channel": "0"}, "channel is '0', expected a whole number from 0 on"),
+        ({"axes": ("T", "Y", "X")}, r"axes is \('T', 'Y', 'X'\), expected text as 'TYX'"),
+    ],
+)
+def test_options_of_another_kind(small_folder, options, message):
+    with pytest.raises(MovieError, match=message):
+        Movie.open(small_folder(frames=1), **options)
+
+
 def test_a_mask_of_another_shape(small_folder, cache):
     from feature_cache.testing import FakeBackbone
 
