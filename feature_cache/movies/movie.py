@@ -234,9 +234,9 @@ class Movie:
         images = _series(given)
         if _is_path(masks):
             with _looking(masks):
-                place = Path(masks).expanduser()
-                found = find_images(place, ReadOptions(labels=True), "masks").images
-            masks = Series(found, range(len(found)), labels=True)
+                found = find_images(Path(masks).expanduser(), ReadOptions(labels=True), "masks")
+            _check_steps(found)
+            masks = Series(found.images, range(len(found.images)), labels=True)
         root = given.root if isinstance(given, Movie) else _root_of(images)
         return cls(root, images, None if masks is None else _series(masks, labels=True))
 
@@ -402,8 +402,7 @@ def _pair(
     """Make the movie of frames and masks that belong together."""
     if masks is not None:
         _check_counts(frames, masks)
-    if frames.timed is not None:
-        check_steps(frames.timed)
+    _check_steps(frames, masks)
     part = _part_of(source, len(frames.images))
     images = Series(frames.images, part, source.downscale_spatial)
     times = tuple(frames.times[t] for t in part) if frames.times else ()
@@ -430,6 +429,12 @@ def _check_counts(frames: Found, masks: Found) -> None:
             f"{frames.images.place} has {len(frames.images)} frames and {masks.images.place} "
             f"{len(masks.images)} masks: expected as many masks as frames"
         )
+
+
+def _check_steps(*found: Found | None) -> None:
+    for one in found:
+        if one is not None and one.timed is not None:
+            check_steps(one.timed)
 
 
 def _part_of(source: Source, count: int) -> range:

@@ -288,6 +288,16 @@ def test_frames_and_masks_of_other_times_are_no_pairs(small_folder):
     assert len(Movie.open(root)) == 5
 
 
+def test_masks_of_a_stack_that_lack_a_time(small_folder, small):
+    """As many as frames, but all behind the gap would go with another frame."""
+    root = small_folder()
+    (truth_of(root) / "man_track005.tif").rename(truth_of(root) / "man_track006.tif")
+    tifffile.imwrite(root.with_name("movie.tif"), small[0], metadata={"axes": "TYX"})
+    for frames in (root.with_name("movie.tif"), small[0]):
+        with pytest.raises(MovieError, match=r"has no masks between man_track004.tif and man_tr"):
+            Movie.of(frames, truth_of(root))
+
+
 def test_silver_truth_of_other_times(small_folder):
     root = small_folder()
     add_silver_truth(root)
