@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MovieError
-from .images import ReadOptions
+from .images import LABELS_ALONE, ReadOptions
 
 _LETTERS = "TCZYXS"
 _NAMES = {
@@ -225,9 +225,9 @@ def _choose_channel(layout: Layout, options: ReadOptions, where: str) -> int:
     count = max(several, default=1)
     if options.channel is None:
         if count > 1:
+            way = LABELS_ALONE if options.labels else "choose one, such as channel=0 (--channel 0)"
             raise MovieError(
-                f"{where} has {count} channels (axes {layout.axes}, shape {layout.shape}): choose "
-                "one, such as channel=0 (--channel 0)"
+                f"{where} has {count} channels (axes {layout.axes}, shape {layout.shape}): {way}"
             )
         return 0
     if count == 1 and options.labels:

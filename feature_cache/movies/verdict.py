@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .faults import DamageError, FaultError
 from .ifd import COLORMAP, COMPRESSION, DEPTH, PHOTOMETRIC, Page, Tiff
-from .images import ReadOptions
+from .images import LABELS_ALONE, ReadOptions
 from .ome import find_planes, holds_ome
 
 _WHITE, _BLACK, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
@@ -168,7 +168,7 @@ def choose_planes(stored: Axes, options: ReadOptions, *, stack: bool = False) ->
     channels = axes.index("CS")
     # the same option goes with frames, which have channels
     channel = None if options.labels and not channels else options.channel
-    _check_channel(axes, channels, channel)
+    _check_channel(axes, channels, channel, options)
     _check_names(axes, options, stack)
     return _choose(axes, channel)
 
@@ -399,7 +399,7 @@ def _rename(axes: Axes, options: ReadOptions) -> Axes:
     return Axes(letters, fit.lengths)
 
 
-def _check_channel(axes: Axes, found: list[int], channel: int | None) -> None:
+def _check_channel(axes: Axes, found: list[int], channel: int | None, options: ReadOptions) -> None:
     """Raise where there is not the one channel that is asked for."""
     many = axes.lengths[found[0]] if found else 1
     if channel is None and not found:
@@ -413,9 +413,8 @@ def _check_channel(axes: Axes, found: list[int], channel: int | None) -> None:
         volumes = "Z" in seen.letters
         names = axes.cure("TZ", instead="CZ") if volumes else axes.cure("Z", "T", instead="C")
         other = _GRAY if colour else names
-        raise FaultError(
-            f"{kind} ({seen}), expected one channel: name one (channel=0, --channel 0), or {other}"
-        )
+        way = LABELS_ALONE if options.labels else "name one (channel=0, --channel 0)"
+        raise FaultError(f"{kind} ({seen}), expected one channel: {way}, or {other}")
     if channel is not None and not 0 <= channel < many:
         raise FaultError(
             f"has no channel {channel}: expected one of its {many}, counted from 0 ({seen})"

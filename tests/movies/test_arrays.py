@@ -277,6 +277,8 @@ def test_channels_are_chosen():
         images_of(named)
     with pytest.raises(MovieError, match="3 channels, and channel 3 was asked for: expected 0 to"):
         images_of(named, ReadOptions(channel=3))
+    with pytest.raises(MovieError, match=r"3 channels .*: save the one that holds the labels"):
+        images_of(named, ReadOptions(labels=True))
     with pytest.raises(MovieError, match="1 channel, and channel 1 was asked for"):
         images_of(PLANES, ReadOptions(channel=1))
 

@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Write, ReadOptions, str]] = {
         told(),
         CHANNEL,
     ),
-    "masks in colour": (write(COLOUR), MASKS, CHANNEL),
+    "masks in colour": (write(COLOUR), MASKS, "expected one channel: save the one that holds"),
     "no such sample": (write(COLOUR), told(channel=3), "no channel 3: expected one of its 3"),
     "no such channel": (write(PLANE), told(channel=1), "no channel 1: expected one of its 1"),
     "a channel from the end": (write(COLOUR), told(channel=-1), "no channel -1"),
