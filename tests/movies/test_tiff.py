@@ -660,6 +660,17 @@ def test_ome_series_of_files_that_are_known_by_name(tmp_path):
         read_image(renamed, told())
 
 
+def test_a_part_of_an_ome_series_is_no_movie_unless_its_axes_are_told(tmp_path):
+    """As of Micro-Manager, which begins a new file every 4 GB."""
+    files = [f'<UUID FileName="{n}.ome.tif">urn:uuid:{n}</UUID>' for n in "ab"]
+    planes = [f'<TiffData FirstT="{t}" IFD="{t % 3}">{files[t // 3]}</TiffData>' for t in range(6)]
+    file = tmp_path / "a.ome.tif"
+    write_raw(VOLUME[:3], description=say_ome({"T": 6}, "".join(planes), uuid="urn:uuid:a"))(file)
+    with pytest.raises(MovieError, match="holds 3 of 6 timepoints of its OME metadata, the others"):
+        TiffStack.open(file)
+    check(read_movie(file, told("TYX")), VOLUME[:3])
+
+
 @settings(max_examples=30)
 @given(
     sizes=st.tuples(*[st.integers(1, 3)] * 3),
