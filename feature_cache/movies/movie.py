@@ -453,9 +453,10 @@ def _check_source(source: Source) -> None:
             raise MovieNotFoundError(
                 f"{path} is a URL: movies are read from folders and files; mount or copy it"
             )
-    part, steps = source.slice_pct, (source.downscale_temporal, source.downscale_spatial)
+    part: Any = source.slice_pct
+    steps: tuple[Any, Any] = (source.downscale_temporal, source.downscale_spatial)
     is_part = isinstance(part, tuple | list) and len(part) == 2 and 0 <= part[0] < part[1] <= 1
-    are_steps = all(isinstance(step, Integral) and step >= 1 for step in steps)
+    are_steps = all(isinstance(step, Integral) and int(step) >= 1 for step in steps)
     is_channel = source.channel is None or isinstance(source.channel, Integral)
     for is_right, text in (
         (is_part, f"slice_pct is {part}, expected 0 <= from < to <= 1"),
