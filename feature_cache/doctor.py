@@ -190,5 +190,5 @@ def _folder(cache: Path | None) -> Iterator[Fact]:
     may_write = os.access(cache, os.W_OK)
     yield Fact("cache", "permission", "read and write" if may_write else "read only")
     yield Fact("cache", "spaces", str(len(store.spaces())))
-    processes = len(living(cache, store.presence.now()))
-    yield Fact("cache", "processes", f"{processes} use it now")
+    others = living(cache, store.presence.now()).keys() - {store.presence.name}
+    yield Fact("cache", "processes", f"{len(others)} others use it now")

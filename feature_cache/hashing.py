@@ -143,7 +143,8 @@ def frame_digest(frame: NDArray[np.generic], where: str = "the frame") -> Digest
 def frame_pixels(frame: NDArray[np.generic], where: str = "the frame") -> NDArray[np.float32]:
     """Give a frame's pixels as a new float32 array, checked as in `frame_digest`."""
     frame = _check_frame(frame, where)
-    pixels = np.ascontiguousarray(frame, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what is too large is infinite, and told below
+        pixels = np.ascontiguousarray(frame, dtype=np.float32)
     if frame.dtype.kind == "f":
         bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
         if bad:

@@ -32,8 +32,13 @@ def check_folder(folder: Path) -> None:
         pass
 
 
-def write_file(file: Path, content: bytes) -> None:
-    """Write a file that was asked for; NotWrittenError where that can't be done."""
+def write_file(file: Path, content: bytes | str) -> None:
+    """Write a file that was asked for; NotWrittenError where that can't be done.
+
+    Names of files in a text may have bytes that are no letters, which are escaped.
+    """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     with _saying(file):
         file.write_bytes(content)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -470,6 +471,24 @@ def test_a_closed_stderr_stops_nothing(tmp_path, small_folder):
     done = subprocess.run(words, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
     assert json.loads(done.stdout)["computed"] == 6
+
+
+@pytest.mark.parametrize("name", ["日本", os.fsdecode(b"\xff")], ids=["letters", "bytes"])
+def test_names_that_a_terminal_has_no_letters_for(run, small_folder, monkeypatch, tmp_path, name):
+    movie = small_folder(name, frames=2)
+    cache = FeatureCache("cache")
+    cache.movie(movie, None, load_backbone("debug/random")).warm()
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    for words in (
+        ("explain", movie, "--backbone", "debug/random"),
+        ("report", tmp_path / "page.html", "--movie", movie),
+    ):
+        assert run(*words, "--cache", "cache")[0] == 0
+    out.seek(0)
+    assert "hit  frame 1 of" in out.read()
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert (name if name.isalpha() else r"\udcff") in page
 
 
 def test_an_empty_cache(run):

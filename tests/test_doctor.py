@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from feature_cache import doctor, list_backbones, load_backbone
+from feature_cache import FeatureCache, doctor, list_backbones, load_backbone
 from feature_cache.backbones.catalogue import BACKBONES
 from feature_cache.backbones.weights import torch_hub_folder
 from feature_cache.train_options import MODEL_INSTALL, MODEL_PACKAGE
@@ -191,3 +191,9 @@ def test_a_memo_that_is_off_is_told(run, monkeypatch):
     assert re.search(
         r"^setting +memo +off  \(FEATURE_CACHE_MEMO\)$", run("doctor")[1], re.MULTILINE
     )
+
+
+def test_it_does_not_count_itself_among_those_who_use_a_cache(tmp_path):
+    FeatureCache(tmp_path / "cache")
+    facts = {fact.name: fact.value for fact in doctor.examine(tmp_path / "cache", "--cache")}
+    assert facts["processes"] == "0 others use it now"

@@ -184,6 +184,7 @@ class TestGarbage:
         ("options", "message"),
         [
             (["--max-size", "much"], "'much' is no size: expected such as 500M"),
+            (["--max-size", "9" * 400], "9' is no size: expected such as 500M"),
             (["--older-than", "30"], "'30' is no age: expected such as 12h"),
             (["--yes", "--dry-run"], "contradict"),
             (["--space", "nope"], "no space begins with 'nope'"),

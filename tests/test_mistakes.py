@@ -781,8 +781,12 @@ def score(result: str) -> None:
         ),
         (
             lambda: ask_for(np.zeros((2, 40, 50, 3)), np.zeros((2, 40, 50), int)),
-            "FrameError: frames has images of shape (40, 50, 3), which are in colour: a frame has "
-            "one channel: pass one, such as frames[..., 0]",
+            "FrameError: frames has shape (2, 40, 50, 3), whose last axis looks like channels: a "
+            "frame has one, and no axis for it: pass frames[..., 0]",
+        ),
+        (
+            lambda: ask_for(np.zeros((1, 40, 50)), 7),
+            "FrameTypeError: masks is a int: pass an array (T, H, W), or a list of images",
         ),
         (
             lambda: ask_for(["t000.tif"], np.zeros((1, 40, 50), int)),

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,8 @@ def main() -> None:
     """Run the command line; errors of ours, and wrong use, become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, TextIOWrapper):  # names may have letters that a terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         run_command(app, "feature-cache")

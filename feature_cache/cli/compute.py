@@ -417,7 +417,7 @@ def _regions_of(report: WarmReport) -> str:
 def _write_report(file: Path | None, text: str) -> None:
     if file is None:
         return
-    write_file(file, f"{text}\n".encode())
+    write_file(file, f"{text}\n")
 
 
 class _NoMovieError(FeatureCacheError):

@@ -132,7 +132,7 @@ def evaluate(
     if page is not None:
         from ..report import render_evaluation
 
-        write_file(page, render_evaluation(found).encode())
+        write_file(page, render_evaluation(found))
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:

@@ -11,12 +11,10 @@ import typer
 
 from .options import (
     COMPUTING,
-    BatchOption,
     CacheOption,
     JsonOption,
     SpacesOption,
     age_option,
-    parse_batch_size,
     size_option,
 )
 from .output import count_text, make_bar, print_table, size_text, time_text
@@ -73,7 +71,9 @@ def verify(
         str | None,
         typer.Option(help="Such as cuda:0; default: the best.", rich_help_panel=COMPUTING),
     ] = None,
-    batch_size: BatchOption = "8",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Frames embedded at once.", rich_help_panel=COMPUTING)
+    ] = 8,
     seed: Annotated[
         int, typer.Option(help="Another one chooses other records.", rich_help_panel=COMPUTING)
     ] = 0,
@@ -98,9 +98,7 @@ def verify(
         maintenance.repair(cache, findings)
     again = None
     if recompute is not None:
-        again = _compute_again(
-            cache, space, count, seed, weights, device, parse_batch_size(batch_size) or 8
-        )
+        again = _compute_again(cache, space, count, seed, weights, device, batch_size)
         findings += again.wrong
         if repair:
             maintenance.repair(cache, again.wrong)

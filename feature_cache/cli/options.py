@@ -16,14 +16,15 @@ COMPUTING = "Computing"
 OUTPUT = "Output"
 """Headings in the help of commands with many options."""
 
+_AMOUNT = r"[0-9]{1,18}(?:\.[0-9]*)?"
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 
 
 def parse_size(text: str) -> int:
     """Read a size such as ``100G`` or ``1.5TB`` (powers of 1000), or ``64MiB`` (of 1024)."""
-    found = re.fullmatch(r"([\d.]+)\s*([kmgtp]?)(i?)b?", text.strip(), re.IGNORECASE)
-    if not found or found[1].count(".") > 1 or not found[1].strip("."):
+    found = re.fullmatch(rf"({_AMOUNT})\s*([kmgtp]?)(i?)b?", text.strip(), re.IGNORECASE)
+    if not found:
         raise typer.BadParameter(f"{text!r} is no size: expected such as 500M, 100G or 1.5T")
     power = _BYTES[found[2].lower()]
     if found[3]:
@@ -33,8 +34,8 @@ def parse_size(text: str) -> int:
 
 def parse_age(text: str) -> float:
     """Read an age such as ``30d`` or ``12h``, in seconds."""
-    found = re.fullmatch(r"([\d.]+)\s*([smhdwy])", text.strip())
-    if not found or found[1].count(".") > 1 or not found[1].strip("."):
+    found = re.fullmatch(rf"({_AMOUNT})\s*([smhdwy])", text.strip())
+    if not found:
         raise typer.BadParameter(f"{text!r} is no age: expected such as 12h, 30d or 8w")
     return float(found[1]) * _SECONDS[found[2]]
 

@@ -107,7 +107,7 @@ def report(
         strips, failed = _look_at_all(opened, sources, choice, frames)
     findings = _verify(cache) if verify else None
     page = render_page(survey_cache(opened.store, findings), strips)
-    write_file(out, page.encode())
+    write_file(out, page)
     typer.echo(f"{out}, {len(page) / 1e6:.1f} MB")
     if findings:
         found = count_text(len(findings), "problem")

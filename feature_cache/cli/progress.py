@@ -124,7 +124,7 @@ class LogFile:
         if self.path is None:
             return self
         try:
-            self._handler = logging.FileHandler(self.path)
+            self._handler = logging.FileHandler(self.path, errors="backslashreplace")
         except OSError as error:
             told = error.strerror or error
             raise typer.BadParameter(f"can't write the log {self.path}: {told}") from error

@@ -17,14 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FeatureCacheError, FrameError, FrameTypeError, MovieError
-from .axes import Layout, are_known, check_image, plan_layout
+from .axes import Layout, are_known, check_image, ends_in_channels, plan_layout
 from .chunks import check_given
 from .image_files import IMAGE_SUFFIXES, ImageFiles
 from .images import Images, ReadOptions
-
-_COLOURS = (3, 4)
-_NO_COLOUR_BELOW = 16
-"""An axis of 3 or 4 behind two shorter ones than this may be a tiny volume's."""
 
 
 def images_of(
@@ -119,7 +115,7 @@ def _check_item(item: Any, where: str) -> Any:
     if len(shape) not in (2, 3):
         hint = "; for a movie of one image pass [image]" if len(shape) == 1 else ""
         raise FrameError(f"{where} has shape {shape}: expected (H, W) or (Z, H, W){hint}")
-    _check_no_colour(shape, where, "image[..., 0]")
+    _check_one_channel(shape, where, "image[..., 0]")
     _check_dtype(image, where)
     return image
 
@@ -136,7 +132,7 @@ def _plan_array(given: Any, shape: tuple[Any, ...], options: ReadOptions, name: 
         if len(shape) not in (3, 4):
             hint = f"; choose a channel, such as {name}[:, 0]" if len(shape) == 5 else ""
             raise FrameError(f"{name} has shape {shape}: expected (T, H, W) or (T, Z, H, W){hint}")
-        _check_no_colour(shape[1:], name, f"{name}[..., 0]")
+        _check_one_channel(shape, name, f"{name}[..., 0]")
     if not all(isinstance(length, Integral) for length in shape):
         raise FrameError(
             f"{name} has shape {shape}: expected known lengths; compute_chunk_sizes() finds Dask's"
@@ -157,11 +153,11 @@ def _axis_names(given: Any) -> Sequence[object] | None:
     return attributes.get("_ARRAY_DIMENSIONS")
 
 
-def _check_no_colour(shape: tuple[int, ...], where: str, cure: str) -> None:
-    if len(shape) == 3 and shape[-1] in _COLOURS and min(shape[:2]) >= _NO_COLOUR_BELOW:
+def _check_one_channel(shape: tuple[int, ...], where: str, cure: str) -> None:
+    if ends_in_channels(shape):
         raise FrameError(
-            f"{where} has images of shape {shape}, which are in colour: a frame has one channel: "
-            f"pass one, such as {cure}"
+            f"{where} has shape {shape}, whose last axis looks like channels: a frame has one, "
+            f"and no axis for it: pass {cure}"
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MovieError
-from .images import ReadOptions
+from .images import LABELS_ALONE, ReadOptions
 
 _LETTERS = "TCZYXS"
 _NAMES = {
@@ -25,6 +25,8 @@ _LETTER_OF = {name: letter for letter, names in _NAMES.items() for name in names
 _CHANNELS = "CS"
 _NONE = "_"
 """In place of a letter: an axis of length 1 that means nothing."""
+_MOST_CHANNELS, _NO_CHANNELS_BELOW = 4, 16
+"""A last axis of so few behind two of so many is no X; behind shorter ones it may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ def plan_layout(
         axes = _named_axes(names, shape, where)
     elif len(shape) in (3, 4):
         layout = Layout("TYX" if len(shape) == 3 else "TZYX", shape, keep_z=keep_z)
+        _check_x(layout, where)
         _choose_channel(layout, options, where)
         return layout
     else:
@@ -135,6 +138,23 @@ def plan_layout(
     _check_axes(axes, shape, where)
     layout = Layout(axes, shape)
     return Layout(axes, shape, _choose_channel(layout, options, where))
+
+
+def ends_in_channels(shape: Sequence[int]) -> bool:
+    """Tell whether the last axis of an array without names is too short to be X."""
+    return (
+        len(shape) > 2 and shape[-1] <= _MOST_CHANNELS and min(shape[-3:-1]) >= _NO_CHANNELS_BELOW
+    )
+
+
+def _check_x(layout: Layout, where: str) -> None:
+    axes, shape = layout.axes, layout.shape
+    if ends_in_channels(shape):
+        colour = "axes='TYXC' (--axes TYXC) and a channel, or " if len(shape) == 4 else ""
+        raise MovieError(
+            f"{where} has shape {shape}, whose last axis looks like channels: say what its axes "
+            f"are, {colour}axes={axes!r} (--axes {axes}) if that is X"
+        )
 
 
 def _told_axes(options: ReadOptions, shape: tuple[int, ...], where: str) -> str:
@@ -205,9 +225,9 @@ def _choose_channel(layout: Layout, options: ReadOptions, where: str) -> int:
     count = max(several, default=1)
     if options.channel is None:
         if count > 1:
+            way = LABELS_ALONE if options.labels else "choose one, such as channel=0 (--channel 0)"
             raise MovieError(
-                f"{where} has {count} channels (axes {layout.axes}, shape {layout.shape}): choose "
-                "one, such as channel=0 (--channel 0)"
+                f"{where} has {count} channels (axes {layout.axes}, shape {layout.shape}): {way}"
             )
         return 0
     if count == 1 and options.labels:

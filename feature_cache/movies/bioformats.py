@@ -52,7 +52,7 @@ class BioImages(Images):
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`, and nothing else."""
         where = f"{self.name_of(t)} in {self.place}"
-        array, _ = _open(self.file, *_stamp(self.file))
+        array, _ = _open(self.file, _stamp(self.file))
         if array.shape != self.layout.shape:
             raise MovieError(f"{self.file} changed since it was opened: open the movie anew")
         with reading(where, _CURE):
@@ -101,7 +101,7 @@ def open_bioio(path: str | Path, options: ReadOptions = ReadOptions()) -> Images
     """
     file = Path(path).expanduser()
     _check_installed(file)
-    array, axes = _open(file, *_stamp(file))
+    array, axes = _open(file, _stamp(file))
     return BioImages(file, plan_layout(array.shape, axes, options, str(file)))
 
 
@@ -115,7 +115,7 @@ def _module_of(package: str) -> str:
     return package.replace("-", "_")
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path) -> tuple[int, ...]:
     """Tell a file from what it was before."""
     try:
         status = file.stat()
@@ -123,11 +123,11 @@ def _stamp(file: Path) -> tuple[int, int]:
         raise MovieNotFoundError(f"no movie at {file}: no such file") from error
     except OSError as error:
         raise MovieError(f"can't read {file}: {error.strerror}") from error
-    return status.st_mtime_ns, status.st_size
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 @lru_cache(maxsize=16)
-def _open(file: Path, modified_ns: int, size: int) -> tuple[da.Array, str]:
+def _open(file: Path, stamp: tuple[int, ...]) -> tuple[da.Array, str]:
     """Give all of a file as an array that reads what it is asked for, and its axes.
 
     It holds no open file: each chunk opens its own.

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from ..errors import MovieError
 
+LABELS_ALONE = "save the one that holds the labels by itself"
+"""What to do with masks of several channels: the option is for the frames."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..hashing import JSON
 from .arrays import images_of
 from .check import MovieCheck, check_movie
 from .formats import Found, find_images, image_folder, is_pattern
+from .image_files import ImageFiles
 from .images import Images, ReadOptions, Series
 from .times import check_pairs, check_steps
 from .tracks import Tracks, read_tracks
@@ -179,8 +181,8 @@ class Movie:
             The meaning of each axis of the frames as stored, such as ``"TYX"``, where they don't
             say; of the masks too, where these don't.
         detections : str
-            Where the masks are in the layout above, such as ``"TRA"`` or ``"ERR_SEG"``; None opens
-            frames alone.
+            Where the masks are in the layout above, such as ``"TRA"`` or ``"ERR_SEG"``, which is
+            the default where the path is ``01_ERR_SEG``; None opens frames alone.
         slice_pct : (float, float)
             Part of the movie, from and to, 0 to 1.
         downscale_temporal, downscale_spatial : int
@@ -201,17 +203,8 @@ class Movie:
             None if masks is None else os.fspath(masks), channel, axes,
         )  # fmt: skip
         _check_source(source)
-        try:
+        with _looking(path):
             return _open(source)
-        except MovieError:
-            raise
-        except PermissionError as error:
-            raise MovieError(f"no permission to look into {error.filename}") from error
-        except OSError as error:
-            raise MovieError(
-                f"can't look into {error.filename or path}: {error.strerror or error}; expected a "
-                "folder or file that can be read"
-            ) from error
 
     @classmethod
     def of(cls, frames: Given, masks: Given = None, *, detections: str | None = "TRA") -> Movie:
@@ -240,10 +233,12 @@ class Movie:
         given = cls.open(frames, detections=None) if _is_path(frames) else frames
         images = _series(given)
         if _is_path(masks):
-            masks = find_images(Path(masks).expanduser(), ReadOptions(labels=True), "masks").images
-            masks = Series(masks, range(len(masks)), labels=True)
+            with _looking(masks):
+                found = find_images(Path(masks).expanduser(), ReadOptions(labels=True), "masks")
+            _check_steps(found)
+            masks = Series(found.images, range(len(found.images)), labels=True)
         root = given.root if isinstance(given, Movie) else _root_of(images)
-        return cls(root, images, None if masks is None else _series(masks))
+        return cls(root, images, None if masks is None else _series(masks, labels=True))
 
     def __len__(self) -> int:
         """Count the frames."""
@@ -303,6 +298,22 @@ class Movie:
         ]
 
 
+@contextmanager
+def _looking(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a MovieError of what the file system says of folders."""
+    try:
+        yield
+    except MovieError:
+        raise
+    except PermissionError as error:
+        raise MovieError(f"no permission to look into {error.filename}") from error
+    except OSError as error:
+        raise MovieError(
+            f"can't look into {error.filename or path}: {error.strerror or error}; expected a "
+            "folder or file that can be read"
+        ) from error
+
+
 def _is_path(given: object) -> bool:
     return isinstance(given, str | os.PathLike)
 
@@ -312,13 +323,13 @@ def _root_of(images: Images) -> Path:
     return folder.parent if folder.name == "img" else folder
 
 
-def _series(given: Given) -> Series:
+def _series(given: Given, *, labels: bool = False) -> Series:
     if isinstance(given, Movie):
         return given.frames
     if isinstance(given, Series):
         return given
-    images = images_of(given)
-    return Series(images, range(len(images)))
+    images = images_of(given, ReadOptions(labels=labels), name="masks" if labels else "frames")
+    return Series(images, range(len(images)), labels=labels and isinstance(images, ImageFiles))
 
 
 def _open(source: Source) -> Movie:
@@ -373,13 +384,15 @@ def _choose_labels(path: Path, options: ReadOptions) -> Found:
 
 def _open_folder(source: Source, path: Path, options: ReadOptions) -> Movie:
     """Open a movie in the layout of the Cell Tracking Challenge, or a folder of frames alone."""
-    root, default = _find_root(path)
+    root, named = _find_root(path)
     frames = find_images(image_folder(root), options, "frames")
     if source.detections is None:
         return _pair(source, root, frames, None)
-    folder, masked = _find_detections(root, default or source.detections), ReadOptions(labels=True)
+    name = named if source.detections == _DEFAULT.detections else source.detections
+    folder, masked = _find_detections(root, name), ReadOptions(labels=True)
     masks = find_images(folder, masked, "masks")
     overlay = _find_overlay(folder, masks, masked)
+    source = replace(source, detections=name)
     return _pair(source, root, frames, replace(masks, folder=folder), overlay)
 
 
@@ -389,8 +402,7 @@ def _pair(
     """Make the movie of frames and masks that belong together."""
     if masks is not None:
         _check_counts(frames, masks)
-    if frames.timed is not None:
-        check_steps(frames.timed)
+    _check_steps(frames, masks)
     part = _part_of(source, len(frames.images))
     images = Series(frames.images, part, source.downscale_spatial)
     times = tuple(frames.times[t] for t in part) if frames.times else ()
@@ -405,6 +417,11 @@ def _pair(
 
 
 def _check_counts(frames: Found, masks: Found) -> None:
+    if frames.images.files_of(0) == masks.images.files_of(0) != ():
+        raise MovieError(
+            f"{frames.images.place} was named for the frames and for the masks: name the folder or "
+            "file of the masks (--detections, --masks), or open frames alone"
+        )
     if frames.timed is not None and masks.timed is not None:
         check_pairs(frames.timed, masks.timed)
     elif len(frames.images) != len(masks.images):
@@ -412,6 +429,12 @@ def _check_counts(frames: Found, masks: Found) -> None:
             f"{frames.images.place} has {len(frames.images)} frames and {masks.images.place} "
             f"{len(masks.images)} masks: expected as many masks as frames"
         )
+
+
+def _check_steps(*found: Found | None) -> None:
+    for one in found:
+        if one is not None and one.timed is not None:
+            check_steps(one.timed)
 
 
 def _part_of(source: Source, count: int) -> range:
@@ -430,18 +453,23 @@ def _check_source(source: Source) -> None:
             raise MovieNotFoundError(
                 f"{path} is a URL: movies are read from folders and files; mount or copy it"
             )
-    low, high = source.slice_pct
-    if not 0 <= low < high <= 1:
-        raise MovieError(
-            f"{source.path}: slice_pct is {source.slice_pct}, expected 0 <= from < to <= 1"
-        )
-    least = min(source.downscale_temporal, source.downscale_spatial)
-    if least < 1:
-        raise MovieError(f"{source.path}: downscale is {least}, expected 1 or more")
+    part: Any = source.slice_pct
+    steps: tuple[Any, Any] = (source.downscale_temporal, source.downscale_spatial)
+    is_part = isinstance(part, tuple | list) and len(part) == 2 and 0 <= part[0] < part[1] <= 1
+    are_steps = all(isinstance(step, Integral) and int(step) >= 1 for step in steps)
+    is_channel = source.channel is None or isinstance(source.channel, Integral)
+    for is_right, text in (
+        (is_part, f"slice_pct is {part}, expected 0 <= from < to <= 1"),
+        (are_steps, f"downscale is {steps} (time, space), expected whole numbers from 1 on"),
+        (is_channel, f"channel is {source.channel!r}, expected a whole number from 0 on"),
+        (isinstance(source.axes, str | None), f"axes is {source.axes!r}, expected text as 'TYX'"),
+    ):
+        if not is_right:
+            raise MovieError(f"{source.path}: {text}")
 
 
-def _find_root(path: Path) -> tuple[Path, str | None]:
-    """Give the folder of the frames, and the detections that the path itself names."""
+def _find_root(path: Path) -> tuple[Path, str]:
+    """Give the folder of the frames, and the detections that go with the path by default."""
     path = path.absolute() if path.name in ("", "..") else path
     root, detections = _split_path(path)
     if not root.is_dir():
@@ -450,13 +478,13 @@ def _find_root(path: Path) -> tuple[Path, str | None]:
     return root, detections
 
 
-def _split_path(path: Path) -> tuple[Path, str | None]:
+def _split_path(path: Path) -> tuple[Path, str]:
     if path.name == "TRA":
         truth = path.absolute().parent if len(path.parts) < 3 else path.parent
         return truth.with_name(truth.name.removesuffix("_GT")), "TRA"
     if path.name.endswith("_ERR_SEG"):
         return path.with_name(path.name.removesuffix("_ERR_SEG")), "ERR_SEG"
-    return path, None
+    return path, "TRA"
 
 
 def _find_detections(root: Path, name: str) -> Path:
@@ -478,9 +506,10 @@ def detection_places(root: Path, name: str) -> tuple[Path, ...]:
 def silver_folder(masks: Path) -> Path | None:
     """Give the folder of the silver truth that belongs to ground truth ``<n>_GT/TRA``."""
     truth = masks.parent
+    if masks.name != "TRA" or not truth.name.endswith("_GT"):
+        return None
     silver = truth.with_name(truth.name.removesuffix("_GT") + "_ST") / "SEG"
-    is_truth = masks.name == "TRA" and truth.name.endswith("_GT")
-    return silver if is_truth and silver.is_dir() else None
+    return silver if silver.is_dir() else None
 
 
 def _find_overlay(folder: Path, masks: Found, options: ReadOptions) -> Found | None:

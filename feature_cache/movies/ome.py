@@ -22,11 +22,19 @@ class Planes:
     lengths : tuple of int
     pages : tuple of int
         Number of the page in the file, for each plane in the order of `axes`.
+    all_times : int
+        Timepoints of the movie, of which others may be in other files.
     """
 
     axes: str
     lengths: tuple[int, ...]
     pages: tuple[int, ...]
+    all_times: int
+
+    @property
+    def times(self) -> int:
+        """Timepoints in the file."""
+        return self.lengths[self.axes.index("T")]
 
 
 def holds_ome(description: str) -> bool:
@@ -137,12 +145,13 @@ def _list_planes(
 
 def _arrange(axes: str, lengths: list[int], pages: Mapping[int, int]) -> Planes:
     """Give planes as the box that they fill."""
+    all_times = lengths[axes.index("T")]
     if not pages:
-        return Planes(axes, (), ())
+        return Planes(axes, (), (), all_times)
     where = np.array(np.unravel_index(sorted(pages), lengths))
     found = [len(np.unique(places)) for places in where]
     if np.prod(found) != len(pages):
         raise FaultError("lacks planes among those that its OME metadata place in it: save it anew")
     if len(set(pages.values())) < len(pages):
         raise FaultError("has OME metadata that name a page twice: save it anew")
-    return Planes(axes, tuple(found), tuple(pages[plane] for plane in sorted(pages)))
+    return Planes(axes, tuple(found), tuple(pages[plane] for plane in sorted(pages)), all_times)

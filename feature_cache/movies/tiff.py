@@ -132,7 +132,7 @@ class TiffStack(Images):
 
 def _stamp(handle: BufferedReader) -> tuple[int, ...]:
     found = os.fstat(handle.fileno())
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _read(

@@ -34,7 +34,7 @@ def read_tracks(file: str | os.PathLike[str]) -> Tracks:
     if not file.is_file():
         raise MovieError(f"no tracks at {file}: expected man_track.txt beside the masks")
     rows = [line for line in read_text(file).splitlines() if line.strip()]
-    bad = [line for line in rows if not re.fullmatch(r"\s*\d+(\s+\d+){3}\s*", line)]
+    bad = [line for line in rows if not re.fullmatch(r"\s*[0-9]{1,18}(\s+[0-9]{1,18}){3}\s*", line)]
     if bad:
         raise MovieError(f"{file} has the line {bad[0]!r}: expected label, first, last, parent")
     return np.array([line.split() for line in rows], np.int64).reshape(-1, 4)

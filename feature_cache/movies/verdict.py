@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .faults import DamageError, FaultError
 from .ifd import COLORMAP, COMPRESSION, DEPTH, PHOTOMETRIC, Page, Tiff
-from .images import ReadOptions
+from .images import LABELS_ALONE, ReadOptions
 from .ome import find_planes, holds_ome
 
 _WHITE, _BLACK, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
@@ -140,7 +140,7 @@ def judge(tiff: Tiff, options: ReadOptions, *, stack: bool = False) -> Verdict:
     page = _check_alike(tiff, pages)
     _check_kind(page)
     _check_meaning(page, options)
-    stored, order = _find_axes(tiff, pages)
+    stored, order = _find_axes(tiff, pages, whole=stack and options.axes is None)
     chosen = choose_planes(stored, options, stack=stack)
     _check_rest(tiff, page, stored, len(order))
     planes = _locate(tiff, page, order, prod(stored.lengths) // prod(page.shape))
@@ -168,7 +168,7 @@ def choose_planes(stored: Axes, options: ReadOptions, *, stack: bool = False) ->
     channels = axes.index("CS")
     # the same option goes with frames, which have channels
     channel = None if options.labels and not channels else options.channel
-    _check_channel(axes, channels, channel)
+    _check_channel(axes, channels, channel, options)
     _check_names(axes, options, stack)
     return _choose(axes, channel)
 
@@ -249,12 +249,12 @@ def _name_dtype(page: Page, byteorder: str) -> str:
     return "?" if page.bits == 1 else f"{byteorder}{_KINDS[page.format]}{size}"
 
 
-def _find_axes(tiff: Tiff, pages: list[int]) -> tuple[Axes, list[int]]:
+def _find_axes(tiff: Tiff, pages: list[int], *, whole: bool) -> tuple[Axes, list[int]]:
     """Find the axes as stored, and which page holds each plane (or the only one for all)."""
     page = tiff.pages[pages[0]]
     text = next(iter(page.descriptions), "")
     if holds_ome(text):
-        outer, pages = _read_ome(tiff, text, pages)
+        outer, pages = _read_ome(tiff, text, pages, whole=whole)
     elif text.startswith("ImageJ="):
         outer = _read_imagej(tiff, text, page, len(pages))
     elif any(said := [_find_shape(tiff.pages[n]) for n in pages]):
@@ -267,13 +267,19 @@ def _find_axes(tiff: Tiff, pages: list[int]) -> tuple[Axes, list[int]]:
     return Axes("".join(part.letters for part in parts), sum((p.lengths for p in parts), ())), pages
 
 
-def _read_ome(tiff: Tiff, text: str, pages: list[int]) -> tuple[Axes, list[int]]:
+def _read_ome(tiff: Tiff, text: str, pages: list[int], *, whole: bool) -> tuple[Axes, list[int]]:
     planes = find_planes(text, tiff.name, len(tiff.pages), tiff.pages[pages[0]].samples)
     if planes is None:
         return Axes("I" if len(pages) == 1 else "?", (len(pages),)), pages
     if set(planes.pages) != set(pages):
         raise FaultError(
             f"has {len(pages)} pages, and its OME metadata name {len(planes.pages)}: save it anew"
+        )
+    if whole and planes.times < planes.all_times:
+        raise FaultError(
+            f"holds {planes.times} of {planes.all_times} timepoints of its OME metadata, the "
+            "others are in other files: save the movie as one file, name the folder where each "
+            "file is a timepoint, or say what the axes are (axes=…, --axes) to read this one alone"
         )
     return Axes(planes.axes, planes.lengths), list(planes.pages)
 
@@ -399,7 +405,7 @@ def _rename(axes: Axes, options: ReadOptions) -> Axes:
     return Axes(letters, fit.lengths)
 
 
-def _check_channel(axes: Axes, found: list[int], channel: int | None) -> None:
+def _check_channel(axes: Axes, found: list[int], channel: int | None, options: ReadOptions) -> None:
     """Raise where there is not the one channel that is asked for."""
     many = axes.lengths[found[0]] if found else 1
     if channel is None and not found:
@@ -413,9 +419,8 @@ def _check_channel(axes: Axes, found: list[int], channel: int | None) -> None:
         volumes = "Z" in seen.letters
         names = axes.cure("TZ", instead="CZ") if volumes else axes.cure("Z", "T", instead="C")
         other = _GRAY if colour else names
-        raise FaultError(
-            f"{kind} ({seen}), expected one channel: name one (channel=0, --channel 0), or {other}"
-        )
+        way = LABELS_ALONE if options.labels else "name one (channel=0, --channel 0)"
+        raise FaultError(f"{kind} ({seen}), expected one channel: {way}, or {other}")
     if channel is not None and not 0 <= channel < many:
         raise FaultError(
             f"has no channel {channel}: expected one of its {many}, counted from 0 ({seen})"

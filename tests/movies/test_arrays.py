@@ -231,8 +231,12 @@ def test_a_list_of_paths_is_one_of_image_files(tmp_path):
         (None, r"a NoneType: pass an array"),
         (7, r"a int: pass an array"),
         (PLANES[None, None], r"shape \(1, 1, 5, 20, 30\): .*such as frames\[:, 0\]"),
-        (np.zeros((5, 20, 30, 3)), r"in colour: .*such as frames\[\.\.\., 0\]"),
-        ([np.zeros((20, 30, 3))], r"frames\[0\] has images of .*in colour"),
+        *(
+            (np.zeros((*front, count)), r"looks like channels: .*pass frames\[\.\.\., 0\]")
+            for front in [(5, 20, 30), (20, 30)]
+            for count in (1, 2, 3, 4)
+        ),
+        ([np.zeros((20, 30, 3))], r"frames\[0\] has shape .*pass image\[\.\.\., 0\]"),
         (np.array([PLANES[0], PLANES[1][:3]], object), "dtype object: .*are a list"),
         (np.array(["a", "b"]), "dtype <U1: expected bool"),
         (np.zeros((2, 3, 4), complex), "dtype complex128: expected bool"),
@@ -273,6 +277,8 @@ def test_channels_are_chosen():
         images_of(named)
     with pytest.raises(MovieError, match="3 channels, and channel 3 was asked for: expected 0 to"):
         images_of(named, ReadOptions(channel=3))
+    with pytest.raises(MovieError, match=r"3 channels .*: save the one that holds the labels"):
+        images_of(named, ReadOptions(labels=True))
     with pytest.raises(MovieError, match="1 channel, and channel 1 was asked for"):
         images_of(PLANES, ReadOptions(channel=1))
 
@@ -339,6 +345,9 @@ class TestNpy:
             ("a.npy", lambda file: file.write_bytes(b"text"), "damaged, or not written by"),
             ("a.npy", lambda file: np.save(file, {"a": 1}), "damaged, or not written by"),
             ("a.npy", lambda file: np.save(file, PLANES[0]), r"shape \(20, 30\) and does not name"),
+            ("a.npy", lambda file: np.save(file, np.zeros((5, 20, 30, 3))), "axes='TYXC' .*'TZYX'"),
+            ("a.npy", lambda file: np.save(file, np.zeros((5, 20, 30, 1))), "looks like channels"),
+            ("a.npy", lambda file: np.save(file, np.zeros((20, 30, 3))), "are, axes='TYX' .* is X"),
             ("a.npy", lambda file: np.save(file, np.array(["a"])), "holds <U1: expected"),
             ("a.npy", lambda file: save_two(file), "several arrays .*: save one by"),
             ("a.npy", lambda file: None, "can't read .*a.npy: No such file"),

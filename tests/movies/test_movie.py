@@ -132,6 +132,37 @@ def test_a_name_with_underlines_is_no_other_movie(tmp_path, form):
     assert np.array_equal(movie.frames[1], frames[1])
 
 
+def test_other_detections_than_those_in_the_path(tmp_path):
+    """As in a training that names ``01_GT/TRA``, and folders of detections beside it."""
+    frames, masks, tracks = make_movie(frames=2)
+    write_movie(tmp_path / "01", frames, masks, tracks)
+    write_movie(tmp_path / "other", frames, masks + (masks > 0), tracks)
+    shutil.copytree(truth_of(tmp_path / "other"), tmp_path / "01_ERR_SEG")
+    for path, detections, found in [
+        ("01_GT/TRA", "TRA", "TRA"),
+        ("01_GT/TRA", "ERR_SEG", "ERR_SEG"),
+        ("01_ERR_SEG", "TRA", "ERR_SEG"),
+        ("01_ERR_SEG", "ERR_SEG", "ERR_SEG"),
+        ("01", "ERR_SEG", "ERR_SEG"),
+    ]:
+        movie = Movie.open(tmp_path / path, detections=detections)
+        assert movie.name == f"{tmp_path / '01'} {found}"
+        assert movie.source.detections == movie.detections == found
+        assert np.array_equal(movie.masks[0], masks[0] + (masks[0] > 0) * (found == "ERR_SEG"))
+    with pytest.raises(NoMasksError, match="01 has no masks 'GONE'"):
+        Movie.open(tmp_path / "01_GT" / "TRA", detections="GONE")
+
+
+@pytest.mark.parametrize("named", [{"detections": ""}, {"detections": "."}, {"masks": "01"}])
+def test_frames_are_not_their_own_masks(small_folder, monkeypatch, named):
+    monkeypatch.chdir(small_folder(frames=2).parent)
+    with pytest.raises(MovieError, match="01 was named for the frames and for the masks: name"):
+        Movie.open("01", **named)
+    tifffile.imwrite("movie.tif", make_movie()[0], metadata={"axes": "TYX"})
+    with pytest.raises(MovieError, match=r"movie\.tif was named for the frames and for the masks"):
+        Movie.open("movie.tif", "movie.tif")
+
+
 def test_places_in_the_current_folder(small_folder, monkeypatch):
     root = small_folder(frames=3)
     monkeypatch.chdir(f"{root}_GT")
@@ -187,6 +218,36 @@ def test_what_is_missing_is_named_when_opening(small_folder, change, error, mess
         Movie.open(root)
 
 
+def test_masks_of_arrays_at_a_place_that_cannot_be_looked_into(small):
+    with pytest.raises(MovieError, match=r"can't look into x{300}: .* too long"):
+        Movie.of(small[0], "x" * 300)
+
+
+def test_a_list_of_masks_is_read_as_their_folder_is(tmp_path, small):
+    (tmp_path / "masks").mkdir()
+    files = [tmp_path / "masks" / f"{t}.tif" for t in range(len(small[1]))]
+    for file, mask in zip(files, small[1], strict=True):
+        tifffile.imwrite(file, mask.astype(np.float32))
+    for masks in (files, tmp_path / "masks"):
+        found = Movie.of(small[0], masks).masks[1]
+        assert found.dtype == np.int32
+        assert np.array_equal(found, small[1][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slice_pct": 0.5}, "slice_pct is 0.5, expected 0 <= from < to <= 1"),
+        ({"downscale_temporal": 2.0}, r"downscale is \(2.0, 1\) \(time, space\), expected whole"),
+        ({"channel": "0"}, "channel is '0', expected a whole number from 0 on"),
+        ({"axes": ("T", "Y", "X")}, r"axes is \('T', 'Y', 'X'\), expected text as 'TYX'"),
+    ],
+)
+def test_options_of_another_kind(small_folder, options, message):
+    with pytest.raises(MovieError, match=message):
+        Movie.open(small_folder(frames=1), **options)
+
+
 def test_a_mask_of_another_shape(small_folder, cache):
     from feature_cache.testing import FakeBackbone
 
@@ -227,6 +288,16 @@ def test_frames_and_masks_of_other_times_are_no_pairs(small_folder):
     assert len(Movie.open(root)) == 5
 
 
+def test_masks_of_a_stack_that_lack_a_time(small_folder, small):
+    """As many as frames, but all behind the gap would go with another frame."""
+    root = small_folder()
+    (truth_of(root) / "man_track005.tif").rename(truth_of(root) / "man_track006.tif")
+    tifffile.imwrite(root.with_name("movie.tif"), small[0], metadata={"axes": "TYX"})
+    for frames in (root.with_name("movie.tif"), small[0]):
+        with pytest.raises(MovieError, match=r"has no masks between man_track004.tif and man_tr"):
+            Movie.of(frames, truth_of(root))
+
+
 def test_silver_truth_of_other_times(small_folder):
     root = small_folder()
     add_silver_truth(root)
@@ -236,7 +307,7 @@ def test_silver_truth_of_other_times(small_folder):
         Movie.open(root)
 
 
-@pytest.mark.parametrize("line", ["1 2 3", "1 2 3 x", "1 2 3 4 5", "1 -2 3 0"])
+@pytest.mark.parametrize("line", ["1 2 3", "1 2 3 x", "1 2 3 4 5", "1 -2 3 0", f"1 2 {10**19} 0"])
 def test_broken_tracks(small_folder, line):
     root = small_folder()
     file = truth_of(root) / "man_track.txt"

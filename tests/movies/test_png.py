@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[bytes, ReadOptions, str]] = {
     "RGB": (make(COLOUR, 8, RGB), ReadOptions(), r"colour image .*channel=0, --channel 0"),
     "RGBA": (make(np.dstack([COLOUR, SMALL]), 8, RGBA), ReadOptions(), "channel=0"),
     "gray and alpha": (make(COLOUR[..., :2].copy(), 8, GRAY_ALPHA), ReadOptions(), "channel=0"),
-    "masks in colour": (make(COLOUR, 8, RGB), MASKS, "channel=0"),
+    "masks in colour": (make(COLOUR, 8, RGB), MASKS, "save the one that holds the labels"),
     "no such sample": (make(COLOUR, 8, RGB), ReadOptions(channel=3), "no channel 3"),
     "a palette": (make(SMALL, 8, PALETTE, say(RAMP[::-1])), ReadOptions(), "has a palette"),
     "a palette that is missing": (make(SMALL, 8, PALETTE), ReadOptions(), "has a palette"),

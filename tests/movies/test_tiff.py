@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -262,7 +264,7 @@ REFUSED: dict[str, tuple[Write, ReadOptions, str]] = {
         told(),
         CHANNEL,
     ),
-    "masks in colour": (write(COLOUR), MASKS, CHANNEL),
+    "masks in colour": (write(COLOUR), MASKS, "expected one channel: save the one that holds"),
     "no such sample": (write(COLOUR), told(channel=3), "no channel 3: expected one of its 3"),
     "no such channel": (write(PLANE), told(channel=1), "no channel 1: expected one of its 1"),
     "a channel from the end": (write(COLOUR), told(channel=-1), "no channel -1"),
@@ -658,6 +660,17 @@ def test_ome_series_of_files_that_are_known_by_name(tmp_path):
         read_image(renamed, told())
 
 
+def test_a_part_of_an_ome_series_is_no_movie_unless_its_axes_are_told(tmp_path):
+    """As of Micro-Manager, which begins a new file every 4 GB."""
+    files = [f'<UUID FileName="{n}.ome.tif">urn:uuid:{n}</UUID>' for n in "ab"]
+    planes = [f'<TiffData FirstT="{t}" IFD="{t % 3}">{files[t // 3]}</TiffData>' for t in range(6)]
+    file = tmp_path / "a.ome.tif"
+    write_raw(VOLUME[:3], description=say_ome({"T": 6}, "".join(planes), uuid="urn:uuid:a"))(file)
+    with pytest.raises(MovieError, match="holds 3 of 6 timepoints of its OME metadata, the others"):
+        TiffStack.open(file)
+    check(read_movie(file, told("TYX")), VOLUME[:3])
+
+
 @settings(max_examples=30)
 @given(
     sizes=st.tuples(*[st.integers(1, 3)] * 3),
@@ -866,6 +879,19 @@ def test_stack_is_pickled_and_forked(stack):
 def test_stack_that_has_changed_is_not_read(stack):
     write(STACK + 1, metadata={"axes": "TZYX"}, compression="zlib")(stack.file)
     with pytest.raises(MovieError, match="has changed since it was opened: open the movie again"):
+        stack[0]
+
+
+def test_a_copy_that_keeps_size_and_times_is_not_read_by_what_was_there_before(tmp_path):
+    """Of other byte order, it would give pixels that are in neither of the two."""
+    file, other = tmp_path / "movie.tif", tmp_path / "other.tif"
+    for one, order in ((file, "<"), (other, ">")):
+        write(VOLUME, metadata={"axes": "TYX"}, byteorder=order)(one)
+        os.utime(one, ns=(10**18, 10**18))
+    stack = TiffStack.open(file)
+    time.sleep(0.02)  # longer than a tick of the clock that gives files their times
+    shutil.copy2(other, file)
+    with pytest.raises(MovieError, match="has changed since it was opened"):
         stack[0]
 
 

@@ -446,6 +446,10 @@ def ome_of(**scale: Any) -> Callable[[Path], object]:
         (lambda folder: write_attributes(folder, 2, {"plate": {"wells": [1]}}), "are damaged"),
         (lambda folder: write_array(folder, PLANES[0]), r"shape \(40, 50\) and does not name"),
         (lambda folder: write_array(folder, five(VOLUMES)), "does not name its axes"),
+        (
+            lambda folder: write_array(folder, VOLUMES.transpose(0, 2, 3, 1)),
+            r"\(3, 20, 30, 4\), whose last axis looks like channels: .*'TYXC'",
+        ),
         (lambda folder: write_array(folder, PLANES.astype("c8")), "holds complex64: expected real"),
         (
             lambda folder: write_array(folder, PLANES, dimension_names=["t", "y", "phase"]),
