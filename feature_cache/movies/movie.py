@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -455,7 +455,8 @@ def _check_source(source: Source) -> None:
             )
     part: Any = source.slice_pct
     steps: tuple[Any, Any] = (source.downscale_temporal, source.downscale_spatial)
-    is_part = isinstance(part, tuple | list) and len(part) == 2 and 0 <= part[0] < part[1] <= 1
+    is_part = isinstance(part, tuple | list) and len(part) == 2
+    is_part = is_part and all(isinstance(one, Real) for one in part) and 0 <= part[0] < part[1] <= 1
     are_steps = all(isinstance(step, Integral) and int(step) >= 1 for step in steps)
     is_channel = source.channel is None or isinstance(source.channel, Integral)
     for is_right, text in (
