@@ -48,6 +48,16 @@ def _probability(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to below 1")
 
 
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value >= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+
+
 def _optional(text: str) -> str | None:
     return None if text in NOTHING else text
 
@@ -65,24 +75,26 @@ def _one_of(known: Collection[str], *, optional: bool = False) -> dict[str, Any]
     return {"type": choose, "choices": [*known, None] if optional else [*known]}
 
 
-ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # option: type, default where training from scratch
-    "d_model": (int, 256),
-    "window": (int, 10),
-    "num_encoder_layers": (int, 6),
-    "num_decoder_layers": (int, 6),
-    "pos_embed_per_dim": (int, 32),
-    "feat_embed_per_dim": (int, 8),
-    "dropout": (float, 0.0),
-    "spatial_pos_cutoff": (int, 256),
-    "attn_positional_bias": (str, "rope"),
-    "attn_positional_bias_n_spatial": (int, 16),
-    "attn_dist_mode": (str, "v0"),
-    "causal_norm": (str, "quiet_softmax"),
+_COUNT, _INT, _BOOLEAN = {"type": _count}, {"type": int}, {"type": _boolean}
+_Architecture = Mapping[str, tuple[dict[str, Any], Any]]
+ARCHITECTURE: _Architecture = {  # option: what it may be, default where training from scratch
+    "d_model": (_COUNT, 256),
+    "window": (_INT, 10),
+    "num_encoder_layers": (_INT, 6),
+    "num_decoder_layers": (_INT, 6),
+    "pos_embed_per_dim": (_INT, 32),
+    "feat_embed_per_dim": (_INT, 8),
+    "dropout": ({"type": float}, 0.0),
+    "spatial_pos_cutoff": (_INT, 256),
+    "attn_positional_bias": (_one_of(("rope", "bias", "none")), "rope"),
+    "attn_positional_bias_n_spatial": (_INT, 16),
+    "attn_dist_mode": ({}, "v0"),
+    "causal_norm": (_one_of(("none", "linear", "softmax", "quiet_softmax")), "quiet_softmax"),
 }
-PRETRAINED_ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # of models for pretrained features alone
-    "reduced_pretrained_feat_dim": (int, 128),
-    "disable_xy_coords": (_boolean, False),
-    "disable_all_coords": (_boolean, False),
+PRETRAINED_ARCHITECTURE: _Architecture = {  # of models for pretrained features alone
+    "reduced_pretrained_feat_dim": (_COUNT, 128),
+    "disable_xy_coords": (_BOOLEAN, False),
+    "disable_all_coords": (_BOOLEAN, False),
 }
 IGNORED = {
     "cachedir": "its pickles may be stale",
@@ -96,10 +108,21 @@ IGNORED = {
 
 
 class _Ignored(argparse.Action):
-    """Keeps in mind that an option was given."""
+    """Keeps in mind that an option was given, and why it is ignored."""
 
     def __call__(self, _: Any, options: argparse.Namespace, *others: Any) -> None:
-        options.ignored = dict.fromkeys([*options.ignored, self.dest])
+        options.ignored = {**options.ignored, self.dest: self.help}
+
+
+class _CacheFolder(argparse.Action):
+    """Takes a folder; upstream's option of this name tells whether to pickle what is loaded."""
+
+    def __call__(self, _: Any, options: argparse.Namespace, value: Any, *others: Any) -> None:
+        if str(value).lower() in ("true", "false"):
+            why = "upstream's, of its pickles; here it names a folder"
+            options.ignored = {**options.ignored, f"cache {value}": why}
+        else:
+            options.cache = value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,12 +250,10 @@ def data_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _find_file(words: Sequence[str]) -> Path | None:
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word in ("-c", "--config"):
-            return Path(following)
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2])
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", type=Path, nargs="?")
+    file: Path | None = parser.parse_known_args(words)[0].config
+    return file
 
 
 def _read_training(file: Path) -> dict[str, Any]:
@@ -309,7 +330,9 @@ def make_parser(prog: str | None) -> _Parser:
         "--features", **_one_of((*PLAIN, *PRETRAINED)),
         default="wrfeat", help="Trackastra's own, or pretrained ones too, or their copies too",
     )  # fmt: skip
-    features.add_argument("--cache", type=Path, help="folder of the feature cache")
+    features.add_argument(
+        "--cache", type=Path, action=_CacheFolder, help="folder of the feature cache"
+    )
     features.add_argument("--pretrained_feats_model", type=_optional, help="the backbone")
     features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")
     features.add_argument(
@@ -333,20 +356,20 @@ def make_parser(prog: str | None) -> _Parser:
         help="fine-tune this model folder, or one of Trackastra's by its name",
     )  # fmt: skip
     short = {"d_model": ["-d"], "window": ["-w"]}
-    for name, (kind, default) in {**ARCHITECTURE, **PRETRAINED_ARCHITECTURE}.items():
+    for name, (allowed, default) in {**ARCHITECTURE, **PRETRAINED_ARCHITECTURE}.items():
         said = f"default {default}, or the model's"
-        model.add_argument(*short.get(name, []), f"--{name}", type=kind, help=said)
+        model.add_argument(*short.get(name, []), f"--{name}", **allowed, help=said)
 
     how = parser.add_argument_group("training")
-    how.add_argument("--epochs", type=int, default=100)
+    how.add_argument("--epochs", **_COUNT, default=100)
     how.add_argument("--warmup_epochs", type=int, default=10)
-    how.add_argument("--train_samples", type=int, default=50000, help="in an epoch")
-    how.add_argument("--batch_size", type=int, default=8)
+    how.add_argument("--train_samples", **_COUNT, default=50000, help="in an epoch")
+    how.add_argument("--batch_size", **_COUNT, default=8)
     how.add_argument("--lr", type=float, default=1e-4)
     how.add_argument("--weight_decay", type=float, default=1e-5)
-    how.add_argument("--delta_cutoff", type=int, default=2, help="frames that a link may span")
+    how.add_argument("--delta_cutoff", **_COUNT, default=2, help="frames that a link may span")
     how.add_argument("--div_upweight", type=float, default=2)
-    how.add_argument("--n_pool_sampler", type=int, default=8)
+    how.add_argument("--n_pool_sampler", **_COUNT, default=8)
     how.add_argument("--weight_by_ndivs", type=_boolean, default=True)
     how.add_argument("--weight_by_dataset", type=_boolean, default=False)
     how.add_argument("--patience", type=int, help="epochs without a better one; a sixth of all")

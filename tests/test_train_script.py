@@ -29,7 +29,9 @@ from feature_cache.trackastra import (
     write_tracks,
 )
 from feature_cache.trackastra import train as training
-from feature_cache.trackastra.training import save_model
+from feature_cache.trackastra.training import TrackingModule, save_model
+from feature_cache.train_options import find_seed
+from synthetic import make_movie
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_trackastra.py"
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # upstream's
@@ -88,6 +90,13 @@ def test_upstreams_files_are_understood(config, capsys):
         ({"feature_dropout": 0.5}, "--feature_dropout with --features wrfeat, which has no"),
         ({"feature_dropout": 1}, "expected a number from 0 to below 1"),
         ({"train_samples": 3}, "--train_samples 3 and --batch_size 8 make no batch"),
+        ({"batch_size": 0}, "train.yaml: --batch_size: '0': expected a whole number from 1 on"),
+        ({"epochs": -1}, "--epochs: '-1': expected a whole number from 1 on"),
+        ({"n_pool_sampler": 0}, "--n_pool_sampler: '0': expected a whole number from 1 on"),
+        ({"delta_cutoff": 0}, "--delta_cutoff: '0': expected a whole number from 1 on"),
+        ({"d_model": 0}, "-d/--d_model: '0': expected a whole number from 1 on"),
+        ({"causal_norm": "softmx"}, "--causal_norm: unknown value 'softmx': did you mean 'softm"),
+        ({"features": "pretrained_feats", "cache": True}, "needs --cache"),
         ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
         (
             {"policy": "flp"},
@@ -105,6 +114,24 @@ def test_wrong_options_end_with_what_is_wrong(config, capsys, given, message):
         training.parse_options(config(**given))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["-c {}", "-c{}", "--config {}", "--config={}", "{}"])
+def test_a_configuration_is_read_however_it_is_named(config, form):
+    _, file = config(seed=7, epochs=3)
+    words = form.format(file).split()
+    assert training.parse_options([*words, "--epochs", "4"]).seed == 7
+    assert find_seed(words) == (0 if form == "{}" else 7)
+
+
+def test_upstreams_cache_is_no_folder(config, capsys):
+    words = config(cache=True, cachedir="pickles")
+    assert training.parse_options(words).cache is None
+    assert capsys.readouterr().err.splitlines() == [
+        "ignored: cache true (upstream's, of its pickles; here it names a folder)",
+        "ignored: cachedir (its pickles may be stale)",
+    ]
+    assert training.parse_options([*words, "--cache", "features"]).cache == Path("features")
 
 
 def test_a_model_to_fine_tune_must_be_what_is_asked(config, tmp_path):

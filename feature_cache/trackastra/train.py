@@ -33,7 +33,6 @@ from ..outputs import check_folder
 from ..spec import SpaceSpec
 from ..train_options import (
     ARCHITECTURE,
-    IGNORED,
     PRETRAINED,
     PRETRAINED_ARCHITECTURE,
     check_training,
@@ -55,8 +54,8 @@ def parse_options(
 ) -> argparse.Namespace:
     """Read the options; end with what is wrong, say what is ignored."""
     options = parse_training(sys.argv[1:] if words is None else words, prog=prog)
-    for name in options.ignored:
-        print(f"ignored: {name}" + f" ({IGNORED[name]})" * bool(IGNORED[name]), file=sys.stderr)
+    for name, why in options.ignored.items():
+        print(f"ignored: {name}" + f" ({why})" * bool(why), file=sys.stderr)
     try:
         check_training(options)
     except ValueError as error:
