@@ -231,6 +231,35 @@ def test_no_change_is_served_stale(tmp_path, cache, count):
         done += 1
 
 
+def test_tracks_that_change_while_they_are_read_are_not_kept_as_others(
+    tmp_path, cache, monkeypatch
+):
+    root = write(tmp_path / "movie" / "01")
+    file = Path(f"{root}_GT/TRA/man_track.txt")
+    before = file.read_text()
+    after = before.replace("11 3 6 1", "11 3 6 0")
+    assert after != before
+    expected = plain(root, window_size=3)
+    read = CTCData._load_tracklet_links
+
+    def read_and_change(self, folder):
+        table = read(self, folder)
+        file.write_text(after)
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CTCData, "_load_tracklet_links", read_and_change)
+        kept(root, cache, window_size=3)
+    file.write_text(before)
+    same(vars(expected), {n: vars(kept(root, cache, window_size=3))[n] for n in vars(expected)})
+
+
+def test_a_home_folder_is_found(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "01")
+    assert len(kept("~/01", cache, window_size=3)) == 5
+
+
 def test_what_is_kept_is_opened_without_reading_or_building(tmp_path, cache, monkeypatch):
     root = write(tmp_path / "movie" / "01")
     kept(root, cache, window_size=3)

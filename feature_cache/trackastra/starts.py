@@ -42,6 +42,7 @@ from ..store import NewRecord, Space, record_sources
 from ..train_options import ARCHITECTURE, data_options
 from .ctc_options import check_options
 from .lazy_arrays import Stack, order_tracks
+from .model_features import find_model
 from .start_inputs import Inputs, find_detections
 from .start_tables import Arrays, Detections, from_record, to_record
 
@@ -96,7 +97,8 @@ def load_ctc(
     """
     if not isinstance(root, str | os.PathLike):
         raise TypeError(f"root is a {type(root).__name__}: expected one movie's folder")
-    if not Path(root).expanduser().is_dir():
+    root = Path(root).expanduser()
+    if not root.is_dir():
         raise MovieNotFoundError(f"no movie at {root}: no such folder")
     return _load_data(root, _open(cache), options, build=True)
 
@@ -148,7 +150,7 @@ def warm_starts(training: Namespace, cache: FeatureCache | str | os.PathLike[str
     """
     cache, window = _open(cache), training.window
     if window is None and training.model is not None:
-        window = yaml.safe_load((Path(training.model) / "config.yaml").read_text())["window"]
+        window = yaml.safe_load((find_model(training.model) / "config.yaml").read_text())["window"]
     options = {**data_options(training), "window_size": window or ARCHITECTURE["window"][1]}
     roots = dict.fromkeys([*training.input_train, *training.input_val])
     space = cache.space(start_spec())
@@ -216,6 +218,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         self._own_cache, self._own_options, self._own_build = cache, dict(options), build
         self._own_detections: list[Detections] = []
         self._own_n_divs: list[int] | None = None
+        self._own_tracks: pd.DataFrame | None = None
         super().__init__(root=os.fspath(root), **options)
 
     def _load(self) -> list[dict[str, Any]]:
@@ -340,6 +343,12 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         return {"movie": str(self.root), "origin": "training data", "draw": [], **own}
 
     # What upstream's code calls
+
+    def _load_tracklet_links(self, folder: Path) -> pd.DataFrame:
+        # once: what upstream reads must be what the key stands for
+        if self._own_tracks is None:
+            self._own_tracks = super()._load_tracklet_links(folder)
+        return self._own_tracks.copy()
 
     def _load_tiffs(self, folder: Path, dtype: Any = None) -> NDArray[Any]:
         images: NDArray[Any] = super()._load_tiffs(folder, dtype)
