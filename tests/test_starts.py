@@ -331,3 +331,19 @@ def test_features_of_what_was_kept_are_those_of_what_was_built(tmp_path, cache):
         )
         for n in range(len(one)):
             same(one[n], other[n], f"{props} {n}")
+
+
+def test_a_part_that_begins_at_another_frame_is_not_what_was_kept(tmp_path, cache):
+    """Two frames more, and the middle has the same frames; its tracks are others then."""
+    images, masks, tracks = make_movie(frames=8, height=40, width=56, cells=4)
+    masks[5:][masks[5:] == 1] = 9
+    tracks = np.array([[1, 0, 4, 0], *tracks[1:], [9, 5, 7, 1]])
+    write_movie(tmp_path / "one" / "01", images, masks, tracks)
+    longer = np.r_[0, :8, 7]
+    write_movie(tmp_path / "two" / "01", images[longer], masks[longer], tracks)
+    options = {"window_size": 2, "slice_pct": (0.5, 0.75)}
+    assert len(kept(tmp_path / "one" / "01", cache, **options)) == 1
+    with pytest.raises(ValueError) as refused:
+        plain(tmp_path / "two" / "01", **options)
+    with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+        kept(tmp_path / "two" / "01", cache, **options)

@@ -70,6 +70,7 @@ class Inputs:
     hashed : dict of Path to Hashed
         Each of these folders, and silver truth.
     tracks : bytes or None
+        Of the times from the first frame on.
     """
 
     truth: Path
@@ -84,6 +85,7 @@ class Inputs:
         tracks = None
         if data.use_gt:
             table = data._load_tracklet_links(data.gt_tra_folder)
+            table[["t1", "t2"]] -= data.start_frame  # digests of frames don't say where they begin
             tracks = digest_array(table.to_numpy(np.int64))
         detections = [(name, find_detections(data, name)) for name in data.detection_folders]
         found = tuple((name, folder) for name, folder in detections if folder is not None)
