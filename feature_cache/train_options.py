@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ PRETRAINED = ("pretrained_feats", AUGMENTED)
 """The features that are read from a cache."""
 COPIES, POOLING = 3, "mean_patches_exact"
 """What pull request 61 takes where nothing is said."""
-PLAIN = ("none", "regionprops", "regionprops2", "patch", "patch_regionprops", "wrfeat")
+PLAIN = ("none", "regionprops", "regionprops2", "patch_regionprops", "wrfeat")
 MODEL_PACKAGE = "trackastra-pretrained-feats"
 MODEL_INSTALL = f"pip install --no-deps {MODEL_PACKAGE}==0.0.2"
 """Brings the model for pretrained features: no extra, since it names as a need, and can do without,
@@ -48,14 +48,28 @@ def _probability(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to below 1")
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value >= 1:
+def _from(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value >= least:
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} on")
+
+    return read
+
+
+def _even(text: str) -> int:
+    value = _from(2)(text)
+    if value % 2 == 0:
         return value
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected an even number")
+
+
+def _one_or_even(text: str) -> int:
+    return 1 if text == "1" else _even(text)
 
 
 def _optional(text: str) -> str | None:
@@ -75,19 +89,19 @@ def _one_of(known: Collection[str], *, optional: bool = False) -> dict[str, Any]
     return {"type": choose, "choices": [*known, None] if optional else [*known]}
 
 
-_COUNT, _INT, _BOOLEAN = {"type": _count}, {"type": int}, {"type": _boolean}
+_NUMBER, _COUNT, _BOOLEAN = {"type": _from(0)}, {"type": _from(1)}, {"type": _boolean}
 _Architecture = Mapping[str, tuple[dict[str, Any], Any]]
 ARCHITECTURE: _Architecture = {  # option: what it may be, default where training from scratch
     "d_model": (_COUNT, 256),
-    "window": (_INT, 10),
-    "num_encoder_layers": (_INT, 6),
-    "num_decoder_layers": (_INT, 6),
-    "pos_embed_per_dim": (_INT, 32),
-    "feat_embed_per_dim": (_INT, 8),
-    "dropout": ({"type": float}, 0.0),
-    "spatial_pos_cutoff": (_INT, 256),
+    "window": ({"type": _from(2)}, 10),
+    "num_encoder_layers": (_NUMBER, 6),
+    "num_decoder_layers": (_NUMBER, 6),
+    "pos_embed_per_dim": ({"type": _even}, 32),
+    "feat_embed_per_dim": ({"type": _one_or_even}, 8),
+    "dropout": ({"type": _probability}, 0.0),
+    "spatial_pos_cutoff": (_COUNT, 256),
     "attn_positional_bias": (_one_of(("rope", "bias", "none")), "rope"),
-    "attn_positional_bias_n_spatial": (_INT, 16),
+    "attn_positional_bias_n_spatial": (_NUMBER, 16),
     "attn_dist_mode": ({}, "v0"),
     "causal_norm": (_one_of(("none", "linear", "softmax", "quiet_softmax")), "quiet_softmax"),
 }
@@ -362,7 +376,7 @@ def make_parser(prog: str | None) -> _Parser:
 
     how = parser.add_argument_group("training")
     how.add_argument("--epochs", **_COUNT, default=100)
-    how.add_argument("--warmup_epochs", type=int, default=10)
+    how.add_argument("--warmup_epochs", **_NUMBER, default=10)
     how.add_argument("--train_samples", **_COUNT, default=50000, help="in an epoch")
     how.add_argument("--batch_size", **_COUNT, default=8)
     how.add_argument("--lr", type=float, default=1e-4)
@@ -372,8 +386,10 @@ def make_parser(prog: str | None) -> _Parser:
     how.add_argument("--n_pool_sampler", **_COUNT, default=8)
     how.add_argument("--weight_by_ndivs", type=_boolean, default=True)
     how.add_argument("--weight_by_dataset", type=_boolean, default=False)
-    how.add_argument("--patience", type=int, help="epochs without a better one; a sixth of all")
-    how.add_argument("--num_workers", type=int, default=4)
+    how.add_argument(
+        "--patience", **_NUMBER, help="epochs without a better one; a sixth of all; 0: any"
+    )
+    how.add_argument("--num_workers", **_NUMBER, default=4)
     how.add_argument("--device", **_one_of(("cuda", "cpu")), default="cuda", help="if there is one")
     how.add_argument("--distributed", type=_boolean, default=False, help="all GPUs of this host")
     how.add_argument("--mixedp", type=_boolean, default=True, help="float16 on a GPU")

@@ -67,7 +67,7 @@ def parse_options(
 
 
 PLAIN_WIDTHS = {
-    2: {"none": 0, "wrfeat": 7, "regionprops": 7, "regionprops2": 6, "patch": 256,
+    2: {"none": 0, "wrfeat": 7, "regionprops": 7, "regionprops2": 6,
         "patch_regionprops": 261},
     3: {"none": 0, "wrfeat": 12, "regionprops2": 11, "patch_regionprops": 264},
 }  # fmt: skip
