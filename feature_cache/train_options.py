@@ -72,6 +72,14 @@ def _one_or_even(text: str) -> int:
     return 1 if text == "1" else _even(text)
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # no shell has done that in a file
+
+
+def _movie(text: str) -> str:
+    return str(_path(text))
+
+
 def _optional(text: str) -> str | None:
     return None if text in NOTHING else text
 
@@ -312,7 +320,7 @@ def make_parser(prog: str | None) -> _Parser:
     parser.add_argument("-c", "--config", type=Path, help="YAML with any of these")
 
     out = parser.add_argument_group("what is written")
-    out.add_argument("-o", "--outdir", type=Path, default=Path("runs"))
+    out.add_argument("-o", "--outdir", type=_path, default=Path("runs"))
     out.add_argument("--name", help="of the folder in --outdir")
     out.add_argument("--timestamp", type=_boolean, default=True, help="put before --name")
     out.add_argument(
@@ -326,8 +334,8 @@ def make_parser(prog: str | None) -> _Parser:
     out.add_argument("--only_prechecks", action="store_true", help="load all, and end")
 
     data = parser.add_argument_group("movies, in the layout of the Cell Tracking Challenge")
-    data.add_argument("--input_train", nargs="+", default=[])
-    data.add_argument("--input_val", nargs="+", default=[])
+    data.add_argument("--input_train", type=_movie, nargs="+", default=[])
+    data.add_argument("--input_val", type=_movie, nargs="+", default=[])
     data.add_argument("--detection_folders", nargs="+", default=["TRA"])
     data.add_argument("--ndim", type=int, choices=(2, 3), default=2)
     data.add_argument("--slice_pct", type=float, nargs=2, default=[0.0, 1.0], help="of each movie")
@@ -345,7 +353,7 @@ def make_parser(prog: str | None) -> _Parser:
         default="wrfeat", help="Trackastra's own, or pretrained ones too, or their copies too",
     )  # fmt: skip
     features.add_argument(
-        "--cache", type=Path, action=_CacheFolder, help="folder of the feature cache"
+        "--cache", type=_path, action=_CacheFolder, help="folder of the feature cache"
     )
     features.add_argument("--pretrained_feats_model", type=_optional, help="the backbone")
     features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")

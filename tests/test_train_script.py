@@ -360,6 +360,24 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(config, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_home_folder_in_a_configuration_is_found_by_all(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_movie(tmp_path / "other" / "01", *make_movie(seed=1))
+    words = config(
+        **POSTED | {"window": 3, "input_train": ["~/movie/01"], "input_val": ["~/other/01/"]},
+        outdir="~/runs",
+    )
+    with parallel_config(backend="sequential"):
+        done = CliRunner().invoke(app, ["warm", words[1], "--cache", str(tmp_path / "cache")])
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert "training data of 2 movies built" in done.output
+        assert "24 records" in done.output  # none of validation is copied
+        options = training.parse_options([*words, "--cache", "~/cache", "--only_prechecks"])
+        assert options.outdir == tmp_path / "runs"
+        assert training.train(options).startswith("all is well: ")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_features_of_a_configuration_are_warmed_for_the_model_it_goes_on_from(
     config, tmp_path, monkeypatch
 ):
