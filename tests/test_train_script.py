@@ -176,9 +176,10 @@ def test_a_training_goes_on_only_with_the_same_features(config, tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["features.json"]
 
 
-def test_fine_tuning_on_other_features_says_which(config, tmp_path, capsys):
+def test_fine_tuning_on_other_features_says_which(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     fake_features().write(tmp_path)
-    options = training.parse_options(config(model=str(tmp_path)))
+    options = training.parse_options(config(model=f"~/{tmp_path.name}"))
     training.compare_start(options, fake_features())
     assert capsys.readouterr().err == ""
     training.compare_start(options, fake_features("debug/random"))

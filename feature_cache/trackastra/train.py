@@ -121,9 +121,8 @@ def name_features(options: argparse.Namespace, backbone: Any) -> ModelFeatures |
 def compare_start(options: argparse.Namespace, features: ModelFeatures | None) -> None:
     """Say where fine-tuning goes on from a model of other features."""
     try:
-        before = (
-            None if options.model is None else ModelFeatures.of_folder(find_model(options.model))
-        )
+        folder = None if options.model is None else Path(options.model).expanduser()
+        before = None if folder is None else ModelFeatures.of_folder(folder)
         unlike = before.unlike(features) if before is not None and features is not None else []
     except BackboneError as error:
         unlike = [str(error)]
