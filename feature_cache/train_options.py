@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from .augment.policy import PRESETS
 from .errors import MovieError, UnknownNameError
@@ -22,7 +22,7 @@ PRETRAINED = ("pretrained_feats", AUGMENTED)
 """The features that are read from a cache."""
 COPIES, POOLING = 3, "mean_patches_exact"
 """What pull request 61 takes where nothing is said."""
-PLAIN = ("none", "regionprops", "regionprops2", "patch", "patch_regionprops", "wrfeat")
+PLAIN = ("none", "regionprops", "regionprops2", "patch_regionprops", "wrfeat")
 MODEL_PACKAGE = "trackastra-pretrained-feats"
 MODEL_INSTALL = f"pip install --no-deps {MODEL_PACKAGE}==0.0.2"
 """Brings the model for pretrained features: no extra, since it names as a need, and can do without,
@@ -48,6 +48,38 @@ def _probability(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to below 1")
 
 
+def _from(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value >= least:
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} on")
+
+    return read
+
+
+def _even(text: str) -> int:
+    value = _from(2)(text)
+    if value % 2 == 0:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected an even number")
+
+
+def _one_or_even(text: str) -> int:
+    return 1 if text == "1" else _even(text)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # no shell has done that in a file
+
+
+def _movie(text: str) -> str:
+    return str(_path(text))
+
+
 def _optional(text: str) -> str | None:
     return None if text in NOTHING else text
 
@@ -65,24 +97,29 @@ def _one_of(known: Collection[str], *, optional: bool = False) -> dict[str, Any]
     return {"type": choose, "choices": [*known, None] if optional else [*known]}
 
 
-ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # option: type, default where training from scratch
-    "d_model": (int, 256),
-    "window": (int, 10),
-    "num_encoder_layers": (int, 6),
-    "num_decoder_layers": (int, 6),
-    "pos_embed_per_dim": (int, 32),
-    "feat_embed_per_dim": (int, 8),
-    "dropout": (float, 0.0),
-    "spatial_pos_cutoff": (int, 256),
-    "attn_positional_bias": (str, "rope"),
-    "attn_positional_bias_n_spatial": (int, 16),
-    "attn_dist_mode": (str, "v0"),
-    "causal_norm": (str, "quiet_softmax"),
+_How: TypeAlias = dict[str, Any]
+_NUMBER: _How = {"type": _from(0)}
+_COUNT: _How = {"type": _from(1)}
+_BOOLEAN: _How = {"type": _boolean}
+_Architecture: TypeAlias = Mapping[str, tuple[_How, Any]]
+ARCHITECTURE: _Architecture = {  # option: what it may be, default where training from scratch
+    "d_model": (_COUNT, 256),
+    "window": ({"type": _from(2)}, 10),
+    "num_encoder_layers": (_NUMBER, 6),
+    "num_decoder_layers": (_NUMBER, 6),
+    "pos_embed_per_dim": ({"type": _even}, 32),
+    "feat_embed_per_dim": ({"type": _one_or_even}, 8),
+    "dropout": ({"type": _probability}, 0.0),
+    "spatial_pos_cutoff": (_COUNT, 256),
+    "attn_positional_bias": (_one_of(("rope", "bias", "none")), "rope"),
+    "attn_positional_bias_n_spatial": (_NUMBER, 16),
+    "attn_dist_mode": ({}, "v0"),
+    "causal_norm": (_one_of(("none", "linear", "softmax", "quiet_softmax")), "quiet_softmax"),
 }
-PRETRAINED_ARCHITECTURE: dict[str, tuple[Any, Any]] = {  # of models for pretrained features alone
-    "reduced_pretrained_feat_dim": (int, 128),
-    "disable_xy_coords": (_boolean, False),
-    "disable_all_coords": (_boolean, False),
+PRETRAINED_ARCHITECTURE: _Architecture = {  # of models for pretrained features alone
+    "reduced_pretrained_feat_dim": (_COUNT, 128),
+    "disable_xy_coords": (_BOOLEAN, False),
+    "disable_all_coords": (_BOOLEAN, False),
 }
 IGNORED = {
     "cachedir": "its pickles may be stale",
@@ -96,10 +133,21 @@ IGNORED = {
 
 
 class _Ignored(argparse.Action):
-    """Keeps in mind that an option was given."""
+    """Keeps in mind that an option was given, and why it is ignored."""
 
     def __call__(self, _: Any, options: argparse.Namespace, *others: Any) -> None:
-        options.ignored = dict.fromkeys([*options.ignored, self.dest])
+        options.ignored = {**options.ignored, self.dest: self.help}
+
+
+class _CacheFolder(argparse.Action):
+    """Takes a folder; upstream's option of this name tells whether to pickle what is loaded."""
+
+    def __call__(self, _: Any, options: argparse.Namespace, value: Any, *others: Any) -> None:
+        if str(value).lower() in ("true", "false"):
+            why = "upstream's, of its pickles; here it names a folder"
+            options.ignored = {**options.ignored, f"cache {value}": why}
+        else:
+            options.cache = value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,12 +275,10 @@ def data_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _find_file(words: Sequence[str]) -> Path | None:
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word in ("-c", "--config"):
-            return Path(following)
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2])
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", type=Path, nargs="?")
+    file: Path | None = parser.parse_known_args(words)[0].config
+    return file
 
 
 def _read_training(file: Path) -> dict[str, Any]:
@@ -277,7 +323,7 @@ def make_parser(prog: str | None) -> _Parser:
     parser.add_argument("-c", "--config", type=Path, help="YAML with any of these")
 
     out = parser.add_argument_group("what is written")
-    out.add_argument("-o", "--outdir", type=Path, default=Path("runs"))
+    out.add_argument("-o", "--outdir", type=_path, default=Path("runs"))
     out.add_argument("--name", help="of the folder in --outdir")
     out.add_argument("--timestamp", type=_boolean, default=True, help="put before --name")
     out.add_argument(
@@ -291,8 +337,8 @@ def make_parser(prog: str | None) -> _Parser:
     out.add_argument("--only_prechecks", action="store_true", help="load all, and end")
 
     data = parser.add_argument_group("movies, in the layout of the Cell Tracking Challenge")
-    data.add_argument("--input_train", nargs="+", default=[])
-    data.add_argument("--input_val", nargs="+", default=[])
+    data.add_argument("--input_train", type=_movie, nargs="+", default=[])
+    data.add_argument("--input_val", type=_movie, nargs="+", default=[])
     data.add_argument("--detection_folders", nargs="+", default=["TRA"])
     data.add_argument("--ndim", type=int, choices=(2, 3), default=2)
     data.add_argument("--slice_pct", type=float, nargs=2, default=[0.0, 1.0], help="of each movie")
@@ -309,7 +355,9 @@ def make_parser(prog: str | None) -> _Parser:
         "--features", **_one_of((*PLAIN, *PRETRAINED)),
         default="wrfeat", help="Trackastra's own, or pretrained ones too, or their copies too",
     )  # fmt: skip
-    features.add_argument("--cache", type=Path, help="folder of the feature cache")
+    features.add_argument(
+        "--cache", type=_path, action=_CacheFolder, help="folder of the feature cache"
+    )
     features.add_argument("--pretrained_feats_model", type=_optional, help="the backbone")
     features.add_argument("--weights", help="of the backbone: a checkpoint, or random:<seed>")
     features.add_argument(
@@ -333,24 +381,26 @@ def make_parser(prog: str | None) -> _Parser:
         help="fine-tune this model folder, or one of Trackastra's by its name",
     )  # fmt: skip
     short = {"d_model": ["-d"], "window": ["-w"]}
-    for name, (kind, default) in {**ARCHITECTURE, **PRETRAINED_ARCHITECTURE}.items():
+    for name, (allowed, default) in {**ARCHITECTURE, **PRETRAINED_ARCHITECTURE}.items():
         said = f"default {default}, or the model's"
-        model.add_argument(*short.get(name, []), f"--{name}", type=kind, help=said)
+        model.add_argument(*short.get(name, []), f"--{name}", **allowed, help=said)
 
     how = parser.add_argument_group("training")
-    how.add_argument("--epochs", type=int, default=100)
-    how.add_argument("--warmup_epochs", type=int, default=10)
-    how.add_argument("--train_samples", type=int, default=50000, help="in an epoch")
-    how.add_argument("--batch_size", type=int, default=8)
+    how.add_argument("--epochs", **_COUNT, default=100)
+    how.add_argument("--warmup_epochs", **_NUMBER, default=10)
+    how.add_argument("--train_samples", **_COUNT, default=50000, help="in an epoch")
+    how.add_argument("--batch_size", **_COUNT, default=8)
     how.add_argument("--lr", type=float, default=1e-4)
     how.add_argument("--weight_decay", type=float, default=1e-5)
-    how.add_argument("--delta_cutoff", type=int, default=2, help="frames that a link may span")
+    how.add_argument("--delta_cutoff", **_COUNT, default=2, help="frames that a link may span")
     how.add_argument("--div_upweight", type=float, default=2)
-    how.add_argument("--n_pool_sampler", type=int, default=8)
+    how.add_argument("--n_pool_sampler", **_COUNT, default=8)
     how.add_argument("--weight_by_ndivs", type=_boolean, default=True)
     how.add_argument("--weight_by_dataset", type=_boolean, default=False)
-    how.add_argument("--patience", type=int, help="epochs without a better one; a sixth of all")
-    how.add_argument("--num_workers", type=int, default=4)
+    how.add_argument(
+        "--patience", **_NUMBER, help="epochs without a better one; a sixth of all; 0: any"
+    )
+    how.add_argument("--num_workers", **_NUMBER, default=4)
     how.add_argument("--device", **_one_of(("cuda", "cpu")), default="cuda", help="if there is one")
     how.add_argument("--distributed", type=_boolean, default=False, help="all GPUs of this host")
     how.add_argument("--mixedp", type=_boolean, default=True, help="float16 on a GPU")

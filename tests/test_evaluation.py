@@ -94,6 +94,14 @@ def test_features_that_tell_are_found_ranked_and_kept(tmp_path: Path) -> None:
     assert all(FeatureCache(tmp_path / "cache", "r").contains(opened, backbone=knows))
 
 
+def test_of_candidates_as_near_as_each_other_none_is_left_out(tmp_path: Path) -> None:
+    places = resting()
+    places[1::2] += STEP // 2  # in the middle of up to four cells
+    movie = tracked(tmp_path / "01", *textured(places))
+    found = evaluate(movie, [FakeBackbone(dim=8)], tmp_path / "cache")
+    assert found.steps[0].chance == (9 / 4 + 6 / 2 + 1) / CELLS
+
+
 def test_nothing_helps_where_cells_rest(tmp_path: Path) -> None:
     movie = tracked(tmp_path / "01", *textured(resting(), tiles()))
     found = evaluate(movie, [FakeBackbone(dim=8)], tmp_path / "cache")
@@ -265,6 +273,11 @@ def test_command(tmp_path: Path) -> None:
     assert [one["name"] for one in step["setups"]] == ["debug/random", "debug/encoded_labels"]
     assert step["position"]["value"] == 1.0
     assert step["setups"][0]["bytes"] == CELLS * 128 * 2
+
+
+def test_no_movies(cache: FeatureCache) -> None:
+    with pytest.raises(ValueError, match=r"movies are \[\]: expected a list of one or more"):
+        evaluate([], [FakeBackbone()], cache)
 
 
 def test_too_few_frames(cache: FeatureCache) -> None:

@@ -540,6 +540,12 @@ MISTAKES = [
         needs="trackastra",
     ),
     Mistake(
+        "a device that Trackastra has no word for",
+        "track movie/01 --cache cache --model movie --device cuda:1",
+        "error: unknown device 'cuda:1': did you mean 'cuda'? Known: cuda, mps, cpu",
+        needs="trackastra",
+    ),
+    Mistake(
         "a cache to verify that is not there",
         "verify --cache cahce",
         "error: {here}/cahce does not exist; name the folder of a feature cache",

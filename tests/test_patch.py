@@ -133,6 +133,18 @@ def test_a_script_of_pull_request_61_trains_on_augmented_copies(movies, tmp_path
         assert np.array_equal(sample["pretrained_feats"], expected)
 
 
+def test_what_a_script_leaves_at_none_is_as_by_default(movies, tmp_path):
+    """Its own defaults are None, which it passes on."""
+    names = ("mode", "additional_props", "model")
+    left = {f"pretrained_feats_{name}": None for name in names} | {"pretrained_n_augs": None}
+    with patch(tmp_path / "cache", backbone=FakeBackbone(DIM)):
+        data = load(movies / "one/01", features="pretrained_feats_aug", augment=1, **left)
+    assert data[0]["pretrained_feats"].shape[1] == DIM
+    (tokens,) = data.all_tokens
+    assert tokens.copies.count == 3
+    assert tokens.movies[0].spec.pooling == "mean_patches_exact"
+
+
 @pytest.mark.slow
 def test_two_ranks_of_a_script_run_by_the_command_line(movies, tmp_path):
     """Lightning starts the second rank, which has to be patched as well."""

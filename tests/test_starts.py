@@ -18,7 +18,7 @@ from joblib import parallel_config
 from trackastra.data import CTCData
 from typer.testing import CliRunner
 
-from feature_cache import FeatureCache, FrameError
+from feature_cache import FeatureCache, FrameError, MovieError
 from feature_cache.cli import app
 from feature_cache.memo import no_memo
 from feature_cache.movies import write_movie
@@ -231,6 +231,64 @@ def test_no_change_is_served_stale(tmp_path, cache, count):
         done += 1
 
 
+def test_tracks_that_change_while_they_are_read_are_not_kept_as_others(
+    tmp_path, cache, monkeypatch
+):
+    root = write(tmp_path / "movie" / "01")
+    file = Path(f"{root}_GT/TRA/man_track.txt")
+    before = file.read_text()
+    after = before.replace("11 3 6 1", "11 3 6 0")
+    assert after != before
+    expected = plain(root, window_size=3)
+    read = CTCData._load_tracklet_links
+
+    def read_and_change(self, folder):
+        table = read(self, folder)
+        file.write_text(after)
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CTCData, "_load_tracklet_links", read_and_change)
+        kept(root, cache, window_size=3)
+    file.write_text(before)
+    same(vars(expected), {n: vars(kept(root, cache, window_size=3))[n] for n in vars(expected)})
+
+
+def test_numbers_of_numpy_are_options(tmp_path, cache):
+    root = write(tmp_path / "01")
+    options = {"window_size": np.int64(3), "sanity_dist": np.bool_(False)}
+    for _ in range(2):
+        assert len(kept(root, cache, **options)) == 5
+    (space,) = cache.spaces()
+    kept(root, cache, window_size=3)
+    assert len(space) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "says"),
+    [
+        ("01/t003.tif", {}, r"has images 7 in .*TRA, 6 in .*01: expected as many of each"),
+        ("01_ERR_SEG/mask003.tif", {"detection_folders": BOTH}, "6 in .*_ERR_SEG, 7 in "),
+        ("01_GT/TRA/man_track.txt", {}, "man_track.txt can't be read: .*'word'; expected label, "),
+        (None, {"use_gt": False, "detection_folders": ["SEG"]}, "has no masks 'SEG'"),
+    ],
+)
+def test_what_a_movie_lacks_is_said(tmp_path, cache, file, options, says):
+    root = write(tmp_path / "01")
+    if file is not None and file.endswith("txt"):
+        (tmp_path / file).write_text("1 0 word 0\n")
+    elif file is not None:
+        (tmp_path / file).unlink()
+    with pytest.raises(MovieError, match=says):
+        kept(root, cache, window_size=3, **options)
+
+
+def test_a_home_folder_is_found(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "01")
+    assert len(kept("~/01", cache, window_size=3)) == 5
+
+
 def test_what_is_kept_is_opened_without_reading_or_building(tmp_path, cache, monkeypatch):
     root = write(tmp_path / "movie" / "01")
     kept(root, cache, window_size=3)
@@ -302,3 +360,19 @@ def test_features_of_what_was_kept_are_those_of_what_was_built(tmp_path, cache):
         )
         for n in range(len(one)):
             same(one[n], other[n], f"{props} {n}")
+
+
+def test_a_part_that_begins_at_another_frame_is_not_what_was_kept(tmp_path, cache):
+    """Two frames more, and the middle has the same frames; its tracks are others then."""
+    images, masks, tracks = make_movie(frames=8, height=40, width=56, cells=4)
+    masks[5:][masks[5:] == 1] = 9
+    tracks = np.array([[1, 0, 4, 0], *tracks[1:], [9, 5, 7, 1]])
+    write_movie(tmp_path / "one" / "01", images, masks, tracks)
+    longer = np.r_[0, :8, 7]
+    write_movie(tmp_path / "two" / "01", images[longer], masks[longer], tracks)
+    options = {"window_size": 2, "slice_pct": (0.5, 0.75)}
+    assert len(kept(tmp_path / "one" / "01", cache, **options)) == 1
+    with pytest.raises(ValueError, match=r".") as refused:
+        plain(tmp_path / "two" / "01", **options)
+    with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+        kept(tmp_path / "two" / "01", cache, **options)

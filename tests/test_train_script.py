@@ -29,7 +29,9 @@ from feature_cache.trackastra import (
     write_tracks,
 )
 from feature_cache.trackastra import train as training
-from feature_cache.trackastra.training import save_model
+from feature_cache.trackastra.training import TrackingModule, save_model
+from feature_cache.train_options import find_seed
+from synthetic import make_movie
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_trackastra.py"
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # upstream's
@@ -88,6 +90,18 @@ def test_upstreams_files_are_understood(config, capsys):
         ({"feature_dropout": 0.5}, "--feature_dropout with --features wrfeat, which has no"),
         ({"feature_dropout": 1}, "expected a number from 0 to below 1"),
         ({"train_samples": 3}, "--train_samples 3 and --batch_size 8 make no batch"),
+        ({"batch_size": 0}, "train.yaml: --batch_size: '0': expected a whole number from 1 on"),
+        ({"epochs": -1}, "--epochs: '-1': expected a whole number from 1 on"),
+        ({"n_pool_sampler": 0}, "--n_pool_sampler: '0': expected a whole number from 1 on"),
+        ({"delta_cutoff": 0}, "--delta_cutoff: '0': expected a whole number from 1 on"),
+        ({"patience": -1}, "--patience: '-1': expected a whole number from 0 on"),
+        ({"dropout": 1.5}, "--dropout: '1.5': expected a number from 0 to below 1"),
+        ({"pos_embed_per_dim": 3}, "--pos_embed_per_dim: '3': expected an even number"),
+        ({"feat_embed_per_dim": 3}, "--feat_embed_per_dim: '3': expected an even number"),
+        ({"features": "patch"}, "unknown value 'patch': did you mean 'patch_regionprops'? "),
+        ({"d_model": 0}, "-d/--d_model: '0': expected a whole number from 1 on"),
+        ({"causal_norm": "softmx"}, "--causal_norm: unknown value 'softmx': did you mean 'softm"),
+        ({"features": "pretrained_feats", "cache": True}, "needs --cache"),
         ({"features": "pretrained_feats", "cache": "c"}, "needs --pretrained_feats_model"),
         (
             {"policy": "flp"},
@@ -105,6 +119,24 @@ def test_wrong_options_end_with_what_is_wrong(config, capsys, given, message):
         training.parse_options(config(**given))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["-c {}", "-c{}", "--config {}", "--config={}", "{}"])
+def test_a_configuration_is_read_however_it_is_named(config, form):
+    _, file = config(seed=7, epochs=3)
+    words = form.format(file).split()
+    assert training.parse_options([*words, "--epochs", "4"]).seed == 7
+    assert find_seed(words) == (0 if form == "{}" else 7)
+
+
+def test_upstreams_cache_is_no_folder(config, capsys):
+    words = config(cache=True, cachedir="pickles")
+    assert training.parse_options(words).cache is None
+    assert capsys.readouterr().err.splitlines() == [
+        "ignored: cache true (upstream's, of its pickles; here it names a folder)",
+        "ignored: cachedir (its pickles may be stale)",
+    ]
+    assert training.parse_options([*words, "--cache", "features"]).cache == Path("features")
 
 
 def test_a_model_to_fine_tune_must_be_what_is_asked(config, tmp_path):
@@ -144,9 +176,10 @@ def test_a_training_goes_on_only_with_the_same_features(config, tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["features.json"]
 
 
-def test_fine_tuning_on_other_features_says_which(config, tmp_path, capsys):
+def test_fine_tuning_on_other_features_says_which(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     fake_features().write(tmp_path)
-    options = training.parse_options(config(model=str(tmp_path)))
+    options = training.parse_options(config(model=f"~/{tmp_path.name}"))
     training.compare_start(options, fake_features())
     assert capsys.readouterr().err == ""
     training.compare_start(options, fake_features("debug/random"))
@@ -271,6 +304,133 @@ def test_a_training_whose_validation_is_all_nan_kept_no_model_and_says_so(
     with parallel_config(backend="sequential"), pytest.raises(FloatingPointError) as ended:
         training.train(options)
     assert str(ended.value).startswith("no model, as no epoch has a validation loss that is a ")
+
+
+SHORT = {  # a training of a few steps
+    "window": 3, "crop_size": [30, 40], "device": "cpu", "num_workers": 0, "logger": "none",
+    "timestamp": False, "d_model": 16, "num_encoder_layers": 1, "num_decoder_layers": 1,
+    "epochs": 2, "train_samples": 8, "batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_training_cannot_go_on_from_is_said(config, tmp_path):
+    def train(**changed) -> str:
+        given = config(**{**SHORT, "outdir": str(tmp_path), **changed})
+        with parallel_config(backend="sequential"):
+            return training.train(training.parse_options([*given, "--cache", str(tmp_path / "c")]))
+
+    assert train() == f"model: {tmp_path / 'run'}"
+    assert train() == f"nothing to do: 2 of 2 epochs are done; model: {tmp_path / 'run'}"
+    assert train(epochs=1).startswith("nothing to do: 2 of 1 epochs are done; ")
+    with pytest.raises(ValueError, match=r"last.ckpt: its model has .* \(16, .*, and .* \(32, "):
+        train(d_model=32, epochs=3)
+    with pytest.raises(ValueError, match=r"last.ckpt: its model has .*, and these options make N"):
+        train(num_decoder_layers=0, epochs=3)
+    stopped = train(name="still", lr=0, patience=1, epochs=9)
+    assert stopped.startswith(f"model: {tmp_path / 'still'}; ended after 2 of 9 epochs, as the val")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"can't go on from .*last.ckpt: it is damaged"):
+        train(epochs=3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(config, tmp_path, monkeypatch):
+    def train(out: str) -> dict[str, torch.Tensor]:
+        given = config(
+            **POSTED | SHORT | {"outdir": str(tmp_path / out), "epochs": 3, "dropout": 0.2},
+            feature_dropout=0.5, cache=str(tmp_path / "cache"), seed=4,
+        )  # fmt: skip
+        with parallel_config(backend="sequential"):
+            training.train(training.parse_options(given))
+        return torch.load(tmp_path / out / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+
+    def interrupt(module) -> None:
+        if module.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    whole = train("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackingModule, "on_train_epoch_start", interrupt)
+        with pytest.raises(SystemExit) as ended:
+            train("broken")
+    assert ended.value.code == 130
+    resumed = train("broken")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_home_folder_in_a_configuration_is_found_by_all(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_movie(tmp_path / "other" / "01", *make_movie(seed=1))
+    words = config(
+        **POSTED | {"window": 3, "input_train": ["~/movie/01"], "input_val": ["~/other/01/"]},
+        outdir="~/runs",
+    )
+    with parallel_config(backend="sequential"):
+        done = CliRunner().invoke(app, ["warm", words[1], "--cache", str(tmp_path / "cache")])
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert "training data of 2 movies built" in done.output
+        assert "24 records" in done.output  # none of validation is copied
+        options = training.parse_options([*words, "--cache", "~/cache", "--only_prechecks"])
+        assert options.outdir == tmp_path / "runs"
+        assert training.train(options).startswith("all is well: ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_features_of_a_configuration_are_warmed_for_the_model_it_goes_on_from(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_model(make_model(d_model=16, num_encoder_layers=1, window=3), tmp_path / "model")
+    for model, says in (("~/model", "training data of 1 movie built"), ("~/mdel", "no model at ")):
+        words = ["warm", config(model=model)[1], "--cache", str(tmp_path / "cache")]
+        with parallel_config(backend="sequential"):
+            done = CliRunner().invoke(app, words)
+        assert says in f"{done.output}{done.exception}"
+        assert done.exit_code == (0 if model == "~/model" else 1)
+        assert not isinstance(done.exception, FileNotFoundError)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracks_are_kept_where_there_is_nothing_to_compare_them_with(tmp_path, recwarn):
+    frames, masks, tracks = make_movie(cells=3)
+    masks = np.where(masks, masks + 3 * np.arange(len(masks))[:, None, None], 0)  # no cell twice
+    tracks = np.array([[1 + n, n // 3, n // 3, 0] for n in range(3 * len(masks))])
+    write_movie(tmp_path / "01", frames, masks, tracks)
+    model = tmp_path / "model"
+    save_model(make_model(feat_dim=7, d_model=16, num_encoder_layers=1, window=3), model)
+    (model / "train_config.yaml").write_text("features: wrfeat")
+    words = ["track", str(tmp_path / "01"), "--model", str(model), "--json", "--threshold", "0"]
+    with parallel_config(backend="sequential"):
+        done = CliRunner().invoke(app, [*words, "--cache", str(tmp_path / "cache")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads(done.stdout.splitlines()[-1])["scores"] == {}
+    assert any("not compared with those of" in str(one.message) for one in recwarn)
+    assert (tmp_path / "01_RES" / "man_track.txt").exists()
+
+
+TWO_RANKS = """
+from feature_cache.trackastra import train
+trainer = train.Trainer
+train.Trainer = lambda **given: trainer(**{**given, "devices": 2})
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_end_well_though_each_names_the_folder_by_its_own_time(config, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    words = config(
+        **SHORT | {"timestamp": True, "outdir": str(tmp_path / "runs")}, distributed=True
+    )
+    command = [sys.executable, str(tmp_path / "two.py"), *words, "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "error:" not in done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.count("model: ") == done.stdout.count(f"model: {folder}") == 1
 
 
 @pytest.mark.slow

@@ -212,7 +212,9 @@ def warm(
                 pooling=poolings,
                 dtype=dtype,
                 augmentations=augmentations,
-                without_copies=[source for source, _ in opened if source.path in apart],
+                without_copies=[
+                    one for one, _ in opened if str(Path(one.path).expanduser()) in apart
+                ],
                 dense=dense,
                 failures=failures,
                 progress=progress.update,

@@ -107,7 +107,8 @@ def _link_movie(
             asked, k=range(1, min(MOST_CANDIDATES, len(before)) + 1), distance_upper_bound=reach
         )
         # The nearest is a candidate, however far: nobody is without.
-        near[:, 0] = KDTree(cells.places[before]).query(asked)[1]
+        nearest = KDTree(cells.places[before]).query(asked)[1]
+        near[:, 0] = np.where(near[:, 0] < len(before), near[:, 0], nearest)
         candidates += [before[row[row < len(before)]] for row in near]
     starts = np.cumsum([0, *map(len, candidates)])
     earlier = np.concatenate(candidates)

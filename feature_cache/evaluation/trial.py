@@ -99,10 +99,10 @@ def evaluate(
     BackboneError, UnknownNameError, FrameError, StoreError
         As `FeatureCache.get_or_compute`.
     """
-    _check_given(backbones, poolings, steps)
+    given = [movies] if isinstance(movies, Movie | str | Path) else movies
+    _check_given(given, backbones, poolings, steps)
     arms = [arm for one in backbones for arm in _make_arms(one, layers, random_weights, device)]
     store = cache if isinstance(cache, FeatureCache) else open_to_fill(cache)
-    given = [movies] if isinstance(movies, Movie | str | Path) else movies
     opened = [Movie.of(movie) for movie in given]
     cells = [Cells.of(movie) for movie in opened]
     if len({one.places.shape[1] for one in cells}) != 1:
@@ -146,8 +146,8 @@ def evaluate(
 
 
 def _check_given(*given: Sequence[Any]) -> None:
-    for what, values in zip(("backbone", "pooling", "step"), given, strict=True):
-        if not values or isinstance(values, str):
+    for what, values in zip(("movie", "backbone", "pooling", "step"), given, strict=True):
+        if not len(values) or isinstance(values, str):
             raise ValueError(f"{what}s are {values!r}: expected a list of one or more")
     low = [step for step in given[-1] if step < 1]
     if low:

@@ -216,7 +216,8 @@ def _loading(original: Callable[..., None], provider: _Provider) -> Callable[...
     @wraps(original)
     def load(self: Any, *args: Any, **kwargs: Any) -> None:
         named = signature.bind(self, *args, **kwargs).arguments
-        asked = named.pop("kwargs", {}) | named
+        given = named.pop("kwargs", {}) | named
+        asked = {name: value for name, value in given.items() if value is not None}
         if type(self) is not CTCData or asked.get("features") not in PRETRAINED:
             original(self, *args, **kwargs)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -12,7 +13,15 @@ from typing import Any
 import numpy as np
 
 from ..cache.movie_keys import in_files
-from ..hashing import JSON, Digest, digest_array, digest_json, frame_digest, mask_digest
+from ..hashing import (
+    JSON,
+    Digest,
+    canonical_json,
+    digest_array,
+    digest_json,
+    frame_digest,
+    mask_digest,
+)
 from ..memo import Fingerprint, Memo
 from ..movies import ReadOptions, Series
 from ..movies.image_files import ImageFiles
@@ -70,6 +79,7 @@ class Inputs:
     hashed : dict of Path to Hashed
         Each of these folders, and silver truth.
     tracks : bytes or None
+        Of the times from the first frame on.
     """
 
     truth: Path
@@ -84,6 +94,7 @@ class Inputs:
         tracks = None
         if data.use_gt:
             table = data._load_tracklet_links(data.gt_tra_folder)
+            table[["t1", "t2"]] -= data.start_frame  # digests of frames don't say where they begin
             tracks = digest_array(table.to_numpy(np.int64))
         detections = [(name, find_detections(data, name)) for name in data.detection_folders]
         found = tuple((name, folder) for name, folder in detections if folder is not None)
@@ -107,7 +118,7 @@ class Inputs:
             "tracks": None if self.tracks is None else self.tracks.hex(),
             "frames": None if self.frames is None else self._digest(self.frames),
             "detections": detections,
-            "options": given,
+            "options": json.loads(canonical_json(given)),  # NumPy's numbers are numbers, too
         }
 
     def _digests(self, masks: Path) -> list[JSON]:

@@ -28,7 +28,7 @@ from trackastra.data import data as _ctc
 
 from ..cache import FeatureCache
 from ..engine.commit import versions
-from ..errors import MissingRecordError, MovieError, MovieNotFoundError
+from ..errors import MissingRecordError, MovieError, MovieNotFoundError, NoMasksError
 from ..hashing import (
     DIGEST_BYTES,
     JSON,
@@ -42,6 +42,7 @@ from ..store import NewRecord, Space, record_sources
 from ..train_options import ARCHITECTURE, data_options
 from .ctc_options import check_options
 from .lazy_arrays import Stack, order_tracks
+from .model_features import find_model
 from .start_inputs import Inputs, find_detections
 from .start_tables import Arrays, Detections, from_record, to_record
 
@@ -96,7 +97,8 @@ def load_ctc(
     """
     if not isinstance(root, str | os.PathLike):
         raise TypeError(f"root is a {type(root).__name__}: expected one movie's folder")
-    if not Path(root).expanduser().is_dir():
+    root = Path(root).expanduser()
+    if not root.is_dir():
         raise MovieNotFoundError(f"no movie at {root}: no such folder")
     return _load_data(root, _open(cache), options, build=True)
 
@@ -148,7 +150,7 @@ def warm_starts(training: Namespace, cache: FeatureCache | str | os.PathLike[str
     """
     cache, window = _open(cache), training.window
     if window is None and training.model is not None:
-        window = yaml.safe_load((Path(training.model) / "config.yaml").read_text())["window"]
+        window = yaml.safe_load((find_model(training.model) / "config.yaml").read_text())["window"]
     options = {**data_options(training), "window_size": window or ARCHITECTURE["window"][1]}
     roots = dict.fromkeys([*training.input_train, *training.input_val])
     space = cache.space(start_spec())
@@ -216,6 +218,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         self._own_cache, self._own_options, self._own_build = cache, dict(options), build
         self._own_detections: list[Detections] = []
         self._own_n_divs: list[int] | None = None
+        self._own_tracks: pd.DataFrame | None = None
         super().__init__(root=os.fspath(root), **options)
 
     def _load(self) -> list[dict[str, Any]]:
@@ -226,6 +229,8 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
 
     def _start(self, build: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Take the tables from the cache, or have them built there; give the windows."""
+        if self.gt_mask_folder is None:
+            raise NoMasksError(f"{self.root} has no masks {self.detection_folders[0]!r}")
         names = list(self.gt_mask_folder.glob("*.tif"))
         self.start_frame, self.end_frame = (int(len(names) * part) for part in self.slice_pct)
         if names and self.start_frame == self.end_frame:
@@ -234,6 +239,10 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
                 f"{self.slice_pct}: take a larger part"
             )
         self._own_inputs = Inputs.of(self)
+        counts = {place: len(one.digests) for place, one in self._own_inputs.hashed.items()}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{count} in {place}" for place, count in counts.items())
+            raise MovieError(f"{self.root} has images {found}: expected as many of each")
         cache, spec = self._own_cache, start_spec()
         key = digest_json([spec.digest.hex(), self._own_inputs.to_json(self._own_options)])
         space, keys = cache.space(spec), np.frombuffer(key, np.uint8).reshape(1, DIGEST_BYTES)
@@ -340,6 +349,18 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         return {"movie": str(self.root), "origin": "training data", "draw": [], **own}
 
     # What upstream's code calls
+
+    def _load_tracklet_links(self, folder: Path) -> pd.DataFrame:
+        # once: what upstream reads must be what the key stands for
+        if self._own_tracks is None:
+            try:
+                self._own_tracks = super()._load_tracklet_links(folder)
+            except ValueError as error:
+                raise MovieError(
+                    f"{folder / 'man_track.txt'} can't be read: {error}; expected label, first and "
+                    "last frame, and parent in each line"
+                ) from error
+        return self._own_tracks.copy()
 
     def _load_tiffs(self, folder: Path, dtype: Any = None) -> NDArray[Any]:
         images: NDArray[Any] = super()._load_tiffs(folder, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .model_features import find_model
 from .patching import replaced
 
 MODES = ("greedy", "greedy_nodiv", "ilp")
+DEVICES = ("cuda", "mps", "cpu")
 
 
 def track_movie(
@@ -62,12 +64,17 @@ def track_movie(
         ``tracks`` and ``cells``, how many; ``scores``, as `score_tracks`, where the movie's masks
         are tracked ones, or else empty.
 
+    Warns
+    -----
+    UserWarning
+        The movie's own tracks can't be compared with: they have no links, or don't fit its masks.
+
     Raises
     ------
     NoMasksError
         The movie has no masks.
     UnknownNameError
-        No such mode.
+        No such mode or device.
     BackboneError
         No such model, or its features are not to be had: as `cached_inference`.
     MovieError
@@ -81,6 +88,8 @@ def track_movie(
         raise MovieError(f"{movie.name} has {len(movie)} frame: expected 2 or more, to link cells")
     if mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
+    if device is not None and device not in DEVICES:
+        raise UnknownNameError("device", device, DEVICES)
     check_result(folder, len(movie))
     place = find_model(model, "train_config.yaml")
     frames, masks = (
@@ -102,10 +111,10 @@ def _score(movie: Movie, folder: Path) -> dict[str, float]:
     """Compare with the tracks that stand beside the movie's masks, where there are any."""
     truth, source = movie.detection_folder, movie.source
     whole = source is not None and source.is_whole and source.downscale_spatial == 1
-    if truth is None or not whole:
+    if truth is None or not whole or not (truth / "man_track.txt").is_file():
         return {}
     try:
-        movie.tracks  # noqa: B018 - whether there are any
-    except MovieError:
+        return score_tracks(truth, folder)
+    except (MovieError, ValueError) as error:  # the result is written, whatever the truth is worth
+        warnings.warn(f"the tracks are not compared with those of {truth}: {error}", stacklevel=2)
         return {}
-    return score_tracks(truth, folder)

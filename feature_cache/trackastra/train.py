@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import tifffile
@@ -33,7 +34,6 @@ from ..outputs import check_folder
 from ..spec import SpaceSpec
 from ..train_options import (
     ARCHITECTURE,
-    IGNORED,
     PRETRAINED,
     PRETRAINED_ARCHITECTURE,
     check_training,
@@ -47,6 +47,7 @@ from .datamodule import CachedDataModule
 from .lazy_arrays import count_masks
 from .model_features import ModelFeatures, check_resumed, find_model
 from .patching import replaced
+from .seeds import mix_seeds
 from .training import BestModel, TrackingModule, make_model
 
 
@@ -55,8 +56,8 @@ def parse_options(
 ) -> argparse.Namespace:
     """Read the options; end with what is wrong, say what is ignored."""
     options = parse_training(sys.argv[1:] if words is None else words, prog=prog)
-    for name in options.ignored:
-        print(f"ignored: {name}" + f" ({IGNORED[name]})" * bool(IGNORED[name]), file=sys.stderr)
+    for name, why in options.ignored.items():
+        print(f"ignored: {name}" + f" ({why})" * bool(why), file=sys.stderr)
     try:
         check_training(options)
     except ValueError as error:
@@ -66,7 +67,7 @@ def parse_options(
 
 
 PLAIN_WIDTHS = {
-    2: {"none": 0, "wrfeat": 7, "regionprops": 7, "regionprops2": 6, "patch": 256,
+    2: {"none": 0, "wrfeat": 7, "regionprops": 7, "regionprops2": 6,
         "patch_regionprops": 261},
     3: {"none": 0, "wrfeat": 12, "regionprops2": 11, "patch_regionprops": 264},
 }  # fmt: skip
@@ -120,7 +121,8 @@ def name_features(options: argparse.Namespace, backbone: Any) -> ModelFeatures |
 def compare_start(options: argparse.Namespace, features: ModelFeatures | None) -> None:
     """Say where fine-tuning goes on from a model of other features."""
     try:
-        before = None if options.model is None else ModelFeatures.of_folder(Path(options.model))
+        folder = None if options.model is None else Path(options.model).expanduser()
+        before = None if folder is None else ModelFeatures.of_folder(folder)
         unlike = before.unlike(features) if before is not None and features is not None else []
     except BackboneError as error:
         unlike = [str(error)]
@@ -163,6 +165,17 @@ def make_data(options: argparse.Namespace, backbone: Any, window: int) -> Cached
         warm=options.warm and backbone is not None,
         seed=options.seed,
     )
+
+
+class SeedEpochs(Callback):
+    """Makes what a model draws a function of seed, epoch and rank: the same after a resume."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed torch's generators."""
+        torch.manual_seed(mix_seeds("epoch", self.seed, trainer.current_epoch, trainer.global_rank))
 
 
 class CheckMovies(Callback):
@@ -215,7 +228,7 @@ def make_trainer(options: argparse.Namespace, folder: Path, train_args: dict[str
     }
     kind = "none" if options.dry else options.logger
     patience = options.epochs // 6 if options.patience is None else options.patience
-    callbacks: list[Callback] = [CheckMovies()]
+    callbacks: list[Callback] = [CheckMovies(), SeedEpochs(options.seed)]
     if not options.dry:
         checkpoints = ModelCheckpoint(folder / "checkpoints", monitor="val_loss", save_last=True)
         callbacks += [BestModel(folder, train_args), checkpoints]
@@ -289,6 +302,7 @@ def train(options: argparse.Namespace) -> str:
         feature_dropout=options.feature_dropout,
     )
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    done = 0 if checkpoint is None else count_epochs(checkpoint, module)
     data = make_data(options, backbone, model.config["window"])
     read = partial(read_image, options=ReadOptions(labels=True))
     with replaced(tifffile, "imread", read):  # upstream's names no file that is damaged
@@ -296,34 +310,64 @@ def train(options: argparse.Namespace) -> str:
             data.setup("fit")
             check_movies(data)
             return f"all is well: {len(data.datasets['train'])} windows to train on"
+        if done >= options.epochs:
+            kept = _describe_kept(options, folder)
+            return f"nothing to do: {done} of {options.epochs} epochs are done; {kept}"
         trainer = make_trainer(options, folder, {**plain, **model.config})
         if checkpoint is not None:
             print(f"going on from {checkpoint}")
-        started = _steps_of(checkpoint)
-        interrupted = False
-        try:
-            trainer.fit(module, data, ckpt_path=checkpoint)
-        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
-            interrupted = True
-    kept = _describe_kept(options, folder)
-    if interrupted:
-        if trainer.is_global_zero:
-            print(
-                f"interrupted in epoch {trainer.current_epoch}, after {trainer.global_step} steps; "
-                f"kept: {kept}",
-                file=sys.stderr,
-            )
+        finished = _fit(trainer, module, data, checkpoint)
+    # the other ranks need not know the folder, whose name may have a time
+    return _end(trainer, options, folder, finished) if trainer.is_global_zero else ""
+
+
+def _fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None) -> bool:
+    """Train; tell whether it came to an end."""
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
+        if not trainer.is_global_zero:
+            sys.exit(130)
+        return False
+    return True
+
+
+def _end(trainer: Trainer, options: argparse.Namespace, folder: Path, finished: bool) -> str:
+    """Say what a training left; FloatingPointError where that is no model."""
+    kept, epochs = _describe_kept(options, folder), trainer.current_epoch
+    if not finished:
+        done = f"interrupted in epoch {epochs}, after {trainer.global_step} steps"
+        print(f"{done}; kept: {kept}", file=sys.stderr)
         sys.exit(130)
-    said = _describe_end(trainer, options, kept, started)
     if not options.dry and not (folder / "model.pt").exists():
         raise FloatingPointError(kept)
-    return said if trainer.is_global_zero else ""
+    if epochs < options.epochs:
+        why = "the validation loss got no better, or is no number (--patience)"
+        return f"{kept}; ended after {epochs} of {options.epochs} epochs, as {why}"
+    return kept
 
 
-def _steps_of(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])
+def count_epochs(file: Path, module: LightningModule) -> int:
+    """Count the epochs of a checkpoint; ValueError where `module` can't go on from there."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=False)
+        epochs, weights = int(state["epoch"]) + 1, state["state_dict"]
+    except (OSError, EOFError, RuntimeError, LookupError, UnpicklingError) as error:
+        raise ValueError(
+            f"can't go on from {file}: it is damaged ({type(error).__name__}); take another "
+            "--name, or remove it to begin anew"
+        ) from error
+    before, now = (
+        {k: tuple(v.shape) for k, v in d.items()} for d in (weights, module.state_dict())
+    )
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"can't go on from {file}: its model has {name} {before.get(name)}, and these "
+                f"options make {now.get(name)}; pass those of its train_config.yaml, or another "
+                "--name"
+            )
+    return epochs
 
 
 def _describe_kept(options: argparse.Namespace, folder: Path) -> str:
@@ -334,18 +378,6 @@ def _describe_kept(options: argparse.Namespace, folder: Path) -> str:
     if not (folder / "model.pt").exists():
         return f"no model, as no epoch has a validation loss that is a number{goes_on}"
     return f"model: {folder}"
-
-
-def _describe_end(trainer: Trainer, options: argparse.Namespace, kept: str, started: int) -> str:
-    """Say what a training left; ValueError where it made no step."""
-    if trainer.global_step > started:
-        return kept
-    if trainer.current_epoch >= options.epochs and started:
-        return f"nothing to do: {options.epochs} epochs are done; {kept}"
-    raise ValueError(
-        f"no step was made: --train_samples {options.train_samples} and --batch_size "
-        f"{options.batch_size} give no batch; pass more samples, or smaller batches"
-    )
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
