@@ -317,12 +317,13 @@ def test_stacks_of_any_depth(tmp_path, cache, depth):
 
 
 def test_a_window_of_which_no_token_may_stay_is_an_error(small_folder, cache):
-    data = wrap(load(small_folder(), max_tokens=5), cache, FakeBackbone())
+    plain = load(small_folder(), max_tokens=5)
     says = r"max_tokens is 5, and a frame of window 1 has 5 cells: expected more tokens"
-    with pytest.raises(ValueError, match=says):
-        data[1]
-    with pytest.raises(IndexError):
-        data[len(data)]
+    for data in (wrap(plain, cache, FakeBackbone()), PlacedCTCData(plain)):
+        with pytest.raises(ValueError, match=says):
+            data[1]
+        with pytest.raises(IndexError):
+            data[len(data)]
     assert len(wrap(load(small_folder(), max_tokens=6), cache, FakeBackbone())[1]["labels"]) == 5
 
 

@@ -99,10 +99,27 @@ class PlacedCTCData(_ctc.CTCData):  # type: ignore[misc]
         self.randomness = Randomness(self)
 
     def __getitem__(self, n: int, return_dense: bool | None = None) -> dict[str, Any]:
-        """Give window `n` as `CTCData` does; cropped and augmented as its place says."""
-        with self.randomness.of(n):
-            sample: dict[str, Any] = super().__getitem__(n, return_dense)
+        """Give window `n` as `CTCData` does; cropped and augmented as its place says.
+
+        ValueError where ``max_tokens`` leaves nothing of it.
+        """
+        try:
+            with self.randomness.of(n):
+                sample: dict[str, Any] = super().__getitem__(n, return_dense)
+        except IndexError as error:
+            self._check_tokens(n, error)
+            raise
         return sample
+
+    def _check_tokens(self, n: int, error: IndexError) -> None:
+        """Raise where that came of clipping a window whose first frame alone is too much."""
+        times = self.windows[n]["timepoints"]
+        first = int((times == times[:1]).sum())
+        if self.max_tokens and first >= self.max_tokens:
+            raise ValueError(
+                f"{self.root}: max_tokens is {self.max_tokens}, and a frame of window {n} has "
+                f"{first} cells: expected more tokens than a frame has cells; raise max_tokens"
+            ) from error
 
     def fix_samples(self, seed: int) -> None:
         """Make each sample a function of its index: its crop, and what upstream augments."""
@@ -144,26 +161,12 @@ class CachedCTCData(PlacedCTCData):
 
     def window(self, n: int, return_dense: bool | None = None) -> _Window:
         """Give window `n` of its copy, with neither features nor the copy's geometry yet."""
-        try:
-            sample = super().__getitem__(n, return_dense)
-        except IndexError as error:
-            self._check_tokens(n, error)
-            raise
+        sample = super().__getitem__(n, return_dense)
         if self.additional_props is None:
             sample["features"] = sample["features"][:, :0]
         extras = self.feature_cache_extras
         copy = extras.tokens.choose(n, extras.before)
         return _Window(extras, extras.movie_of[n], copy, sample)
-
-    def _check_tokens(self, n: int, error: IndexError) -> None:
-        """Raise where that came of clipping a window whose first frame alone is too much."""
-        times = self.windows[n]["timepoints"]
-        first = int((times == times[:1]).sum())
-        if self.max_tokens and first >= self.max_tokens:
-            raise ValueError(
-                f"{self.root}: max_tokens is {self.max_tokens}, and a frame of window {n} has "
-                f"{first} cells: expected more tokens than a frame has cells; raise max_tokens"
-            ) from error
 
     def set_epoch(self, epoch: int) -> None:
         """Choose other copies, as `feature_cache.dataset.Copies.set_epoch`."""
