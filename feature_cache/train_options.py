@@ -15,6 +15,7 @@ from .augment.policy import PRESETS
 from .errors import MovieError, UnknownNameError
 from .movies.text import read_text, read_yaml
 from .pooling import POOLINGS
+from .system import count_cores
 
 PROPS = ("regionprops_small", "regionprops", "regionprops2")
 AUGMENTED = "pretrained_feats_aug"
@@ -185,6 +186,7 @@ def parse_training(words: Sequence[str], *, prog: str | None = None) -> argparse
         The configuration can't be read.
     """
     parser = make_parser(prog)
+    words = [_underscored(one) if one.startswith("--") else one for one in words]
     if words and not words[0].startswith("-"):
         words = ["-c", *words]
     options, file = argparse.Namespace(), _find_file(words)
@@ -198,14 +200,26 @@ def parse_training(words: Sequence[str], *, prog: str | None = None) -> argparse
     if unknown:
         parser.check_names("option", [unknown[0].split("=")[0].lstrip("-")])
         parser.error(f"{unknown[0]!r} belongs to no option")
+    if options.features not in PRETRAINED and options.pretrained_feats_model is not None:
+        why = f"features: {options.features}, has none; {AUGMENTED} or {PRETRAINED[0]} have"
+        options.ignored = {**options.ignored, "pretrained_feats_model": why}
     return options
+
+
+def _underscored(word: str) -> str:
+    """Give an option by its name here: other commands have hyphens in theirs."""
+    name, sign, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{sign}{value}"
 
 
 def check_training(options: argparse.Namespace) -> None:
     """Find what a training can't begin with; ValueError says what."""
     for name in ("input_train", "input_val"):
         if not getattr(options, name):
-            raise ValueError(f"no movies in --{name}: name at least one")
+            raise ValueError(
+                f"no movies in {name}: name at least one, in the configuration ({name}: [data/01]) "
+                f"or as --{name} data/01"
+            )
     paths = dict.fromkeys(map(Path, options.input_train + options.input_val))
     files = [str(path) for path in paths if path.is_file()]
     if files:
@@ -282,6 +296,11 @@ def _find_file(words: Sequence[str]) -> Path | None:
 
 
 def _read_training(file: Path) -> dict[str, Any]:
+    if file.is_dir():
+        raise MovieError(
+            f"{file} is a folder: expected a configuration in YAML, which names movies "
+            "(input_train, input_val)"
+        )
     plain = read_yaml(file)
     if not isinstance(plain, dict):
         raise MovieError(f"{file} is no configuration of a training: expected names and values")
@@ -400,7 +419,9 @@ def make_parser(prog: str | None) -> _Parser:
     how.add_argument(
         "--patience", **_NUMBER, help="epochs without a better one; a sixth of all; 0: any"
     )
-    how.add_argument("--num_workers", **_NUMBER, default=4)
+    how.add_argument(
+        "--num_workers", **_NUMBER, default=min(4, count_cores()), help="that load samples"
+    )
     how.add_argument("--device", **_one_of(("cuda", "cpu")), default="cuda", help="if there is one")
     how.add_argument("--distributed", type=_boolean, default=False, help="all GPUs of this host")
     how.add_argument("--mixedp", type=_boolean, default=True, help="float16 on a GPU")

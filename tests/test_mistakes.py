@@ -514,6 +514,26 @@ MISTAKES = [
         needs="trackastra_pretrained_feats",
     ),
     Mistake(
+        "a training to warm that is not there",
+        "warm train.yml --cache cache",
+        "error: no such file: train.yml",
+    ),
+    Mistake(
+        "a movie in place of a training",
+        "train movie/01",
+        "error: movie/01 is a folder: expected a configuration in YAML, which names movies "
+        "(input_train, input_val)",
+        needs="trackastra_pretrained_feats",
+    ),
+    Mistake(
+        "a training without movies",
+        "train train.yaml --train-samples 9",
+        "error: no movies in input_train: name at least one, in the configuration (input_train: "
+        "[data/01]) or as --input_train data/01",
+        write("train.yaml", "input_val: [movie/01]\n"),
+        needs="trackastra_pretrained_feats",
+    ),
+    Mistake(
         "a model that is not there",
         "track movie/01 --cache cache --model runs/hela",
         "error: no model at runs/hela: expected the folder of a training, such as runs/hela, or "

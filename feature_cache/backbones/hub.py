@@ -73,7 +73,8 @@ def _download(repo: str, filename: str, revision: str | None) -> Path:
             f"hf auth login && hf download {repo} {filename}; or pass weights=<path of a "
             "checkpoint> (--weights)"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        # RuntimeError: the hub's client tries once more after it was closed
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise BackboneError(
             f"can't get {filename} of {repo} on the hub: {type(error).__name__}, {first}; "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import FeatureCacheError
+from ..errors import FeatureCacheError, MovieNotFoundError
 from ..outputs import check_file, write_file
 from .movies import MOVIES, find_movies, pairs_text
 from .options import (
@@ -173,6 +173,8 @@ def warm(
 
     check_file(report)
     training = find_training(movies)
+    if training is None and (lost := [one for one in movies if _is_lost(one)]):
+        raise MovieNotFoundError(f"no such file: {lost[0]}")
     if training is not None:
         said = _said_by(training, backbone if from_grids else "")
         for name in said:
@@ -252,6 +254,11 @@ def _build_training(training: Namespace, root: Path, plan: bool) -> None:
 
     count = warm_starts(training, root)
     typer.echo(f"training data of {count_text(count, 'movie')} built", err=True)
+
+
+def _is_lost(word: str) -> bool:
+    file = Path(word).expanduser()
+    return file.suffix.lower() in (".yaml", ".yml") and not file.exists()
 
 
 @dataclass(frozen=True)

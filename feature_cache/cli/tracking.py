@@ -33,7 +33,7 @@ def train(context: typer.Context) -> None:
 
 
 def track(
-    movie: Annotated[str, typer.Argument(metavar="MOVIE", help="A folder of frames.")],
+    movie: Annotated[str, typer.Argument(metavar="MOVIE", help="A folder, or a stack.")],
     cache: CacheOption,
     model: Annotated[str, typer.Option(help="A model's folder, or one of Trackastra's by name.")],
     output: Annotated[
@@ -71,6 +71,8 @@ def track(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    typer.echo(f"{found['tracks']:,} tracks of {found['cells']:,} cells: {folder}")
+    left = found["unlinked"]
+    rest = f"; {left:,} cells have no link, and are left out (--threshold)" if left else ""
+    typer.echo(f"{found['tracks']:,} tracks of {found['cells']:,} cells: {folder}{rest}")
     if found["scores"]:
         print_table([{k: f"{v:.4g}" for k, v in found["scores"].items()}], False)

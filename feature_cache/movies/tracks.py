@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -55,15 +55,33 @@ def write_movie(
     frames, masks : arrays (T, H, W) or (T, Z, H, W), or as many images
         A label is the same cell over time.
     tracks : (N, 4) int64
+
+    Raises
+    ------
+    MovieError
+        Other numbers of frames and masks; or there are images of another movie. Nothing is written.
     """
     root = Path(root)
     truth = root.with_name(f"{root.name}_GT") / "TRA"
-    for folder in (root, truth):
+    frames, masks = (one if isinstance(one, Sized) else list(one) for one in (frames, masks))
+    if len(frames) != len(masks):
+        raise MovieError(f"{len(frames)} frames and {len(masks)} masks: expected as many masks")
+    names = {root: "t{:03d}.tif", truth: "man_track{:03d}.tif"}
+    for folder, name in names.items():
+        own = {name.format(t) for t in range(len(frames))}
+        others = sorted({*folder.glob("*.tif")} - {folder / one for one in own})
+        if others:
+            raise MovieError(
+                f"{folder} holds {len(others)} other images, first {others[0].name}, which would "
+                f"belong to this movie of {len(frames)} frames: remove them, or choose another "
+                "folder"
+            )
+    for folder in names:
         folder.mkdir(parents=True, exist_ok=True)
     for t, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
-        _write_tiff(root / f"t{t:03d}.tif", frame)
+        _write_tiff(root / names[root].format(t), frame)
         labels = np.asarray(mask, np.uint16 if np.max(mask) < 1 << 16 else np.int32)
-        _write_tiff(truth / f"man_track{t:03d}.tif", labels)
+        _write_tiff(truth / names[truth].format(t), labels)
     np.savetxt(truth / "man_track.txt", tracks, fmt="%d")
 
 

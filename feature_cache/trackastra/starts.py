@@ -99,6 +99,11 @@ def load_ctc(
         raise TypeError(f"root is a {type(root).__name__}: expected one movie's folder")
     root = Path(root).expanduser()
     if not root.is_dir():
+        if root.is_file():
+            raise MovieNotFoundError(
+                f"{root} is a file: Trackastra's data are folders of one TIFF a timepoint, with "
+                "tracks; feature_cache.movies.write_movie writes such a folder"
+            )
         raise MovieNotFoundError(f"no movie at {root}: no such folder")
     return _load_data(root, _open(cache), options, build=True)
 

@@ -61,8 +61,8 @@ def track_movie(
     Returns
     -------
     dict
-        ``tracks`` and ``cells``, how many; ``scores``, as `score_tracks`, where the movie's masks
-        are tracked ones, or else empty.
+        ``tracks`` and ``cells``, how many; ``unlinked``, how many cells are in none of them;
+        ``scores``, as `score_tracks`, where the movie's masks are tracked ones, or else empty.
 
     Warns
     -----
@@ -104,7 +104,13 @@ def track_movie(
     shutil.rmtree(geff, ignore_errors=True)
     write_to_geff(graph, masks, outdir=geff)
     tracks = sum(line.strip() != "" for line in (folder / "man_track.txt").open())
-    return {"tracks": tracks, "cells": len(graph), "scores": _score(movie, folder)}
+    every = sum(len(np.unique(mask[mask > 0])) for mask in masks)
+    return {
+        "tracks": tracks,
+        "cells": len(graph),
+        "unlinked": every - len(graph),
+        "scores": _score(movie, folder),
+    }
 
 
 def _score(movie: Movie, folder: Path) -> dict[str, float]:

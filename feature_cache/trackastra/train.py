@@ -106,6 +106,22 @@ def choose_model(options: argparse.Namespace, width: int, props: str | None) -> 
     return model
 
 
+def check_architecture(folder: Path, model: Any) -> None:
+    """Raise ValueError where a folder holds a model of another architecture."""
+    file = folder / "config.yaml"
+    before = yaml.safe_load(file.read_text()) if file.exists() else {}
+    unlike = [
+        f"{name} {before[name]}, asked {model.config[name]}"
+        for name in {**ARCHITECTURE, **PRETRAINED_ARCHITECTURE}
+        if name in before and before[name] != model.config.get(name)
+    ]
+    if unlike:
+        raise ValueError(
+            f"{folder} holds a model of another architecture: it has {'; '.join(unlike)}; pass the "
+            "same, or another --name"
+        )
+
+
 def name_features(options: argparse.Namespace, backbone: Any) -> ModelFeatures | None:
     """Name the features of this training in full."""
     if backbone is None:
@@ -130,7 +146,9 @@ def compare_start(options: argparse.Namespace, features: ModelFeatures | None) -
         print(f"{options.model} was trained on other features: {line}", file=sys.stderr)
 
 
-def make_data(options: argparse.Namespace, backbone: Any, window: int) -> CachedDataModule:
+def make_data(
+    options: argparse.Namespace, cache: FeatureCache | None, backbone: Any, window: int
+) -> CachedDataModule:
     """Make the data module; without a backbone, of Trackastra's own features alone."""
     copies = copies_of(vars(options))
     return CachedDataModule(
@@ -154,7 +172,7 @@ def make_data(options: argparse.Namespace, backbone: Any, window: int) -> Cached
             "pin_memory": on_gpu(options),
             "collate_fn": collate_sequence_padding if backbone is None else collate,
         },
-        cache=None if options.cache is None else FeatureCache(options.cache),
+        cache=cache,
         backbone=backbone,
         pooling=options.pretrained_feats_mode,
         augmentations=Augmentations(options.policy, copies=copies, seed=options.seed)
@@ -290,6 +308,7 @@ def train(options: argparse.Namespace) -> str:
     features = name_features(options, backbone)
     check_resumed(folder, features)
     model = choose_model(options, backbone.spec.width if backbone else 0, props)
+    check_architecture(folder, model)
     compare_start(options, features)
     module = TrackingModule(
         model,
@@ -302,8 +321,9 @@ def train(options: argparse.Namespace) -> str:
         feature_dropout=options.feature_dropout,
     )
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    done = 0 if checkpoint is None else count_epochs(checkpoint, module)
-    data = make_data(options, backbone, model.config["window"])
+    done = 0 if checkpoint is None else count_epochs(checkpoint)
+    cache = None if options.cache is None else FeatureCache(options.cache)
+    data = make_data(options, cache, backbone, model.config["window"])
     read = partial(read_image, options=ReadOptions(labels=True))
     with replaced(tifffile, "imread", read):  # upstream's names no file that is damaged
         if options.only_prechecks:
@@ -317,6 +337,8 @@ def train(options: argparse.Namespace) -> str:
         if checkpoint is not None:
             print(f"going on from {checkpoint}")
         finished = _fit(trainer, module, data, checkpoint)
+    if cache is not None and backbone is not None and trainer.is_global_zero:
+        print(f"features computed here: {cache.counter.total.computed:,} records")
     # the other ranks need not know the folder, whose name may have a time
     return _end(trainer, options, folder, finished) if trainer.is_global_zero else ""
 
@@ -325,7 +347,10 @@ def _fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path 
     """Train; tell whether it came to an end."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the one of the other
+    except (KeyboardInterrupt, SystemExit, RuntimeError) as error:
+        # Lightning makes SystemExit of signals; torch RuntimeError, where workers got them too
+        if isinstance(error, RuntimeError) and not trainer.received_sigterm:
+            raise
         if not trainer.is_global_zero:
             sys.exit(130)
         return False
@@ -347,27 +372,15 @@ def _end(trainer: Trainer, options: argparse.Namespace, folder: Path, finished: 
     return kept
 
 
-def count_epochs(file: Path, module: LightningModule) -> int:
-    """Count the epochs of a checkpoint; ValueError where `module` can't go on from there."""
+def count_epochs(file: Path) -> int:
+    """Count the epochs of a checkpoint; ValueError where it is damaged."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=False)
-        epochs, weights = int(state["epoch"]) + 1, state["state_dict"]
+        return int(torch.load(file, map_location="cpu", weights_only=False)["epoch"]) + 1
     except (OSError, EOFError, RuntimeError, LookupError, UnpicklingError) as error:
         raise ValueError(
             f"can't go on from {file}: it is damaged ({type(error).__name__}); take another "
             "--name, or remove it to begin anew"
         ) from error
-    before, now = (
-        {k: tuple(v.shape) for k, v in d.items()} for d in (weights, module.state_dict())
-    )
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"can't go on from {file}: its model has {name} {before.get(name)}, and these "
-                f"options make {now.get(name)}; pass those of its train_config.yaml, or another "
-                "--name"
-            )
-    return epochs
 
 
 def _describe_kept(options: argparse.Namespace, folder: Path) -> str:

@@ -42,19 +42,20 @@ def test_looks_in_the_local_cache_then_asks_the_hub(calls, monkeypatch, caplog):
     )
 
 
-def test_what_the_hub_says_is_told(monkeypatch):
+@pytest.mark.parametrize("error", [PermissionError, RuntimeError])
+def test_what_the_hub_says_is_told(monkeypatch, error):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(repo, filename, revision=None, local_files_only=False):
         if local_files_only:
             raise LocalEntryNotFoundError("not here")
-        raise PermissionError("the disk says no.\nand more lines")
+        raise error("the disk says no.\nand more lines")
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     with pytest.raises(BackboneError) as caught:
         hub_file("facebook/x", "x.pt")
     assert str(caught.value) == (
-        "can't get x.pt of facebook/x on the hub: PermissionError, the disk says no; "
+        f"can't get x.pt of facebook/x on the hub: {error.__name__}, the disk says no; "
         "pass weights=<path of a checkpoint> or weights='random:<seed>'"
     )
 

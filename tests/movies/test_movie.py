@@ -419,6 +419,19 @@ def test_labels_that_are_cells_over_time_are_tracks(tmp_path):
         assert np.array_equal(written.masks[t], masks[t])
 
 
+def test_a_movie_is_written_whole_or_not_at_all(tmp_path):
+    frames, masks, tracks = make_movie(5)
+    with pytest.raises(MovieError, match="5 frames and 4 masks: expected as many masks"):
+        write_movie(tmp_path / "01", iter(frames), masks[:4], tracks)
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):  # over itself, too
+        write_movie(tmp_path / "01", frames, masks, tracks)
+    says = r"01 holds 2 other images, first t003.tif, which would belong to this movie of 3 frames"
+    with pytest.raises(MovieError, match=says):
+        write_movie(tmp_path / "01", frames[:3], masks[:3], tracks)
+    assert len(Movie.open(tmp_path / "01")) == 5
+
+
 def test_no_labels_are_no_tracks():
     assert tracks_of_labels([np.zeros((4, 4), int)]).shape == (0, 4)
 
