@@ -107,11 +107,11 @@ def nothing_left() -> Iterator[None]:
     """Check that no socket and no thread of ours is there afterwards."""
     import threading
 
-    gc.collect()
+    if sockets():  # a collection takes a good part of a second
+        gc.collect()
     close_all()  # what earlier tests left
     before = {*sockets()}  # of a process that was killed as it made one
     yield
-    gc.collect()
 
     def ours() -> list[str]:
         names = [thread.name for thread in threading.enumerate()]
@@ -119,7 +119,8 @@ def nothing_left() -> Iterator[None]:
         return [n for n in names if n.startswith("feature_cache") and n not in beats]
 
     def closed() -> bool:
-        gc.collect()  # an error may have the dataset in its traceback
+        if {*sockets()} - before:
+            gc.collect()  # an error may have the dataset in its traceback
         return not {*sockets()} - before
 
     left = not wait_until(closed), sockets(), list(process_engines._hosts)

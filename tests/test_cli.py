@@ -465,6 +465,7 @@ def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatc
     assert "efficientnet-lite0" in run("ls")[1]
 
 
+@pytest.mark.slow
 def test_a_closed_stderr_stops_nothing(tmp_path, small_folder):
     command = Path(sys.executable).with_name("feature-cache")
     words = f"{command} warm {small_folder()} --cache cache --backbone debug/random --json 2>&-"

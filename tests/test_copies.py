@@ -227,7 +227,12 @@ def copied(cache, small):
 class TestWhichCopy:
     @pytest.mark.parametrize(
         ("workers", "method", "persistent"),
-        [(0, None, False), (1, "fork", True), (2, "fork", False), (2, "spawn", True)],
+        [
+            (0, None, False),
+            (1, "fork", True),
+            (2, "fork", False),
+            pytest.param(2, "spawn", True, marks=pytest.mark.slow),
+        ],
     )
     def test_is_what_the_seed_says(self, copied, workers, method, persistent):
         loader = DataLoader(

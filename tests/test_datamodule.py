@@ -230,6 +230,7 @@ def test_killed_and_resumed_it_sees_the_same_copies(movies, records, tmp_path):
     assert not damage(broken / "cache")
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_of_a_cold_cache(movies, records, tmp_path):
     done = run(folder=movies, out=str(tmp_path), devices=2, distributed=True, epochs=2, workers=1)
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,9 @@ def loaded_after(statement: str) -> set[str]:
         ("import feature_cache.store", {"torch", "timm", "trackastra"}),
         ("import feature_cache.augment", {"torch", "zarr"}),
         ("import feature_cache.backbones", {"torch", "zarr", "timm"}),
-        ("import feature_cache.backbones.efficientnet", {"zarr", "timm"}),
+        pytest.param(
+            "import feature_cache.backbones.efficientnet", {"zarr", "timm"}, marks=pytest.mark.slow
+        ),
         ("import feature_cache.normalize", {"torch", "zarr"}),
         ("import feature_cache.cache, feature_cache.engine", {"timm", "trackastra"}),
         ("import feature_cache.cli", {"torch", "zarr", "jinja2", "imagecodecs"}),
@@ -60,7 +62,9 @@ def loaded_after(statement: str) -> set[str]:
         ),
         (f"{EXAMINE}_backbone as look, list_backbones; [*map(look, list_backbones())]", HEAVY),
         (f"{EXAMINE}_job as look; look('', ('trackastra', 'bench', 'remote'))", HEAVY),
-        ("import feature_cache.report", {"jinja2", "timm", "trackastra"}),
+        pytest.param(
+            "import feature_cache.report", {"jinja2", "timm", "trackastra"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_importing_is_light(statement, absent):

@@ -294,6 +294,7 @@ def test_the_version(run):
     assert out.startswith("feature-cache 0.")
 
 
+@pytest.mark.slow
 def test_a_terminated_warm_keeps_what_it_computed(tmp_path, small_folder):
     root = small_folder(frames=400)
     command = [sys.executable, "-m", "feature_cache.cli", "warm", str(root), "--cache", "cache"]

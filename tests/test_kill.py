@@ -165,7 +165,13 @@ def complete(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(KILLS // 2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pooling", ["mean_patches_exact", None], ids=["regions", "grids"])
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        pytest.param("mean_patches_exact", id="regions"),
+        pytest.param(None, id="grids", marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_committed_stays_and_nothing_else_is_seen(
     tmp_path: Path, pooling: str | None, kills: int
 ) -> None:

@@ -84,6 +84,7 @@ get_ipython().run_cell("print('rows', len(dataset[0]['labels']))", store_history
 """
 
 
+@pytest.mark.slow
 def test_ipython_in_a_terminal_is_left_at_once(tmp_path: Path) -> None:
     names = {"tests": str(Path(__file__).parent), "cache": str(tmp_path / "cache")}
     (tmp_path / "script.py").write_text(SCRIPT.format(**names))

@@ -53,7 +53,7 @@ def lines(log: Path) -> list[str]:
     ("unit", "kill"),
     [
         pytest.param(8, True, id="small commits, one is killed"),
-        pytest.param(10_000, False, id="one commit, all live"),
+        pytest.param(10_000, False, id="one commit, all live", marks=pytest.mark.slow),
         pytest.param(8, False, id="small commits, all live", marks=pytest.mark.slow),
         pytest.param(10_000, True, id="one commit, one is killed", marks=pytest.mark.slow),
     ],
@@ -158,7 +158,13 @@ def live(root: Path, seconds: float, evict: bool) -> tuple[int, int]:
     return merged.value, freed.value
 
 
-@pytest.mark.parametrize("evict", [False, True], ids=["all stays", "some is evicted"])
+@pytest.mark.parametrize(
+    "evict",
+    [
+        pytest.param(False, id="all stays", marks=pytest.mark.slow),
+        pytest.param(True, id="some is evicted"),
+    ],
+)
 def test_readers_see_right_numbers_whatever_goes_on(tmp_path: Path, evict: bool) -> None:
     root = tmp_path / "cache"
     merged, freed = apart(live, root, 5.0, evict)

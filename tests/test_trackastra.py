@@ -80,7 +80,7 @@ OPTIONS = [
     # the quick ones cover every option, each at least once
     pytest.param(options, id="-".join(options) or "plain", marks=[] if quick else pytest.mark.slow)
     for options in OPTIONS
-    for quick in [len(options) != 1 or "ndim" in options or "features" in options]
+    for quick in [len(options) > 2 or not options or {"ndim", "features", "compress"} & {*options}]
 ]
 
 

@@ -279,7 +279,7 @@ def test_warmed_by_its_configuration_a_training_computes_and_builds_nothing(
     assert before == (0 if given is EXAMPLE else 6 * 3)
     if given is POSTED:
         backbone = load_backbone("debug/random", device="cpu")
-        data = training.make_data(options, backbone, 4)
+        data = training.make_data(options, FeatureCache(options.cache), backbone, 4)
         data.prepare_data()
         data.setup("fit")
         assert sum(split.warm() for split in data.datasets.values()) == 0

@@ -314,6 +314,7 @@ class TestRun:
         grids = plan_warm(cache, [(frames, None)], FakeBackbone(), pooling=None)
         assert run_warm(grids).regions is None
 
+    @pytest.mark.slow
     def test_several_devices_have_a_process_each(self, command, small_folder):
         words = ("warm", small_folder(frames=200), "--cache", "cache", "--backbone", "debug/random")
         code, out, _ = command(*words, "--device", "cpu,cpu", "--json")

@@ -35,6 +35,7 @@ LONG = (
     *("facebook/sam2.1-hiera-tiny/highres", "facebook/sam2-hiera-tiny"),
     *("facebook/hiera-tiny-224-hf", "facebook/dinov3-vits16-pretrain-lvd1689m"),
     *("timm/swin_tiny_patch4_window7_224", "timm/vit_small_patch16_dinov3"),
+    "facebook/sam2.1-hiera-tiny",
 )
 SAME_NETWORK = ("microsam/vit_b_lm",)  # as facebook/sam-vit-base, with other weights
 NO_WEIGHTS = ("debug/encoded_labels",)

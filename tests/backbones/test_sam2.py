@@ -86,9 +86,10 @@ class TestParity:
         expected = transforms(frame[0].numpy()[..., None].repeat(3, axis=-1))[None]
         assert (relative(ours, expected) <= 1e-5) == antialias
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("highres", "cells", "width"),
-        [(False, 64, 256), pytest.param(True, 256, 32, marks=pytest.mark.slow)],
+        [pytest.param(False, 64, 256), pytest.param(True, 256, 32)],
     )
     def test_the_default_equals_the_predecessor(
         self, upstream, checkpoint, frame, monkeypatch, highres, cells, width

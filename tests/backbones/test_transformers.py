@@ -101,6 +101,7 @@ class TestDinoV2Parity:
         assert relative_error(ours, scaled.reshape(2, 16, 16, -1)) < 1e-5
 
 
+@pytest.mark.slow
 class TestHieraParity:
     def test_equals_the_predecessor_given_weights(
         self, predecessor, processor, extract, random, blobs, monkeypatch, tmp_path

@@ -56,6 +56,8 @@ def settle(request: pytest.FixtureRequest) -> Settle:
 
 SLOW = (DATAMODULE, DASK)
 """Callers that take their time: most of their tests run with the slow ones."""
+ALIKE = (*SLOW, COMMAND, COMPUTE, DATASET, MAIN)
+"""Those, and callers of what another one of the quick tests calls, where a test is a long one."""
 
 
 def each(*callers: Caller, slow: Any = SLOW) -> Any:
@@ -92,7 +94,7 @@ SCENES = {
         pytest.param(scene, caller, id=f"{name}, {caller}", marks=marks)
         for number, (name, scene) in enumerate(SCENES.items())
         for caller in CALLERS
-        for marks in [(pytest.mark.slow,) if caller is DASK or (number and caller in SLOW) else ()]
+        for marks in [(pytest.mark.slow,) if caller in (ALIKE if number else (DASK,)) else ()]
     ],
 )
 def test_records_are_equal_in_bits_and_computed_once(
@@ -257,9 +259,7 @@ PATIENCE_SECONDS = 10.0
 """Most of the holder's work takes longer. Who waits should have the record within 3 s."""
 
 
-@each(
-    *without(COMPUTE, DASK),
-)
+@each(*without(COMPUTE, DASK), slow=ALIKE)
 @pytest.mark.parametrize(
     "waiting",
     [
@@ -295,7 +295,7 @@ def test_nobody_waits_long_for_what_is_computed(
 # Killed in the middle
 
 
-@each(*without(DASK))  # tests/test_warm_cluster.py kills workers
+@each(*without(DASK), slow=ALIKE)  # tests/test_warm_cluster.py kills workers
 def test_killed_in_the_middle_it_goes_on(
     make_work: MakeWork, right_records: Right, caller: Caller
 ) -> None:

@@ -40,7 +40,7 @@ def on_device(monkeypatch):
 
 
 @pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: str(draw.to_json())[:40])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "float32"])
 def test_records_agree_within_rounding(tmp_path, monkeypatch, movie, draw, dtype):
     backbone, found = FakeBackbone(dim=8, stride=8), []
     for plain in "01":

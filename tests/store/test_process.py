@@ -206,7 +206,8 @@ def load(root: Path, persistent: bool) -> set[str]:
     return {name for _ in range(2) for name in loader}
 
 
-@pytest.mark.parametrize("persistent", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
 def test_the_files_of_a_loaders_workers_go_with_them(filled: Path, persistent: bool) -> None:
     names = apart(load, filled, persistent)
     assert len(names) == (2 if persistent else 4)
