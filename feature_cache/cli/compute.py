@@ -173,8 +173,8 @@ def warm(
 
     check_file(report)
     training = find_training(movies)
-    if training is None and (lost := [one for one in movies if _is_lost(one)]):
-        raise MovieNotFoundError(f"no such file: {lost[0]}")
+    if backbone is None and not from_grids and (lost := [*filter(_is_lost, movies)]):
+        raise MovieNotFoundError(f"no such file: {lost[0]}")  # before a backbone is asked for
     if training is not None:
         said = _said_by(training, backbone if from_grids else "")
         for name in said:

@@ -399,7 +399,7 @@ def _rename(axes: Axes, options: ReadOptions) -> Axes:
         )
     if letters.find("YX") != fit.letters.find("YX"):
         raise FaultError(
-            f'can\'t be read by axes="{options.axes}": its pages are planes of Y and X, so these '
+            f'can\'t be read by axes="{options.axes}": its images are planes of Y and X, so these '
             f"stand next to each other, in axes {fit.letters.find('Y')} and "
             f"{fit.letters.find('X')} of shape {fit.lengths}, from 0"
         )

@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[bytes, ReadOptions, str]] = {
     "no such sample": (make(COLOUR, 8, RGB), ReadOptions(channel=3), "no channel 3"),
     "a palette": (make(SMALL, 8, PALETTE, say(RAMP[::-1])), ReadOptions(), "has a palette"),
     "a palette that is missing": (make(SMALL, 8, PALETTE), ReadOptions(), "has a palette"),
-    "axes that don't fit": (make(SMALL), ReadOptions(axes="XY"), "Y and X are its axes 0 and 1"),
+    "axes that don't fit": (make(SMALL), ReadOptions(axes="XY"), "in axes 0 and 1 of shape"),
     "several images": (
         make(SMALL, 8, GRAY, (b"acTL", struct.pack(">II", 2, 0))),
         ReadOptions(),

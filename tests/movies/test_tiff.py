@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[Write, ReadOptions, str]] = {
     "axes too few": (write(STACK), told("ZYX"), "it has 4 axes"),
     "axes unknown": (write(VOLUME), told("KYX"), "expected letters of TCZYXS"),
     "axes twice": (write(VOLUME), told("YYX"), "each once"),
-    "axes turned": (write(VOLUME), told("YXZ"), "Y and X are its axes 1 and 2"),
+    "axes turned": (write(VOLUME), told("YXZ"), "in axes 1 and 2 of shape"),
     "shapes that differ": (
         write_steps((PLANE, {}), (PLANE[::2], {})),
         told(),
