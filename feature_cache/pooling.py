@@ -98,13 +98,24 @@ class Regions:
             pixels with other labels are left out.
         centroids : (N, 2) or (N, 3) float64, optional
             Where a region lies that has no pixel.
+
+        Raises
+        ------
+        FrameError
+            Labels that don't ascend, or are background; not one finite centroid for each.
         """
         stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.ndim != 1 or (labels[:1] < 1).any() or (np.diff(labels) < 1).any():
+                raise FrameError("labels must be positive, and ascend: such as np.unique(mask)[1:]")
         values, lengths = _runs_of_values(stack)
         wanted = _distinct(values) if labels is None else labels
         known = np.isin(values, wanted)
         rows = np.where(known, np.searchsorted(wanted, values) + 1, 0)
         numbered = np.repeat(rows.astype(np.min_scalar_type(len(wanted))), lengths)
+        if centroids is not None and len(centroids) != len(wanted):
+            raise FrameError(f"{len(centroids)} centroids for {len(wanted)} regions: give one each")
         missing = None if centroids is None else lambda: centroids
         return cls(wanted, numbered.reshape(stack.shape), missing)
 
@@ -350,6 +361,8 @@ class _Ballot:
                 "centroid is not given: pass centroids, or ask only for labels in the mask"
             )
         points = self._regions.missing()[missing]
+        if not np.isfinite(points).all():
+            raise FrameError("a region without a pixel has a centroid that is no finite number")
         if points.shape[1] == 2:
             points = np.column_stack([np.zeros(len(points)), points])
         return _cells(points.T, self._regions.shape, self._grid)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from feature_cache import forks
+from feature_cache import BackboneError, forks
 from feature_cache.backbones.state import exact_float32
 from feature_cache.forks import Lock, cached_property
 
@@ -69,6 +69,33 @@ def compute(slow: Slow) -> None:
     with exact_float32():
         assert precision() != CHOSEN
     assert precision() == CHOSEN
+
+
+def test_a_precision_that_another_thread_chooses_meanwhile_ends_it_and_stays() -> None:
+    torch.set_float32_matmul_precision("highest")
+    try:
+        says = "was changed while features were computed"
+        with pytest.raises(BackboneError, match=says), exact_float32():
+            torch.set_float32_matmul_precision("medium")
+        assert torch.get_float32_matmul_precision() == "medium"
+        with exact_float32():
+            assert precision() in ("ieee", "highest")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_sums_of_half_precision_are_off_meanwhile() -> None:
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "allow_fp16_accumulation"):
+        pytest.skip("this torch has no such switch")
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    try:
+        with exact_float32():
+            assert not matmul.allow_fp16_accumulation
+        assert matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = before
 
 
 def test_an_interrupt_at_any_moment_leaves_a_lock_to_others() -> None:

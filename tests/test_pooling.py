@@ -291,3 +291,21 @@ def test_bad_calls():
         pool(grid, np.ones((2, 4, 4), int), "nearest_patch")
     with pytest.raises(FrameError, match="no pixel of label 9"):
         pool(grid, mask, "nearest_patch", labels=np.array([1, 9], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("labels", "centroids", "says"),
+    [
+        ([2, 1], None, "labels must be positive, and ascend"),
+        ([1, 1], None, "labels must be positive, and ascend"),
+        ([0, 1], None, "labels must be positive, and ascend"),
+        ([[1]], None, "labels must be positive, and ascend"),
+        ([1, 9], [[0.0, 0.0]], "1 centroids for 2 regions"),
+        ([1, 9], [[0.0, 0.0], [np.nan, 0.0]], "a centroid that is no finite number"),
+    ],
+)
+def test_labels_and_centroids_that_are_none(labels, centroids, says):
+    grid, mask = np.ones((2, 2, 3), np.float32), np.array([[1, 1, 0, 2]] * 4)
+    points = None if centroids is None else np.array(centroids)
+    with pytest.raises(FrameError, match=says):
+        pool(grid, mask, "mean_patches_exact", labels=np.array(labels), centroids=points)

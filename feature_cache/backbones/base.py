@@ -543,5 +543,6 @@ def resize_frames(images: Tensor, size: tuple[int, int], rule: str) -> Tensor:
 def seeded(seed: int) -> Iterator[None]:
     """Run with torch's CPU generator seeded, and put it back afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # not `torch.manual_seed`, which seeds the generators of devices too
+        torch.default_generator.manual_seed(seed)
         yield

@@ -31,15 +31,20 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
     Raises
     ------
     BackboneError
-        It is neither in the local cache nor to be had from the hub.
+        There is no such name, or it is neither in the local cache nor to be had from the hub.
     MissingDependencyError, BrokenDependencyError
         huggingface_hub is not installed, or can't be imported.
     """
     with importing("huggingface_hub", *_name_need(repo, filename)):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     try:
         return Path(hf_hub_download(repo, filename, revision=revision, local_files_only=True))
+    except HFValidationError as error:
+        raise BackboneError(
+            f"{repo!r} is no repository of the hub: expected <owner>/<name>, such as "
+            "facebook/dinov2-small"
+        ) from error
     except LocalEntryNotFoundError:
         return _download(repo, filename, revision)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BackboneError
 
@@ -22,13 +23,15 @@ def check_input_size(size: int | tuple[int, int], multiple: int, name: str) -> t
     BackboneError
         It is no positive multiple of the network's patch.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(not isinstance(n, int) or n < multiple or n % multiple for n in pair):
+    pair: Any = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2 or any(
+        not isinstance(n, Integral) or int(n) < multiple or int(n) % multiple for n in pair
+    ):
         raise BackboneError(
             f"input size {size!r} of {name}: expected a whole number of pixels, or (H, W), each a "
             f"multiple of {multiple} and at least {multiple}"
         )
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def round_up(shape: Sequence[int], stride: int) -> tuple[int, int]:

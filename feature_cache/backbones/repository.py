@@ -138,9 +138,9 @@ class Repository(LayeredBackbone):
         try:
             plain = self._read_json("preprocessor_config.json")
         except BackboneError:
-            plain = self._read_json("processor_config.json")["image_processor"]
+            plain = self._read_json("processor_config.json").get("image_processor") or {}
         scaled = plain.get("do_normalize", True)
-        mean, std = (tuple(plain.get(key, ())) if scaled else () for key in _SCALES)
+        mean, std = (tuple(plain.get(key) or ()) if scaled else () for key in _SCALES)
         return mean, std, _RESAMPLE.get(plain.get("resample", 3), "bicubic")
 
     def _read_json(self, file: str) -> Mapping[str, Any]:
@@ -148,9 +148,12 @@ class Repository(LayeredBackbone):
         path = folder / file if folder is not None and folder.is_dir() else None
         path = path or hub_file(self._repository, file, self.revision_of_hub)
         try:
-            return cast("Mapping[str, Any]", json.loads(path.read_bytes()))
+            plain = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise BackboneError(f"can't read {path}: {error}") from error
+        if not isinstance(plain, dict):
+            raise BackboneError(f"{path} holds a {type(plain).__name__}: expected names and values")
+        return plain
 
     @cached_property
     def _outline(self) -> Any:
@@ -234,9 +237,9 @@ class Repository(LayeredBackbone):
     def _create(self) -> Any:
         auto, config = import_transformers(self.name).AutoModel, self._config
         try:
-            return auto.from_config(config, add_pooling_layer=False)
+            return auto.from_config(config, dtype=torch.float32, add_pooling_layer=False)
         except TypeError:
-            return auto.from_config(config)
+            return auto.from_config(config, dtype=torch.float32)
 
     def _build(self) -> nn.Module:
         file = self._weights_file()
@@ -256,7 +259,9 @@ class Repository(LayeredBackbone):
     def _fill(self, kind: Any, state: dict[str, Tensor], file: Path) -> Any:
         """Load a checkpoint as transformers does; it must have all of the vision model."""
         state = _cut_prefix(state, self._outline.state_dict())
-        options = {"config": self._config, "state_dict": state, "output_loading_info": True}
+        # not the dtype that the configuration notes, which is in no key
+        options = {"config": self._config, "dtype": torch.float32}
+        options |= {"state_dict": state, "output_loading_info": True}
         if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
             options["add_pooling_layer"] = False
         try:

@@ -104,7 +104,7 @@ def _changed(name: str, where: str) -> BackboneError:
 
 _lock = Lock()
 _depth = 0
-_before: list[tuple[Any, str, Any]] = []
+_before: list[tuple[Any, str, Any, Any]] = []
 
 
 @contextmanager
@@ -112,6 +112,8 @@ def exact_float32() -> Iterator[None]:
     """Compute float32 in float32: no TensorFloat-32, no bfloat16, whatever the process has chosen.
 
     What was chosen comes back when the last of the threads inside has left.
+
+    BackboneError at the end where another thread has chosen otherwise meanwhile; that stays.
     """
     global _depth
     # not held in the block, in which other threads compute as well
@@ -121,6 +123,14 @@ def exact_float32() -> Iterator[None]:
         _depth += 1
     try:
         yield
+        # while it is counted: afterwards the choice is the process's again
+        if changed := [
+            name for owner, name, off in _precision_switches() if getattr(owner, name) != off
+        ]:
+            raise BackboneError(
+                f"torch's {changed[0]} was changed while features were computed, which are not "
+                "stored, as their keys say float32: choose it before, or in another process"
+            )
     finally:
         with _lock:
             _depth -= 1
@@ -138,8 +148,9 @@ def undisturbed(device: torch.device | str) -> Iterator[None]:
 
 
 def _switch_back() -> None:
-    for owner, name, before in _before:
-        setattr(owner, name, before)
+    for owner, name, before, off in _before:
+        if getattr(owner, name) == off:  # what somebody else has chosen meanwhile stays
+            setattr(owner, name, before)
     _before.clear()
 
 
@@ -157,14 +168,24 @@ def _precision_switches() -> list[tuple[Any, str, Any]]:
     """Name torch's switches of lower precision and what turns each off, by its version."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
+    # sums of float16 in float16: beyond what a key allows for
+    half = [(matmul, name, False) for name in ["allow_fp16_accumulation"] if _has(matmul, name)]
     if not hasattr(torch.backends, "fp32_precision"):
         return [
+            *half,
             (_MatmulPrecision(), "value", "highest"),
             *((owner, "allow_tf32", False) for owner in (matmul, cudnn)),
         ]
     onednn: Any = torch.backends.mkldnn
     owners = (matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn)
-    return [(owner, "fp32_precision", "ieee") for owner in owners]
+    return [*half, *((owner, "fp32_precision", "ieee") for owner in owners)]
+
+
+def _has(owner: Any, name: str) -> bool:
+    try:  # torch raises AssertionError or RuntimeError for what its build lacks
+        return isinstance(getattr(owner, name), bool)
+    except (AttributeError, AssertionError, RuntimeError):
+        return False
 
 
 class _MatmulPrecision:
@@ -179,7 +200,7 @@ class _MatmulPrecision:
         torch.set_float32_matmul_precision(precision)
 
 
-def _switch(owner: Any, name: str, value: Any) -> tuple[Any, str, Any]:
+def _switch(owner: Any, name: str, off: Any) -> tuple[Any, str, Any, Any]:
     before = getattr(owner, name)
-    setattr(owner, name, value)
-    return owner, name, before
+    setattr(owner, name, off)
+    return owner, name, before, off

@@ -102,10 +102,18 @@ class Timm(LayeredBackbone):
     def _weights_purpose(self) -> str:
         return f"{super()._weights_purpose()}, input {self.input_size}"
 
+    def _pretrained_cfg(self) -> Any:
+        timm = _import_timm(self.name)
+        try:
+            return timm.get_pretrained_cfg(self._model)
+        except RuntimeError as error:  # a tag that is none
+            tags = timm.list_pretrained(f"{self._model.partition('.')[0]}.*")
+            raise UnknownNameError("model of timm", self._model, tags) from error
+
     def _own_weights(self) -> Path:
         if self._repository:
             return hub_file(self._repository, "model.safetensors")
-        config = _import_timm(self.name).get_pretrained_cfg(self._model)
+        config = self._pretrained_cfg()
         repo = getattr(config, "hf_hub_id", None)
         if not repo:
             raise BackboneError(
@@ -154,7 +162,8 @@ class Timm(LayeredBackbone):
         if not timm.is_model(name):
             close = find_nearest(name, timm.list_models(), 5)
             raise UnknownNameError("model of timm", name, (*close, "all of timm.list_models()"))
-        if self.input_size is not None and _has_own_size(timm.get_pretrained_cfg(name)):
+        known = self._pretrained_cfg()
+        if self.input_size is not None and _has_own_size(known):
             options["img_size"] = self.input_size
         if self._repository:
             options = {**self._hub_config.get("model_args", {}), **options}
@@ -167,7 +176,7 @@ class Timm(LayeredBackbone):
 
     def _create_with(self, state: dict[str, Tensor], file: Path) -> nn.Module:
         """Build the model from a checkpoint, which timm converts where it is in another form."""
-        config = _import_timm(self.name).get_pretrained_cfg(self._model)
+        config = self._pretrained_cfg()
         head = config.classifier if isinstance(config.classifier, str) else "head"
         classes = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
         overlay = {"state_dict": state, "num_classes": classes}

@@ -69,6 +69,12 @@ def test_a_file_that_is_there_needs_no_network(monkeypatch, tmp_path):
     assert hub_file("facebook/x", "x.pt") == tmp_path / "x.pt"
 
 
+@pytest.mark.parametrize("repo", ["a/b/c", "https://huggingface.co/a/b", "a b/c"])
+def test_a_name_that_is_none(repo):
+    with pytest.raises(BackboneError, match="is no repository of the hub: expected <owner>/<name>"):
+        hub_file(repo, "x.pt")
+
+
 def test_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match="pip install huggingface_hub"):

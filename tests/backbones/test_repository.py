@@ -95,6 +95,26 @@ def test_the_grid_is_that_of_transformers(kind, tmp_path, blobs):
     assert backbone.spec.mean == MEAN
 
 
+@pytest.mark.parametrize("kind", ["dinov3", "siglip", "convnext"])
+def test_it_computes_in_its_own_dtype_whatever_its_weights_are_kept_in(kind, tmp_path, blobs):
+    make(kind, tmp_path)
+    expected = load(kind, tmp_path).embed(blobs(64, 64))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert torch.equal(load(kind, tmp_path).embed(blobs(64, 64)), expected)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"image_mean": null}'])
+def test_a_processor_that_says_little_is_no_scaling_or_an_error(text, tmp_path):
+    make("dinov3", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    if text == "[]":
+        with pytest.raises(BackboneError, match="can't read .*processor_config.json"):
+            _ = load("dinov3", tmp_path).spec
+    else:
+        assert not load("dinov3", tmp_path).spec.mean
+
+
 def test_patches_of_naflex_are_those_of_its_processor(blobs):
     frames, patch = blobs(48, 80), 16
     inputs = frames[:, None].expand(-1, 3, -1, -1) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]

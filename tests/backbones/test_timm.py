@@ -150,6 +150,10 @@ class TestMistakes:
         ("make", "message"),
         [
             (lambda: load("convnext_attto").spec, "model of timm.*did you mean 'convnext_atto"),
+            (
+                lambda: load("test_vit.nope").spec,
+                "model of timm.*'test_vit.nope'.*test_vit.r160_in1k",
+            ),
             (lambda: load("test_vit", layer=6).spec, "layer of timm/test_vit '6'"),
             (lambda: load("test_vit", layers=6), "option of timm/test_vit 'layers'.*'layer'"),
         ],
