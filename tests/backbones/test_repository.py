@@ -109,7 +109,7 @@ def test_a_processor_that_says_little_is_no_scaling_or_an_error(text, tmp_path):
     make("dinov3", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(text)
     if text == "[]":
-        with pytest.raises(BackboneError, match="can't read .*processor_config.json"):
+        with pytest.raises(BackboneError, match=r"can't read .*processor_config.json"):
             _ = load("dinov3", tmp_path).spec
     else:
         assert not load("dinov3", tmp_path).spec.mean
