@@ -107,7 +107,7 @@ class Regions:
         stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
         if labels is not None:
             labels = np.asarray(labels)
-            if labels.ndim != 1 or (labels[:1] < 1).any() or (np.diff(labels) < 1).any():
+            if labels.ndim != 1 or (labels[:1] < 1).any() or (labels[1:] <= labels[:-1]).any():
                 raise FrameError("labels must be positive, and ascend: such as np.unique(mask)[1:]")
         values, lengths = _runs_of_values(stack)
         wanted = _distinct(values) if labels is None else labels

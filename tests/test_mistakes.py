@@ -562,7 +562,7 @@ MISTAKES = [
     Mistake(
         "a device that Trackastra has no word for",
         "track movie/01 --cache cache --model movie --device cuda:1",
-        "error: unknown device 'cuda:1': did you mean 'cuda'? Known: cuda, mps, cpu",
+        "error: unknown device 'cuda:1': did you mean 'cuda'? Known: cuda, mps, cpu, automatic",
         needs="trackastra",
     ),
     Mistake(

@@ -307,5 +307,6 @@ def test_bad_calls():
 def test_labels_and_centroids_that_are_none(labels, centroids, says):
     grid, mask = np.ones((2, 2, 3), np.float32), np.array([[1, 1, 0, 2]] * 4)
     points = None if centroids is None else np.array(centroids)
-    with pytest.raises(FrameError, match=says):
-        pool(grid, mask, "mean_patches_exact", labels=np.array(labels), centroids=points)
+    for kind in (np.int32, np.uint16):
+        with pytest.raises(FrameError, match=says):
+            pool(grid, mask, "mean_patches_exact", labels=np.array(labels, kind), centroids=points)

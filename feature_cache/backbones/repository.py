@@ -136,9 +136,11 @@ class Repository(LayeredBackbone):
         if known is not None:
             return known.mean, known.std, known.resample
         try:
-            plain = self._read_json("preprocessor_config.json")
+            plain: Any = self._read_json("preprocessor_config.json")
         except BackboneError:
-            plain = self._read_json("processor_config.json").get("image_processor") or {}
+            plain = self._read_json("processor_config.json").get("image_processor")
+        if not isinstance(plain, dict):
+            raise BackboneError(f"the processor_config.json of {self.name} has no image_processor")
         scaled = plain.get("do_normalize", True)
         mean, std = (tuple(plain.get(key) or ()) if scaled else () for key in _SCALES)
         return mean, std, _RESAMPLE.get(plain.get("resample", 3), "bicubic")

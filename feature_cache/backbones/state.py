@@ -133,7 +133,7 @@ def exact_float32() -> Iterator[None]:
             )
     finally:
         with _lock:
-            _depth -= 1
+            _depth = max(0, _depth - 1)  # 0 already in a child that was forked in the block
             if _depth == 0:
                 _switch_back()
 

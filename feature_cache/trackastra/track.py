@@ -22,7 +22,7 @@ from .model_features import find_model
 from .patching import replaced
 
 MODES = ("greedy", "greedy_nodiv", "ilp")
-DEVICES = ("cuda", "mps", "cpu")
+DEVICES = ("cuda", "mps", "cpu", "automatic")
 
 
 def track_movie(

@@ -104,15 +104,25 @@ def test_it_computes_in_its_own_dtype_whatever_its_weights_are_kept_in(kind, tmp
     assert torch.equal(load(kind, tmp_path).embed(blobs(64, 64)), expected)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"image_mean": null}'])
-def test_a_processor_that_says_little_is_no_scaling_or_an_error(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{}", "the processor_config.json of transformers/acme/dinov3 has no image_processor"),
+        ("[]", "processor_config.json holds a list: expected names and values"),
+    ],
+)
+def test_a_processor_that_says_nothing_is_an_error(text, says, tmp_path):
     make("dinov3", tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(text)
-    if text == "[]":
-        with pytest.raises(BackboneError, match=r"can't read .*processor_config.json"):
-            _ = load("dinov3", tmp_path).spec
-    else:
-        assert not load("dinov3", tmp_path).spec.mean
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(BackboneError, match=says):
+        _ = load("dinov3", tmp_path).spec
+
+
+def test_a_processor_that_names_no_scale_scales_nothing(tmp_path):
+    make("dinov3", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": null}')
+    assert not load("dinov3", tmp_path).spec.mean
 
 
 def test_patches_of_naflex_are_those_of_its_processor(blobs):
