@@ -224,6 +224,20 @@ def test_a_network_is_compared_with_its_random_twin(tmp_path: Path) -> None:
     assert len(spaces) == 4
 
 
+def test_weights_that_are_compared_are_told_apart(tmp_path: Path) -> None:
+    names = []
+    for seed in (7, 8):
+        file = tmp_path / f"weights{seed}.pt"
+        torch.save(load_backbone("timm/test_vit", f"random:{seed}").module.state_dict(), file)
+        names.append(f"timm/test_vit?weights={file}")
+    movie = tracked(tmp_path / "01", *textured(swapping()[:4], tiles()))
+    found = evaluate(movie, [*names, "timm/test_vit?weights=random:1"], tmp_path / "cache")
+    setups = [str(score.setup) for score in found.steps[0].scores]
+    assert len(set(setups)) == len(setups) == 4
+    for text in ("weights7.pt", "weights8.pt", "random:1", "with random weights"):
+        assert sum(text in one for one in setups) == 1
+
+
 def test_layers_that_are_named_together_share_a_forward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

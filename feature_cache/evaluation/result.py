@@ -8,6 +8,8 @@ from ..hashing import JSON
 from ..units import count_text
 from .intervals import Share
 
+RANDOM = "random:0"
+"""The weights that every network is compared with."""
 _ENOUGH = 0.95
 """A share that leaves little to gain."""
 
@@ -21,8 +23,8 @@ class Setup:
     name : str
         Of the backbone.
     layer, pooling : str
-    random : bool
-        Whether the weights are random: what the network brings without having learnt anything.
+    weights : str or None
+        Of one's own, or ``random:<seed>``: what the network brings without having learnt anything.
     width : int
     bytes : float
         Of a frame's record, on average.
@@ -34,7 +36,7 @@ class Setup:
     name: str
     layer: str
     pooling: str
-    random: bool
+    weights: str | None
     width: int
     bytes: float
     seconds: float | None
@@ -46,12 +48,18 @@ class Setup:
     @property
     def features(self) -> str:
         """Name backbone, layer and weights."""
-        weights = " with random weights" if self.random else ""
-        return f"layer {self.layer} of {self.name}{weights}"
+        own = "random weights" if self.weights == RANDOM else f"weights {self.weights}"
+        return f"layer {self.layer} of {self.name}{f' with {own}' if self.weights else ''}"
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are random."""
+        return self.weights is not None and self.weights.startswith("random:")
 
     def to_json(self) -> dict[str, JSON]:
         """Give all of it."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        told = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**told, "random": self.random}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +172,8 @@ class Step:
         """Say what random weights of the same network bring, and what is not surely worse."""
         parts = []
         for score in self.scores:
-            is_twin = replace(score.setup, random=False, seconds=best.setup.seconds) == best.setup
-            if score.setup.random and is_twin:
+            learnt = replace(score.setup, weights=best.setup.weights, seconds=best.setup.seconds)
+            if score.setup.weights == RANDOM != best.setup.weights and learnt == best.setup:
                 parts.append(f"random weights: {score.gain.value:+.3f}")
         peers = [
             str(score.setup)

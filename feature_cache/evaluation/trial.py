@@ -36,13 +36,10 @@ from .linker import (
     find_parents,
 )
 from .links import link_movies
-from .result import Evaluation, Score, Setup, Step
+from .result import RANDOM, Evaluation, Score, Setup, Step
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
-
-RANDOM = "random:0"
-"""The weights that every network is compared with."""
 
 
 def evaluate(
@@ -129,7 +126,7 @@ def evaluate(
                 name=arm.name,
                 layer=spec.backbone.layer,
                 pooling=str(spec.pooling),
-                random=arm.is_random,
+                weights=arm.weights,
                 width=spec.backbone.width,
                 bytes=sum(record.features.nbytes for record in stored) / len(stored),
                 seconds=seconds,
@@ -173,7 +170,7 @@ class _Arm:
 
     backbone: Backbone | Layers
     name: str
-    is_random: bool
+    weights: str | None
 
 
 def _make_arms(
@@ -184,14 +181,14 @@ def _make_arms(
     No weights are loaded yet, so that all mistakes in names are found before anything is embedded.
     """
     if not isinstance(one, str):
-        yield _Arm(one, one.spec.name, False)
+        yield _Arm(one, one.spec.name, _weights_of(one))
         return
     name, told = split_name(one)
     weights = told.pop("weights", None)
     wanted = layers or told.get("layer", "").split(",")
     shown = join_name(name, {option: told[option] for option in told if option != "layer"})
     is_random = weights is not None and weights.startswith("random:")
-    for chosen, random in ((weights, is_random), (RANDOM, True)):
+    for chosen in (weights, RANDOM):
         made = [
             load_backbone(
                 join_name(name, told | ({"layer": layer} if layer else {})), chosen, device
@@ -203,9 +200,14 @@ def _make_arms(
             if made[1:] and all(isinstance(one, LayeredBackbone) for one in made)
             else made
         ):
-            yield _Arm(backbone, shown, random)
+            yield _Arm(backbone, shown, chosen)
         if is_random or not (twins and all(map(_has_weights, made))):
             return
+
+
+def _weights_of(backbone: Backbone) -> str | None:
+    weights = getattr(backbone, "weights", None)
+    return weights if isinstance(weights, str) else None
 
 
 def _has_weights(backbone: Backbone) -> bool:
