@@ -220,16 +220,30 @@ def test_movies_that_are_no_use_are_named(
         training.train(training.parse_options(config(**{**options, "window": 3, **given})))
 
 
-def test_an_error_is_one_line_from_a_worker_too(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (
+            ValueError("Caught ValueError in DataLoader worker 0.\nTraceback\nValueError: why\n"),
+            "ValueError: why",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore"),
+            "CUDA out of memory. Tried 2 GiB. Pass a smaller --batch-size or --window",
+        ),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+)
+def test_an_error_is_one_line(monkeypatch, capsys, raised, line):
     def train(_):
-        raise ValueError("Caught ValueError in DataLoader worker 0.\nTraceback\nValueError: why\n")
+        raise raised
 
     monkeypatch.setattr(training, "parse_options", lambda *_: None)
     monkeypatch.setattr(training, "train", train)
     with pytest.raises(SystemExit) as ended:
         training.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: ValueError: why\n"
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_a_folder_that_exists_is_gone_on_with_or_an_error(config, tmp_path):

@@ -398,8 +398,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     options = parse_options(words, prog)
     try:
         said = train(options)
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        print(f"error: {first} Pass a smaller --batch-size or --window", file=sys.stderr)
+        sys.exit(2)
     except (
-        FeatureCacheError, FloatingPointError, ValueError, FileNotFoundError, yaml.YAMLError,
+        FeatureCacheError, FloatingPointError, ValueError, OSError, yaml.YAMLError,
     ) as error:  # fmt: skip
         text = str(error)
         if text.startswith("Caught "):  # in a DataLoader worker, and its traceback
