@@ -117,7 +117,7 @@ class CoTracker(TorchBackbone):
         return encoder
 
     def _build_tracker(self) -> nn.Module:
-        with seeded(0):  # which its import sets
+        with _import_unseeded():
             make = _find(self.name, "cotracker3_offline", "CoTrackerThreeOffline")
         with seeded(self._seed() or 0):
             network = make(stride=4, corr_radius=3, window_len=_WINDOW)
@@ -199,6 +199,17 @@ def _find(name: str, module: str, kind: str) -> Any:
     with importing("cotracker", f"the backbone {name!r}", INSTALL), _hub_copy_importable():
         found = import_module(f"cotracker.models.core.cotracker.{module}")
     return getattr(found, kind)
+
+
+@contextmanager
+def _import_unseeded() -> Iterator[None]:
+    """Import upstream's module, which seeds the generators of all devices, and leave them alone."""
+    seed_all, torch.manual_seed = torch.manual_seed, torch.default_generator.manual_seed
+    try:
+        with seeded(0):
+            yield
+    finally:
+        torch.manual_seed = seed_all
 
 
 @contextmanager

@@ -143,6 +143,11 @@ class Repository(LayeredBackbone):
             raise BackboneError(f"the processor_config.json of {self.name} has no image_processor")
         scaled = plain.get("do_normalize", True)
         mean, std = (tuple(plain.get(key) or ()) if scaled else () for key in _SCALES)
+        if scaled and self.standardize and not (mean and std):
+            raise BackboneError(
+                f"the processor of {self.name} standardises, and names no mean and deviation: "
+                "expected image_mean and image_std; pass ?standardize=false to go without"
+            )
         return mean, std, _RESAMPLE.get(plain.get("resample", 3), "bicubic")
 
     def _read_json(self, file: str) -> Mapping[str, Any]:

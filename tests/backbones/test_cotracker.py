@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -144,3 +145,42 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch, tmp_path):
 def test_unknown_input_range():
     with pytest.raises(UnknownNameError, match=r"input_range of .*co-tracker '0\.\.255'"):
         load_backbone(NAME, input_range="0..255")
+
+
+STAND_IN = """
+import torch
+torch.manual_seed(0)
+
+
+class CoTrackerThreeOffline(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.updateformer = torch.nn.Module()
+        self.updateformer.flow_head = torch.nn.Linear(2, 2)
+"""
+"""Upstream's module seeds torch when it is imported."""
+
+
+@pytest.fixture
+def forget_tracker():
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cotracker"]:
+        del sys.modules[name]
+
+
+@pytest.mark.skipif(find_spec("cotracker") is not None, reason="cotracker is imported already")
+def test_importing_the_tracker_leaves_all_generators_alone(tmp_path, monkeypatch, forget_tracker):
+    folder = tmp_path / "hub" / "facebookresearch_co-tracker_main"
+    folder /= "cotracker/models/core/cotracker"
+    folder.mkdir(parents=True)
+    (folder / "cotracker3_offline.py").write_text(STAND_IN)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    with monkeypatch.context() as patch:
+        for devices in (torch.cuda, torch.mps, torch.xpu):
+            for name in {"manual_seed", "manual_seed_all"} & {*dir(devices)}:
+                patch.setattr(devices, name, lambda seed: pytest.fail("a device is seeded"))
+        _ = load_backbone(f"{NAME}?context=1,1&input_size=64x96", "random:3", "cpu").spec.weights
+    assert torch.equal(torch.rand(1), expected)

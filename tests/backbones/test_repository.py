@@ -119,10 +119,12 @@ def test_a_processor_that_says_nothing_is_an_error(text, says, tmp_path):
         _ = load("dinov3", tmp_path).spec
 
 
-def test_a_processor_that_names_no_scale_scales_nothing(tmp_path):
+def test_a_processor_that_names_no_scale_is_an_error(tmp_path):
     make("dinov3", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": null}')
-    assert not load("dinov3", tmp_path).spec.mean
+    with pytest.raises(BackboneError, match="expected image_mean and image_std; pass"):
+        _ = load("dinov3", tmp_path).spec
+    assert not load("dinov3", tmp_path, standardize=False).spec.mean
 
 
 def test_patches_of_naflex_are_those_of_its_processor(blobs):
