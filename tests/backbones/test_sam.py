@@ -32,15 +32,10 @@ def as_sam_model(backbone):
 
 
 class TestParity:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("shape", "grid"),
-        [
-            ((70, 111), (40, 64)),
-            *(
-                pytest.param(*each, marks=pytest.mark.slow)
-                for each in [((128, 128), (64, 64)), ((90, 60), (64, 43))]
-            ),
-        ],
+        [((70, 111), (40, 64)), ((128, 128), (64, 64)), ((90, 60), (64, 43))],
     )
     def test_equals_the_predecessor_cut_to_the_frame(
         self, predecessor, extract, blobs, monkeypatch, tmp_path, shape, grid
