@@ -200,6 +200,7 @@ class WebServer(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path):
     """A folder, and the address at which a web server gives what is in it."""
+    pytest.importorskip("obstore")  # by which it is pushed to
     folder = tmp_path / "www"
     folder.mkdir()
     serve = partial(WebServer, directory=str(folder))
