@@ -249,7 +249,10 @@ READ: dict[str, tuple[Write, ReadOptions, Image]] = {
 def test_reads(tmp_path, name):
     put, options, expected = READ[name]
     file = tmp_path / "image.TIF"
-    put(file)
+    try:
+        put(file)
+    except NotImplementedError as error:
+        pytest.skip(f"this imagecodecs can read it, but not write it: {error}")
     check(read_image(file, options), expected)
     assert image_shape(file, options) == expected.shape
 
