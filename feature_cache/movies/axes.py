@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MovieError
-from .images import LABELS_ALONE, ReadOptions
+from .images import LABELS_ALONE, Images, ReadOptions
 
 _LETTERS = "TCZYXS"
 _NAMES = {
@@ -89,6 +89,21 @@ class Layout:
         """Turn what `take` gave to (H, W) or (Z, H, W)."""
         stored = [axis for axis in self.axes if axis in self.image_axes]
         return image.transpose([stored.index(axis) for axis in self.image_axes])
+
+
+@dataclass(frozen=True, eq=False)
+class LaidOut(Images):
+    """Images that are in one array, as a layout says."""
+
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+        return self.layout.image_shape
 
 
 def plan_layout(

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from ..errors import MovieError, MovieNotFoundError, NoMasksError
 from ..hashing import Digest, digest_bytes
 from .arrays import reading
-from .axes import Layout, check_image, plan_layout
+from .axes import LaidOut, check_image, plan_layout
 from .chunks import check_blosc, list_chunks
-from .images import Images, ReadOptions
+from .images import Images, InOneFile, ReadOptions
 
 if TYPE_CHECKING:
     import zarr
@@ -81,7 +81,7 @@ class _Found:
 
 
 @dataclass(frozen=True, eq=False)
-class ZarrImages(Images):
+class ZarrImages(LaidOut, InOneFile):
     """Images that are in a Zarr array on disk.
 
     What else is in the chunks of an image is decoded too, and not kept.
@@ -92,22 +92,14 @@ class ZarrImages(Images):
 
     Parameters
     ----------
-    path : Path
+    file : Path
         What was opened: the array's folder, or that of the image it is in.
-    array : zarr.Array
-    layout : Layout
     metadata : tuple of (Path, Digest)
         The files that say what the chunks mean, and what was in them.
     """
 
-    path: Path
     array: zarr.Array[Any]
-    layout: Layout
     metadata: tuple[tuple[Path, Digest], ...] = field(repr=False)
-
-    def __len__(self) -> int:
-        """Count the timepoints."""
-        return len(self.layout)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`: only the chunks it is in."""
@@ -142,26 +134,12 @@ class ZarrImages(Images):
         return self.metadata[0][0].parent
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of an image."""
-        return self.layout.image_shape
-
-    @property
-    def place(self) -> str:
-        """The folder that was opened."""
-        return str(self.path)
-
-    @property
     def recipe(self) -> str:
         """Say what, besides the files, decides the pixels."""
         import zarr
 
-        name = self._root.relative_to(self.path)
+        name = self._root.relative_to(self.file)
         return f"zarr {zarr.__version__}, array {name}, {self.layout}"
-
-    def name_of(self, t: int) -> str:
-        """Name image `t`."""
-        return f"{self.path.name}[{t}]"
 
     def files_of(self, t: int) -> tuple[Path, ...]:
         """Give the metadata and the chunks that image `t` is in; none where a chunk is missing."""
@@ -209,7 +187,7 @@ def open_zarr(path: str | Path, options: ReadOptions = ReadOptions()) -> Images:
     _check_dtype(array, found, options, where)
     _check_chunk_names(found.array.path, array, options)
     layout = plan_layout(array.shape, found.names, options, where)
-    return ZarrImages(given, array, layout, found.metadata)
+    return ZarrImages(given, layout, array, found.metadata)
 
 
 def list_labels(path: str | Path) -> tuple[str, ...]:

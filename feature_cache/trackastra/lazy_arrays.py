@@ -374,11 +374,6 @@ class HeldMasks(Images):
         shape = tuple(held._shape if compressed else held.shape)[1:]
         return shape[1:] if self._planar and len(shape) == 3 and shape[0] == 1 else shape
 
-    @property
-    def place(self) -> str:
-        """Nowhere: they are in memory."""
-        return ""
-
 
 def count_masks(held: Any) -> int:
     """Count the masks of a series that may be compressed."""
