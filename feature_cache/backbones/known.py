@@ -43,14 +43,18 @@ class Known:
     resample: str = "bilinear"
 
 
-def _vit(hidden: int, layers: int, heads: int, ratio: float = 4, **more: Any) -> dict[str, Any]:
+def vit_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    """Say how large a vision transformer is, in the words of transformers."""
     return {
         "hidden_size": hidden,
-        "intermediate_size": int(hidden * ratio),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        **more,
     }
+
+
+def _vit(hidden: int, layers: int, heads: int, ratio: float = 4, **more: Any) -> dict[str, Any]:
+    size = vit_size(hidden, layers, heads)
+    return {**size, "intermediate_size": int(hidden * ratio), **more}
 
 
 _GATED: dict[str, Any] = {"use_gated_mlp": True, "hidden_act": "silu"}

@@ -14,6 +14,7 @@ from ..errors import BackboneError
 from ..forks import cached_property
 from ..spec import BackboneSpec
 from .base import Frozen, name_subclass
+from .preprocessing import round_up
 from .several_layers import Layers
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
     if count == 1:
         return [Window(0, length, (0, length))]
     bounds = [length * i // count // step * step for i in range(count + 1)]
-    margin = _round_up(halo, step)
+    margin = -(-halo // step) * step
     size = min(length, max(b - a for a, b in pairwise(bounds)) + 2 * margin)
     return [
         Window(max(0, min(low - margin, length - size)), size, (low, high))
@@ -179,15 +180,12 @@ def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
 def _extend(frames: Tensor, step: int) -> Tensor:
     """Repeat the last pixels of frames, so that whole cells span them."""
     height, width = frames.shape[-2:]
-    beyond = (0, _round_up(width, step) - width, 0, _round_up(height, step) - height)
+    rows, columns = round_up((height, width), step)
+    beyond = (0, columns - width, 0, rows - height)
     if not any(beyond):
         return frames
     extended = nn.functional.pad(frames.flatten(0, -3)[:, None], beyond, mode="replicate")
     return extended.view(*frames.shape[:-2], *extended.shape[-2:])
-
-
-def _round_up(length: int, step: int) -> int:
-    return -(-length // step) * step
 
 
 def pixels_of_cell(spec: BackboneSpec, shape: Sequence[int]) -> tuple[float, float]:
