@@ -17,13 +17,12 @@ from importlib import import_module
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
-from ..cache import Progress, check_batch_size
+from ..cache import Progress
 from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MovieError, SchedulerGoneError
 from ..hashing import digest_bytes
 from ..movies import Source
-from ..store import Usage
-from .local import begin, finish_push, make_report, open_budget, over_budget
+from .local import begin, finish, open_budget
 from .plan import UNIT_EMBEDDINGS, Task, Unit, WarmPlan
 from .push import Pushing
 from .run_report import WarmReport
@@ -81,9 +80,7 @@ def run_on_cluster(
         The remote can't be written.
     """
     started = time.monotonic()
-    check_batch_size(batch_size)
-    begin(plan)
-    plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
+    begin(plan, batch_size)
     tally = Tally(progress, failed)
     pushing = None if push is None else Pushing(plan.cache, push)
     embeddings = _unit_embeddings(plan, client)
@@ -95,10 +92,7 @@ def run_on_cluster(
     ]
     budget = None if max_bytes is None else open_budget(plan.cache, max_bytes)
     _Run(plan, client, tally, budget, orders[::-1]).work_off()
-    if budget is not None and budget.spent:
-        tally.fail(over_budget(plan, budget.max_bytes, tally))
-    finish_push(pushing, tally)
-    return make_report(plan, tally, started)
+    return finish(plan, tally, started, budget, pushing)
 
 
 def _unit_embeddings(plan: WarmPlan, client: Client) -> int:

@@ -115,11 +115,6 @@ class Order:
     max_bytes: int | None = None
     name: str = ""
 
-    @property
-    def frames(self) -> list[int]:
-        """List the frames."""
-        return [t for t, _ in self.wanted]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
