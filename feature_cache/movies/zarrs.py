@@ -45,15 +45,12 @@ class _Node:
 
     Attributes
     ----------
-    path : Path
-    is_array : bool
-    version : int
-        Of Zarr, 2 or 3.
-    attributes : mapping
     names : sequence, optional
-        Of an array's axes.
+        Of an array's axes, as its image calls them where it is one of OME-Zarr.
     metadata : tuple of (Path, Digest)
         The files that were read, and what was in them.
+    is_ome : bool
+        Whether it is an array in an image of OME-Zarr.
     """
 
     path: Path
@@ -62,22 +59,13 @@ class _Node:
     attributes: Mapping[str, Any]
     names: Sequence[object] | None
     metadata: tuple[tuple[Path, Digest], ...]
+    is_ome: bool = False
 
     @property
     def ome(self) -> Mapping[str, Any]:
         """What OME-Zarr says of a group: in 0.5 under a name of its own."""
         inner = self.attributes.get("ome")
         return inner if isinstance(inner, Mapping) else self.attributes
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """An array, how its image calls the axes, and whether that is an image of OME-Zarr."""
-
-    array: _Node
-    names: Sequence[object] | None
-    is_ome: bool
-    metadata: tuple[tuple[Path, Digest], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +170,10 @@ def open_zarr(path: str | Path, options: ReadOptions = ReadOptions()) -> Images:
     """
     given = _check_path(path)
     found = _find_array(given)
-    array = _open_array(found.array)
+    array = _open_array(found)
     where = str(given)
     _check_dtype(array, found, options, where)
-    _check_chunk_names(found.array.path, array, options)
+    _check_chunk_names(found.path, array, options)
     layout = plan_layout(array.shape, found.names, options, where)
     return ZarrImages(given, layout, array, found.metadata)
 
@@ -293,7 +281,7 @@ def _load(file: Path, text: bytes) -> dict[str, Any]:
     return plain
 
 
-def _find_array(folder: Path) -> _Found:
+def _find_array(folder: Path) -> _Node:
     """Find the one array that a folder stands for, and the names of its axes."""
     node = _read(folder)
     if not node.is_array:
@@ -303,7 +291,7 @@ def _find_array(folder: Path) -> _Found:
         return _first_dataset(image)
     parents = [*folder.absolute().parents[:2], *folder.resolve().parents[:2]]
     images = (_dataset_of(parent, node) for parent in parents)
-    return next(filter(None, images), _Found(node, node.names, False, node.metadata))
+    return next(filter(None, images), node)
 
 
 def _find_image(folder: Path, node: _Node | None = None) -> _Node | None:
@@ -335,7 +323,7 @@ def _list_series(node: _Node) -> list[str]:
     return list(itertools.takewhile(lambda name: is_zarr(node.path / name), numbers))
 
 
-def _first_dataset(image: _Node) -> _Found:
+def _first_dataset(image: _Node) -> _Node:
     """Give the array of full resolution in an image."""
     scales = _multiscales(image)
     if len(scales) != 1:
@@ -348,7 +336,7 @@ def _first_dataset(image: _Node) -> _Found:
     return _with_names(_read(image.path / paths[0]), axes, image)
 
 
-def _dataset_of(parent: Path, array: _Node) -> _Found | None:
+def _dataset_of(parent: Path, array: _Node) -> _Node | None:
     """Find an array in the image that it is a dataset of, which names its axes."""
     if not is_zarr(parent):
         return None
@@ -361,10 +349,11 @@ def _dataset_of(parent: Path, array: _Node) -> _Found | None:
     return None
 
 
-def _with_names(array: _Node, names: Sequence[object] | None, image: _Node) -> _Found:
+def _with_names(array: _Node, names: Sequence[object] | None, image: _Node) -> _Node:
     if not array.is_array:
         raise _damaged(image)
-    return _Found(array, names or array.names, True, (*array.metadata, *image.metadata))
+    metadata = (*array.metadata, *image.metadata)
+    return replace(array, names=names or array.names, metadata=metadata, is_ome=True)
 
 
 def _multiscales(image: _Node) -> list[tuple[list[str], Sequence[object] | None]]:
@@ -440,7 +429,7 @@ def _open_array(node: _Node) -> zarr.Array[Any]:
         return zarr.open_array(node.path, mode="r", zarr_format=node.version)
 
 
-def _check_dtype(array: zarr.Array[Any], found: _Found, options: ReadOptions, where: str) -> None:
+def _check_dtype(array: zarr.Array[Any], found: _Node, options: ReadOptions, where: str) -> None:
     labels = options.labels and found.is_ome
     if array.dtype.kind not in ("bui" if labels else "buif"):
         kind = "labels, which are integers" if labels else "real numbers"
