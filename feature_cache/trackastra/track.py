@@ -16,6 +16,7 @@ from trackastra.tracking import track_greedy, write_to_geff
 from ..cache import FeatureCache
 from ..errors import MovieError, NoMasksError, UnknownNameError
 from ..movies import Movie
+from ..movies.movie import tracks_file
 from .inference import cached_inference
 from .metrics import check_result, score_tracks, write_tracks
 from .model_features import find_model
@@ -115,12 +116,13 @@ def track_movie(
 
 def _score(movie: Movie, folder: Path) -> dict[str, float]:
     """Compare with the tracks that stand beside the movie's masks, where there are any."""
-    truth, source = movie.detection_folder, movie.source
-    whole = source is not None and source.is_whole and source.downscale_spatial == 1
-    if truth is None or not whole or not (truth / "man_track.txt").is_file():
+    truth = tracks_file(movie)
+    if truth is None:
         return {}
     try:
-        return score_tracks(truth, folder)
+        return score_tracks(truth.parent, folder)
     except (MovieError, ValueError) as error:  # the result is written, whatever the truth is worth
-        warnings.warn(f"the tracks are not compared with those of {truth}: {error}", stacklevel=2)
+        warnings.warn(
+            f"the tracks are not compared with those of {truth.parent}: {error}", stacklevel=2
+        )
         return {}
