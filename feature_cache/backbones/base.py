@@ -252,19 +252,7 @@ class TorchBackbone(Frozen, ABC):
     def embed_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Embed frames of several sizes in one pass, where the network's input has a fixed one.
 
-        Parameters
-        ----------
-        parts : sequence of (B, H, W) float32
-
-        Returns
-        -------
-        list of (B, gh, gw, C) float32
-            One for each part, on the device.
-
-        Raises
-        ------
-        FrameError
-            As `embed`.
+        Gives for each part (B, H, W) what `embed` gives for it alone; errors as there.
         """
         images = self.take_images(parts)
         with self.computing():
@@ -477,15 +465,7 @@ def _read_safetensors(file: Path) -> Any:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Give a network its weights, every one and no other.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Changed in place.
-    state : mapping of str to Tensor
-    source : object
-        Where the weights come from, for an error.
+    """Give a network its weights, every one and no other; `source` is where they come from.
 
     Raises
     ------
@@ -530,15 +510,10 @@ def standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def resize_frames(images: Tensor, size: tuple[int, int], rule: str) -> Tensor:
-    """Resize frames (B, H, W) to a size; frames that have it already stay as they are.
+    """Resize frames (B, H, W) to (height, width); those that have it already stay as they are.
 
-    Parameters
-    ----------
-    images : (B, H, W) float32
-    size : (height, width)
-    rule : str
-        ``"bilinear"`` or ``"bicubic"``, either with ``"-antialias"`` (which makes a difference
-        only where frames shrink). Corners are not aligned: pixels are areas.
+    The rule is ``"bilinear"`` or ``"bicubic"``, either with ``"-antialias"`` (which makes a
+    difference only where frames shrink). Corners are not aligned: pixels are areas.
     """
     if tuple(images.shape[-2:]) == size:
         return images

@@ -199,13 +199,7 @@ class MicroSam(SegmentAnything):
 
 
 def build_encoder(name: str, size: Mapping[str, Any], seed: int | None) -> nn.Module:
-    """Build the image encoder; with a seed, none of its weights is zero or nearly so.
-
-    Raises
-    ------
-    MissingDependencyError
-        transformers is not installed.
-    """
+    """Build the image encoder; with a seed, none of its weights is zero or nearly so."""
     transformers = import_transformers(name)
     config = transformers.SamVisionConfig(**size, initializer_range=0.02)
     with seeded(seed or 0):

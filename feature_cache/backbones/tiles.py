@@ -128,18 +128,9 @@ class Window:
         return slice(self.start, self.start + self.length)
 
     def choose(self, length: int, cells: int) -> Tensor:
-        """Give the cells of this window for those of the whole grid whose centres it owns.
+        """Give the cells (n,) of this window for those of the whole grid whose centres it owns.
 
-        Parameters
-        ----------
-        length : int
-            Of the frame.
-        cells : int
-            Of this window's grid; the whole has as many a pixel.
-
-        Returns
-        -------
-        (n,) int64
+        The frame is of this length. The whole grid has as many cells a pixel as the window's.
         """
         count = max(1, round(length * cells / self.length))
         centres = (torch.arange(count, dtype=torch.float64) + 0.5) * length / count
@@ -151,12 +142,7 @@ class Window:
 def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
     """Cut an axis into windows of one size, which begin at multiples of a step.
 
-    Parameters
-    ----------
-    length : int
-        A multiple of `step`, where there are several windows.
-    tile, halo : int
-    step : int
+    Its length is one too, where there are several windows.
 
     Examples
     --------

@@ -25,15 +25,7 @@ _COMMON = ("hidden_act", "layer_norm_eps")
 
 
 def import_transformers(purpose: str) -> Any:
-    """Import the package transformers.
-
-    Raises
-    ------
-    MissingDependencyError
-        It is not installed; names the extra.
-    BrokenDependencyError
-        It can't be imported.
-    """
+    """Import the package transformers; errors as `feature_cache.errors.importing`."""
     install = 'pip install "feature-cache[transformers]"'
     with importing("transformers", f"the backbone {purpose!r}", install):
         return import_module("transformers")

@@ -176,13 +176,6 @@ def reading(where: str, cure: str = "") -> Iterator[None]:
     """Make a MovieError of whatever goes wrong in reading from an array or a file.
 
     What can go wrong is a matter of the library that reads, and of its plug-ins.
-
-    Parameters
-    ----------
-    where : str
-        What is read.
-    cure : str
-        What to do, for the error.
     """
     try:
         yield

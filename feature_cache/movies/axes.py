@@ -116,19 +116,9 @@ def plan_layout(
 ) -> Layout:
     """Decide what the axes of an array are.
 
-    What `options` says counts, then `names`; an array without either is (T, Y, X) or (T, Z, Y, X).
-
-    Parameters
-    ----------
-    shape : sequence of int
-    names : sequence, optional
-        What the source calls each axis, such as ``("time", "y", "x")``; where it calls none of
-        them by a name that is known, it has no names.
-    options : ReadOptions
-    where : str
-        What to call the array in an error.
-    keep_z : bool
-        Whether a Z of one slice stays where axes have no names.
+    What `options` says counts, then `names`, such as ``("time", "y", "x")``, if any of them is
+    known; an array without either is (T, Y, X) or (T, Z, Y, X), of which a Z of one slice stays if
+    `keep_z`.
 
     Raises
     ------

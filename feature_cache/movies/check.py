@@ -197,19 +197,10 @@ def check_movie(
     quick: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> MovieCheck:
-    """Look at a movie's frames, masks and tracks. Holds a few of the images at a time.
+    """Look at a movie's frames, as many masks, and tracks. Holds a few of the images at a time.
 
-    Parameters
-    ----------
-    name : str
-    frames, masks : Images, Images or None
-        As many masks as frames.
-    tracks : Path, optional
-        The man_track.txt of the whole movie, where there is one.
-    quick : bool
-        Read three frames, and no tracks.
-    progress : callable, optional
-        Called with the number of frames just read.
+    A quick look reads three frames, and no tracks. `progress` is called with the number of frames
+    just read.
     """
     count = len(frames)
     wanted = _spread(count, QUICK_FRAMES) if quick else range(count)
@@ -504,16 +495,7 @@ def _most(facts: Iterable[bool]) -> bool:
 
 
 def judge_tracks(file: Path, masks: Sequence[MaskLook], frames: int) -> Iterator[Problem]:
-    """Say where man_track.txt and the masks of a whole movie disagree.
-
-    Parameters
-    ----------
-    file : Path
-    masks : sequence of MaskLook
-        Those that could be read.
-    frames : int
-        In the movie.
-    """
+    """Say where man_track.txt and the masks that could be read, of a whole movie, disagree."""
     try:
         tracks = read_tracks(file)
     except MovieError as error:

@@ -45,16 +45,8 @@ def holds_ome(description: str) -> bool:
 def find_planes(xml: str, name: str, count: int, samples: int) -> Planes | None:
     """Find which planes the pages of a file are; None where its metadata are in another file.
 
-    Parameters
-    ----------
-    xml : str
-        May list the planes of many files, and be the same in each of them.
-    name : str
-        The file's name now.
-    count : int
-        How many pages it has.
-    samples : int
-        How many of the channels are together in a page.
+    The metadata may list the planes of many files, and be the same in each of them; this one is
+    known by its name. It has `count` pages, each with so many `samples` of the channels.
 
     Raises
     ------

@@ -122,14 +122,7 @@ class Axes:
 
 
 def judge(tiff: Tiff, options: ReadOptions, *, stack: bool = False) -> Verdict:
-    """Decide what a file's images are.
-
-    Parameters
-    ----------
-    tiff : Tiff
-    options : ReadOptions
-    stack : bool
-        Whether the file is a whole movie; else it is one timepoint.
+    """Decide what a file's images are: a `stack` is a whole movie, any other one timepoint.
 
     Raises
     ------
@@ -231,13 +224,7 @@ def _check_meaning(page: Page, options: ReadOptions) -> None:
 
 
 def check_palette(colours: NDArray[np.float64]) -> None:
-    """Raise where a palette does not show values as brightness, in gray or in one hue.
-
-    Parameters
-    ----------
-    colours : (3, N) float64
-        Red, green and blue of each value, 0 to 1.
-    """
+    """Raise where a palette (3, N) of 0..1 shows no values as brightness, in gray or in one hue."""
     many = colours.shape[1]
     used = colours[colours.any(1)]
     if not used.size or (np.abs(used - np.linspace(0, 1, many)) > 1 / many).any():

@@ -78,15 +78,8 @@ class Detections:
     ) -> Detections:
         """Take regions as upstream found them in `count` frames, and what they match.
 
-        Parameters
-        ----------
-        tables : labels (N,), times (N,), coords (N, D)
-        features : mapping of str to (N, K)
-        count : int
-        matching : mapping
-            For each frame, from label to track.
-        order : mapping
-            From `order_tracks`.
+        The tables are labels (N,), times (N,) and coords (N, D), features (N, K) each. In each
+        frame, `matching` maps labels to tracks; `order` is from `order_tracks`.
         """
         labels, times, coords = tables
         ends = np.searchsorted(times, np.arange(count + 1)).astype(np.int64)

@@ -183,15 +183,7 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class PlannedMovie:
-    """Which frames and masks of a movie belong together.
-
-    Attributes
-    ----------
-    movie : str
-    frames : int
-    pairs : tuple of Row
-        The first and the last.
-    """
+    """Which frames and masks of a movie belong together: the first and the last of its pairs."""
 
     movie: str
     frames: int
