@@ -36,7 +36,6 @@ GridShape: TypeAlias = tuple[int, int, int]
 """(Z, gh, gw)."""
 
 _Label = TypeVar("_Label", bound=np.integer)
-_Scalar = TypeVar("_Scalar", bound=np.generic)
 EPSILON = np.float32(1e-8)
 ORDINARY = 2.0**-20, 2.0**60
 """Vectors whose largest number is beyond are scaled before their length is taken in float32."""
@@ -104,7 +103,8 @@ class Regions:
         FrameError
             Labels that don't ascend, or are background; not one finite centroid for each.
         """
-        stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
+        stack = mask_labels(mask)
+        stack = stack[None] if stack.ndim == 2 else stack
         if labels is not None:
             labels = np.asarray(labels)
             if labels.ndim != 1 or (labels[:1] < 1).any() or (labels[1:] <= labels[:-1]).any():
@@ -412,10 +412,6 @@ class _Runs(NamedTuple):
                 np.stack([np.bincount(self.row, s, minlength=count) for s in sums], axis=-1)
                 / sizes[:, None]
             )
-
-
-def _as_stack(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
-    return array[None] if array.ndim == 2 else array
 
 
 def _cells(points: NDArray[Any], shape: GridShape, grid: GridShape) -> Ints:

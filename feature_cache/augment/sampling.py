@@ -37,10 +37,6 @@ def divide(numbers: Any, divisor: float) -> Any:
     return numbers / numbers.new_full((), divisor)
 
 
-def _floor(numbers: Any) -> Any:
-    return np.floor(numbers) if isinstance(numbers, np.ndarray) else numbers.floor()
-
-
 def upload(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """Bring an array to a device; to a GPU from pinned memory, without waiting for it."""
     import torch
@@ -276,7 +272,7 @@ class BSplineField:
     def _basis(self, coordinate: Any, axis: int) -> tuple[Any, tuple[Any, ...]]:
         """Give the first of four knots, and the four cubic basis functions, at each coordinate."""
         place = divide(coordinate.clip(0, self._shape[axis] - 1), self._spacing)
-        knot = _floor(place)
+        knot = np.floor(place) if isinstance(place, np.ndarray) else place.floor()
         t = place - knot
         s = 1.0 - t
         weights = (

@@ -192,19 +192,15 @@ def reading(where: str, cure: str = "") -> Iterator[None]:
 
 def as_numpy(image: Any) -> NDArray[Any]:
     """Bring one image here as a NumPy array; a masked one stays masked."""
-    if hasattr(image, "numpy") and hasattr(image, "detach"):
-        return _from_torch(image)
+    if hasattr(image, "numpy") and hasattr(image, "detach"):  # PyTorch's
+        if "bfloat16" in str(image.dtype):
+            image = image.float()  # exact; NumPy has no such dtype
+        return image.numpy(force=True)
     if hasattr(image, "compute"):
         image = _compute(image)
     if isinstance(image, np.ma.MaskedArray):
         return np.asanyarray(image)
     return np.asarray(image)
-
-
-def _from_torch(image: Any) -> NDArray[Any]:
-    if "bfloat16" in str(image.dtype):
-        image = image.float()  # exact; NumPy has no such dtype
-    return image.numpy(force=True)
 
 
 def _compute(image: Any) -> Any:

@@ -143,11 +143,6 @@ def _order(
     )
 
 
-def unit_key(unit: Unit) -> str:
-    """Name a unit by its content: a digest of the keys of its records."""
-    return f"warm-{digest_bytes(*unit.keys()).hex()}"
-
-
 @dataclass(eq=False)
 class _Run:
     """Keeps a window of units on the cluster; `waiting` are the others, the next one last.
@@ -187,16 +182,18 @@ class _Run:
             unit, order = self.waiting[-1]
             if self.budget is not None:
                 order = replace(order, max_bytes=self._allowance(window))
-            order = replace(order, name=self._key(unit))
+            order = replace(order, name=self._name(unit))
             future = self.client.submit(
                 compute_order, order, key=order.name, retries=RETRIES, pure=True
             )
             self.running[future] = self.waiting.pop()[0], order
             future.add_done_callback(self.finished.put)
 
-    def _key(self, unit: Unit) -> str:
-        # A unit that may stop early is not the same as one that may not.
-        return unit_key(unit) + ("" if self.budget is None else f"-{secrets.token_hex(4)}")
+    def _name(self, unit: Unit) -> str:
+        """Name a unit by its content: a digest of the keys of its records."""
+        name = f"warm-{digest_bytes(*unit.keys()).hex()}"
+        # a unit that may stop early is not the same as one that may not
+        return name if self.budget is None else f"{name}-{secrets.token_hex(4)}"
 
     def _allowance(self, window: int) -> int:
         """Share out the bytes that are left among the units that can run at once."""

@@ -62,14 +62,11 @@ def choose_device(devices: str | None, number: int | None) -> str | None:
     >>> choose_device("cuda:0,cuda:1", 1)
     'cuda:1'
     """
-    names = devices.split(",") if devices else [f"cuda:{i}" for i in range(_count_gpus())]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = devices.split(",") if devices else [f"cuda:{i}" for i in range(gpus)]
     if number is None:
         return names[0] if devices else None
     return names[number % len(names)] if names else None
-
-
-def _count_gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _own_number() -> int | None:
