@@ -53,20 +53,10 @@ def clamp(frames: torch.Tensor, bounds: Bounds | None) -> torch.Tensor:
 
 
 def sample_bilinear(frames: torch.Tensor, find: FindSource, bounds: Bounds | None) -> torch.Tensor:
-    """Sample frames between their pixels, in their shape; beyond a frame is 0.
+    """Sample frames (B, H, W) float32 between their pixels, in their shape; beyond a frame is 0.
 
-    Parameters
-    ----------
-    frames : (B, H, W) float32
-    find : callable
-        Gives pixel coordinates; whole numbers are pixel centres.
-    bounds : (float, float) or None
-        Which frames and result are within; None for any.
-
-    Returns
-    -------
-    torch.Tensor
-        (B, H, W) float32 on the frames' device, where the source is computed too.
+    The source is computed on their device; of its coordinates, whole numbers are pixel centres.
+    Frames and result are within `bounds`.
     """
     _, height, width = frames.shape
     total, flat = frames.new_zeros(frames.shape), frames.flatten(1)
@@ -168,15 +158,8 @@ def blur(frames: torch.Tensor, weights: list[float], bounds: Bounds | None) -> t
     """Convolve frames with a symmetric separable kernel, mirrored at the border.
 
     Half of the result filters rows first, half columns first, so that it commutes with every flip
-    and quarter turn to the last bit.
-
-    Parameters
-    ----------
-    frames : (B, H, W) float32
-    weights : list of float
-        The kernel from its centre outwards.
-    bounds : (float, float) or None
-        Which frames and result are within; None for any.
+    and quarter turn to the last bit. The weights are the kernel's from its centre outwards; frames
+    (B, H, W) float32 and result are within `bounds`.
     """
     import torch
 

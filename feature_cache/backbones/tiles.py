@@ -108,19 +108,13 @@ class Tiled(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a backbone sees along one axis, and the part of it that goes into the grid.
-
-    Attributes
-    ----------
-    start, length : int
-        Pixels that are seen.
-    own : (int, int)
-        Pixels whose cells are taken, from and to.
-    """
+    """What a backbone sees along one axis, and the part of it that goes into the grid."""
 
     start: int
     length: int
+    """Pixels that are seen, from `start` on."""
     own: tuple[int, int]
+    """Pixels whose cells are taken, from and to."""
 
     @property
     def slice(self) -> slice:

@@ -31,25 +31,17 @@ _MOST_CHANNELS, _NO_CHANNELS_BELOW = 4, 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the images of a movie are in an array of 3 to 6 axes.
-
-    Parameters
-    ----------
-    axes : str
-        The letter of each axis, of ``TCZYXS``: T, Y and X, and what else there is; ``_`` for one
-        of length 1 that means nothing.
-    shape : tuple of int
-        Of the whole array.
-    channel : int
-        The one taken of an axis C or S.
-    keep_z : bool
-        Whether a Z of one slice stays.
-    """
+    """Where the images of a movie are in an array of 3 to 6 axes."""
 
     axes: str
+    """The letter of each axis, of ``TCZYXS``: T, Y and X, and what else there is; ``_`` for one
+    of length 1 that means nothing."""
     shape: tuple[int, ...]
+    """Of the whole array."""
     channel: int = 0
+    """The one taken of an axis C or S."""
     keep_z: bool = False
+    """Whether a Z of one slice stays."""
 
     def __str__(self) -> str:
         """Say what decides the pixels; for recipes."""

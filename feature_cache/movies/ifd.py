@@ -32,23 +32,15 @@ _READ = {
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of a TIFF file.
-
-    Attributes
-    ----------
-    offset : int
-        Where its directory starts.
-    tags : mapping of int to tuple of int
-        Those that say what the pixels are, and where.
-    descriptions : tuple of str
-    counts : mapping of int to int
-        How many values each of its tags has.
-    """
+    """A page of a TIFF file."""
 
     offset: int
+    """Where its directory starts."""
     tags: Mapping[int, tuple[int, ...]]
+    """Those that say what the pixels are, and where."""
     descriptions: tuple[str, ...]
     counts: Mapping[int, int]
+    """How many values each of its tags has."""
 
     def get(self, code: int, default: int) -> int:
         """Give a tag's first value."""
@@ -108,25 +100,16 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Tiff:
-    """What is written in a file.
-
-    Attributes
-    ----------
-    name : str
-        Of the file, without its folder.
-    size : int
-        In bytes.
-    rest : int
-        Bytes at the end that no tag tells of.
-    byteorder : str
-        ``"<"`` or ``">"``.
-    pages : tuple of Page
-    """
+    """What is written in a file."""
 
     name: str
+    """Of the file, without its folder."""
     size: int
+    """In bytes."""
     rest: int
+    """Bytes at the end that no tag tells of."""
     byteorder: str
+    """``"<"`` or ``">"``."""
     pages: tuple[Page, ...]
 
 

@@ -13,23 +13,15 @@ from .faults import FaultError
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """The planes that are in a file.
-
-    Attributes
-    ----------
-    axes : str
-        Of T, Z and C, slowest first.
-    lengths : tuple of int
-    pages : tuple of int
-        Number of the page in the file, for each plane in the order of `axes`.
-    all_times : int
-        Timepoints of the movie, of which others may be in other files.
-    """
+    """The planes that are in a file."""
 
     axes: str
+    """Of T, Z and C, slowest first."""
     lengths: tuple[int, ...]
     pages: tuple[int, ...]
+    """Number of the page in the file, for each plane in the order of `axes`."""
     all_times: int
+    """Timepoints of the movie, of which others may be in other files."""
 
     @property
     def times(self) -> int:

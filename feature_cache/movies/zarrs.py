@@ -41,25 +41,18 @@ _MANY = 6
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """An array or a group: what its metadata says.
-
-    Attributes
-    ----------
-    names : sequence, optional
-        Of an array's axes, as its image calls them where it is one of OME-Zarr.
-    metadata : tuple of (Path, Digest)
-        The files that were read, and what was in them.
-    is_ome : bool
-        Whether it is an array in an image of OME-Zarr.
-    """
+    """An array or a group: what its metadata says."""
 
     path: Path
     is_array: bool
     version: Literal[2, 3]
     attributes: Mapping[str, Any]
     names: Sequence[object] | None
+    """Of an array's axes, as its image calls them where it is one of OME-Zarr."""
     metadata: tuple[tuple[Path, Digest], ...]
+    """The files that were read, and what was in them."""
     is_ome: bool = False
+    """Whether it is an array in an image of OME-Zarr."""
 
     @property
     def ome(self) -> Mapping[str, Any]:

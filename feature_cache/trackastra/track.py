@@ -37,27 +37,13 @@ def track_movie(
     weights: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Track the cells of a movie, on cached features of the model's own kind.
+    """Track the cells of a movie with masks, on cached features of the model's own kind.
 
-    Parameters
-    ----------
-    movie : Movie
-        With masks.
-    model : str or path
-        A model's folder, or the name of one of Trackastra's own.
-    cache : FeatureCache or path
-    folder : Path
-        Where masks, ``man_track.txt`` and ``tracks.zarr`` (GEFF) are written, over an earlier
-        result.
-    mode : str
-        Of Trackastra's linking.
-    threshold : float
-        0 to 1: the least a link may weigh for the two greedy modes. Less finds more links, of a
-        model that is little trained above all, and more wrong ones.
-    weights : str, optional
-        Of the backbone, as `cached_inference`.
-    device : str, optional
-        Of the model; by default the best.
+    The model is a folder, or the name of one of Trackastra's own. Masks, ``man_track.txt`` and
+    ``tracks.zarr`` (GEFF) are written to `folder`, over an earlier result. The threshold, 0 to 1,
+    is the least a link may weigh for the two greedy modes: less finds more links, of a model that
+    is little trained above all, and more wrong ones. The weights are the backbone's, as of
+    `cached_inference`.
 
     Returns
     -------

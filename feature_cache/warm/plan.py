@@ -50,23 +50,15 @@ Spot = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The missing records of one movie.
-
-    Attributes
-    ----------
-    copies : tuple of MovieFeatures
-        The movie under each draw; hashed.
-    specs : tuple of SpaceSpec
-    wanted : mapping of int to tuple of (int, int)
-        Frames, each with the copies and spaces of which its record is missing.
-    grids : frozenset of (int, int)
-        Frames and copies whose grid is stored, in float32.
-    """
+    """The missing records of one movie."""
 
     copies: tuple[MovieFeatures, ...]
+    """The movie under each draw; hashed."""
     specs: tuple[SpaceSpec, ...]
     wanted: Mapping[int, tuple[Spot, ...]]
+    """Frames, each with the copies and spaces of which its record is missing."""
     grids: frozenset[tuple[int, int]] = frozenset()
+    """Frames and copies whose grid is stored, in float32."""
 
     @property
     def movie(self) -> MovieFeatures:
@@ -107,17 +99,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a task that is done at once.
-
-    Attributes
-    ----------
-    task : Task
-    wanted : tuple of (int, tuple of (int, int))
-        Each frame, with the copies and spaces of which its record is missing.
-    """
+    """A part of a task that is done at once."""
 
     task: Task
     wanted: tuple[tuple[int, tuple[Spot, ...]], ...]
+    """Each frame, with the copies and spaces of which its record is missing."""
 
     @property
     def records(self) -> int:
