@@ -15,7 +15,7 @@ from trackastra.tracking import track_greedy, write_to_geff
 
 from ..cache import FeatureCache
 from ..errors import MovieError, NoMasksError, UnknownNameError
-from ..movies import Movie
+from ..movies import Movie, read_tracks
 from ..movies.movie import tracks_file
 from .inference import cached_inference
 from .metrics import check_result, score_tracks, write_tracks
@@ -90,10 +90,10 @@ def track_movie(
     geff = folder / "tracks.zarr"
     shutil.rmtree(geff, ignore_errors=True)
     write_to_geff(graph, masks, outdir=geff)
-    tracks = sum(line.strip() != "" for line in (folder / "man_track.txt").open())
+    tracks = read_tracks(folder / "man_track.txt")
     every = sum(len(np.unique(mask[mask > 0])) for mask in masks)
     return {
-        "tracks": tracks,
+        "tracks": len(tracks),
         "cells": len(graph),
         "unlinked": every - len(graph),
         "scores": _score(movie, folder),
