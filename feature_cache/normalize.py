@@ -78,16 +78,7 @@ def normalize(
 
 
 def check_bounds(low: np.float32, high: np.float32, where: str, *, stacklevel: int = 2) -> bool:
-    """Tell whether a frame is constant, and warn if it is.
-
-    Parameters
-    ----------
-    low, high : float32
-        Which of its pixels become 0 and 1.
-    where : str
-        What to call the frame.
-    stacklevel : int
-        Whose line the `ConstantFrameWarning` names.
+    """Tell whether a frame, whose pixels `low` and `high` become 0 and 1, is constant; warn if so.
 
     Raises
     ------
@@ -207,13 +198,7 @@ class Normalized:
     bounds: torch.Tensor | None
 
     def check(self, where: Sequence[str]) -> None:
-        """Warn and raise as `normalize` does; waits for the device.
-
-        Parameters
-        ----------
-        where : sequence of str
-            What to call each frame.
-        """
+        """Warn and raise as `normalize` does, of each frame by its name; waits for the device."""
         if self.bounds is not None:
             for (low, high), name in zip(self.bounds.cpu().numpy(), where, strict=True):
                 check_bounds(low, high, name, stacklevel=3)

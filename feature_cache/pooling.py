@@ -36,7 +36,6 @@ GridShape: TypeAlias = tuple[int, int, int]
 """(Z, gh, gw)."""
 
 _Label = TypeVar("_Label", bound=np.integer)
-_Scalar = TypeVar("_Scalar", bound=np.generic)
 EPSILON = np.float32(1e-8)
 ORDINARY = 2.0**-20, 2.0**60
 """Vectors whose largest number is beyond are scaled before their length is taken in float32."""
@@ -104,7 +103,8 @@ class Regions:
         FrameError
             Labels that don't ascend, or are background; not one finite centroid for each.
         """
-        stack: NDArray[np.int32] = _as_stack(mask_labels(mask))
+        stack = mask_labels(mask)
+        stack = stack[None] if stack.ndim == 2 else stack
         if labels is not None:
             labels = np.asarray(labels)
             if labels.ndim != 1 or (labels[:1] < 1).any() or (labels[1:] <= labels[:-1]).any():
@@ -213,28 +213,11 @@ def pool(
 def pool_frame(
     grid: NDArray[np.floating], regions: Regions, draw: Drawing, modes: Sequence[str]
 ) -> list[Floats]:
-    """Pool the grid of a frame under a draw in several ways at once.
+    """Pool the grid of a frame under a draw in several ways at once; errors as `pool`.
 
-    Parameters
-    ----------
-    grid : (gh, gw, C), or (Z, gh, gw, C) for a stack, float
-        Embeddings of the drawn frame.
-    regions : Regions
-        Of the frame's mask before the draw: of one frame for all of its draws.
-    draw : Draw
-    modes : sequence of str
-        Of `POOLINGS`.
-
-    Returns
-    -------
-    list of (N, C) float32
-        One for each mode, in the order of `regions.labels`. A region of which the draw leaves no
-        pixel takes the cell under its mapped centroid.
-
-    Raises
-    ------
-    UnknownNameError, FrameError
-        As `pool`.
+    The grid is that of the drawn frame, and the regions are those of its mask before the draw: of
+    one frame for all of its draws. Gives (N, C) float32 for each mode, in the order of the regions'
+    labels. One of which the draw leaves no pixel takes the cell under its mapped centroid.
     """
     return pool_regions(grid, regions.drawn(draw), modes)
 
@@ -262,19 +245,15 @@ def pool_regions(
 
 
 class Votes(NamedTuple):
-    """How much each cell counts for each region, sorted by region, then cell.
-
-    Attributes
-    ----------
-    bounds : (N + 1,) int64
-        The votes of region i are those from ``bounds[i]`` to ``bounds[i + 1]``, at least one.
-    cells : (V,) int64
-    weights : (V,) float32
-    """
+    """How much each cell counts for each region, sorted by region, then cell."""
 
     bounds: Ints
+    """(N + 1,) int64. The votes of region i are those from ``bounds[i]`` to ``bounds[i + 1]``,
+    at least one."""
     cells: Ints
+    """(V,) int64."""
     weights: Floats
+    """(V,) float32."""
 
 
 class _Ballot:
@@ -369,20 +348,14 @@ class _Ballot:
 
 
 class _Runs(NamedTuple):
-    """Runs of neighbouring pixels of one region, none of them over a border.
-
-    Attributes
-    ----------
-    row : (R,) int64
-        Of the region, from 0.
-    start : (R,) int64
-        Where its first pixel lies in the flattened (Z, H, W).
-    length : (R,) int64
-    """
+    """Runs of neighbouring pixels of one region, none of them over a border."""
 
     row: Ints
+    """(R,) int64. Of the region, from 0."""
     start: Ints
+    """(R,) int64. Where its first pixel lies in the flattened (Z, H, W)."""
     length: Ints
+    """(R,) int64."""
 
     @classmethod
     def of(cls, rows: Rows, borders: NDArray[np.bool_]) -> _Runs:
@@ -412,10 +385,6 @@ class _Runs(NamedTuple):
                 np.stack([np.bincount(self.row, s, minlength=count) for s in sums], axis=-1)
                 / sizes[:, None]
             )
-
-
-def _as_stack(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
-    return array[None] if array.ndim == 2 else array
 
 
 def _cells(points: NDArray[Any], shape: GridShape, grid: GridShape) -> Ints:

@@ -21,22 +21,15 @@ Doubles: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Tokens of a sample, and the draw that moves them.
-
-    Attributes
-    ----------
-    coords : (N, 1 + ndim) float32, (t, y, x) or (t, z, y, x) in pixels
-    features : (N, F) float32
-        Shallow features.
-    draw : Draw
-    shape : (H, W)
-        Of the frame that the draw is applied to.
-    """
+    """Tokens of a sample, and the draw that moves them."""
 
     coords: Tensor
+    """(N, 1 + ndim) float32, (t, y, x) or (t, z, y, x) in pixels."""
     features: Tensor
+    """(N, F) float32. Shallow features."""
     draw: Draw
     shape: tuple[int, int]
+    """(H, W). Of the frame that the draw is applied to."""
 
 
 def map_tokens(samples: Sequence[Placed], columns: Sequence[str]) -> list[tuple[Tensor, Tensor]]:

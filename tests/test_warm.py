@@ -32,6 +32,7 @@ from feature_cache.warm import (
     plan_warm,
     run_warm,
 )
+from feature_cache.warm.frame_rates import recall_rate, remember_rate
 from feature_cache.warm.worker import Recipe
 from forked_processes import content
 from old_files import age, hurry
@@ -234,6 +235,11 @@ class TestPlan:
         [file] = (tmp_path / "memo").glob("*.rate")
         file.write_text("{")
         assert plan_warm(two, [movie], backbone).seconds is None
+
+    def test_a_run_within_a_tick_of_the_clock_says_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("FEATURE_CACHE_MEMO", str(tmp_path / "memo"))
+        remember_rate(FakeBackbone(), 100, 0.0)
+        assert recall_rate(FakeBackbone()) is None
 
     def test_command(self, command, small_folder):
         root = small_folder()

@@ -33,14 +33,14 @@ from .sampling import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 FOLD_RATIO = 8
 """An elastic amplitude is at most the smoothing by this, so that the field can be inverted."""
 
 _nearest = Kept(256 << 20)
 """Where a mask's pixels come from, for the draws of the movies at hand."""
-_Planes = TypeVar("_Planes", NDArray[Any], "torch.Tensor")
+_Planes = TypeVar("_Planes", NDArray[Any], "Tensor")
 _INVERSION_STEPS = 40
 _STRIP = 32
 """Lines that are transposed at once."""
@@ -117,24 +117,18 @@ class D4(Operation):
         axes = tuple(axis for axis, mirror in enumerate(mirrors) if mirror)
         return np.ascontiguousarray(np.flip(mapped, axes))
 
-    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._map(rows)
+    def apply_rows(self, rows: Tensor) -> Tensor:
+        swap, *mirrors = _ELEMENTS[self.element]
+        if swap and rows.device.type == "cpu":
+            rows = _transpose(rows, rows.new_empty(rows.transpose(1, 2).shape))
+        elif swap:
+            rows = rows.transpose(1, 2)
+        return rows.flip([axis + 1 for axis, mirror in enumerate(mirrors) if mirror]).contiguous()
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
-        return self._map(frames)
-
-    def _map(self, planes: torch.Tensor) -> torch.Tensor:
-        swap, *mirrors = _ELEMENTS[self.element]
-        if swap and planes.device.type == "cpu":
-            planes = _transpose(planes, planes.new_empty(planes.transpose(1, 2).shape))
-        elif swap:
-            planes = planes.transpose(1, 2)
-        return planes.flip([axis + 1 for axis, mirror in enumerate(mirrors) if mirror]).contiguous()
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
+        return self.apply_rows(frames)
 
 
 def _transpose(planes: _Planes, swapped: _Planes) -> _Planes:
@@ -208,18 +202,15 @@ class Scale(Operation):
         rows, columns = map(_nearest_exact, shape, self.output_shape(shape))
         return mask.take(rows, axis=0).take(columns, axis=1)
 
-    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def apply_rows(self, rows: Tensor) -> Tensor:
         shape = _shape_of(rows)
         y, x = map(_nearest_exact, shape, self.output_shape(shape))
         chosen = rows.index_select(1, upload(y, rows.device))
         return chosen.index_select(2, upload(x, rows.device))
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         import torch.nn.functional as functional
 
         shape = self.output_shape(_shape_of(frames))
@@ -248,15 +239,12 @@ class Warp(Operation):
         places = _nearest.get((self, shape), lambda: nearest_places(self.source(shape), shape))
         return sample_nearest(mask, places)
 
-    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def apply_rows(self, rows: Tensor) -> Tensor:
         return sample_nearest_on(rows, self.source(_shape_of(rows)))
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         return sample_bilinear(frames, self.source(_shape_of(frames)), bounds)
 
 
@@ -407,5 +395,5 @@ class Elastic(Warp):
         return find
 
 
-def _shape_of(array: torch.Tensor | NDArray[np.generic]) -> Shape:
+def _shape_of(array: Tensor | NDArray[np.generic]) -> Shape:
     return int(array.shape[-2]), int(array.shape[-1])

@@ -18,7 +18,7 @@ from .parameters import SEED, Allowed, Stream
 from .sampling import blur, change_contrast, upload
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,8 @@ class Brightness(Operation):
         return None if self.factor == 1.0 else self
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         return frames.mul(self.factor).clamp_(0, 1)
 
 
@@ -74,11 +71,8 @@ class Contrast(Operation):
         return None if self.factor == 1.0 else self
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         return change_contrast(frames, self.factor)
 
 
@@ -120,11 +114,8 @@ class Blur(Operation):
         return [float(np.float32(height / total)) for height in heights]
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         return blur(frames, self._weights(), bounds)
 
 
@@ -155,11 +146,8 @@ class Noise(Operation):
         return None if self.sigma == 0.0 else self
 
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         own = digest_json(["noise", self.seed])
         noisy = frames.clone()
         for frame, digest in zip(noisy, digests, strict=True):

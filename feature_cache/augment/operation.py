@@ -16,7 +16,7 @@ from ..spec import UNIT_RANGE, Bounds
 from .parameters import Allowed
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 Shape: TypeAlias = tuple[int, int]
 Points: TypeAlias = NDArray[np.float64]
@@ -74,17 +74,14 @@ class Operation(ABC):
         """Map a mask (H, W), nearest neighbour."""
         return mask
 
-    def apply_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def apply_rows(self, rows: Tensor) -> Tensor:
         """Map (Z, H, W) integers as `apply_mask` does, on their device."""
         return rows
 
     @abstractmethod
     def apply(
-        self,
-        frames: torch.Tensor,
-        digests: Sequence[Digest],
-        bounds: Bounds | None = UNIT_RANGE,
-    ) -> torch.Tensor:
+        self, frames: Tensor, digests: Sequence[Digest], bounds: Bounds | None = UNIT_RANGE
+    ) -> Tensor:
         """Map frames (B, H, W) float32 within `bounds`; `digests` is used where `needs_digests`."""
 
 

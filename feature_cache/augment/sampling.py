@@ -37,10 +37,6 @@ def divide(numbers: Any, divisor: float) -> Any:
     return numbers / numbers.new_full((), divisor)
 
 
-def _floor(numbers: Any) -> Any:
-    return np.floor(numbers) if isinstance(numbers, np.ndarray) else numbers.floor()
-
-
 def upload(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """Bring an array to a device; to a GPU from pinned memory, without waiting for it."""
     import torch
@@ -57,20 +53,10 @@ def clamp(frames: torch.Tensor, bounds: Bounds | None) -> torch.Tensor:
 
 
 def sample_bilinear(frames: torch.Tensor, find: FindSource, bounds: Bounds | None) -> torch.Tensor:
-    """Sample frames between their pixels, in their shape; beyond a frame is 0.
+    """Sample frames (B, H, W) float32 between their pixels, in their shape; beyond a frame is 0.
 
-    Parameters
-    ----------
-    frames : (B, H, W) float32
-    find : callable
-        Gives pixel coordinates; whole numbers are pixel centres.
-    bounds : (float, float) or None
-        Which frames and result are within; None for any.
-
-    Returns
-    -------
-    torch.Tensor
-        (B, H, W) float32 on the frames' device, where the source is computed too.
+    The source is computed on their device; of its coordinates, whole numbers are pixel centres.
+    Frames and result are within `bounds`.
     """
     _, height, width = frames.shape
     total, flat = frames.new_zeros(frames.shape), frames.flatten(1)
@@ -172,15 +158,8 @@ def blur(frames: torch.Tensor, weights: list[float], bounds: Bounds | None) -> t
     """Convolve frames with a symmetric separable kernel, mirrored at the border.
 
     Half of the result filters rows first, half columns first, so that it commutes with every flip
-    and quarter turn to the last bit.
-
-    Parameters
-    ----------
-    frames : (B, H, W) float32
-    weights : list of float
-        The kernel from its centre outwards.
-    bounds : (float, float) or None
-        Which frames and result are within; None for any.
+    and quarter turn to the last bit. The weights are the kernel's from its centre outwards; frames
+    (B, H, W) float32 and result are within `bounds`.
     """
     import torch
 
@@ -276,7 +255,7 @@ class BSplineField:
     def _basis(self, coordinate: Any, axis: int) -> tuple[Any, tuple[Any, ...]]:
         """Give the first of four knots, and the four cubic basis functions, at each coordinate."""
         place = divide(coordinate.clip(0, self._shape[axis] - 1), self._spacing)
-        knot = _floor(place)
+        knot = np.floor(place) if isinstance(place, np.ndarray) else place.floor()
         t = place - knot
         s = 1.0 - t
         weights = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -100,8 +100,11 @@ def load_backbone(
             f"{given[option]!r} beside it; leave one out"
         )
     if "," in told.get("layer", ""):
+        from .several_layers import Layers
+
         names = [join_name(bare, {**told, "layer": one}) for one in told["layer"].split(",")]
-        return _join_layers([load_backbone(n, weights, device, dtype, **options) for n in names])
+        members = [load_backbone(n, weights, device, dtype, **options) for n in names]
+        return cast("Backbone", Layers(members))
     wanted = {**options, **_read_options(bare, factory, told, {**given, **options})}
     weights, dtype = wanted.pop("weights", weights), wanted.pop("dtype", dtype)
     tile, halo = wanted.pop("tile", None), wanted.pop("halo", None)
@@ -110,19 +113,11 @@ def load_backbone(
         raise BackboneError(f"{factory} gave no backbone for {bare!r}: it has no embed()")
     if tile is None and halo is not None:
         raise BackboneError(f"{bare} has halo={halo} and no tile: name both, or none")
-    return cast("Backbone", backbone) if tile is None else _tile(backbone, tile, halo)
-
-
-def _tile(backbone: object, tile: int, halo: int | None) -> Backbone:
+    if tile is None:
+        return cast("Backbone", backbone)
     from .tiles import Tiled
 
     return Tiled(cast("Backbone", backbone), tile, halo)
-
-
-def _join_layers(members: Sequence[Backbone]) -> Backbone:
-    from .several_layers import Layers
-
-    return cast("Backbone", Layers(members))
 
 
 def list_options(name: str) -> tuple[OptionInfo, ...]:

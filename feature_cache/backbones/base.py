@@ -20,8 +20,11 @@ from ..hashing import Digest, state_digest
 from ..memo import Memo, remembered_digest
 from ..spec import BackboneSpec
 from .name import COMPUTE_DTYPES
+from .preprocessing import round_up
 from .state import NetworkState, exact_float32
 
+ROUND_UP = "round-up-"
+"""Before the rule of a resize: to the least size of whole cells, where a spec has no input size."""
 _loading = Lock()
 
 
@@ -249,19 +252,7 @@ class TorchBackbone(Frozen, ABC):
     def embed_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Embed frames of several sizes in one pass, where the network's input has a fixed one.
 
-        Parameters
-        ----------
-        parts : sequence of (B, H, W) float32
-
-        Returns
-        -------
-        list of (B, gh, gw, C) float32
-            One for each part, on the device.
-
-        Raises
-        ------
-        FrameError
-            As `embed`.
+        Gives for each part (B, H, W) what `embed` gives for it alone; errors as there.
         """
         images = self.take_images(parts)
         with self.computing():
@@ -325,8 +316,14 @@ class TorchBackbone(Frozen, ABC):
         """Map the network's input to grids (B, gh, gw, C)."""
 
     def _as_input(self, images: Tensor) -> Tensor:
-        """Map frames (B, H, W) to the network's input: three channels, standardised."""
-        return standardize(images, self.spec.mean, self.spec.std)
+        """Map frames (B, H, W) to the network's input, as the spec says: resized, standardised."""
+        spec = self.spec
+        rule, size = spec.resize.removeprefix(ROUND_UP), spec.input_size
+        if spec.resize.startswith(ROUND_UP):
+            size = round_up(images.shape[-2:], spec.stride)
+        if rule != "none" and size is not None:
+            images = resize_frames(images, size, rule)
+        return standardize(images, spec.mean, spec.std)
 
     def _weights_file(self) -> Path | None:
         """Name the file the weights come from, where they come from one."""
@@ -468,15 +465,7 @@ def _read_safetensors(file: Path) -> Any:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Give a network its weights, every one and no other.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Changed in place.
-    state : mapping of str to Tensor
-    source : object
-        Where the weights come from, for an error.
+    """Give a network its weights, every one and no other; `source` is where they come from.
 
     Raises
     ------
@@ -507,25 +496,24 @@ def _some(names: list[str]) -> str:
 def standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Map frames (B, H, W) to (B, 3, H, W), less the mean and divided by the deviation of each.
 
-    The host does not wait for the device, as it would for a tensor made of numbers there.
+    Both may be empty: then the three channels are the frame. The host does not wait for the
+    device, as it would for a tensor made of numbers there.
     """
+    channels = images[:, None].expand(-1, 3, -1, -1)
+    if not mean:
+        return channels
     subtracted, divisor = (
         torch.stack([images.new_full((1, 1), number) for number in numbers])
         for numbers in (mean, std)
     )
-    return (images[:, None].expand(-1, 3, -1, -1) - subtracted) / divisor
+    return (channels - subtracted) / divisor
 
 
 def resize_frames(images: Tensor, size: tuple[int, int], rule: str) -> Tensor:
-    """Resize frames (B, H, W) to a size; frames that have it already stay as they are.
+    """Resize frames (B, H, W) to (height, width); those that have it already stay as they are.
 
-    Parameters
-    ----------
-    images : (B, H, W) float32
-    size : (height, width)
-    rule : str
-        ``"bilinear"`` or ``"bicubic"``, either with ``"-antialias"`` (which makes a difference
-        only where frames shrink). Corners are not aligned: pixels are areas.
+    The rule is ``"bilinear"`` or ``"bicubic"``, either with ``"-antialias"`` (which makes a
+    difference only where frames shrink). Corners are not aligned: pixels are areas.
     """
     if tuple(images.shape[-2:]) == size:
         return images

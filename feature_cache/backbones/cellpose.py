@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError
 from ..spec import BackboneSpec, Normalization
-from .base import load_into, resize_frames, seeded
+from .base import load_into, seeded
 from .checkpoint import read_tensors
 from .hub import hub_file
 from .preprocessing import scale_by_percentiles
@@ -98,8 +98,7 @@ class CellposeSam(HubBackbone):
         return network
 
     def _as_input(self, images: Tensor) -> Tensor:
-        scaled = scale_by_percentiles(images, *_PERCENTILES)
-        return self._to_channels(resize_frames(scaled, (_INPUT, _INPUT), "bilinear"))
+        return super()._as_input(scale_by_percentiles(images, *_PERCENTILES))
 
     def _forward(self, inputs: Tensor) -> Tensor:
         return cast(Tensor, self.module(inputs))

@@ -16,12 +16,8 @@ from .base import load_checkpoint
 def read_tensors(file: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
     """Read the tensors whose names start with a prefix, which is cut off.
 
-    Parameters
-    ----------
-    file : Path
-        ``.safetensors``, or a state dict that torch can read with ``weights_only=True``.
-    prefixes : sequence of str
-        The first that any name starts with is taken; ``""`` takes all.
+    Of several, the first that any name starts with is taken; ``""`` takes all. The file is
+    ``.safetensors``, or a state dict that torch can read with ``weights_only=True``.
 
     Raises
     ------
@@ -49,15 +45,8 @@ def as_json(plain: Mapping[str, Any]) -> dict[str, Any]:
 def check_config(folder: Path, wanted: Mapping[str, Any], model: str, part: str = "") -> None:
     """Check that the ``config.json`` beside a checkpoint, if there, describes this architecture.
 
-    Parameters
-    ----------
-    folder : Path
-    wanted : mapping of str to JSON
-        What must be so where the file says anything of it.
-    model : str
-        What to call the architecture in an error.
-    part : str
-        The part of the file that is meant; of it, ``"vision_config"`` where there is one.
+    All that is `wanted` must be so where the file, or that `part` of it, says anything of it; where
+    there is a ``vision_config``, that counts.
 
     Raises
     ------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,17 @@ class _DebugBackbone(Frozen, ABC):
         if dtype not in (None, "float32"):
             raise UnknownNameError(f"compute dtype of {name}", str(dtype), ["float32"])
         self.name, self.weights, self.device = name, weights, find_device(device or "cpu")
+
+    def _make_spec(
+        self, layer: str, stride: int, weights: tuple[str, NDArray[Any]], **terms: Any
+    ) -> BackboneSpec:
+        """Describe it, with what it computes by in the place of weights."""
+        if stride < 1:
+            raise BackboneError(f"{self.name}: stride {stride}, expected 1 or more")
+        return BackboneSpec(
+            self.name, self.revision, state_digest([weights]).hex(), layer, self.width, stride,
+            channels="single", extra=name_subclass(type(self)), **terms,
+        )  # fmt: skip
 
     def embed(self, frames: Tensor) -> Tensor:
         """Embed frames (B, H, W) float32 into grids (B, gh, gw, width) float32."""
@@ -81,16 +92,7 @@ class RandomNoise(_DebugBackbone):
             raise BackboneError(f"{name} has no checkpoint: weights must be 'random:<seed>'")
         self.seed = np.array([int(seed) % 2**64], dtype=np.uint64)
         self.seed.flags.writeable = False
-        self.spec = BackboneSpec(
-            name=name,
-            revision=self.revision,
-            weights=state_digest([("seed", self.seed)]).hex(),
-            layer="noise",
-            width=self.width,
-            stride=_positive(stride, name),
-            channels="single",
-            extra=name_subclass(type(self)),
-        )
+        self.spec = self._make_spec("noise", stride, ("seed", self.seed))
 
     def _embed_frame(self, frame: NDArray[np.float32]) -> NDArray[np.float32]:
         """Hash each pixel with its place, add up each cell's, and stretch the sums to noise."""
@@ -142,29 +144,15 @@ class EncodedLabels(_DebugBackbone):
             raise BackboneError(f"{name} has no weights, found weights={str(weights)!r}")
         self.wavelengths = 2.0 ** np.linspace(1, 25, self.width // 2)
         self.wavelengths.flags.writeable = False
-        self.spec = BackboneSpec(
-            name=name,
-            revision=self.revision,
-            weights=state_digest([("wavelengths", self.wavelengths)]).hex(),
-            layer="sines",
-            width=self.width,
-            stride=_positive(stride, name),
-            channels="single",
-            extra=name_subclass(type(self)),
-            normalization=Normalization("none"),
-        )
+        known = "wavelengths", self.wavelengths
+        normalization = Normalization("none")
+        self.spec = self._make_spec("sines", stride, known, normalization=normalization)
 
     def _embed_frame(self, frame: NDArray[np.float32]) -> NDArray[np.float32]:
         rows, columns = (_centres(length, self.spec.stride) for length in frame.shape)
         values = frame[np.ix_(rows, columns)].astype(np.float64)[..., None]
         angles = 2 * np.pi * (values / self.wavelengths % 1)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
-
-
-def _positive(stride: int, name: str) -> int:
-    if stride < 1:
-        raise BackboneError(f"{name}: stride {stride}, expected 1 or more")
-    return stride
 
 
 def _count(length: int, stride: int) -> int:

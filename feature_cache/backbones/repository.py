@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
@@ -21,11 +20,11 @@ from ..errors import BackboneError, UnknownNameError
 from ..forks import cached_property
 from ..hashing import digest_json
 from ..spec import BackboneSpec
-from .base import TorchBackbone, load_checkpoint, resize_frames, seeded, standardize
+from .base import ROUND_UP, TorchBackbone, load_checkpoint, seeded
 from .checkpoint import as_json, check_config
 from .hub import hub_file
 from .known import KNOWN
-from .preprocessing import check_input_size, round_up
+from .preprocessing import check_input_size
 from .several_layers import LayeredBackbone
 from .transformers import import_transformers
 
@@ -178,8 +177,8 @@ class Repository(LayeredBackbone):
         )
 
     @cached_property
-    def _plan(self) -> _Plan:
-        """What the model gives."""
+    def _terms(self) -> dict[str, Any]:
+        """What of the spec the model and its processor decide."""
         network = self._outline
         own = _pair(getattr(self._config, "image_size", None))
         size = self.input_size or own or (256, 256)
@@ -193,38 +192,27 @@ class Repository(LayeredBackbone):
                 raise
             said = shorten(str(error), 200, placeholder=" …")
             raise BackboneError(f"{self.name} can't embed images of {size}: {said}") from error
-        stride = size[0] // grid.shape[1]
         is_native = self.input_size is None and not hasattr(network.config, "patch_size")
         is_native = is_native and not hasattr(network.config, "backbone_config")
         mean, std, rule = self._preprocessing
-        return _Plan(
-            width=grid.shape[3],
-            stride=stride,
-            input_size=None if is_native else size,
-            resize="round-up-bilinear" if is_native else f"{rule}-antialias",
-            mean=mean if self.standardize else (),
-            std=std if self.standardize else (),
-        )
+        return {
+            "width": grid.shape[3],
+            "stride": size[0] // grid.shape[1],
+            "input_size": None if is_native else size,
+            "resize": f"{ROUND_UP}bilinear" if is_native else f"{rule}-antialias",
+            "mean": mean if self.standardize else (),
+            "std": std if self.standardize else (),
+        }
 
     def _describe(self, weights: str) -> BackboneSpec:
-        plan, settings = self._plan, {}
+        terms, settings = self._terms, {}
         if self._repository not in KNOWN:  # which decide numbers, and may be others at any time
             told = self._plain_config
             for part in _PARTS:
                 told = told.get(part, told)
             told = {k: v for k, v in told.items() if k not in _NOTES}
             settings = {"config": digest_json(told).hex()}
-        return self._make_spec(
-            weights,
-            layer=self._name_layer(),
-            width=plan.width,
-            stride=plan.stride,
-            input_size=plan.input_size,
-            resize=plan.resize,
-            mean=plan.mean,
-            std=plan.std,
-            extra=settings,
-        )
+        return self._make_spec(weights, layer=self._name_layer(), extra=settings, **terms)
 
     def _name_layer(self) -> str:
         if isinstance(self.layer, str):
@@ -284,14 +272,6 @@ class Repository(LayeredBackbone):
         return network.float()
 
     # From frames to grids
-
-    def _as_input(self, images: Tensor) -> Tensor:
-        spec = self.spec
-        size = spec.input_size or round_up(images.shape[1:], spec.stride)
-        images = resize_frames(images, size, spec.resize.removeprefix("round-up-"))
-        if not spec.mean:
-            return images[:, None].expand(-1, 3, -1, -1)
-        return standardize(images, spec.mean, spec.std)
 
     def _forward_layers(self, inputs: Tensor, members: Sequence[TorchBackbone]) -> list[Tensor]:
         return self._read(self.module, inputs, [cast(Repository, one).layer for one in members])
@@ -353,18 +333,6 @@ class Repository(LayeredBackbone):
                 "timm/<model>"
             )
         return found[:, tokens:].reshape(len(found), rows, columns, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a spec needs to know of a model."""
-
-    width: int
-    stride: int
-    input_size: tuple[int, int] | None
-    resize: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

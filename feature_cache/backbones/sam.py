@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, UnknownNameError
 from ..spec import BackboneSpec
-from .base import load_into, resize_frames, seeded
+from .base import load_into, resize_frames, seeded, standardize
 from .checkpoint import check_config, read_tensors
+from .known import vit_size
 from .transformers import HubBackbone, import_transformers
 from .weights import micro_sam_file
 
@@ -25,24 +26,9 @@ _POSITION_STD = 0.02
 
 ENCODER_SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "base": {
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "global_attn_indexes": (2, 5, 8, 11),
-        },
-        "large": {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "global_attn_indexes": (5, 11, 17, 23),
-        },
-        "huge": {
-            "hidden_size": 1280,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "global_attn_indexes": (7, 15, 23, 31),
-        },
+        "base": {**vit_size(768, 12, 12), "global_attn_indexes": (2, 5, 8, 11)},
+        "large": {**vit_size(1024, 24, 16), "global_attn_indexes": (5, 11, 17, 23)},
+        "huge": {**vit_size(1280, 32, 16), "global_attn_indexes": (7, 15, 23, 31)},
     }
 )
 
@@ -124,15 +110,15 @@ class SegmentAnything(HubBackbone):
         file = self._weights_file()
         if file is not None:
             check_config(file.parent, self._size(), self.name, "vision_config")
-            state = read_encoder(file, ("vision_encoder.", "image_encoder."))
-            load_into(network, state, file)
+            tensors = read_tensors(file, ("vision_encoder.", "image_encoder."))
+            load_into(network, {name_in_transformers(n): t for n, t in tensors.items()}, file)
         return network
 
     def _as_input(self, images: Tensor) -> Tensor:
         if self.fit == "stretch":
-            return self._to_channels(resize_frames(images, (_INPUT, _INPUT), _RESIZE))
+            return super()._as_input(images)
         height, width = fit_longest(images.shape[-2], images.shape[-1])
-        content = self._to_channels(resize_frames(images, (height, width), _RESIZE))
+        content = standardize(resize_frames(images, (height, width), _RESIZE), self.mean, self.std)
         return nn.functional.pad(content, (0, _INPUT - width, 0, _INPUT - height))
 
     def _crop(self, grids: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -213,13 +199,7 @@ class MicroSam(SegmentAnything):
 
 
 def build_encoder(name: str, size: Mapping[str, Any], seed: int | None) -> nn.Module:
-    """Build the image encoder; with a seed, none of its weights is zero or nearly so.
-
-    Raises
-    ------
-    MissingDependencyError
-        transformers is not installed.
-    """
+    """Build the image encoder; with a seed, none of its weights is zero or nearly so."""
     transformers = import_transformers(name)
     config = transformers.SamVisionConfig(**size, initializer_range=0.02)
     with seeded(seed or 0):
@@ -229,12 +209,6 @@ def build_encoder(name: str, size: Mapping[str, Any], seed: int | None) -> nn.Mo
                 for parameter in (p for n, p in encoder.named_parameters() if "pos" in n):
                     parameter.normal_(std=_POSITION_STD)
     return encoder
-
-
-def read_encoder(file: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
-    """Read an image encoder's tensors under transformers' names, whichever the file has."""
-    tensors = read_tensors(file, prefixes)
-    return {name_in_transformers(name): tensor for name, tensor in tensors.items()}
 
 
 def name_in_transformers(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, UnknownNameError, importing
 from ..spec import BackboneSpec, Context
-from .base import TorchBackbone, load_checkpoint, load_into, resize_frames, seeded
+from .base import TorchBackbone, load_checkpoint, load_into, seeded
 from .catalogue import SAM2_INSTALL
 from .hub import hub_file
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_input_size
@@ -138,8 +138,7 @@ class SAM2(TorchBackbone):
         return network if any(self.context) else _ImageEncoder(network)
 
     def _as_input(self, images: Tensor) -> Tensor:
-        flat = images.flatten(0, -3)
-        inputs = super()._as_input(resize_frames(flat, self.input_size, self.resize))
+        inputs = super()._as_input(images.flatten(0, -3))
         return inputs.view(*images.shape[:-2], *inputs.shape[1:])
 
     def _forward(self, inputs: Tensor) -> Tensor:

@@ -25,10 +25,6 @@ class NetworkState:
     forward is replaced or compiled; of those of torch itself the settings too, such as a layer's
     epsilon. Of each tensor its place in memory, its version, which counts changes in place, and one
     number, as changes of ``parameter.data`` are not counted.
-
-    Parameters
-    ----------
-    network : nn.Module
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -44,15 +44,6 @@ class TimeArrow(TorchBackbone):
     takes the percentiles of the whole movie, so that a frame's features depend on the others.
     """
 
-    def __init__(
-        self,
-        name: str = "weigertlab/tarrow",
-        weights: str | Path | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-    ) -> None:
-        super().__init__(name, weights, device, dtype)
-
     def _describe(self, weights: str) -> BackboneSpec:
         return self._make_spec(
             weights,

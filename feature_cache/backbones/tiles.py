@@ -14,6 +14,7 @@ from ..errors import BackboneError
 from ..forks import cached_property
 from ..spec import BackboneSpec
 from .base import Frozen, name_subclass
+from .preprocessing import round_up
 from .several_layers import Layers
 
 if TYPE_CHECKING:
@@ -107,19 +108,13 @@ class Tiled(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What a backbone sees along one axis, and the part of it that goes into the grid.
-
-    Attributes
-    ----------
-    start, length : int
-        Pixels that are seen.
-    own : (int, int)
-        Pixels whose cells are taken, from and to.
-    """
+    """What a backbone sees along one axis, and the part of it that goes into the grid."""
 
     start: int
     length: int
+    """Pixels that are seen, from `start` on."""
     own: tuple[int, int]
+    """Pixels whose cells are taken, from and to."""
 
     @property
     def slice(self) -> slice:
@@ -127,18 +122,9 @@ class Window:
         return slice(self.start, self.start + self.length)
 
     def choose(self, length: int, cells: int) -> Tensor:
-        """Give the cells of this window for those of the whole grid whose centres it owns.
+        """Give the cells (n,) of this window for those of the whole grid whose centres it owns.
 
-        Parameters
-        ----------
-        length : int
-            Of the frame.
-        cells : int
-            Of this window's grid; the whole has as many a pixel.
-
-        Returns
-        -------
-        (n,) int64
+        The frame is of this length. The whole grid has as many cells a pixel as the window's.
         """
         count = max(1, round(length * cells / self.length))
         centres = (torch.arange(count, dtype=torch.float64) + 0.5) * length / count
@@ -150,12 +136,7 @@ class Window:
 def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
     """Cut an axis into windows of one size, which begin at multiples of a step.
 
-    Parameters
-    ----------
-    length : int
-        A multiple of `step`, where there are several windows.
-    tile, halo : int
-    step : int
+    Its length is one too, where there are several windows.
 
     Examples
     --------
@@ -168,7 +149,7 @@ def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
     if count == 1:
         return [Window(0, length, (0, length))]
     bounds = [length * i // count // step * step for i in range(count + 1)]
-    margin = _round_up(halo, step)
+    margin = -(-halo // step) * step
     size = min(length, max(b - a for a, b in pairwise(bounds)) + 2 * margin)
     return [
         Window(max(0, min(low - margin, length - size)), size, (low, high))
@@ -179,15 +160,12 @@ def cut_axis(length: int, tile: int, halo: int, step: int = 1) -> list[Window]:
 def _extend(frames: Tensor, step: int) -> Tensor:
     """Repeat the last pixels of frames, so that whole cells span them."""
     height, width = frames.shape[-2:]
-    beyond = (0, _round_up(width, step) - width, 0, _round_up(height, step) - height)
+    rows, columns = round_up((height, width), step)
+    beyond = (0, columns - width, 0, rows - height)
     if not any(beyond):
         return frames
     extended = nn.functional.pad(frames.flatten(0, -3)[:, None], beyond, mode="replicate")
     return extended.view(*frames.shape[:-2], *extended.shape[-2:])
-
-
-def _round_up(length: int, step: int) -> int:
-    return -(-length // step) * step
 
 
 def pixels_of_cell(spec: BackboneSpec, shape: Sequence[int]) -> tuple[float, float]:

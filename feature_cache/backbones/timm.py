@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +18,9 @@ from ..errors import BackboneError, UnknownNameError, find_nearest, importing
 from ..forks import cached_property
 from ..hashing import JSON
 from ..spec import BackboneSpec
-from .base import TorchBackbone, load_checkpoint, resize_frames, seeded
+from .base import ROUND_UP, TorchBackbone, load_checkpoint, seeded
 from .hub import hub_file
-from .preprocessing import check_input_size, round_up
+from .preprocessing import check_input_size
 from .several_layers import LayeredBackbone
 
 _INSTALL = 'pip install "feature-cache[timm]"'
@@ -87,17 +87,7 @@ class Timm(LayeredBackbone):
         built: dict[str, JSON] = {
             name: hub[name] for name in ("architecture", "model_args") if name in hub
         }
-        return self._make_spec(
-            weights,
-            layer=plan.layer,
-            width=plan.width,
-            stride=plan.stride,
-            input_size=plan.input_size,
-            resize=plan.resize,
-            mean=plan.mean,
-            std=plan.std,
-            extra={"norm": plan.norm, **built},
-        )
+        return self._make_spec(weights, extra={"norm": plan.norm, **built}, **plan.terms)
 
     def _weights_purpose(self) -> str:
         return f"{super()._weights_purpose()}, input {self.input_size}"
@@ -192,19 +182,9 @@ class Timm(LayeredBackbone):
         network.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator,union-attr]
         return network
 
-    def _as_input(self, images: Tensor) -> Tensor:
-        spec = self.spec
-        size = spec.input_size or round_up(images.shape[1:], spec.stride)
-        rule = spec.resize.removeprefix("round-up-")
-        return super()._as_input(resize_frames(images, size, rule))
-
     def _forward_layers(self, inputs: Tensor, members: Sequence[TorchBackbone]) -> list[Tensor]:
         plans = [cast(Timm, one)._plan for one in members]
-        indices = sorted(plan.index for plan in plans)
-        found = self.module.forward_intermediates(  # type: ignore[operator]
-            inputs, indices=indices, stop_early=True, intermediates_only=True
-        )
-        grids = [found[indices.index(plan.index)].permute(0, 2, 3, 1) for plan in plans]
+        grids = read_levels(self.module, inputs, [plan.index for plan in plans])
         return [
             cast(Tensor, self.module.norm(grid) if plan.norm else grid)  # type: ignore[operator]
             for plan, grid in zip(plans, grids, strict=True)
@@ -213,17 +193,20 @@ class Timm(LayeredBackbone):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a spec needs to know of a model."""
+    """Which level of a model, whether its final norm is applied, and what that says in a spec."""
 
     index: int
-    layer: str
-    width: int
-    stride: int
-    input_size: tuple[int, int] | None
-    resize: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     norm: bool
+    terms: Mapping[str, Any]
+
+
+def read_levels(network: Any, inputs: Tensor, levels: Sequence[int]) -> list[Tensor]:
+    """Run a model of timm, and give grids (B, gh, gw, C) of its levels."""
+    indices = sorted(levels)
+    found = network.forward_intermediates(
+        inputs, indices=indices, stop_early=True, intermediates_only=True
+    )
+    return [found[indices.index(level)].permute(0, 2, 3, 1) for level in levels]
 
 
 def _plan(name: str, network: Any, layer: int, input_size: tuple[int, int] | None) -> _Plan:
@@ -239,17 +222,17 @@ def _plan(name: str, network: Any, layer: int, input_size: tuple[int, int] | Non
     if size is not None and (size[0] % level["reduction"] or size[1] % level["reduction"]):
         raise BackboneError(f"{name}: input_size {size} is no multiple of {level['reduction']}")
     rule = config["interpolation"] if config["interpolation"] != "random" else "bicubic"
-    return _Plan(
-        index=index,
-        layer=level["module"],
-        width=level["num_chs"],
-        stride=level["reduction"],
-        input_size=size,
-        resize=f"{rule}-antialias" if size is not None else "round-up-bilinear",
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        norm=hasattr(network, "num_prefix_tokens") and index == len(levels) - 1,
-    )
+    terms = {
+        "layer": level["module"],
+        "width": level["num_chs"],
+        "stride": level["reduction"],
+        "input_size": size,
+        "resize": f"{rule}-antialias" if size is not None else f"{ROUND_UP}bilinear",
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+    }
+    is_normed = hasattr(network, "num_prefix_tokens") and index == len(levels) - 1
+    return _Plan(index, is_normed, terms)
 
 
 def _has_own_size(config: Any) -> bool:

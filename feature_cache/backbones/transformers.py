@@ -15,31 +15,17 @@ from torch import Tensor, nn
 from ..errors import importing
 from ..hashing import Digest
 from ..spec import BackboneSpec
-from .base import (
-    TorchBackbone,
-    load_into,
-    resize_frames,
-    seeded,
-    standardize,
-    state_dict_digest,
-)
+from .base import TorchBackbone, load_into, seeded, state_dict_digest
 from .checkpoint import check_config, read_tensors
 from .hub import hub_file
+from .known import vit_size
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, check_input_size
 
 _COMMON = ("hidden_act", "layer_norm_eps")
 
 
 def import_transformers(purpose: str) -> Any:
-    """Import the package transformers.
-
-    Raises
-    ------
-    MissingDependencyError
-        It is not installed; names the extra.
-    BrokenDependencyError
-        It can't be imported.
-    """
+    """Import the package transformers; errors as `feature_cache.errors.importing`."""
     install = 'pip install "feature-cache[transformers]"'
     with importing("transformers", f"the backbone {purpose!r}", install):
         return import_module("transformers")
@@ -75,12 +61,6 @@ class HubBackbone(TorchBackbone):
 
     def _own_weights(self) -> Path:
         return hub_file(self.name, "model.safetensors")
-
-    def _to_channels(self, images: Tensor) -> Tensor:
-        """Map resized frames (B, H, W) to (B, 3, H, W), standardised where that was asked for."""
-        if not self.mean:
-            return images[:, None].expand(-1, 3, -1, -1)
-        return standardize(images, self.mean, self.std)
 
 
 class _Stretched(HubBackbone):
@@ -151,9 +131,6 @@ class _Stretched(HubBackbone):
         state = network.state_dict()
         return state_dict_digest({_hub_name(name): tensor for name, tensor in state.items()})
 
-    def _as_input(self, images: Tensor) -> Tensor:
-        return self._to_channels(resize_frames(images, self.input_size, "bicubic-antialias"))
-
     def _as_grid(self, tokens: Tensor) -> Tensor:
         height, width = (length // self.patch for length in self.input_size)
         return tokens.reshape(len(tokens), height, width, -1)
@@ -174,15 +151,10 @@ def _hub_name(name: str) -> str:
 
 _DINOV2_SIZES = MappingProxyType(
     {
-        "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
-        "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-        "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-        "giant": {
-            "hidden_size": 1536,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 24,
-            "use_swiglu_ffn": True,
-        },
+        "small": vit_size(384, 12, 6),
+        "base": vit_size(768, 12, 12),
+        "large": vit_size(1024, 24, 16),
+        "giant": {**vit_size(1536, 40, 24), "use_swiglu_ffn": True},
     }
 )
 

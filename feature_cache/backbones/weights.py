@@ -52,15 +52,9 @@ def torch_hub_folder() -> Path:
 
 
 def find_weights(name: str, hub: tuple[str, str] | None) -> Path | None:
-    """Find the file of a backbone's own weights, if it is here.
+    """Find the file of a backbone's own weights, if it is here; `hub` is its repository and file.
 
     Looks where the model's own programs and the Hugging Face hub keep files; asks no network.
-
-    Parameters
-    ----------
-    name : str
-    hub : (str, str), optional
-        Repository and file on the hub.
     """
     local = _own_place(name)
     if local is not None and local.is_file():

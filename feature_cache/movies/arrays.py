@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FeatureCacheError, FrameError, FrameTypeError, MovieError
-from .axes import Layout, are_known, check_image, ends_in_channels, plan_layout
+from .axes import LaidOut, are_known, check_image, ends_in_channels, plan_layout
 from .chunks import check_given
 from .image_files import IMAGE_SUFFIXES, ImageFiles
-from .images import Images, ReadOptions
+from .images import Images, InOneFile, ReadOptions
 
 
 def images_of(
@@ -137,7 +137,7 @@ def _plan_array(given: Any, shape: tuple[Any, ...], options: ReadOptions, name: 
         raise FrameError(
             f"{name} has shape {shape}: expected known lengths; compute_chunk_sizes() finds Dask's"
         )
-    return ArrayImages(given, plan_layout(shape, names, options, name, keep_z=True))
+    return ArrayImages(plan_layout(shape, names, options, name, keep_z=True), given)
 
 
 def _axis_names(given: Any) -> Sequence[object] | None:
@@ -176,13 +176,6 @@ def reading(where: str, cure: str = "") -> Iterator[None]:
     """Make a MovieError of whatever goes wrong in reading from an array or a file.
 
     What can go wrong is a matter of the library that reads, and of its plug-ins.
-
-    Parameters
-    ----------
-    where : str
-        What is read.
-    cure : str
-        What to do, for the error.
     """
     try:
         yield
@@ -199,19 +192,15 @@ def reading(where: str, cure: str = "") -> Iterator[None]:
 
 def as_numpy(image: Any) -> NDArray[Any]:
     """Bring one image here as a NumPy array; a masked one stays masked."""
-    if hasattr(image, "numpy") and hasattr(image, "detach"):
-        return _from_torch(image)
+    if hasattr(image, "numpy") and hasattr(image, "detach"):  # PyTorch's
+        if "bfloat16" in str(image.dtype):
+            image = image.float()  # exact; NumPy has no such dtype
+        return image.numpy(force=True)
     if hasattr(image, "compute"):
         image = _compute(image)
     if isinstance(image, np.ma.MaskedArray):
         return np.asanyarray(image)
     return np.asarray(image)
-
-
-def _from_torch(image: Any) -> NDArray[Any]:
-    if "bfloat16" in str(image.dtype):
-        image = image.float()  # exact; NumPy has no such dtype
-    return image.numpy(force=True)
 
 
 def _compute(image: Any) -> Any:
@@ -226,7 +215,7 @@ def _compute(image: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayImages(Images):
+class ArrayImages(LaidOut):
     """Images that are in one array, given in Python.
 
     A pickle holds the array as its library pickles it: all of a `numpy.memmap`, and none of h5py's.
@@ -235,15 +224,9 @@ class ArrayImages(Images):
     ----------
     source
         NumPy's or one like it: it has a shape, and is indexed by numbers and slices.
-    layout : Layout
     """
 
     source: Any
-    layout: Layout
-
-    def __len__(self) -> int:
-        """Count the timepoints."""
-        return len(self.layout)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`, and nothing else."""
@@ -252,16 +235,6 @@ class ArrayImages(Images):
             check_given(self.source, self.layout, t)
             image = as_numpy(self.layout.take(self.source, t))
         return check_image(self.layout.arrange(image), self.name_of(t))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of an image."""
-        return self.layout.image_shape
-
-    @property
-    def place(self) -> str:
-        """Nowhere."""
-        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +250,6 @@ class ListedImages(Images):
     source: Any
 
     def __len__(self) -> int:
-        """Count the timepoints."""
         return len(self.source)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
@@ -294,11 +266,6 @@ class ListedImages(Images):
             raise MovieError("no images are in the list: expected one a timepoint")
         shape = getattr(self.source[0], "shape", None)
         return tuple(shape) if isinstance(shape, tuple) else self[0].shape
-
-    @property
-    def place(self) -> str:
-        """Nowhere."""
-        return ""
 
 
 def open_npy(path: str | Path, options: ReadOptions = ReadOptions()) -> Images:  # noqa: B008
@@ -341,23 +308,10 @@ def _map(file: Path) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class NpyImages(Images):
-    """Images that are in the array of a .npy file; mapped, so that one is read at a time.
+class NpyImages(LaidOut, InOneFile):
+    """Images that are in the array of a .npy file; mapped, so that one is read at a time."""
 
-    Parameters
-    ----------
-    file : Path
-    layout : Layout
-    dtype : dtype
-    """
-
-    file: Path
-    layout: Layout
     dtype: np.dtype[Any]
-
-    def __len__(self) -> int:
-        """Count the timepoints."""
-        return len(self.layout)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`: a copy, which a file cut short can't take away."""
@@ -370,24 +324,6 @@ class NpyImages(Images):
         return np.array(self.layout.arrange(self.layout.take(array, t)))
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of an image."""
-        return self.layout.image_shape
-
-    @property
-    def place(self) -> str:
-        """The file."""
-        return str(self.file)
-
-    @property
     def recipe(self) -> str:
         """Say what, besides the file, decides the pixels."""
         return f"npy, {self.layout}"
-
-    def name_of(self, t: int) -> str:
-        """Name image `t`."""
-        return f"{self.file.name}[{t}]"
-
-    def files_of(self, t: int) -> tuple[Path, ...]:
-        """Give the file."""
-        return (self.file,)

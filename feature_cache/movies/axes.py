@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MovieError
-from .images import LABELS_ALONE, ReadOptions
+from .images import LABELS_ALONE, Images, ReadOptions
 
 _LETTERS = "TCZYXS"
 _NAMES = {
@@ -31,25 +31,17 @@ _MOST_CHANNELS, _NO_CHANNELS_BELOW = 4, 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the images of a movie are in an array of 3 to 6 axes.
-
-    Parameters
-    ----------
-    axes : str
-        The letter of each axis, of ``TCZYXS``: T, Y and X, and what else there is; ``_`` for one
-        of length 1 that means nothing.
-    shape : tuple of int
-        Of the whole array.
-    channel : int
-        The one taken of an axis C or S.
-    keep_z : bool
-        Whether a Z of one slice stays.
-    """
+    """Where the images of a movie are in an array of 3 to 6 axes."""
 
     axes: str
+    """The letter of each axis, of ``TCZYXS``: T, Y and X, and what else there is; ``_`` for one
+    of length 1 that means nothing."""
     shape: tuple[int, ...]
+    """Of the whole array."""
     channel: int = 0
+    """The one taken of an axis C or S."""
     keep_z: bool = False
+    """Whether a Z of one slice stays."""
 
     def __str__(self) -> str:
         """Say what decides the pixels; for recipes."""
@@ -91,6 +83,21 @@ class Layout:
         return image.transpose([stored.index(axis) for axis in self.image_axes])
 
 
+@dataclass(frozen=True, eq=False)
+class LaidOut(Images):
+    """Images that are in one array, as a layout says."""
+
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+        return self.layout.image_shape
+
+
 def plan_layout(
     shape: Sequence[int],
     names: Sequence[object] | None,
@@ -101,19 +108,9 @@ def plan_layout(
 ) -> Layout:
     """Decide what the axes of an array are.
 
-    What `options` says counts, then `names`; an array without either is (T, Y, X) or (T, Z, Y, X).
-
-    Parameters
-    ----------
-    shape : sequence of int
-    names : sequence, optional
-        What the source calls each axis, such as ``("time", "y", "x")``; where it calls none of
-        them by a name that is known, it has no names.
-    options : ReadOptions
-    where : str
-        What to call the array in an error.
-    keep_z : bool
-        Whether a Z of one slice stays where axes have no names.
+    What `options` says counts, then `names`, such as ``("time", "y", "x")``, if any of them is
+    known; an array without either is (T, Y, X) or (T, Z, Y, X), of which a Z of one slice stays if
+    `keep_z`.
 
     Raises
     ------

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ..errors import MissingDependencyError, MovieError, MovieNotFoundError
 from .arrays import reading
-from .axes import Layout, check_image, plan_layout
-from .images import Images, ReadOptions
+from .axes import LaidOut, check_image, plan_layout
+from .images import Images, InOneFile, ReadOptions
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -33,21 +33,8 @@ _MOSAIC = "M"
 
 
 @dataclass(frozen=True)
-class BioImages(Images):
-    """Images that are in a file of a microscope.
-
-    Parameters
-    ----------
-    file : Path
-    layout : Layout
-    """
-
-    file: Path
-    layout: Layout
-
-    def __len__(self) -> int:
-        """Count the timepoints."""
-        return len(self.layout)
+class BioImages(LaidOut, InOneFile):
+    """Images that are in a file of a microscope."""
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`, and nothing else."""
@@ -61,28 +48,10 @@ class BioImages(Images):
         return check_image(self.layout.arrange(np.asarray(image)), where)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of an image."""
-        return self.layout.image_shape
-
-    @property
-    def place(self) -> str:
-        """The file."""
-        return str(self.file)
-
-    @property
     def recipe(self) -> str:
         """Say what, besides the file, decides the pixels."""
         plugin = _PLUGINS[self.file.suffix.lower()]
         return f"bioio {version('bioio')}, {plugin} {version(plugin)}, {self.layout}"
-
-    def name_of(self, t: int) -> str:
-        """Name image `t`."""
-        return f"{self.file.name}[{t}]"
-
-    def files_of(self, t: int) -> tuple[Path, ...]:
-        """Give the file."""
-        return (self.file,)
 
 
 def open_bioio(path: str | Path, options: ReadOptions = ReadOptions()) -> Images:  # noqa: B008

@@ -122,57 +122,33 @@ class MovieCheck:
 
 @dataclass(frozen=True, slots=True)
 class FrameLook:
-    """What a frame is like.
+    """What a frame, `where` for people, is like."""
 
-    Attributes
-    ----------
-    t : int
-    where : str
-        The frame, for people.
-    shape : tuple of int
-    dtype : str
-    is_constant, is_sparse : bool
-        All pixels are equal; so many are that both percentiles of the normalisation are.
-    is_flat : bool
-        It has whole numbers, 0 among them, and within what is above 0 neighbours are equal.
-    looks_labelled : bool
-        And each number is in one place, as in a label mask.
-    """
-
-    t: int
     where: str
     shape: tuple[int, ...]
     dtype: str
     is_constant: bool
     is_sparse: bool
+    """So many pixels are equal that both percentiles of the normalisation are."""
     is_flat: bool
+    """It has whole numbers, 0 among them, and within what is above 0 neighbours are equal."""
     looks_labelled: bool
+    """And each number is in one place, as in a label mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskLook:
-    """What a mask is like.
-
-    Attributes
-    ----------
-    t : int
-    where : str
-        The mask, for people.
-    shape : tuple of int
-    labels : (N,) int32
-        Sorted.
-    parts : (M,) int
-        In how many separate parts labels are, small ones left out.
-    looks_like_image : bool
-        Neighbours within what is above 0 differ, and a value is in many places.
-    """
+    """What a mask, `where` for people, is like."""
 
     t: int
     where: str
     shape: tuple[int, ...]
     labels: NDArray[np.int32]
+    """(N,), ascending."""
     parts: NDArray[np.int64]
+    """(M,), in how many separate parts labels are, small ones left out."""
     looks_like_image: bool
+    """Neighbours within what is above 0 differ, and a value is in many places."""
 
     def has_classes(self, parts: int) -> bool:
         """Tell whether most labels are in so many parts that they name no cells."""
@@ -197,19 +173,10 @@ def check_movie(
     quick: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> MovieCheck:
-    """Look at a movie's frames, masks and tracks. Holds a few of the images at a time.
+    """Look at a movie's frames, as many masks, and tracks. Holds a few of the images at a time.
 
-    Parameters
-    ----------
-    name : str
-    frames, masks : Images, Images or None
-        As many masks as frames.
-    tracks : Path, optional
-        The man_track.txt of the whole movie, where there is one.
-    quick : bool
-        Read three frames, and no tracks.
-    progress : callable, optional
-        Called with the number of frames just read.
+    A quick look reads three frames, and no tracks. `progress` is called with the number of frames
+    just read.
     """
     count = len(frames)
     wanted = _spread(count, QUICK_FRAMES) if quick else range(count)
@@ -320,7 +287,6 @@ def look_at_frame(frames: Images, t: int) -> FrameLook:
     is_sparse = share > _ALMOST_ALL and np.ptp(np.percentile(pixels, _PERCENTILES)) == 0
     is_flat = _is_flat(part := _middle(stored))
     return FrameLook(
-        t,
         where,
         pixels.shape,
         str(stored.dtype),
@@ -504,16 +470,7 @@ def _most(facts: Iterable[bool]) -> bool:
 
 
 def judge_tracks(file: Path, masks: Sequence[MaskLook], frames: int) -> Iterator[Problem]:
-    """Say where man_track.txt and the masks of a whole movie disagree.
-
-    Parameters
-    ----------
-    file : Path
-    masks : sequence of MaskLook
-        Those that could be read.
-    frames : int
-        In the movie.
-    """
+    """Say where man_track.txt and the masks that could be read, of a whole movie, disagree."""
     try:
         tracks = read_tracks(file)
     except MovieError as error:

@@ -20,15 +20,9 @@ from .zarrs import is_zarr, open_zarr
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Images that were found at a path.
+    """Images that were found at a path; `timed` where each is a file of its own.
 
-    Attributes
-    ----------
-    images : Images
-    timed : TimedFiles or None
-        Their files and times, where each is a file of its own.
-    folder : Path or None
-        Where tracks would be.
+    Their tracks, if there are any, are in `folder`.
     """
 
     images: Images
@@ -42,15 +36,9 @@ class Found:
 
 
 def find_images(path: Path, options: ReadOptions, kind: str) -> Found:
-    """Open the frames, or the masks, at a path.
+    """Open the frames, or the masks, at a path: `kind` says in errors which.
 
-    Parameters
-    ----------
-    path : Path
-        A folder of images, a pattern of their names, or what `open_images` opens.
-    options : ReadOptions
-    kind : str
-        What they are, for errors.
+    It is a folder of images, a pattern of their names, or what `open_images` opens.
 
     Raises
     ------

@@ -18,7 +18,6 @@ from .faults import DamageError
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SIZES |= {16: 8, 17: 8, 18: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-_ASCII = 2
 
 SUBFILE, OLD_SUBFILE, WIDTH, LENGTH, BITS, COMPRESSION = 254, 255, 256, 257, 258, 259
 PHOTOMETRIC, DESCRIPTION, STRIPS, SAMPLES, ROWS, STRIP_BYTES = 262, 270, 273, 277, 278, 279
@@ -33,23 +32,15 @@ _READ = {
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of a TIFF file.
-
-    Attributes
-    ----------
-    offset : int
-        Where its directory starts.
-    tags : mapping of int to tuple of int
-        Those that say what the pixels are, and where.
-    descriptions : tuple of str
-    counts : mapping of int to int
-        How many values each of its tags has.
-    """
+    """A page of a TIFF file."""
 
     offset: int
+    """Where its directory starts."""
     tags: Mapping[int, tuple[int, ...]]
+    """Those that say what the pixels are, and where."""
     descriptions: tuple[str, ...]
     counts: Mapping[int, int]
+    """How many values each of its tags has."""
 
     def get(self, code: int, default: int) -> int:
         """Give a tag's first value."""
@@ -109,25 +100,16 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Tiff:
-    """What is written in a file.
-
-    Attributes
-    ----------
-    name : str
-        Of the file, without its folder.
-    size : int
-        In bytes.
-    rest : int
-        Bytes at the end that no tag tells of.
-    byteorder : str
-        ``"<"`` or ``">"``.
-    pages : tuple of Page
-    """
+    """What is written in a file."""
 
     name: str
+    """Of the file, without its folder."""
     size: int
+    """In bytes."""
     rest: int
+    """Bytes at the end that no tag tells of."""
     byteorder: str
+    """``"<"`` or ``">"``."""
     pages: tuple[Page, ...]
 
 

@@ -33,7 +33,6 @@ class ImageFiles(Images):
     options: ReadOptions = field(default_factory=ReadOptions)
 
     def __len__(self) -> int:
-        """Count the files."""
         return len(self.files)
 
     def __getitem__(self, t: int) -> NDArray[Any]:

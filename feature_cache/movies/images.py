@@ -71,9 +71,9 @@ class Images(ABC):
         """Shape of an image, (H, W) or (Z, H, W); reads no pixels."""
 
     @property
-    @abstractmethod
     def place(self) -> str:
         """Where the images are, for people; empty where that is nowhere."""
+        return ""
 
     @property
     def recipe(self) -> str:
@@ -91,6 +91,26 @@ class Images(ABC):
     def part_of(self, t: int) -> str:
         """Say which of the images in its files image `t` is; empty for the only one."""
         return str(t)
+
+
+@dataclass(frozen=True, eq=False)
+class InOneFile(Images):
+    """Images that are all in one file, or in the folder of one array."""
+
+    file: Path
+
+    @property
+    def place(self) -> str:
+        """The file."""
+        return str(self.file)
+
+    def name_of(self, t: int) -> str:
+        """Name image `t`, such as ``movie.tif[3]``."""
+        return f"{self.file.name}[{t}]"
+
+    def files_of(self, t: int) -> tuple[Path, ...]:
+        """Give the file."""
+        return (self.file,)
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,6 @@ class Series(Images):
     labels: bool = False
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self.times)
 
     @overload

@@ -276,14 +276,8 @@ class Movie:
         progress : callable, optional
             Called with the number of frames just read.
         """
-        tracks, source = None, self.source
-        whole = source is not None and source.is_whole and source.downscale_spatial == 1
-        if self.detection_folder is not None and whole:
-            file = self.detection_folder / "man_track.txt"
-            tracks = file if file.is_file() else None
-        return check_movie(
-            self.name, self.frames, self.masks, tracks, quick=quick, progress=progress
-        )
+        file = tracks_file(self)
+        return check_movie(self.name, self.frames, self.masks, file, quick=quick, progress=progress)
 
     def table(self) -> list[Row]:
         """Say which frame and which mask belong to each time."""
@@ -296,6 +290,15 @@ class Movie:
             )
             for t in range(len(self))
         ]
+
+
+def tracks_file(movie: Movie) -> Path | None:
+    """Find the man_track.txt that tells of a movie's masks as they are: whole, and in full size."""
+    folder, source = movie.detection_folder, movie.source
+    if folder is None or source is None or not source.is_whole or source.downscale_spatial != 1:
+        return None
+    file = folder / "man_track.txt"
+    return file if file.is_file() else None
 
 
 @contextmanager

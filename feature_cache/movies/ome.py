@@ -13,23 +13,15 @@ from .faults import FaultError
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """The planes that are in a file.
-
-    Attributes
-    ----------
-    axes : str
-        Of T, Z and C, slowest first.
-    lengths : tuple of int
-    pages : tuple of int
-        Number of the page in the file, for each plane in the order of `axes`.
-    all_times : int
-        Timepoints of the movie, of which others may be in other files.
-    """
+    """The planes that are in a file."""
 
     axes: str
+    """Of T, Z and C, slowest first."""
     lengths: tuple[int, ...]
     pages: tuple[int, ...]
+    """Number of the page in the file, for each plane in the order of `axes`."""
     all_times: int
+    """Timepoints of the movie, of which others may be in other files."""
 
     @property
     def times(self) -> int:
@@ -45,16 +37,8 @@ def holds_ome(description: str) -> bool:
 def find_planes(xml: str, name: str, count: int, samples: int) -> Planes | None:
     """Find which planes the pages of a file are; None where its metadata are in another file.
 
-    Parameters
-    ----------
-    xml : str
-        May list the planes of many files, and be the same in each of them.
-    name : str
-        The file's name now.
-    count : int
-        How many pages it has.
-    samples : int
-        How many of the channels are together in a page.
+    The metadata may list the planes of many files, and be the same in each of them; this one is
+    known by its name. It has `count` pages, each with so many `samples` of the channels.
 
     Raises
     ------

@@ -29,23 +29,15 @@ _SAMPLES = {0: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}
 
 @dataclass(frozen=True, slots=True)
 class _Png:
-    """What a file holds.
-
-    Attributes
-    ----------
-    shape : (int, int)
-    bits : int
-        Of a value.
-    sample : int or None
-        Which to take of those that a pixel has.
-    parts : tuple of (bytes, bytes)
-        Name and content of what is needed to decode it as it is stored, palette or not.
-    """
+    """What a file holds."""
 
     shape: tuple[int, int]
     bits: int
+    """Of a value."""
     sample: int | None
+    """Which to take of those that a pixel has."""
     parts: tuple[tuple[bytes, bytes], ...]
+    """Name and content of what is needed to decode it as it is stored, palette or not."""
 
 
 def read_png(file: Path, options: ReadOptions = ReadOptions()) -> NDArray[Any]:  # noqa: B008

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .faults import DamageError, FaultError, open_image
 from .ifd import COMPRESSION, FILL, PREDICTOR, ROWS, TILES, Page, read_pages
-from .images import Images, ReadOptions
+from .images import InOneFile, ReadOptions
 from .verdict import Plane, Verdict, judge
 
 _LOSSLESS = (5, 8, 32946, 32773, 50000)
@@ -61,7 +61,7 @@ def check_volume(file: Path, options: ReadOptions) -> None:
 
 
 @dataclass(frozen=True)
-class TiffStack(Images):
+class TiffStack(InOneFile):
     """The images of a movie that is one TIFF file, each read when it is asked for.
 
     No file is held open, so that a stack may be shared between threads, pickled, and used after a
@@ -69,14 +69,10 @@ class TiffStack(Images):
 
     Parameters
     ----------
-    file : Path
-    options : ReadOptions
-    verdict : Verdict
     stamp : tuple of int
         What the file looked like when it was opened.
     """
 
-    file: Path
     options: ReadOptions
     verdict: Verdict = field(repr=False)
     stamp: tuple[int, ...] = field(repr=False)
@@ -95,7 +91,6 @@ class TiffStack(Images):
             return cls(file, options, verdict, _stamp(handle))
 
     def __len__(self) -> int:
-        """Count the timepoints."""
         return len(self.verdict.times)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
@@ -112,22 +107,9 @@ class TiffStack(Images):
         return self.verdict.shape
 
     @property
-    def place(self) -> str:
-        """The file."""
-        return str(self.file)
-
-    @property
     def recipe(self) -> str:
         """Say what, besides the file, decides the pixels."""
         return f"stack, {self.options}, {TIFF_RECIPE}"
-
-    def name_of(self, t: int) -> str:
-        """Name image `t`, such as ``movie.tif[3]``."""
-        return f"{self.file.name}[{t}]"
-
-    def files_of(self, t: int) -> tuple[Path, ...]:
-        """Give the file."""
-        return (self.file,)
 
 
 def _stamp(handle: BufferedReader) -> tuple[int, ...]:

@@ -36,16 +36,9 @@ _MICRO_MANAGER = re.compile(r"img_[0-9]{9}_.+_[0-9]{3}")
 
 @dataclass(frozen=True, slots=True)
 class TimedFiles:
-    """Files in the order of the times that their names stand for.
+    """Files in the order of the times that their names stand for; an only file has none.
 
-    Attributes
-    ----------
-    folder : Path
-    kind : str
-        What they are, for people: ``"frames"``.
-    files : tuple of Path
-    times : tuple of int
-        As the names have them; empty for an only file.
+    For people, `kind` says what they are, such as ``"frames"``.
     """
 
     folder: Path
@@ -64,16 +57,7 @@ class _Name:
 
 
 def order_files(files: Sequence[Path], folder: Path, kind: str) -> TimedFiles:
-    """Find the time of each file, and order them by it.
-
-    Parameters
-    ----------
-    files : sequence of Path
-        At least one, in any order.
-    folder : Path
-        Where they are, for errors.
-    kind : str
-        What they are, for errors.
+    """Find the time of each of one or more files, and order them by it.
 
     Raises
     ------

@@ -38,49 +38,33 @@ _GRAY = 'save it in gray (photometric="minisblack")'
 
 
 class Plane(NamedTuple):
-    """Where a plane of pixels is.
-
-    Attributes
-    ----------
-    page : int
-        Where its page's directory starts.
-    sample : int or None
-        Which, where the pixels of the page have several.
-    run : int
-        Where the pixels of the page start, if they are plain bytes without a gap; else 0.
-    """
+    """Where a plane of pixels is."""
 
     page: int
+    """Where its page's directory starts."""
     sample: int | None
+    """Which, where the pixels of the page have several."""
     run: int
+    """Where the pixels of the page start, if they are plain bytes without a gap; else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The verdict on a file that is read.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Of an image: (H, W) or (Z, H, W).
-    page : tuple of int
-        Shape of a page as stored: (H, W), or with samples, (H, W, S) or (S, H, W).
-    axis : int or None
-        Of the samples in a page, if there is one.
-    dtype : str
-        Of the values in the file, with its byte order, such as ``"<u2"``.
-    times : tuple of tuples of Plane
-        The planes of each timepoint, in the order of Z.
-    is_told : bool
-        Whether the file, or who reads it, says that its planes are slices, where it has several.
-    """
+    """The verdict on a file that is read."""
 
     shape: tuple[int, ...]
+    """Of an image: (H, W) or (Z, H, W)."""
     page: tuple[int, ...]
+    """Shape of a page as stored: (H, W), or with samples, (H, W, S) or (S, H, W)."""
     axis: int | None
+    """Of the samples in a page, if there is one."""
     dtype: str
+    """Of the values in the file, with its byte order, such as ``"<u2"``."""
     times: tuple[tuple[Plane, ...], ...]
+    """The planes of each timepoint, in the order of Z."""
     is_told: bool
+    """Whether the file, or who reads it, says that its planes are slices, where it has
+    several."""
 
     @property
     def native(self) -> np.dtype[Any]:
@@ -122,14 +106,7 @@ class Axes:
 
 
 def judge(tiff: Tiff, options: ReadOptions, *, stack: bool = False) -> Verdict:
-    """Decide what a file's images are.
-
-    Parameters
-    ----------
-    tiff : Tiff
-    options : ReadOptions
-    stack : bool
-        Whether the file is a whole movie; else it is one timepoint.
+    """Decide what a file's images are: a `stack` is a whole movie, any other one timepoint.
 
     Raises
     ------
@@ -231,13 +208,7 @@ def _check_meaning(page: Page, options: ReadOptions) -> None:
 
 
 def check_palette(colours: NDArray[np.float64]) -> None:
-    """Raise where a palette does not show values as brightness, in gray or in one hue.
-
-    Parameters
-    ----------
-    colours : (3, N) float64
-        Red, green and blue of each value, 0 to 1.
-    """
+    """Raise where a palette (3, N) of 0..1 shows no values as brightness, in gray or in one hue."""
     many = colours.shape[1]
     used = colours[colours.any(1)]
     if not used.size or (np.abs(used - np.linspace(0, 1, many)) > 1 / many).any():

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from ..errors import MovieError, MovieNotFoundError, NoMasksError
 from ..hashing import Digest, digest_bytes
 from .arrays import reading
-from .axes import Layout, check_image, plan_layout
+from .axes import LaidOut, check_image, plan_layout
 from .chunks import check_blosc, list_chunks
-from .images import Images, ReadOptions
+from .images import Images, InOneFile, ReadOptions
 
 if TYPE_CHECKING:
     import zarr
@@ -41,27 +41,18 @@ _MANY = 6
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """An array or a group: what its metadata says.
-
-    Attributes
-    ----------
-    path : Path
-    is_array : bool
-    version : int
-        Of Zarr, 2 or 3.
-    attributes : mapping
-    names : sequence, optional
-        Of an array's axes.
-    metadata : tuple of (Path, Digest)
-        The files that were read, and what was in them.
-    """
+    """An array or a group: what its metadata says."""
 
     path: Path
     is_array: bool
     version: Literal[2, 3]
     attributes: Mapping[str, Any]
     names: Sequence[object] | None
+    """Of an array's axes, as its image calls them where it is one of OME-Zarr."""
     metadata: tuple[tuple[Path, Digest], ...]
+    """The files that were read, and what was in them."""
+    is_ome: bool = False
+    """Whether it is an array in an image of OME-Zarr."""
 
     @property
     def ome(self) -> Mapping[str, Any]:
@@ -70,18 +61,8 @@ class _Node:
         return inner if isinstance(inner, Mapping) else self.attributes
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """An array, how its image calls the axes, and whether that is an image of OME-Zarr."""
-
-    array: _Node
-    names: Sequence[object] | None
-    is_ome: bool
-    metadata: tuple[tuple[Path, Digest], ...]
-
-
 @dataclass(frozen=True, eq=False)
-class ZarrImages(Images):
+class ZarrImages(LaidOut, InOneFile):
     """Images that are in a Zarr array on disk.
 
     What else is in the chunks of an image is decoded too, and not kept.
@@ -92,22 +73,14 @@ class ZarrImages(Images):
 
     Parameters
     ----------
-    path : Path
+    file : Path
         What was opened: the array's folder, or that of the image it is in.
-    array : zarr.Array
-    layout : Layout
     metadata : tuple of (Path, Digest)
         The files that say what the chunks mean, and what was in them.
     """
 
-    path: Path
     array: zarr.Array[Any]
-    layout: Layout
     metadata: tuple[tuple[Path, Digest], ...] = field(repr=False)
-
-    def __len__(self) -> int:
-        """Count the timepoints."""
-        return len(self.layout)
 
     def __getitem__(self, t: int) -> NDArray[Any]:
         """Read image `t`: only the chunks it is in."""
@@ -142,26 +115,12 @@ class ZarrImages(Images):
         return self.metadata[0][0].parent
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of an image."""
-        return self.layout.image_shape
-
-    @property
-    def place(self) -> str:
-        """The folder that was opened."""
-        return str(self.path)
-
-    @property
     def recipe(self) -> str:
         """Say what, besides the files, decides the pixels."""
         import zarr
 
-        name = self._root.relative_to(self.path)
+        name = self._root.relative_to(self.file)
         return f"zarr {zarr.__version__}, array {name}, {self.layout}"
-
-    def name_of(self, t: int) -> str:
-        """Name image `t`."""
-        return f"{self.path.name}[{t}]"
 
     def files_of(self, t: int) -> tuple[Path, ...]:
         """Give the metadata and the chunks that image `t` is in; none where a chunk is missing."""
@@ -204,12 +163,12 @@ def open_zarr(path: str | Path, options: ReadOptions = ReadOptions()) -> Images:
     """
     given = _check_path(path)
     found = _find_array(given)
-    array = _open_array(found.array)
+    array = _open_array(found)
     where = str(given)
     _check_dtype(array, found, options, where)
-    _check_chunk_names(found.array.path, array, options)
+    _check_chunk_names(found.path, array, options)
     layout = plan_layout(array.shape, found.names, options, where)
-    return ZarrImages(given, array, layout, found.metadata)
+    return ZarrImages(given, layout, array, found.metadata)
 
 
 def list_labels(path: str | Path) -> tuple[str, ...]:
@@ -315,7 +274,7 @@ def _load(file: Path, text: bytes) -> dict[str, Any]:
     return plain
 
 
-def _find_array(folder: Path) -> _Found:
+def _find_array(folder: Path) -> _Node:
     """Find the one array that a folder stands for, and the names of its axes."""
     node = _read(folder)
     if not node.is_array:
@@ -325,7 +284,7 @@ def _find_array(folder: Path) -> _Found:
         return _first_dataset(image)
     parents = [*folder.absolute().parents[:2], *folder.resolve().parents[:2]]
     images = (_dataset_of(parent, node) for parent in parents)
-    return next(filter(None, images), _Found(node, node.names, False, node.metadata))
+    return next(filter(None, images), node)
 
 
 def _find_image(folder: Path, node: _Node | None = None) -> _Node | None:
@@ -357,7 +316,7 @@ def _list_series(node: _Node) -> list[str]:
     return list(itertools.takewhile(lambda name: is_zarr(node.path / name), numbers))
 
 
-def _first_dataset(image: _Node) -> _Found:
+def _first_dataset(image: _Node) -> _Node:
     """Give the array of full resolution in an image."""
     scales = _multiscales(image)
     if len(scales) != 1:
@@ -370,7 +329,7 @@ def _first_dataset(image: _Node) -> _Found:
     return _with_names(_read(image.path / paths[0]), axes, image)
 
 
-def _dataset_of(parent: Path, array: _Node) -> _Found | None:
+def _dataset_of(parent: Path, array: _Node) -> _Node | None:
     """Find an array in the image that it is a dataset of, which names its axes."""
     if not is_zarr(parent):
         return None
@@ -383,10 +342,11 @@ def _dataset_of(parent: Path, array: _Node) -> _Found | None:
     return None
 
 
-def _with_names(array: _Node, names: Sequence[object] | None, image: _Node) -> _Found:
+def _with_names(array: _Node, names: Sequence[object] | None, image: _Node) -> _Node:
     if not array.is_array:
         raise _damaged(image)
-    return _Found(array, names or array.names, True, (*array.metadata, *image.metadata))
+    metadata = (*array.metadata, *image.metadata)
+    return replace(array, names=names or array.names, metadata=metadata, is_ome=True)
 
 
 def _multiscales(image: _Node) -> list[tuple[list[str], Sequence[object] | None]]:
@@ -462,7 +422,7 @@ def _open_array(node: _Node) -> zarr.Array[Any]:
         return zarr.open_array(node.path, mode="r", zarr_format=node.version)
 
 
-def _check_dtype(array: zarr.Array[Any], found: _Found, options: ReadOptions, where: str) -> None:
+def _check_dtype(array: zarr.Array[Any], found: _Node, options: ReadOptions, where: str) -> None:
     labels = options.labels and found.is_ome
     if array.dtype.kind not in ("bui" if labels else "buif"):
         kind = "labels, which are integers" if labels else "real numbers"

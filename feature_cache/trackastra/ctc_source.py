@@ -22,9 +22,7 @@ from .starts import load_ctc
 
 
 def load_data(given: Any, options: Mapping[str, Any], cache: FeatureCache) -> Any:
-    """Load the `CTCData` of a movie, or of the one at a path; give anything else back.
-
-    As `load_ctc` does.
+    """Load the `CTCData` of a movie, or of the one at a path, by `load_ctc`; give all else back.
 
     Raises
     ------

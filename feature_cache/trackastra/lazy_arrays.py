@@ -70,15 +70,9 @@ class Hashed:
 
 @dataclass(frozen=True)
 class MaskFrames:
-    """Masks as `CTCData` holds them, read one by one.
+    """Masks as `CTCData` holds them, read one by one; silver truth is merged into them.
 
-    Parameters
-    ----------
-    own : Hashed
-    silver : Hashed or None
-        Silver truth that is merged into them.
-    planes : bool
-        Whether 2D masks become (1, H, W).
+    With `planes`, 2D masks become (1, H, W).
     """
 
     own: Hashed
@@ -108,18 +102,9 @@ class MaskFrames:
 
 @dataclass(frozen=True)
 class ImageFrames:
-    """Frames as `CTCData` holds them: normalised, and with `compress` emptied.
+    """Frames as `CTCData` holds them: normalised, and where it compresses, emptied outside masks.
 
-    Parameters
-    ----------
-    frames : Hashed
-        As on disk.
-    planes : bool
-        Whether 2D frames become (1, H, W).
-    emptied : MaskFrames or None
-        The masks outside which nothing is left, where `CTCData` compresses.
-    features : str
-        Of the `CTCData`.
+    With `planes`, 2D frames become (1, H, W). `features` is that of the `CTCData`.
     """
 
     frames: Hashed
@@ -205,16 +190,9 @@ class Compressed(Late, _ctc._CompressedArray):  # type: ignore[misc]
 
 
 class Stack(Compressed):
-    """Frames or masks of a movie, (T, …): each is read when it is used.
+    """Frames or masks of a movie, (T, …), at some times: each is read when it is used.
 
-    Parameters
-    ----------
-    frames : MaskFrames, ImageFrames or NoFrames
-    times : range
-        Which of them.
-    shape : tuple of int
-        Of one.
-    dtype
+    They are `MaskFrames`, `ImageFrames` or `NoFrames`; the shape is that of one.
     """
 
     def __init__(self, frames: Any, times: range, shape: tuple[int, ...], dtype: Any) -> None:
@@ -307,17 +285,9 @@ class Distances(Compressed):
 
 
 def order_tracks(graph: Any) -> dict[int, tuple[int, int]]:
-    """Order the tracks of a forest, the descendants of each right after it.
+    """Order the tracks of a forest, from parent to child, the descendants of each right after it.
 
-    Parameters
-    ----------
-    graph : networkx.DiGraph
-        From parent to child.
-
-    Returns
-    -------
-    dict of int to (int, int)
-        A track's own number, and the first number after its last descendant.
+    Gives each track's own number, and the first number after its last descendant.
 
     Examples
     --------
@@ -373,11 +343,6 @@ class HeldMasks(Images):
         compressed = isinstance(held, _ctc._CompressedArray)
         shape = tuple(held._shape if compressed else held.shape)[1:]
         return shape[1:] if self._planar and len(shape) == 3 and shape[0] == 1 else shape
-
-    @property
-    def place(self) -> str:
-        """Nowhere: they are in memory."""
-        return ""
 
 
 def count_masks(held: Any) -> int:

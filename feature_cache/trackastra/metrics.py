@@ -76,16 +76,7 @@ def check_result(folder: Path, frames: int) -> None:
 def cut_tracks(tracks: Tracks, first: int, stop: int) -> Tracks:
     """Give the tracks of the frames `first` to `stop` - 1, counted from `first`.
 
-    Parameters
-    ----------
-    tracks : (N, 4) int64
-        Label, first frame, last frame, parent, as in man_track.txt.
-    first, stop : int
-
-    Returns
-    -------
-    (M, 4) int64
-        A daughter whose parent is not in these frames has none.
+    A daughter whose parent is not in these frames has none.
     """
     part = tracks[(tracks[:, 1] < stop) & (tracks[:, 2] >= first)]
     spans = np.clip(part[:, 1:3], first, stop - 1) - first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -150,12 +150,7 @@ class ModelFeatures:
 
     def to_json(self) -> dict[str, JSON]:
         """Give all by name."""
-        return {
-            "space": dict(self.space),
-            "additional_props": self.additional_props,
-            "rotate_features": self.rotate_features,
-            "weights": self.weights,
-        }
+        return asdict(self)
 
     def unlike(
         self, other: ModelFeatures, words: tuple[str, str] = ("in training", "now")

@@ -67,26 +67,17 @@ def find_silver(masks: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that the tables of a movie are made from: its folders, hashed, tracks, and options.
-
-    Attributes
-    ----------
-    truth : Path
-    frames : Path or None
-        None where no intensity enters.
-    detections : sequence of (str, Path)
-        By the name that they were asked for by.
-    hashed : dict of Path to Hashed
-        Each of these folders, and silver truth.
-    tracks : bytes or None
-        Of the times from the first frame on.
-    """
+    """All that the tables of a movie are made from: its folders, hashed, tracks, and options."""
 
     truth: Path
     frames: Path | None
+    """None where no intensity enters."""
     detections: tuple[tuple[str, Path], ...]
+    """By the name that they were asked for by."""
     hashed: Mapping[Path, Hashed]
+    """Each of these folders, and silver truth."""
     tracks: Digest | None
+    """Of the times from the first frame on."""
 
     @classmethod
     def of(cls, data: Any) -> Inputs:

@@ -46,26 +46,19 @@ def from_record(record: Record) -> tuple[Arrays, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Detections:
-    """The regions of one detection folder, all frames one after the other.
-
-    Attributes
-    ----------
-    labels, times : (N,)
-    coords : (N, D), or (0,) where there are none
-    ends : (T + 1,) int64
-        Frame t has the regions from ends[t] to ends[t + 1].
-    lines : (2, N) int32
-        `first` and `last` of `AssociationLinks`.
-    features : mapping of str to (N, K) float32
-        Trackastra's shallow features; empty where it measures them later.
-    """
+    """The regions of one detection folder, all frames one after the other."""
 
     labels: NDArray[Any]
     times: NDArray[Any]
+    """(N,), as labels are."""
     coords: NDArray[Any]
+    """(N, D), or (0,) where there are none."""
     ends: NDArray[np.int64]
+    """(T + 1,) int64. Frame t has the regions from ends[t] to ends[t + 1]."""
     lines: NDArray[np.int32]
+    """(2, N) int32. `first` and `last` of `AssociationLinks`."""
     features: Mapping[str, NDArray[Any]]
+    """Trackastra's shallow features, (N, K) float32 each; empty where it measures them later."""
 
     @classmethod
     def of(
@@ -78,15 +71,8 @@ class Detections:
     ) -> Detections:
         """Take regions as upstream found them in `count` frames, and what they match.
 
-        Parameters
-        ----------
-        tables : labels (N,), times (N,), coords (N, D)
-        features : mapping of str to (N, K)
-        count : int
-        matching : mapping
-            For each frame, from label to track.
-        order : mapping
-            From `order_tracks`.
+        The tables are labels (N,), times (N,) and coords (N, D), features (N, K) each. In each
+        frame, `matching` maps labels to tracks; `order` is from `order_tracks`.
         """
         labels, times, coords = tables
         ends = np.searchsorted(times, np.arange(count + 1)).astype(np.int64)

@@ -114,11 +114,7 @@ def load_all(
 ) -> list[Any]:
     """Load several movies, each with its options, as `load_ctc`; build those that miss in parallel.
 
-    Several processes build where there are several cores, and enough to do.
-
-    Raises
-    ------
-    As `load_ctc`.
+    Several processes build where there are several cores, and enough to do. Errors as `load_ctc`.
     """
     cache = _open(cache)
     missing = []
@@ -143,15 +139,7 @@ def load_all(
 def warm_starts(training: Namespace, cache: FeatureCache | str | os.PathLike[str]) -> int:
     """Build the training data of a configuration that a cache lacks; give of how many movies.
 
-    Parameters
-    ----------
-    training : Namespace
-        From `feature_cache.train_options.parse_training`.
-    cache : FeatureCache or path
-
-    Raises
-    ------
-    As `load_ctc`.
+    The configuration is from `feature_cache.train_options.parse_training`. Errors as `load_ctc`.
     """
     cache, window = _open(cache), training.window
     if window is None and training.model is not None:

@@ -15,7 +15,8 @@ from trackastra.tracking import track_greedy, write_to_geff
 
 from ..cache import FeatureCache
 from ..errors import MovieError, NoMasksError, UnknownNameError
-from ..movies import Movie
+from ..movies import Movie, read_tracks
+from ..movies.movie import tracks_file
 from .inference import cached_inference
 from .metrics import check_result, score_tracks, write_tracks
 from .model_features import find_model
@@ -36,27 +37,13 @@ def track_movie(
     weights: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Track the cells of a movie, on cached features of the model's own kind.
+    """Track the cells of a movie with masks, on cached features of the model's own kind.
 
-    Parameters
-    ----------
-    movie : Movie
-        With masks.
-    model : str or path
-        A model's folder, or the name of one of Trackastra's own.
-    cache : FeatureCache or path
-    folder : Path
-        Where masks, ``man_track.txt`` and ``tracks.zarr`` (GEFF) are written, over an earlier
-        result.
-    mode : str
-        Of Trackastra's linking.
-    threshold : float
-        0 to 1: the least a link may weigh for the two greedy modes. Less finds more links, of a
-        model that is little trained above all, and more wrong ones.
-    weights : str, optional
-        Of the backbone, as `cached_inference`.
-    device : str, optional
-        Of the model; by default the best.
+    The model is a folder, or the name of one of Trackastra's own. Masks, ``man_track.txt`` and
+    ``tracks.zarr`` (GEFF) are written to `folder`, over an earlier result. The threshold, 0 to 1,
+    is the least a link may weigh for the two greedy modes: less finds more links, of a model that
+    is little trained above all, and more wrong ones. The weights are the backbone's, as of
+    `cached_inference`.
 
     Returns
     -------
@@ -103,10 +90,10 @@ def track_movie(
     geff = folder / "tracks.zarr"
     shutil.rmtree(geff, ignore_errors=True)
     write_to_geff(graph, masks, outdir=geff)
-    tracks = sum(line.strip() != "" for line in (folder / "man_track.txt").open())
+    tracks = read_tracks(folder / "man_track.txt")
     every = sum(len(np.unique(mask[mask > 0])) for mask in masks)
     return {
-        "tracks": tracks,
+        "tracks": len(tracks),
         "cells": len(graph),
         "unlinked": every - len(graph),
         "scores": _score(movie, folder),
@@ -115,12 +102,13 @@ def track_movie(
 
 def _score(movie: Movie, folder: Path) -> dict[str, float]:
     """Compare with the tracks that stand beside the movie's masks, where there are any."""
-    truth, source = movie.detection_folder, movie.source
-    whole = source is not None and source.is_whole and source.downscale_spatial == 1
-    if truth is None or not whole or not (truth / "man_track.txt").is_file():
+    truth = tracks_file(movie)
+    if truth is None:
         return {}
     try:
-        return score_tracks(truth, folder)
+        return score_tracks(truth.parent, folder)
     except (MovieError, ValueError) as error:  # the result is written, whatever the truth is worth
-        warnings.warn(f"the tracks are not compared with those of {truth}: {error}", stacklevel=2)
+        warnings.warn(
+            f"the tracks are not compared with those of {truth.parent}: {error}", stacklevel=2
+        )
         return {}

@@ -206,19 +206,13 @@ class CheckMovies(Callback):
 
 def check_movies(module: Any) -> None:
     """Raise ValueError for a movie that gives no windows, MovieError for one without masks."""
-    for data in module.datasets.values():
-        for part in data.datasets:
-            check_movie(part)
-
-
-def check_movie(data: Any) -> None:
-    """Do so for one."""
-    folders_of(data)
-    if not data.windows:
-        raise ValueError(
-            f"{data.root} has {count_masks(data.gt_masks)} frames: expected at least the "
-            f"{data.window_size} of a window; pass a smaller --window, or leave the movie out"
-        )
+    for data in [part for split in module.datasets.values() for part in split.datasets]:
+        folders_of(data)
+        if not data.windows:
+            raise ValueError(
+                f"{data.root} has {count_masks(data.gt_masks)} frames: expected at least the "
+                f"{data.window_size} of a window; pass a smaller --window, or leave the movie out"
+            )
 
 
 def _open_wandb(options: argparse.Namespace) -> WandbLogger:

@@ -150,15 +150,9 @@ def association_loss(
 
 
 def warmup_cosine(epoch: int, warmup_epochs: int, epochs: int, final: float = 0.001) -> float:
-    """Give the part of the learning rate for an epoch: linear from 0.01 to 1, then a half cosine.
+    """Give the part of the learning rate for an epoch, from 0.
 
-    Parameters
-    ----------
-    epoch : int
-        From 0.
-    warmup_epochs, epochs : int
-    final : float
-        What the cosine falls to.
+    Linear from 0.01 to 1, then a half cosine, which falls to `final`.
     """
     if epoch < warmup_epochs:
         return 0.01 + 0.99 * epoch / warmup_epochs
@@ -309,14 +303,7 @@ class TrackingModule(LightningModule):
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write ``config.yaml`` and ``model.pt``; whoever reads finds old or new weights, whole.
-
-    Parameters
-    ----------
-    model : TrackingTransformer or TrackingTransformerwPretrainedFeats
-    folder : Path
-        Made where it is missing.
-    """
+    """Write ``config.yaml`` and ``model.pt``; whoever reads finds old or new weights, whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(model.config))
     unfinished = folder / f"model.pt.{os.getpid()}"

@@ -17,13 +17,12 @@ from importlib import import_module
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
-from ..cache import Progress, check_batch_size
+from ..cache import Progress
 from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MovieError, SchedulerGoneError
 from ..hashing import digest_bytes
 from ..movies import Source
-from ..store import Usage
-from .local import begin, finish_push, make_report, open_budget, over_budget
+from .local import begin, finish, open_budget
 from .plan import UNIT_EMBEDDINGS, Task, Unit, WarmPlan
 from .push import Pushing
 from .run_report import WarmReport
@@ -81,9 +80,7 @@ def run_on_cluster(
         The remote can't be written.
     """
     started = time.monotonic()
-    check_batch_size(batch_size)
-    begin(plan)
-    plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
+    begin(plan, batch_size)
     tally = Tally(progress, failed)
     pushing = None if push is None else Pushing(plan.cache, push)
     embeddings = _unit_embeddings(plan, client)
@@ -95,10 +92,7 @@ def run_on_cluster(
     ]
     budget = None if max_bytes is None else open_budget(plan.cache, max_bytes)
     _Run(plan, client, tally, budget, orders[::-1]).work_off()
-    if budget is not None and budget.spent:
-        tally.fail(over_budget(plan, budget.max_bytes, tally))
-    finish_push(pushing, tally)
-    return make_report(plan, tally, started)
+    return finish(plan, tally, started, budget, pushing)
 
 
 def _unit_embeddings(plan: WarmPlan, client: Client) -> int:
@@ -149,11 +143,6 @@ def _order(
     )
 
 
-def unit_key(unit: Unit) -> str:
-    """Name a unit by its content: a digest of the keys of its records."""
-    return f"warm-{digest_bytes(*unit.keys()).hex()}"
-
-
 @dataclass(eq=False)
 class _Run:
     """Keeps a window of units on the cluster; `waiting` are the others, the next one last.
@@ -193,16 +182,18 @@ class _Run:
             unit, order = self.waiting[-1]
             if self.budget is not None:
                 order = replace(order, max_bytes=self._allowance(window))
-            order = replace(order, name=self._key(unit))
+            order = replace(order, name=self._name(unit))
             future = self.client.submit(
                 compute_order, order, key=order.name, retries=RETRIES, pure=True
             )
             self.running[future] = self.waiting.pop()[0], order
             future.add_done_callback(self.finished.put)
 
-    def _key(self, unit: Unit) -> str:
-        # A unit that may stop early is not the same as one that may not.
-        return unit_key(unit) + ("" if self.budget is None else f"-{secrets.token_hex(4)}")
+    def _name(self, unit: Unit) -> str:
+        """Name a unit by its content: a digest of the keys of its records."""
+        name = f"warm-{digest_bytes(*unit.keys()).hex()}"
+        # a unit that may stop early is not the same as one that may not
+        return name if self.budget is None else f"{name}-{secrets.token_hex(4)}"
 
     def _allowance(self, window: int) -> int:
         """Share out the bytes that are left among the units that can run at once."""

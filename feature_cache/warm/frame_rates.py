@@ -35,8 +35,11 @@ def recall_rate(backbone: Backbone | Layers) -> float | None:
 
 
 def remember_rate(backbone: Backbone | Layers, frames: int, seconds: float) -> None:
-    """Remember the pace of a run, in the user's memo; one of a few frames says nothing."""
-    if frames < _ENOUGH_FRAMES or memo_is_off():
+    """Remember the pace of a run, in the user's memo; one of a few frames says nothing.
+
+    Nor does one that ended within a tick of a coarse clock, such as that of Windows.
+    """
+    if frames < _ENOUGH_FRAMES or seconds <= 0 or memo_is_off():
         return
     file = _file_of(backbone)
     temporary = file.with_name(f".tmp-{secrets.token_hex(8)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 
 from ..cache import FeatureCache, MovieFeatures, Progress, check_batch_size, request_all
 from ..engine import Budget, Failure, FailureListener, Tally
@@ -55,10 +55,8 @@ def run_warm(
         stays.
     """
     started = time.monotonic()
-    check_batch_size(batch_size)
-    begin(plan)
-    plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
-    tally = Tally(progress, failed)
+    begin(plan, batch_size)
+    tally, budget = Tally(progress, failed), None
     pushing = None if push is None else Pushing(plan.cache, push)
     if plan.tasks:
         budget = None if max_bytes is None else open_budget(plan.cache, max_bytes)
@@ -66,10 +64,7 @@ def run_warm(
         share = tally.computed / plan.missing
         embedded = int(share * sum(task.embeddings for task in plan.tasks))
         remember_rate(plan.tasks[0].movie.backbone, embedded, time.monotonic() - started)
-        if budget is not None and budget.spent:
-            tally.fail(over_budget(plan, budget.max_bytes, tally))
-    finish_push(pushing, tally)
-    return make_report(plan, tally, started)
+    return finish(plan, tally, started, budget, pushing)
 
 
 def open_budget(cache: FeatureCache, max_bytes: int) -> Budget:
@@ -77,32 +72,9 @@ def open_budget(cache: FeatureCache, max_bytes: int) -> Budget:
     return Budget(max_bytes, sum(space.disk_bytes() for space in cache.store.spaces()))
 
 
-def finish_push(pushing: Pushing | None, tally: Tally) -> None:
-    """Send what the remote lacks at the end of a run."""
-    for failure in pushing.finish(everything=True) if pushing is not None else ():
-        tally.fail(failure)
-
-
-def make_report(plan: WarmPlan, tally: Tally, started: float) -> WarmReport:
-    """Sum up a run that began at a time of `time.monotonic`."""
-    return WarmReport(
-        plan.planned,
-        plan.present + tally.elsewhere,
-        tally.computed,
-        time.monotonic() - started,
-        (*plan.failures, *tally.failures),
-        _sum_regions(plan),
-    )
-
-
-def _sum_regions(plan: WarmPlan) -> tuple[int, float, int] | None:
-    """Sum up the regions of the frames of a plan's movies, from what is stored."""
-    found = (count_regions(plan.cache.space(spec), keys) for spec, keys in plan.originals)
-    return summarize([count for counts in found for count in counts])
-
-
-def begin(plan: WarmPlan) -> None:
+def begin(plan: WarmPlan, batch_size: int | None) -> None:
     """Note what is asked for; raise MissingRecordError where it is missing and can't be written."""
+    check_batch_size(batch_size)
     for asked in plan.asked if plan.cache.store.mode != "r" else ():
         add_asked(plan.cache.store.root, asked)
     if plan.missing and plan.cache.store.mode == "r":
@@ -110,16 +82,30 @@ def begin(plan: WarmPlan) -> None:
             f"{plan.missing} records, first of {plan.tasks[0].movie.name}, are not in "
             f"{plan.cache!r}, which can only be read: warm it where you may write"
         )
+    plan.cache.counter.add(Usage(hits=plan.present, misses=plan.missing))
 
 
-def over_budget(plan: WarmPlan, max_bytes: int, tally: Tally) -> Failure:
-    """Say what is left out as the cache may take no more bytes."""
-    left = plan.missing - tally.done
-    return Failure(
-        str(plan.cache.store.root),
-        f"stopped before the cache passes --max-size {max_bytes:,} bytes, {left} records are "
-        "left out: give it more, or make room with feature-cache gc",
-        left,
+def finish(
+    plan: WarmPlan, tally: Tally, started: float, budget: Budget | None, pushing: Pushing | None
+) -> WarmReport:
+    """Send what the remote lacks, and sum up a run that began at a time of `time.monotonic`."""
+    if budget is not None and budget.spent:
+        left = plan.missing - tally.done
+        reason = (
+            f"stopped before the cache passes --max-size {budget.max_bytes:,} bytes, {left} "
+            "records are left out: give it more, or make room with feature-cache gc"
+        )
+        tally.fail(Failure(str(plan.cache.store.root), reason, left))
+    for failure in pushing.finish(everything=True) if pushing is not None else ():
+        tally.fail(failure)
+    counts = (count_regions(plan.cache.space(spec), keys) for spec, keys in plan.originals)
+    return WarmReport(
+        plan.planned,
+        plan.present + tally.elsewhere,
+        tally.computed,
+        time.monotonic() - started,
+        (*plan.failures, *tally.failures),
+        summarize([*chain.from_iterable(counts)]),
     )
 
 

@@ -18,9 +18,10 @@ from ..backbones.tiles import pixels_of_cell
 from ..cache import FeatureCache, MovieFeatures, Progress, grid_spec
 from ..engine import Failure, Tally
 from ..errors import MovieError, UnknownNameError
+from ..forks import cached_property
 from ..hashing import JSON, Digest
 from ..key import Keys
-from ..movies import Given, Movie, Row, Series, Source
+from ..movies import Given, Movie, Row, Source
 from ..spec import SpaceSpec
 from ..store import Asked
 from .frame_rates import recall_rate
@@ -49,23 +50,15 @@ Spot = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The missing records of one movie.
-
-    Attributes
-    ----------
-    copies : tuple of MovieFeatures
-        The movie under each draw; hashed.
-    specs : tuple of SpaceSpec
-    wanted : mapping of int to tuple of (int, int)
-        Frames, each with the copies and spaces of which its record is missing.
-    grids : frozenset of (int, int)
-        Frames and copies whose grid is stored, in float32.
-    """
+    """The missing records of one movie."""
 
     copies: tuple[MovieFeatures, ...]
+    """The movie under each draw; hashed."""
     specs: tuple[SpaceSpec, ...]
     wanted: Mapping[int, tuple[Spot, ...]]
+    """Frames, each with the copies and spaces of which its record is missing."""
     grids: frozenset[tuple[int, int]] = frozenset()
+    """Frames and copies whose grid is stored, in float32."""
 
     @property
     def movie(self) -> MovieFeatures:
@@ -106,17 +99,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a task that is done at once.
-
-    Attributes
-    ----------
-    task : Task
-    wanted : tuple of (int, tuple of (int, int))
-        Each frame, with the copies and spaces of which its record is missing.
-    """
+    """A part of a task that is done at once."""
 
     task: Task
     wanted: tuple[tuple[int, tuple[Spot, ...]], ...]
+    """Each frame, with the copies and spaces of which its record is missing."""
 
     @property
     def records(self) -> int:
@@ -182,15 +169,7 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class PlannedMovie:
-    """Which frames and masks of a movie belong together.
-
-    Attributes
-    ----------
-    movie : str
-    frames : int
-    pairs : tuple of Row
-        The first and the last.
-    """
+    """Which frames and masks of a movie belong together: the first and the last of its pairs."""
 
     movie: str
     frames: int
@@ -395,7 +374,7 @@ class _Planner:
         specs = [self._specs_of(number) for number in range(draws.copies + 1)]
         self.movies.append(PlannedMovie.of(movie))
         try:
-            features = self._bind(movie)
+            features = bind_movie(self.cache, movie, self.backbone, self.specs)
         except MovieError as error:
             records = len(movie) * sum(map(len, specs))
             self.failures.append(Failure(movie.name, str(error), records))
@@ -441,9 +420,6 @@ class _Planner:
     def _specs_of(self, copy: int) -> tuple[SpaceSpec, ...]:
         wanted = self.dense == "all" or (self.dense == "original" and copy == 0)
         return tuple(dict.fromkeys((*self.specs, *self.grids))) if wanted else self.specs
-
-    def _bind(self, movie: Movie) -> MovieFeatures:
-        return bind_movie(self.cache, movie, self.backbone, self.specs)
 
     def _add_copy(
         self,
@@ -506,35 +482,16 @@ class _Sizes:
 
     def __init__(self, movie: Movie) -> None:
         self.movie = movie
-        self._shape: tuple[int, ...] | None = None
-        self._regions: float | None = None
-        self._looked = False
 
     def estimate(self, spec: SpaceSpec, records: int) -> int | None:
         """Estimate the bytes of some records; None where that can't be known."""
         if not records:
             return 0
-        self._look()
-        item = np.dtype(spec.dtype).itemsize
-        if spec.pooling is None:
-            cells = self._cells(spec)
-            return (
-                None
-                if cells is None
-                else records * (cells * spec.backbone.width * item + _RECORD_BYTES)
-            )
-        if self._regions is None:
-            return None
-        row = spec.backbone.width * item + 4
-        return int(records * (self._regions * row + _RECORD_BYTES))
-
-    def _look(self) -> None:
-        if not self._looked:
-            self._looked = True
-            self._regions, self._shape = (
-                _regions_per_frame(self.movie),
-                _shape_of(self.movie.frames),
-            )
+        row = spec.backbone.width * np.dtype(spec.dtype).itemsize
+        count: float | None = self._cells(spec)
+        if spec.pooling is not None:
+            count, row = self._regions, row + 4  # of its label
+        return None if count is None else int(records * (count * row + _RECORD_BYTES))
 
     def _cells(self, spec: SpaceSpec) -> int | None:
         if self._shape is None:
@@ -543,22 +500,22 @@ class _Sizes:
         rows, columns = pixels_of_cell(spec.backbone, self._shape)
         return slices * ceil(self._shape[-2] / rows) * ceil(self._shape[-1] / columns)
 
+    @cached_property
+    def _shape(self) -> tuple[int, ...] | None:
+        """A frame's, read without its pixels."""
+        try:
+            return self.movie.frames.shape
+        except MovieError:
+            return None
 
-def _regions_per_frame(movie: Movie) -> float | None:
-    """Count the tracks in man_track.txt that are alive, on average."""
-    if movie.detection_folder is None or not len(movie):
-        return None
-    try:
-        tracks = movie.tracks
-    except (MovieError, OSError):
-        return None
-    alive = (tracks[:, 2] - tracks[:, 1] + 1).sum()
-    return float(alive) / max(1, int(tracks[:, 2].max(initial=0)) + 1)
-
-
-def _shape_of(frames: Series) -> tuple[int, ...] | None:
-    """Read a frame's shape, without its pixels."""
-    try:
-        return frames.shape
-    except MovieError:
-        return None
+    @cached_property
+    def _regions(self) -> float | None:
+        """Tracks in man_track.txt that are alive, on average."""
+        if self.movie.detection_folder is None or not len(self.movie):
+            return None
+        try:
+            tracks = self.movie.tracks
+        except (MovieError, OSError):
+            return None
+        alive = (tracks[:, 2] - tracks[:, 1] + 1).sum()
+        return float(alive) / max(1, int(tracks[:, 2].max(initial=0)) + 1)

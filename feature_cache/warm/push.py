@@ -19,13 +19,7 @@ class Pushing:
     """Sends the packs of a cache to a remote: at once those that it lacks, then each new one.
 
     A pack that can't be sent stays in the cache, and is sent when `finish` is called, or by the
-    next one of these. May be shared by threads.
-
-    Parameters
-    ----------
-    cache : FeatureCache
-    url : str
-        As `FeatureCache.push`.
+    next one of these. May be shared by threads. The remote is named as for `FeatureCache.push`.
 
     Raises
     ------

@@ -13,13 +13,7 @@ from ..spec import KEY_VERSION, BackboneSpec, describe
 
 
 class StoredGrids:
-    """Stands where a backbone does, for grids that are all stored; holds no model.
-
-    Parameters
-    ----------
-    spec : BackboneSpec
-        Of the backbone that made them.
-    """
+    """Stands where the backbone of a spec does, for grids that are all stored; holds no model."""
 
     def __init__(self, spec: BackboneSpec) -> None:
         self.spec = spec

@@ -62,14 +62,11 @@ def choose_device(devices: str | None, number: int | None) -> str | None:
     >>> choose_device("cuda:0,cuda:1", 1)
     'cuda:1'
     """
-    names = devices.split(",") if devices else [f"cuda:{i}" for i in range(_count_gpus())]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = devices.split(",") if devices else [f"cuda:{i}" for i in range(gpus)]
     if number is None:
         return names[0] if devices else None
     return names[number % len(names)] if names else None
-
-
-def _count_gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _own_number() -> int | None:
@@ -82,43 +79,28 @@ def _own_number() -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A unit as it goes to a worker: all by name, and small.
-
-    Attributes
-    ----------
-    recipe : Recipe or None
-        None where all is pooled from stored grids.
-    copies : tuple of (Draw, str)
-        Each draw, and how people call it.
-    digests : mapping
-        Of each frame and its mask, as the plan found them.
-    push : str or None
-        Where the packs are sent.
-    max_bytes : int or None
-        What this unit may add to the cache.
-    name : str
-        By which `stop_orders` knows it.
-    """
+    """A unit as it goes to a worker: all by name, and small."""
 
     root: str
     codec: str
     layers: tuple[str, ...]
     recipe: Recipe | None
+    """None where all is pooled from stored grids."""
     source: Source
     specs: tuple[SpaceSpec, ...]
     copies: tuple[tuple[Draw, str], ...]
+    """Each draw, and how people call it."""
     digests: Mapping[int, tuple[Digest, Digest | None]]
+    """Of each frame and its mask, as the plan found them."""
     wanted: tuple[tuple[int, tuple[Spot, ...]], ...]
     grids: frozenset[tuple[int, int]]
     batch_size: int | None
     push: str | None = None
+    """Where the packs are sent."""
     max_bytes: int | None = None
+    """What this unit may add to the cache."""
     name: str = ""
-
-    @property
-    def frames(self) -> list[int]:
-        """List the frames."""
-        return [t for t, _ in self.wanted]
+    """By which `stop_orders` knows it."""
 
 
 @dataclass(frozen=True, slots=True)
