@@ -33,7 +33,8 @@ CODECS = ("raw", "zstd", "blosc")
 
 _CRC_BYTES, _PLACE_BYTES = 4, 16
 """At the end of each chunk; of each chunk in the list at the end of a shard."""
-_DECODED_LIMIT, _CHUNKS_LIMIT = 1 << 30, 1 << 20
+DECODED_LIMIT, _CHUNKS_LIMIT = 1 << 30, 1 << 20
+"""The most bytes of what is decoded as a whole, and chunks of an array: others are not read."""
 _PIECE_BYTES = 1 << 24
 _COMPRESSORS: tuple[list[str], ...] = ([], ["zstd"], ["blosc"])
 _SHARD_INDEX: dict[str, JSON] = {
@@ -129,7 +130,7 @@ class ArrayFile:
             dict(meta.get("attributes", {})),
         )
         # A compressed chunk is decoded as a whole: metadata that lie must not fill the memory.
-        fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= _DECODED_LIMIT
+        fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= DECODED_LIMIT
         counts = array.chunks_in_file, math.prod(array.file_counts)
         return array if fits and max(counts) <= _CHUNKS_LIMIT else None
 
@@ -193,7 +194,7 @@ class ArrayFile:
             raise CorruptRecordError(f"{self.path} should be one raw chunk and isn't")
         if self.array_bytes == 0:
             return np.frombuffer(b"", self.dtype).reshape(self.shape)
-        if self.array_bytes > _DECODED_LIMIT:
+        if self.array_bytes > DECODED_LIMIT:
             raise CorruptRecordError(f"{self.path} is larger than it can be")
         from google_crc32c import value as crc32c
 

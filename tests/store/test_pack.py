@@ -158,6 +158,18 @@ def test_a_sound_pack_is_read_where_no_thread_starts(
 
 
 @pytest.mark.parametrize("codec", CODECS)
+def test_a_grid_that_is_too_large_to_decode_is_stored_as_it_is(
+    root: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = make_record(0, "grids").features.nbytes - 1
+    for module in ("array", "writer"):
+        monkeypatch.setattr(f"feature_cache.store.{module}.DECODED_LIMIT", limit)
+    space = Store(root).space(make_spec("grids"))
+    space.write(make_entries(range(3), "grids"), {}, codec)
+    assert contents(space, range(3)) == expected(range(3), "grids")
+
+
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_are_read_only(tmp_path: Path, kind: str, codec: str) -> None:
     pack = Pack(tmp_path / write_pack(tmp_path, make_entries([3], kind), {}, codec))
