@@ -149,7 +149,7 @@ class Tokens:
         rows = known.searchsorted(asked)
         if not len(known) or (known.take(rows, mode="clip") != asked).any():
             return None
-        if self.labels.max() >> 32:  # its number is that of a label of another frame
+        if (self.labels >> 32).any():  # its number is that of a label of another frame
             return None
         return span.features.take(rows, axis=0)
 

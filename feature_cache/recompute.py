@@ -231,7 +231,7 @@ class _Comparison:
         """Compare records of one pack."""
         try:
             spec, model = self.models.find(chosen.space.spec)
-            rows = _read_rows(chosen)
+            rows = list(self._read_rows(chosen))
         except BackboneError as error:
             reason = f"{describe(chosen.space.spec)}: {error}"
             self._leave("weights", reason, len(chosen.rows))
@@ -241,6 +241,19 @@ class _Comparison:
             folder = chosen.space.packs_folder / chosen.pack
             for _, group in groupby(sorted(rows, key=_order), _order):
                 self._of_movie(folder, list(group), spec, model)
+
+    def _read_rows(self, chosen: Chosen) -> Iterator[_Row]:
+        """Read records of a pack; those that are damaged are left."""
+        pack = Pack(chosen.space.packs_folder / chosen.pack)
+        sources = read_provenance(pack.path)["records"]
+        sources += [{}] * (len(pack) - len(sources))
+        for row in chosen.rows:
+            try:
+                record = pack.record(row)
+            except (FileNotFoundError, CorruptRecordError) as error:
+                self._leave("record", str(error), 1)
+            else:
+                yield _Row(pack.keys[row].tobytes(), record, sources[row])
 
     def _of_movie(self, pack: Path, rows: Sequence[_Row], spec: SpaceSpec, model: Model) -> None:
         try:
@@ -319,13 +332,6 @@ def _open_movie(text: str, masked: bool) -> Movie:
         with suppress(MovieError):  # a name without detections
             return Movie.open(str(told["movie"]), detections="TRA" if masked else None)
         raise error
-
-
-def _read_rows(chosen: Chosen) -> list[_Row]:
-    pack = Pack(chosen.space.packs_folder / chosen.pack)
-    sources = read_provenance(pack.path)["records"]
-    sources += [{}] * (len(pack) - len(sources))
-    return [_Row(pack.keys[row].tobytes(), pack.record(row), sources[row]) for row in chosen.rows]
 
 
 def _read_frame(

@@ -415,8 +415,12 @@ class TestTokens:
                 [(0, 1), (0, (1 << 32) + 3), (1, 3)],
                 f"label {(1 << 32) + 3} is not in the mask of frame 0",
             ),
+            (
+                [(0, 1), (0, 2), (1, 2 - (1 << 32))],
+                f"label {2 - (1 << 32)} is not in the mask of frame 1",
+            ),
         ],
-        ids=["of the frame before", "beyond 32 bits"],
+        ids=["of the frame before", "beyond 32 bits", "below them"],
     )
     def test_labels_of_another_frame_are_no_match(self, cache, tokens, wrong):
         masks = np.zeros((2, 16, 16), int)

@@ -24,7 +24,8 @@ from feature_cache import (
     Record,
     StoreError,
 )
-from feature_cache.store.remote import open_remote, pull, push
+from feature_cache.store.layers import FolderLayer
+from feature_cache.store.remote import Remote, open_remote, pull, push
 from feature_cache.testing import FakeBackbone
 from hugging_face_server import hub
 from s3_server import aws, bucket, endpoint, service
@@ -157,6 +158,19 @@ def test_a_layer_that_vanishes_is_left_out_with_a_warning(tmp_path, small, share
     assert backbone.frames == 6
 
 
+def test_what_a_layer_knows_and_can_not_give_is_computed(tmp_path, small, shared, monkeypatch):
+    root, _ = shared
+    cache, backbone = FeatureCache(tmp_path / "own", layers=[root]), Counting()
+
+    def fail(*_):
+        raise StoreError("the disk is away")
+
+    monkeypatch.setattr(FolderLayer, "find", fail)
+    assert cache.contains(*small, backbone)[:4] == [True] * 4
+    assert len(cache.get_or_compute(*small, backbone)) == 6
+    assert backbone.frames == 6
+
+
 def test_a_file_url_is_a_folder_below_that_is_read_in_place(tmp_path, small, shared):
     root, records = shared
     frames, masks = small
@@ -246,6 +260,26 @@ def test_a_pack_on_the_web_that_names_too_many_files_is_a_miss(tmp_path, small, 
     cache = FeatureCache(tmp_path / "own", layers=[url])
     assert same(cache.get_or_compute(frames[:4], masks[:4], backbone), theirs)
     assert backbone.frames == 4
+
+
+@pytest.mark.parametrize("part", ["pull_pack", "version"])
+def test_a_remote_that_is_away_is_asked_once_and_left_out_for_a_while(
+    tmp_path, small, shared, web, monkeypatch, part
+):
+    root, theirs = shared
+    folder, url = web
+    push(root, open_remote(f"file://{folder}/features"))
+    cache, backbone, tries = FeatureCache(tmp_path / "own", layers=[url]), Counting(), []
+
+    def fail(*args, **_):
+        tries.append(args)
+        raise StoreError("the network is away")
+
+    monkeypatch.setattr(Remote, part, fail)
+    assert same(cache.get_or_compute(*small, backbone)[:4], theirs)
+    assert backbone.frames == 6
+    assert cache.get(*small, backbone, dtype="float32") == [None] * 6
+    assert len(tries) == {"pull_pack": 1, "version": 3}[part]  # each space by itself, grids too
 
 
 def test_a_web_server_is_no_place_to_push_to_or_to_pull_from(tmp_path, shared, web):

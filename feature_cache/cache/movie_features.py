@@ -121,7 +121,7 @@ class MovieFeatures(MovieKeys):
         records = dict(zip(good, self.get(good), strict=True))
         absent = [t for t, record in records.items() if record is None]
         if absent:
-            self._compute(absent, tally, batch_size=batch_size, keep_grids=keep_grids)
+            self._compute(absent, tally, batch_size=batch_size, keep_grids=keep_grids, reads=True)
             # from the store: the engine keeps no records, and a miss gives what a hit would
             records.update(zip(absent, self.space.read(self.keys(absent)), strict=True))
         tally.check()
@@ -199,13 +199,19 @@ class MovieFeatures(MovieKeys):
         return tally.computed
 
     def _compute(
-        self, indices: Sequence[int], tally: Tally, *, batch_size: int | None, keep_grids: bool
+        self,
+        indices: Sequence[int],
+        tally: Tally,
+        *,
+        batch_size: int | None,
+        keep_grids: bool,
+        reads: bool = False,
     ) -> None:
         views, grids = [self], grid_spec(self.spec.backbone)
         if keep_grids and self.spec != grids:
             views.append(self.in_space(grids))
-        wanted = ((t, views) for t in indices)
-        compute_wanted(wanted, tally, batch_size=batch_size, uncounted=views[1:])
+        wanted, grids_alone = ((t, views) for t in indices), views[1:]
+        compute_wanted(wanted, tally, batch_size=batch_size, uncounted=grids_alone, reads=reads)
 
     def explain(
         self,

@@ -33,6 +33,7 @@ def compute_wanted(
     *,
     batch_size: int | None,
     uncounted: Sequence[MovieKeys] = (),
+    reads: bool = False,
 ) -> None:
     """Compute and commit what is missing, of any movies of one cache, in one run of an engine.
 
@@ -44,6 +45,8 @@ def compute_wanted(
     batch_size : int or None
     uncounted : sequence of MovieKeys
         Views whose records are not counted.
+    reads : bool
+        Whether the records of the others are to be read then: those that can't be are missing.
 
     Raises
     ------
@@ -61,7 +64,7 @@ def compute_wanted(
             f"are not in {cache!r}, which can only be read: warm it where you may write"
         )
     with cache.open_engine() as engine:
-        requests = request_all(frames, tally, batch_size, uncounted)
+        requests = request_all(frames, tally, batch_size, uncounted, reads=reads)
         engine.run(requests, until=lambda: tally.fatal is not None)
     if tally.fatal is not None:
         raise tally.fatal
@@ -136,6 +139,8 @@ def request_all(
     tally: Tally,
     batch_size: int | None,
     uncounted: Sequence[MovieKeys] = (),
+    *,
+    reads: bool = False,
 ) -> Iterator[Request]:
     """Give requests for frames, each as it is taken; parameters as `compute_wanted`."""
     models: dict[int, Model] = {}
@@ -147,7 +152,8 @@ def request_all(
             model = first.cache.open_model(first.backbone, first.spec.backbone)
             models[id(first.backbone)] = model
         where, origins = first.where(t), {view.draw: view.origin for view in views}
-        heard, unheard = (FrameAnswer(counts, where, origins, number) for counts in (tally, silent))
+        heard = FrameAnswer(tally, where, origins, number, reads)
+        unheard = FrameAnswer(silent, where, origins, number)
         told = [(view, unheard if view in uncounted else heard) for view in views]
         try:
             yield request_frame(model, t, told, batch_size)

@@ -56,6 +56,7 @@ GATHER_SECONDS = 0.003
 MEMORY_BYTES = 2 << 30
 """Pixels that may wait to be computed; who sends more waits."""
 CLOSING_SECONDS = 120.0
+"""How long the last commit may take before nobody waits for it any more."""
 
 _BATCHES_AHEAD = 3
 _MOST_HELD = 4096
@@ -167,7 +168,7 @@ class Engine:
         Raises
         ------
         StoreError
-            The cache can't be read or written.
+            The cache can't be read or written, or not within `CLOSING_SECONDS` at the end.
         ServiceError
             The system starts no more threads.
         """
@@ -184,6 +185,11 @@ class Engine:
             raise
         if self.error is not None:
             raise self.error
+        if not self.ended and self._flights.uncommitted:
+            raise StoreError(
+                f"the cache has not taken what was computed last in {CLOSING_SECONDS:.0f} s: look "
+                "at its disk or network, and run the same again; what was committed is kept"
+            )
 
     def _feed(self, requests: Iterable[Request], until: Callable[[], bool]) -> None:
         for request in requests:
@@ -364,6 +370,8 @@ class Engine:
         try:
             self._guard_once(lambda: self._start_stages(stages))
             self._guard(self._commit_some)
+            # at once: a batch that is on the device may take longer than anybody waits
+            self._guard_once(self._commit_all)
             # in the order of the work: each stage may still hand something to the next
             for stage in stages:
                 stage.join()
@@ -406,8 +414,7 @@ class Engine:
     def _finish(self) -> None:
         """Commit what is collected; who waits for anything else is told."""
         try:
-            self._collect()
-            self._commit()
+            self._commit_all()
         finally:
             why = "" if self.error is None else f": {self.error}"
             self._flights.fail_all(ServiceError(f"the process that computes has closed{why}"))
@@ -702,6 +709,10 @@ class Engine:
             return self._commits.seconds_left(ASKED_SECONDS)
         is_idle = not (self._left or len(self._queue) or self._queue.ahead)
         return self._commits.seconds_left(IDLE_SECONDS if is_idle else COMMIT_SECONDS)
+
+    def _commit_all(self) -> None:
+        self._collect()
+        self._commit()
 
     def _commit(self) -> None:
         try:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
+from types import FrameType
 
 from ..system import around_forks, start
 
@@ -57,9 +58,10 @@ def end_by_exit() -> bool:
     return True
 
 
-def _exit(number: int, _: object) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     global _terminated
-    if _forking.now:  # what is raised in a hook of a fork is ignored
+    # what is raised in a hook of a fork is ignored, and that one may have just begun
+    if _forking.now or (frame is not None and frame.f_code is _hold_back.__code__):
         # so it is sent again, until the fork is over; by another thread, as this one is to go on
         again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
         again.daemon = True
@@ -83,9 +85,9 @@ def _hold_back() -> None:
     own hooks, and what comes amid them is raised there, and ignored. The child would live on, and
     whoever ended it would wait for ever.
     """
-    is_ours = signal.getsignal(signal.SIGTERM) is _exit
     # first: until the mask is set, `_exit` may still be called here
     _forking.now = True
+    is_ours = signal.getsignal(signal.SIGTERM) is _exit
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if is_ours else ())
 
 

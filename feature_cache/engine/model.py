@@ -206,8 +206,7 @@ class Model:
     def _lower(self, batch: Sequence[Embedding], error: Exception) -> BackboneError:
         """Take fewer frames at once from now on; say what to lower where it was only one."""
         name = self.spec.name
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
+        _give_back_memory()
         if len(batch) > 1:
             fewer = len(batch) // 2
             self._most_slices = count_slices(batch[:fewer])
@@ -262,9 +261,7 @@ class Model:
         unproved = [spec for spec in embedding.specs if self._proofs.get(spec, 0) < PROOFS]
         if not unproved:
             return
-        with self._lock:
-            [again] = self._plain.embed(self._plain.draw([embedding]))
-        expected = _make_all(self._plain, embedding, again)
+        expected = _make_all(self._plain, embedding, self._embed_plainly(embedding))
         for spec, one, other in zip(embedding.specs, records, expected, strict=True):
             apart, bound = difference(one, other), rounding_bound(spec)
             # not `>`, which NaN would pass
@@ -279,6 +276,18 @@ class Model:
         # normalised here for the comparison alone; a frame of a window lives on
         for frame in embedding.frame.seen:
             frame.image = None
+
+    def _embed_plainly(self, embedding: Embedding) -> Grids:
+        """Embed a frame in the plain way; once more where other batches had left no memory."""
+        with self._lock:
+            try:
+                return self._plain.embed(self._plain.draw([embedding]))[0]
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # not in the `except`, which holds on to what was taken
+            _give_back_memory()
+            return self._plain.embed(self._plain.draw([embedding]))[0]
 
 
 _pooling = attrgetter("pooling")
@@ -307,6 +316,12 @@ def count_fitting(free: int, taken: int, slices: int) -> int:
     """
     fitting = free // 2 * slices // max(1, taken)
     return min(MOST_AT_ONCE, max(FIRST_BATCH, fitting))
+
+
+def _give_back_memory() -> None:
+    """Give back what torch keeps of a device's memory and doesn't use."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -150,14 +150,15 @@ class FrameAnswer:
         What to call each of its draws.
     number : int
         In the order that frames were asked for.
+    reads : bool
+        Whether a record that is found is read, so that what can't be read is computed.
     """
 
     tally: Tally
     where: str
     origins: Mapping[Draw, str]
     number: int = 0
-
-    reads = False
+    reads: bool = False
 
     def found(self, record: Record | None) -> None:
         """Count a record that others computed."""

@@ -43,6 +43,12 @@ class Flights:
         self._lock, self._flights = lock, dict[Digest, _Flight]()
         self.unanswered = 0
 
+    @property
+    def uncommitted(self) -> int:
+        """Count the records that are computed, and neither committed nor lost yet."""
+        with self._lock:
+            return len(self._flights) - self.unanswered
+
     def begin(self, wanted: Wanted) -> bool:
         """Take in a record, unless it is on its way; tell whether it is new."""
         with self._lock:

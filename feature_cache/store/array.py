@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -33,7 +33,8 @@ CODECS = ("raw", "zstd", "blosc")
 
 _CRC_BYTES, _PLACE_BYTES = 4, 16
 """At the end of each chunk; of each chunk in the list at the end of a shard."""
-_DECODED_LIMIT, _CHUNKS_LIMIT = 1 << 30, 1 << 20
+DECODED_LIMIT, _CHUNKS_LIMIT = 1 << 30, 1 << 20
+"""The most bytes of what is decoded as a whole, and chunks of an array: others are not read."""
 _PIECE_BYTES = 1 << 24
 _COMPRESSORS: tuple[list[str], ...] = ([], ["zstd"], ["blosc"])
 _SHARD_INDEX: dict[str, JSON] = {
@@ -129,7 +130,7 @@ class ArrayFile:
             dict(meta.get("attributes", {})),
         )
         # A compressed chunk is decoded as a whole: metadata that lie must not fill the memory.
-        fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= _DECODED_LIMIT
+        fits = array.is_direct or math.prod(chunk_shape) * dtype.itemsize <= DECODED_LIMIT
         counts = array.chunks_in_file, math.prod(array.file_counts)
         return array if fits and max(counts) <= _CHUNKS_LIMIT else None
 
@@ -193,7 +194,7 @@ class ArrayFile:
             raise CorruptRecordError(f"{self.path} should be one raw chunk and isn't")
         if self.array_bytes == 0:
             return np.frombuffer(b"", self.dtype).reshape(self.shape)
-        if self.array_bytes > _DECODED_LIMIT:
+        if self.array_bytes > DECODED_LIMIT:
             raise CorruptRecordError(f"{self.path} is larger than it can be")
         from google_crc32c import value as crc32c
 
@@ -214,24 +215,27 @@ class ArrayFile:
             The file is gone.
         """
         with self._open_file(index) as file:
-            size = os.fstat(file.fileno()).st_size
-            sizes = self._read_places(file, index, size) if self.is_shard else [size]
-            for length in sizes:
+            sizes = [size for place, size in self._read_places(file, index) if place >= 0]
+            left = os.fstat(file.fileno()).st_size - sum(sizes)  # the list of them, in a shard
+            for length in [*sizes, left] if left else sizes:
                 self._check_part(file, index, length)
 
-    def _read_places(self, file: BinaryIO, index: tuple[int, ...], size: int) -> list[int]:
-        """Give the sizes of the chunks in a shard, and at last of the list of them."""
+    def _read_places(self, file: BinaryIO, index: tuple[int, ...]) -> list[list[int]]:
+        """Give place and size of each chunk in a file; a place of -1 where there is none."""
+        size = os.fstat(file.fileno()).st_size
+        if not self.is_shard:
+            return [[0, size]]
         listed = self.chunks_in_file * _PLACE_BYTES + _CRC_BYTES
         places = np.frombuffer(read_at(file.fileno(), listed, max(0, size - listed)), "u1")
         if len(places) < listed:
             raise CorruptRecordError(f"{self.chunk_file(*index)} was cut short")
         pairs = places[:-_CRC_BYTES].view("<u8").reshape(-1, 2).astype(np.int64)
-        sizes = [*pairs[pairs[:, 0] >= 0, 1].tolist(), listed]  # a place of -1: no chunk there
-        starts = np.sort(pairs[pairs[:, 0] >= 0, 0]).tolist()
+        there = pairs[pairs[:, 0] >= 0]
+        starts = np.sort(there[:, 0]).tolist()
         # No gap, no overlap: `check_file` goes through them in a row, and leaves no byte out.
-        if [*starts, size - listed] != np.cumsum([0, *sizes[:-1]]).tolist():
+        if [*starts, size - listed] != np.cumsum([0, *there[:, 1]]).tolist():
             raise CorruptRecordError(f"the chunks in {self.chunk_file(*index)} don't fill it")
-        return sizes
+        return pairs.tolist()
 
     def _check_part(self, file: BinaryIO, index: tuple[int, ...], length: int) -> None:
         from google_crc32c import extend
@@ -241,11 +245,43 @@ class ArrayFile:
             crc, left = extend(crc, piece), left - len(piece)
         self._check_crc(index, crc, file.read(_CRC_BYTES))
 
-    def check_files(self, start: int, stop: int) -> None:
-        """Look at the files of the chunks with some rows, before another reader opens them."""
-        length = self.file_shape[0]
-        for first in range(start // length, -(-stop // length)):
-            self._open_file((first, *(0 for _ in self.shape[1:]))).close()
+    def decode_rows(self, start: int, stop: int) -> AnyArray:
+        """Read rows of an array that is not direct: (stop - start, …).
+
+        Not by Zarr, which reads in threads: where none starts, as while an interpreter ends, what
+        is sound would seem damaged.
+
+        Raises
+        ------
+        CorruptRecordError, FileNotFoundError
+            A chunk fails its CRC; a file is gone.
+        ValueError, RuntimeError
+            A chunk can't be decoded.
+        """
+        rows, in_file = self.chunk_shape[0], self.chunks_in_file
+        numbers = range(start // rows, -(-stop // rows))
+        chunks = [np.empty((0, *self.shape[1:]), self.dtype)]
+        for first, group in groupby(numbers, lambda number: number // in_file):
+            index = (first, *(0 for _ in self.shape[1:]))
+            with self._open_file(index) as file:
+                places = self._read_places(file, index)
+                chunks += [self._decode_chunk(file, index, *places[n % in_file]) for n in group]
+        return np.concatenate(chunks)[start - numbers.start * rows :][: stop - start]
+
+    def _decode_chunk(
+        self, file: BinaryIO, index: tuple[int, ...], place: int, size: int
+    ) -> AnyArray:
+        from google_crc32c import value as crc32c
+
+        # Of the size that it should have: what lies of it fills no memory.
+        chunk = np.zeros(self.chunk_shape, self.dtype)
+        if place >= 0:
+            data = read_at(file.fileno(), size, place)
+            self._check_crc(index, crc32c(data[:-_CRC_BYTES]), data[-_CRC_BYTES:])
+            if self.codec == "raw":
+                return np.frombuffer(data, self.dtype, chunk.size).reshape(chunk.shape)
+            _coder(self.codec).decode(data[:-_CRC_BYTES], out=chunk)
+        return chunk
 
     def _open_file(self, index: tuple[int, ...]) -> BinaryIO:
         """Open a file of chunks; it has a size that it can have."""
@@ -383,7 +419,10 @@ def _write_chunks(
 def _compress(chunk: AnyArray, codec: str) -> bytes:
     if codec == "raw":
         return chunk.tobytes()
+    return bytes(_coder(codec).encode(chunk))
+
+
+def _coder(codec: str) -> Any:
     from numcodecs import Blosc, Zstd
 
-    coder = Zstd(level=3) if codec == "zstd" else Blosc("zstd", clevel=3, shuffle=Blosc.SHUFFLE)
-    return bytes(coder.encode(chunk))
+    return Zstd(level=3) if codec == "zstd" else Blosc("zstd", clevel=3, shuffle=Blosc.SHUFFLE)

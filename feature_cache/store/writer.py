@@ -16,7 +16,7 @@ from ..errors import UnknownNameError
 from ..hashing import DIGEST_BYTES, JSON, Digest
 from ..key import Record
 from ..system import sync_folder
-from .array import CODECS, DTYPES, AnyArray, write_array
+from .array import CODECS, DECODED_LIMIT, DTYPES, AnyArray, write_array
 from .files import TEMPORARY_PREFIX, group_text, rename_new, share_tree, sync_tree
 from .pack import NO_DIGEST, PACK_VERSION, metadata_digest, record_checksum
 from .pack_contents import Contents, pack_name, write_contents
@@ -157,6 +157,8 @@ def _write_arrays(path: Path, entries: Sequence[NewRecord], codec: str) -> Conte
     """Write the arrays of a pack; give what it holds beside the features."""
     features = [entry.record.features for entry in entries]
     if features[0].ndim > 2:
+        if features[0].nbytes > DECODED_LIMIT:
+            codec = "raw"  # decoded as a whole, it could not be read again
         write_array(path / "features", np.stack(features), chunk_rows=1, codec=codec)
     else:
         rows = np.concatenate(features)

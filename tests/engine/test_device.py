@@ -189,3 +189,18 @@ def test_more_pixels_than_the_backbone_may_see_are_an_error(tmp_path, monkeypatc
     images, masks, _ = make_movie(2)
     with pytest.raises(BackboneError, match=r"to 1.5 for fake: its normalisation promises 0 to 1"):
         FeatureCache(tmp_path / "cache").get_or_compute(images, masks, FakeBackbone(dim=4))
+
+
+def test_memory_that_is_short_for_a_comparison_fails_no_frame(tmp_path, small, on_device):
+    class Short(FakeBackbone):
+        failed = False
+
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) == 1 and not self.failed:
+                self.failed = True
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().embed(images)
+
+    backbone = Short()
+    assert len(FeatureCache(tmp_path).get_or_compute(*small, backbone, batch_size=6)) == 6
+    assert backbone.failed

@@ -17,6 +17,7 @@ from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
 from forked_processes import Scene, apart, finish, fork, start
 from refused_threads import refuse_threads
+from shared_folder import wait_until
 
 
 def test_as_many_frames_are_read_at_once_as_there_are_cores(tmp_path, small, monkeypatch):
@@ -138,3 +139,48 @@ def test_who_waits_for_room_is_told_of_what_is_asked_for_twice(tmp_path, small):
         waiting.join()
         promise.wait(30)
     assert told
+
+
+def test_the_last_batch_holds_up_no_commit(tmp_path, small):
+    """A process that is told to end may be killed before a long batch is through."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(FakeBackbone):
+        calls = 0
+
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls > 1:
+                begun.set()
+                assert go.wait(30)
+            return super().embed(images)
+
+    movie = FeatureCache(tmp_path).movie(*small, Slow())
+    engine, model = (
+        movie.cache.open_engine(),
+        movie.cache.open_model(movie.backbone, movie.backbone.spec),
+    )
+    promises = [Promise() for _ in range(2)]
+    engine.submit(request_frame(model, t, [(movie, one)], 1) for t, one in enumerate(promises))
+    promises[0].wait(30)
+    assert begun.wait(30)
+    engine.stop()
+    wait_until(lambda: movie.contains([0]).all(), "the commit of what is computed")
+    go.set()
+    engine.close()
+
+
+def test_a_run_whose_last_commit_takes_too_long_says_so(tmp_path, small, monkeypatch):
+    go, write = threading.Event(), Space.write
+
+    def write_late(*args: Any) -> list[str]:
+        assert go.wait(30)
+        return write(*args)
+
+    monkeypatch.setattr(Space, "write", write_late)
+    monkeypatch.setattr("feature_cache.engine.engine.CLOSING_SECONDS", 0.1)
+    movie = FeatureCache(tmp_path).movie(*small, FakeBackbone())
+    with pytest.raises(StoreError, match="not taken what was computed last"):
+        movie.compute(range(6))
+    go.set()
+    wait_until(lambda: movie.contains().all(), "the last commit")

@@ -64,6 +64,29 @@ def test_a_terminate_amid_a_fork_ends_who_it_is_for():
     assert ended == 128 + signal.SIGTERM
 
 
+EARLY = """
+import os, signal, time
+from feature_cache.engine import end_by_exit
+assert end_by_exit()
+look = signal.getsignal
+
+def be_ended(number):
+    signal.getsignal = look
+    os.kill(os.getpid(), number)
+    return look(number)
+
+signal.getsignal = be_ended
+if not os.fork():
+    os._exit(0)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_terminate_before_a_fork_is_prepared_is_not_lost():
+    assert subprocess.run([sys.executable, "-c", EARLY]).returncode == 128 + signal.SIGTERM
+
+
 LAST_COMMIT = """
 import logging, sys
 import numpy as np

@@ -107,6 +107,14 @@ def test_what_was_not_used_for_long_goes(root: Path, space: Space, packs: list[s
     assert space.pack_names() == sorted(packs[2:])
 
 
+def test_a_clock_that_jumped_lets_nothing_go(
+    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = time.time() + 1e7
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert collect_garbage(root, max_age_seconds=250).evicted == 2
+
+
 @pytest.mark.parametrize("by", ["this process", "a process that ended"])
 def test_reading_makes_a_pack_newer_and_listing_does_not(
     root: Path, space: Space, packs: list[str], by: str

@@ -6,7 +6,9 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,34 @@ def test_big_compressed_regions_are_chunked_and_read_across_chunks(tmp_path: Pat
     assert [content(pack.record(i)) for i in (3, 0, 2, 1)] == [
         content(records[i]) for i in (3, 0, 2, 1)
     ]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_pack_is_read_where_no_thread_starts(
+    root: Path, kind: str, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Store(root).space(make_spec(kind))
+    space.write(make_entries(range(5), kind), {}, codec)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    assert contents(space, range(5)) == expected(range(5), kind)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_grid_that_is_too_large_to_decode_is_stored_as_it_is(
+    root: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = make_record(0, "grids").features.nbytes - 1
+    for module in ("array", "writer"):
+        monkeypatch.setattr(f"feature_cache.store.{module}.DECODED_LIMIT", limit)
+    space = Store(root).space(make_spec("grids"))
+    space.write(make_entries(range(3), "grids"), {}, codec)
+    assert contents(space, range(3)) == expected(range(3), "grids")
 
 
 @pytest.mark.parametrize("codec", CODECS)

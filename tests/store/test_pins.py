@@ -59,6 +59,13 @@ def test_what_is_pinned_stays_until_the_pin_is_taken_back(
     assert evict_all(root) == [False] * 4
 
 
+def test_the_pin_of_a_space_is_taken_back_alone(root: Path, space: Space) -> None:
+    [movie] = add_pin(Store(root), "lab/movie2")
+    add_pin(Store(root), space.name[:-2])
+    assert remove_pin(Store(root), space.name) == 1
+    assert read_pins(root) == [movie]
+
+
 def test_a_pin_survives_compaction(root: Path, space: Space) -> None:
     add_pin(Store(root), "lab/movie2")
     compact_space(space)

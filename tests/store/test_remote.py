@@ -31,6 +31,7 @@ from feature_cache.errors import (
 )
 from feature_cache.key import Record
 from feature_cache.store import NewRecord, Space, Store
+from feature_cache.store.pack import check_pack
 from feature_cache.store.remote import (
     PIECE_BYTES,
     Remote,
@@ -316,6 +317,20 @@ class TestPushAndPull:
         plan = plan_push(root, remote)
         shutil.rmtree(space.packs_folder / space.pack_names()[0])
         assert push(root, remote, plan=plan).packs == 1
+
+    def test_a_pack_that_goes_while_it_is_checked_is_left_out(
+        self, root, space, remote, monkeypatch
+    ):
+        space.write(make_entries(range(3)), {})
+
+        def check_and_remove(pack: Path, name: str) -> None:
+            check_pack(pack, name)
+            shutil.rmtree(pack)
+
+        monkeypatch.setattr("feature_cache.store.remote.remote.check_pack", check_and_remove)
+        report = push(root, remote)
+        assert (report.packs, report.failures) == (0, ())
+        assert remote.pack_names(space.name) == []
 
     def test_any_zarr_reader_reads_a_remote(self, root, space, tmp_path):
         import zarr

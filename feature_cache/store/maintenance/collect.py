@@ -170,7 +170,10 @@ def plan_gc(
     going = sum(size for _, size in (*leftovers, *quarantined))
     other = 0 if spaces else max(0, tree_bytes(store.root, skips=PACK_NAME.fullmatch) - going)
     packs = sum(pack.bytes for pack in (*pinned, *loose))
-    evictions = tuple(_evict(loose, packs + other, max_bytes, max_age_seconds))
+    # As the file system has it, by which last uses are counted: this host's clock may be another.
+    now = join(store.root, create=False).now()
+    oldest = -inf if max_age_seconds is None else now - max_age_seconds
+    evictions = tuple(_evict(loose, packs + other, max_bytes, oldest))
     return GarbagePlan(
         evictions,
         tuple(leftovers),
@@ -231,9 +234,8 @@ def _list_packs(
 
 
 def _evict(
-    packs: list[Eviction], total: int, max_bytes: int | None, max_age_seconds: float | None
+    packs: list[Eviction], total: int, max_bytes: int | None, oldest: float
 ) -> Iterator[Eviction]:
-    oldest = 0.0 if max_age_seconds is None else time.time() - max_age_seconds
     for pack in packs:
         too_much = max_bytes is not None and total > max_bytes
         if too_much or pack.last_use < oldest:

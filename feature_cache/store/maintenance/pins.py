@@ -82,12 +82,19 @@ def add_pin(store: Store, what: str) -> list[Pin]:
 def remove_pin(store: Store, what: str) -> int:
     """Take back `add_pin`; give the number of pins removed.
 
+    Parameters
+    ----------
+    store : Store
+    what : str
+        As in `add_pin`; or the name of a space that was pinned by its beginning.
+
     Raises
     ------
     MissingRecordError
         There is no such pin.
     """
-    pins = [pin for pin in read_pins(store.root) if what in (pin.what, pin.space)]
+    # Of a space's name the pin of the space alone: what else is pinned in it stays.
+    pins = [p for p in read_pins(store.root) if what == p.what or (p.space, p.keys) == (what, None)]
     if not pins:
         known = ", ".join(sorted({pin.what for pin in read_pins(store.root)})) or "nothing"
         raise MissingRecordError(f"{what!r} is not pinned in {store.root}; pinned: {known}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CacheVersionError, CorruptRecordError, NotACacheError, StoreError
-from ...hashing import JSON, digest_json
+from ...hashing import DIGEST_BYTES, JSON, digest_json
 from ..array import ArrayFile
 from ..counters import read_run
 from ..files import (
@@ -405,23 +405,30 @@ def _set_pack_aside(path: Path) -> None:
 
 
 def _set_records_aside(path: Path, records: Collection[str]) -> None:
-    """Commit the other records of a pack anew, and then move it to quarantine."""
+    """Set records of a pack aside, by their hex keys; where it was merged, those that hold them."""
     folder = path.parent.parent
     space = Space(folder, read_spec(folder), "a")
     with alone(space) as granted:
         if not granted:
             raise StoreError(f"{folder} is being compacted: repair it again when that is done")
-        try:
-            pack, provenance = Pack(path), read_provenance(path)
-        except FileNotFoundError:
-            return
-        sources = provenance.pop("records")
-        keys = [key.tobytes() for key in pack.keys]
-        good = [row for row, key in enumerate(keys) if key.hex() not in records]
-        entries = [NewRecord(keys[row], pack.record(row), sources[row]) for row in good]
-        if entries:
-            space.write(entries, provenance, pack.features.codec)
-        _move(path, quarantine_folder(space, path.name))
+        space.refresh()
+        keys = np.frombuffer(bytes.fromhex("".join(records)), np.uint8).reshape(-1, DIGEST_BYTES)
+        for name in [path.name] if path.is_dir() else space.holders(keys):
+            with suppress(FileNotFoundError):
+                _write_without(space, name, records)
+
+
+def _write_without(space: Space, name: str, records: Collection[str]) -> None:
+    """Commit the other records of a pack anew, and then move it to quarantine."""
+    path = space.packs_folder / name
+    pack, provenance = Pack(path), read_provenance(path)
+    sources = provenance.pop("records")
+    keys = [key.tobytes() for key in pack.keys]
+    good = [row for row, key in enumerate(keys) if key.hex() not in records]
+    entries = [NewRecord(keys[row], pack.record(row), sources[row]) for row in good]
+    if entries:
+        space.write(entries, provenance, pack.features.codec)
+    _move(path, quarantine_folder(space, name))
 
 
 def _set_aside(root: Path, path: Path) -> None:

@@ -254,7 +254,7 @@ class Remote:
         """
         prefix = pack_prefix(space, pack.name)
         check_pack(pack, pack.name)
-        files = pack_files(pack)
+        files = {**pack_files(pack), GROUP: pack / GROUP}  # which has no files where it is gone now
         sizes = {name: file.stat().st_size for name, file in files.items()}
         group = files.pop(GROUP)
         if self._objects.size(f"{prefix}/{GROUP}") is not None:

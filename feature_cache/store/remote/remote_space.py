@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...errors import CorruptRecordError
+from ...errors import CorruptRecordError, StoreError
 from ...forks import Lock
 from ...key import Keys, Record
 from ..index import Index
@@ -29,7 +30,8 @@ class RemoteSpace:
     """One space of a remote, of which packs are fetched when their records are wanted.
 
     May be shared by threads. The keys of its packs are remembered in memory. They are fetched once,
-    and looked for again when a key is missing, at most every `refresh_seconds`.
+    and looked for again when a key is missing, at most every `refresh_seconds`. A remote that can't
+    be read has nothing for as long: each try may take a minute.
 
     Parameters
     ----------
@@ -81,8 +83,16 @@ class RemoteSpace:
             If the remote is no cache or a newer one, or can't be read.
         """
         enter_process(self.remote.url)  # obstore never answers in a forked child
-        with self._lock:
+        with self._lock, self._left_out_if_it_fails():
             self._refresh()
+
+    @contextmanager
+    def _left_out_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            self._index, self._refreshed = Index(), time.monotonic()
+            raise
 
     def _refresh(self) -> None:
         there = self.remote.version() is not None
@@ -139,7 +149,8 @@ class RemoteSpace:
     def find(self, keys: Keys, top: Space) -> list[Record | None]:
         """Bring packs into a space here, verified, and read the records there; None for others."""
         top.create()
-        self.fetch(keys, top.packs_folder, writer=join(top.root).name)
+        with self._left_out_if_it_fails():
+            self.fetch(keys, top.packs_folder, writer=join(top.root).name)
         # Of this folder alone: `top.find` would ask this layer again.
         return Space.find(top, keys)
 
