@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import typer
 
 from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.cli import app, main
+from feature_cache.cli.progress import RunProgress
 from feature_cache.movies import image_files, write_movie
 from feature_cache.store import Store
 from old_files import age, hurry
@@ -463,6 +465,13 @@ def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatc
     monkeypatch.setenv("FEATURE_CACHE_DIR", "cache")
     assert run("warm", small_folder(), *MODEL)[0] == 0
     assert "efficientnet-lite0" in run("ls")[1]
+
+
+def test_a_fast_run_tells_its_pace_in_full(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", iter([0.0, 1.0, 1.0]).__next__)
+    progress = RunProgress("hashing", 5000, "frame")
+    progress.update(1234)
+    assert progress.line().startswith("hashing: 1,234 of 5,000 frames, 1,234 a second, ")
 
 
 @pytest.mark.slow
