@@ -95,6 +95,19 @@ class TestWarm:
         assert row["movie"] == " = ".join(sorted(f"{movie} TRA" for movie in movies))
         assert (row["frames"], row["records"], row["missing"]) == (6, 6, 0)
 
+    def test_movies_lack_what_was_asked_for_alone(self, run, small_folder):
+        """Another movie's copies, and another pooling of it, are none of theirs."""
+        one, two = small_folder("one"), small_folder("two", seed=3)
+        warm(run, one, options=["--copies", "2"])
+        warm(run, two)
+        warm(run, two, options=["--pooling", "nearest_patch"])
+        mean = ("--space", "efficientnet-lite0-mean")
+        run("gc", "--cache", "cache", "--max-size", "0", *mean, "--yes")
+        listed = json.loads(run("ls", "--cache", "cache", "--movies", "--json")[1])
+        found = [(row["space"].split("-")[2], row["copies"], row["missing"]) for row in listed]
+        assert found == [("mean_patches_exact", 3, 18), ("mean_patches_exact", 1, 6),
+                         ("nearest_patch", 1, 0)]  # fmt: skip
+
     @pytest.mark.filterwarnings("always::feature_cache.normalize.ConstantFrameWarning")
     def test_a_constant_frame_is_a_warning_of_one_line(self, run, small_folder):
         root = small_folder()

@@ -280,6 +280,29 @@ class TestCoverage:
         cache.gc(dry_run=False)
         assert len(survey_cache(read_only(cache).store).movies) == 1
 
+    def test_movies_of_one_name_in_two_places_are_two(self, cache, small_folder, monkeypatch):
+        """As two people have who warm from their own folders, or one has of two channels."""
+        movies = [small_folder(name, seed=seed).parent for seed, name in enumerate(("a", "b"))]
+        for folder in movies:
+            monkeypatch.chdir(folder)
+            run_warm(plan_warm(cache, [Source("01")], FakeBackbone()))
+        survey = survey_cache(read_only(cache).store)
+        assert [movie.names for movie in survey.movies] == [
+            (f"01 TRA ({folder / '01'})",) for folder in movies
+        ]
+        assert [(movie.slots, movie.versions) for movie in survey.movies] == [(6, 0)] * 2
+        assert (survey.coverage[0].counts, survey.coverage[0].expected) == (((6,), (6,)), (6, 6))
+
+        frames = tifffile.imread(sorted(Path("01").glob("*.tif")))
+        np.save("stack.npy", np.stack([frames, frames[::-1] + 1], axis=1))
+        for channel in (0, 1):
+            source = Source("stack.npy", None, channel=channel, axes="TCYX")
+            run_warm(plan_warm(cache, [source], FakeBackbone(), pooling=None))
+        movies = survey_cache(read_only(cache).store).movies[2:]
+        assert [movie.names[0].partition(" --axes")[0] for movie in movies] == [
+            f"stack.npy ({Path('stack.npy').absolute()} --channel {channel}" for channel in (0, 1)
+        ]
+
     def test_changed_masks_count_for_themselves(self, cache, small_folder):
         root = small_folder()
         warm(cache, root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,18 +69,22 @@ def _list_movies(store: Store, as_json: bool) -> None:
     from ..store import read_asked
 
     known, coverage = find_coverage(store.spaces(), read_asked(store.root))
-    rows = [
-        {
-            "movie": " = ".join(movie.names),
-            "space": one.space,
-            "frames": movie.slots,
-            "copies": len(one.columns),
-            "records": sum(one.counts[number]),
-            "missing": (one.expected[number] or 0) * len(one.columns) - sum(one.counts[number]),
-        }
-        for number, movie in enumerate(known)
-        for one in coverage
-    ]
+    rows: list[dict[str, Any]] = []
+    for number, movie in enumerate(known):
+        for one in coverage:
+            counts, draws = one.counts[number], movie.wanted.get(one.space, frozenset())
+            copies = [
+                n for n, column in enumerate(one.columns) if counts[n] or column.draw in draws
+            ]
+            if copies:
+                rows.append({
+                    "movie": " = ".join(movie.names),
+                    "space": one.space,
+                    "frames": movie.slots,
+                    "copies": len(copies),
+                    "records": sum(counts),
+                    "missing": (one.expected[number] or 0) * len(copies) - sum(counts),
+                })  # fmt: skip
     print_table(rows, as_json)
 
 
