@@ -472,6 +472,11 @@ def test_stats_count_over_processes(run, small_folder):
     }  # fmt: skip
     _, out, _ = run("stats", "--cache", "cache")
     assert "records       6" in out
+    head, *rows = [
+        line.split() for line in run("stats", "--cache", "cache", "--runs")[1].splitlines()
+    ]
+    assert head[:5] == ["host", "pid", "started", "ended", "hits"]
+    assert [row[1] for row in rows] == [str(os.getpid())] * 2
 
 
 def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatch):
