@@ -476,6 +476,20 @@ class TestGrids:
         code, out, _ = command(*words[:4], *pooling, *fake)
         assert (code, "6 were there" in out) == (0, True)
 
+    def test_grids_of_other_weights_are_not_taken(self, command, small_folder):
+        words = ("warm", small_folder(), "--cache", "cache", "--backbone", "efficientnet-lite0")
+        assert command(*words, "--weights", "random:0", "--dense", "original")[0] == 0
+        pooled = (*words, "--from-grids", "--pooling", "nearest_patch", "--json", "--weights")
+        code, _, err = command(*pooled, "random:1")
+        assert (code, "unknown space of grids 'efficientnet-lite0?weights=random:1'" in err) == (
+            2,
+            1,
+        )
+        code, out, _ = command(*pooled, "random:0")
+        assert (code, json.loads(out)["computed"]) == (0, 6)
+        code, _, err = command(*pooled[:4], *pooled[6:], "random:0")
+        assert (code, "Name its --backbone" in err) == (2, True)
+
     def test_several_spaces_of_grids_want_a_name(self, cache, small_folder):
         movie = Movie.open(small_folder())
         with pytest.raises(MissingRecordError, match="holds no grids in float32"):

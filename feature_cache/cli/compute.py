@@ -274,6 +274,8 @@ class _Where:
     def check(self, from_grids: bool, dense: str) -> None:
         if self.backbone is None and not from_grids:
             raise typer.BadParameter("name a --backbone, or pool --from-grids")
+        if self.backbone is None and self.weights is not None:
+            raise typer.BadParameter("--weights of which network? Name its --backbone, too")
         if from_grids and dense != "none":
             raise typer.BadParameter("--from-grids reads grids, --dense makes them: choose one")
         if self.scheduler is not None and self.local_workers is not None:
@@ -310,12 +312,16 @@ def _open(
     """Find what stands for the backbone; only stored grids need the cache for that."""
     if not from_grids:
         return None, where.load()
+    from ..backbones.name import join_name, split_name
     from ..cache import FeatureCache, open_to_fill
     from ..warm import StoredGrids
 
     FeatureCache(root, "r")
-    cache = open_to_fill(root, codec, layers)
-    return cache, StoredGrids.find(cache, where.backbone)
+    cache, named = open_to_fill(root, codec, layers), where.backbone
+    if named is not None and where.weights is not None:
+        name, told = split_name(named)
+        named = join_name(name, {**told, "weights": where.weights})
+    return cache, StoredGrids.find(cache, named)
 
 
 def _run(
