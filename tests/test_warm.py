@@ -72,6 +72,7 @@ class TestSources:
     def test_paths_and_patterns(self):
         assert self.paths("b/01", "*/01", "b/01") == ["b/01", "a/01", "c/01"]
         assert self.paths("a/*") == ["a/01"]
+        assert self.paths("b/01/", "b/01") == ["b/01"]
 
     def test_lists(self, folders):
         (folders / "list.txt").write_text("# mine\na/01\n\n[bc]/01\n")
@@ -117,6 +118,7 @@ class TestSources:
             ("[{path: a/01, detections: [[TRA]]}]", "detections: [['TRA']], expected"),
             ("[list.yaml]", "names itself"),
             (f"[{'a' * 300}.txt]", "too long"),
+            ("['?/01/t000.tif']", "no folder fits it, and its files, such as a/01/t000.tif, are"),
         ],
     )
     def test_wrong_lists_fail_with_a_reason(self, folders, text, message):
