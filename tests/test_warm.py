@@ -504,6 +504,16 @@ class TestGrids:
         [name, _] = [space.name for space in cache.spaces()]
         assert StoredGrids.find(cache, name).spec.width in (3, 4)
 
+    def test_parts_of_a_movie_are_no_copies(self, command, small_folder):
+        root = small_folder()
+        parts = [{"path": str(root), "slice_pct": part} for part in ([0, 0.5], [0.5, 1])]
+        Path("movies.yaml").write_text(yaml.safe_dump(parts))
+        words = ("warm", "movies.yaml", "--cache", "cache", "--backbone", "debug/random")
+        for copies in (0, 2):
+            _, out, _ = command(*words, "--plan", "--copies", copies)
+            row = out.splitlines()[3].split()
+            assert row[-6:-3] == [str(1 + copies), "0", str(6 * (1 + copies))]
+
 
 class TestBudget:
     def test_stops_before_it_is_passed(self, cache, small_folder):

@@ -400,7 +400,8 @@ def _sum_copies(plan: WarmPlan) -> list[dict[str, object]]:
             kept = {"movie": row.movie, "space": row.space, "copies": 0}
             kept |= {"present": 0, "missing": 0, "from_grids": 0, "bytes": 0}
             rows[row.movie, row.space] = kept
-        kept["copies"] = int(str(kept["copies"])) + 1
+        # not counted: parts or channels of a movie have its name
+        kept["copies"] = max(int(str(kept["copies"])), row.copy + 1)
         for name, count in zip(("present", "missing", "from_grids", "bytes"), counts, strict=True):
             before = kept[name]
             kept[name] = None if count is None or before is None else int(str(before)) + count
