@@ -116,7 +116,14 @@ def explain_miss(
         same_frame or others, key=lambda s: len(list(differences(s.spec, spec))), default=None
     )
     if own and not same_frame:
-        return "neither this frame nor this movie was ever computed with this backbone and pooling"
+        movie = source["movie"]
+        known = movie and any(True for stored in own for _ in stored.frames_of(movie))
+        what = (
+            "only other frames of this movie were"
+            if known
+            else ("neither this frame nor this movie was ever")
+        )
+        return f"{what} computed with this backbone and pooling"
     if nearest is None:
         return "the cache is empty"
     listed = "; ".join(_differences(nearest.spec, spec))

@@ -86,6 +86,12 @@ def test_another_movie(warm, small):
     assert reasons(warm, (other, small[1]), name="other") == [(False, expected)] * 6
 
 
+def test_a_frame_that_a_movie_got_later(warm, small):
+    frames, masks = (np.concatenate([part, part[:1, ::-1]]) for part in small)
+    expected = "only other frames of this movie were computed with this backbone and pooling"
+    assert reasons(warm, (frames, masks))[5:] == [(True, "stored"), (False, expected)]
+
+
 def ask(cache, frames, masks, name):
     """Bind a movie, and ask for it as whoever warms or wraps it does."""
     movie = cache.movie(frames, masks, FakeBackbone(), name=name)
