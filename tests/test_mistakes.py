@@ -623,6 +623,8 @@ def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
         "report nowhere/out --cache new --verify",
         "show movie/01 --cache new --frame 3 --output nowhere/out",
         "track movie/01 --cache new --model general_2d --output empty/out",
+        f"report {'long' * 99} --cache new --verify",
+        f"track movie/01 --cache new --model general_2d --output {'long' * 99}",
     ],
 )
 def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, here, command):
@@ -630,7 +632,7 @@ def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, he
         pytest.importorskip("trackastra")
     (here / "empty").touch()
     status, _, err = run(*command.split())
-    assert re.fullmatch(r"error: can't write (nowhere|empty)/out: \w+.*\n", err)
+    assert re.fullmatch(r"error: can't write ((nowhere|empty)/out|(long)+): \w+.*\n", err)
     assert status == 2
     assert not (here / "new").exists()
 
@@ -655,6 +657,13 @@ def test_what_runs_a_script_says_it_in_one_line(here, monkeypatch, capsys, words
         running.main()
     assert ended.value.code == 2
     assert_says(capsys.readouterr().err.strip(), says, here)
+
+
+def test_trying_whether_a_link_can_be_written_to_leaves_it_there(run, here):
+    (here / "page.html").symlink_to("elsewhere.html")
+    assert run("report", "page.html", "--cache", "cache")[0] == 0
+    assert (here / "page.html").is_symlink()
+    assert "Coverage" in (here / "elsewhere.html").read_text()
 
 
 def test_a_training_that_cant_write_its_model_says_so_first(here, capsys):
