@@ -163,11 +163,16 @@ def _print_findings(findings: list[Finding], repaired: bool) -> None:
         typer.echo(f"warm again: {record}")
     if len(lost) > 20:
         typer.echo(f"warm again: and {len(lost) - 20:,} more (all with --json)")
-    if repaired:
-        typer.echo(f"{len(findings)} found, and repaired")
-    else:
+    twice = sum(finding.kind == "duplicate" for finding in findings)
+    others = len(findings) - twice
+    if others and repaired:
+        typer.echo(f"{others} found, and repaired")
+    elif others:
         then = ", then warm again what is named above" if lost else ""
-        typer.echo(f"{len(findings)} found: run feature-cache verify --repair{then}")
+        typer.echo(f"{others} found: run feature-cache verify --repair{then}")
+    if twice:
+        packs = count_text(twice, "pack")
+        typer.echo(f"{packs} with records that are there twice: run feature-cache compact")
 
 
 def gc(
