@@ -6,7 +6,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +53,7 @@ from .progress import LogFile, RunProgress, show_failures
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
-    from ..warm import Recipe, WarmPlan, WarmReport
+    from ..warm import Failure, Recipe, WarmPlan, WarmReport
 
 PoolingsOption = Annotated[
     list[str],
@@ -182,8 +182,8 @@ def warm(
             if source is not None and source.name != "DEFAULT":
                 said[name] = context.params[name]
         if said["backbone"] is None and not from_grids:
-            _build_training(training, cache, plan)
-            _show_report(WarmReport(0, 0, 0, 0.0), as_json, report)
+            built, lost = _build_training(training, cache, plan)
+            _show_report(WarmReport(0, 0, 0, 0.0, lost), as_json, report, built)
             return
         backbone, weights, pooling, copies, seed, policy = said.values()
     named = backbone and name_with_dtype(backbone, compute_dtype)
@@ -227,7 +227,8 @@ def warm(
             done = _run(work, where, model, at_once, max_size, push)
             store.counter.save()
             if training is not None and store.store.mode == "a":
-                _build_training(training, cache, plan)
+                _, lost = _build_training(training, cache, plan)
+                done = replace(done, failures=(*done.failures, *lost))
             _show_report(done, as_json, report)
 
 
@@ -246,14 +247,23 @@ def _said_by(training: Namespace, backbone: str | None) -> dict[str, Any]:
     }
 
 
-def _build_training(training: Namespace, root: Path, plan: bool) -> None:
-    """Build the training data of a configuration that the cache lacks; where trackastra is."""
-    if plan or find_spec("trackastra") is None:
-        return
-    from ..trackastra.starts import warm_starts
+def _build_training(training: Namespace, root: Path, plan: bool) -> tuple[int, tuple[Failure, ...]]:
+    """Build the training data of a configuration that the cache lacks; where trackastra is.
 
-    count = warm_starts(training, root)
+    Gives of how many movies, and what failed: what was computed before is told all the same.
+    """
+    from ..warm import Failure
+
+    if plan or find_spec("trackastra") is None:
+        return 0, ()
+    try:
+        from ..trackastra.starts import warm_starts
+
+        count, failures = warm_starts(training, root)
+    except FeatureCacheError as error:
+        return 0, (Failure("training data", str(error), 0),)
     typer.echo(f"training data of {count_text(count, 'movie')} built", err=True)
+    return count, failures
 
 
 def _is_lost(word: str) -> bool:
@@ -408,7 +418,7 @@ def _sum_copies(plan: WarmPlan) -> list[dict[str, object]]:
     return list(rows.values())
 
 
-def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
+def _show_report(report: WarmReport, as_json: bool, file: Path | None, built: int = 0) -> None:
     text = json.dumps(report.to_json())
     _write_report(file, text)
     show_failures(report.failures)
@@ -421,7 +431,7 @@ def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
             f"{_regions_of(report)}"
         )
     if report.failures:
-        raise typer.Exit(1 if report.present + report.computed else 2)
+        raise typer.Exit(1 if report.present + report.computed + built else 2)
 
 
 def _regions_of(report: WarmReport) -> str:
