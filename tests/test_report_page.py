@@ -245,6 +245,23 @@ def many_movies(report, number):
     return replace(report, movies=movies, coverage=(coverage,))
 
 
+def test_draws_that_no_command_makes_hide_none_that_one_does(
+    browser, cache, small_folder, tmp_path
+):
+    movie = Movie.open(small_folder())
+    cache.movie(movie, None, FakeBackbone()).warm()
+    report = survey_cache(cache.store)
+    columns = Column(CopyGroup(0), 0, "[]"), Column(CopyGroup(2), 1, "[1]")
+    space = replace(report.coverage[0], columns=columns, counts=((5, 0),))
+    file = tmp_path / "draws.html"
+    file.write_text(render_page(replace(report, coverage=(space,))))
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    rows_of(page).get_by_role("button").click()
+    expect(page.locator("#matrix .command")).to_have_count(1)
+    page.close()
+
+
 def test_many_movies_come_in_parts(browser, cache, small, tmp_path):
     cache.get_or_compute(*small, FakeBackbone())
     file = tmp_path / "many.html"

@@ -107,15 +107,13 @@ function showCoverage(data) {
     let place = 0;
     const wanting = groups.filter((group) => {
       const own = counts[row].slice(place, (place += group.columns.length));
-      return own.some((count) => count < expected[row]);
+      return group.command !== null && own.some((count) => count < expected[row]);
     });
     // What makes copies makes the movie itself too.
     const chosen = wanting.some((group) => group.copies) ? wanting.filter((g) => g.copies) : wanting;
     const argument = data.movies[row].argument;
     if (argument === null) return [];
-    return chosen
-      .filter((group) => group.command !== null)
-      .map((group) => group.command.replace("{movie}", () => argument));
+    return chosen.map((group) => group.command.replace("{movie}", () => argument));
   }
 
   function extend() {
