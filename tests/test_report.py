@@ -686,6 +686,20 @@ class TestCommands:
         code, _, err = run("report", "no/where.html", "--cache", cache.store.root)
         assert (code, err) == (2, "error: can't write no/where.html: No such file or directory\n")
 
+    def test_what_the_page_needs_is_said_before_anything_is_done(self, run, cache, monkeypatch):
+        monkeypatch.setitem(sys.modules, "jinja2", None)
+        page.load_templates.cache_clear()
+        done = "feature_cache.store.maintenance.verify", "feature_cache.evaluation.evaluate"
+        for name in done:
+            monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it was done"))
+        cached = ("--cache", cache.store.root)
+        for words in (
+            ("report", "out.html", *cached, "--verify"),
+            ("evaluate", "movie", *cached, "--backbone", "debug/random", "--page", "out.html"),
+        ):
+            code, _, err = run(*words)
+            assert (code, "feature-cache[report]" in err) == (2, True)
+
     def test_show(self, run, cache, small_folder):
         root = small_folder()
         warm(cache, root)

@@ -30,7 +30,7 @@ from .options import (
     WeightsOption,
     complete_backbone,
 )
-from .output import count_text, make_bar
+from .output import count_text, make_bar, size_text
 
 if TYPE_CHECKING:
     from ..cache import FeatureCache
@@ -90,8 +90,10 @@ def report(
     from ..cache import FeatureCache
     from ..movies import Source
     from ..report import Choice, render_page, survey_cache
+    from ..report.page import load_templates
 
     check_file(out)
+    load_templates()  # what is missing for the page is said before all is verified
     opened = FeatureCache(cache, "r", layers=layer)
     strips: list[Strip] = []
     failed: dict[str, str] = {}
@@ -108,7 +110,7 @@ def report(
     findings = _verify(cache) if verify else None
     page = render_page(survey_cache(opened.store, findings), strips)
     write_file(out, page)
-    typer.echo(f"{out}, {len(page) / 1e6:.1f} MB")
+    typer.echo(f"{out}, {size_text(len(page))}")
     if findings:
         found = count_text(len(findings), "problem")
         typer.echo(f"{found} found: see the page, or run feature-cache verify", err=True)
