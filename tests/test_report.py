@@ -712,6 +712,16 @@ class TestCommands:
         assert err.rstrip().endswith("--backbone fake --pooling nearest_patch")
         assert not Path("x.png").exists()
 
+    def test_a_picture_is_not_put_among_the_frames(self, run, cache, small_folder, monkeypatch):
+        root = small_folder()
+        warm(cache, root)
+        words = ("--cache", cache.store.root, "--frame", 3)
+        monkeypatch.chdir(root)
+        code, _, err = run("show", ".", *words)
+        assert (code, "01-frame-3.png would lie among the frames of .: name" in err) == (2, True)
+        assert len(Movie.open(root)) == 6
+        assert run("show", ".", *words, "-o", "../frame.png")[:2] == (0, "../frame.png\n")
+
     def test_show_draws_where_the_terminal_can(self, run, cache, small_folder, monkeypatch):
         root = small_folder()
         warm(cache, root)

@@ -192,6 +192,7 @@ def show(
     from ..report.thumbnails import encode_png
 
     file = output or Path(_default_name(movie, frame, copy))
+    _check_apart(file, movie)
     check_file(file)
     opened = FeatureCache(cache, "r", layers=layer)
     pooled = _pooling_of(pooling)
@@ -212,6 +213,17 @@ def show(
         columns, _ = shutil.get_terminal_size()
         typer.echo(draw_in_terminal(picture, columns), nl=False)
     typer.echo(str(file))
+
+
+def _check_apart(file: Path, movie: str) -> None:
+    """Refuse a picture among the frames of a movie, which is no movie then."""
+    from ..movies.formats import image_folder
+
+    frames = image_folder(Path(movie).expanduser())
+    if file.absolute().parent.resolve() == frames.resolve():
+        raise typer.BadParameter(
+            f"{file} would lie among the frames of {movie}: name another place (--output)"
+        )
 
 
 def _default_name(movie: str, frame: int, copy: int) -> str:
