@@ -682,6 +682,20 @@ class TestCommands:
         assert code == 2
         assert "name a --backbone; stored: none" in " ".join(err.split())
 
+    def test_the_only_layer_that_is_stored_is_drawn_and_warmed(self, run, small_folder):
+        root, words = small_folder(), ("--cache", "cache", "--backbone")
+        name = "efficientnet-lite0?layer=stride-8"
+        assert run("warm", root, *words, f"{name}&weights=random:0")[0] == 0
+        shown = ("show", root, "--cache", "cache", "--frame", 0)
+        assert run(*shown)[0] == 0
+        code, _, err = run(*shown, "--pooling", "nearest_patch")
+        assert (code, f"--backbone '{name}' --pooling" in err) == (1, True)
+        assert run("warm", root, *words, "efficientnet-lite0", "--weights", "random:0")[0] == 0
+        code, _, err = run(*shown)
+        assert (code, err) == (
+            2, f"error: name a --backbone; stored: efficientnet-lite0, {name}\n"
+        )  # fmt: skip
+
     def test_a_page_that_can_not_be_written(self, run, cache):
         code, _, err = run("report", "no/where.html", "--cache", cache.store.root)
         assert (code, err) == (2, "error: can't write no/where.html: No such file or directory\n")

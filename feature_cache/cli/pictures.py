@@ -129,10 +129,18 @@ def _verify(cache: Path) -> list[Finding]:
 
 
 def _only_backbone(cache: FeatureCache) -> str:
+    from ..hashing import canonical_json
+    from ..report.warm_command import WarmOptions
     from ..spec import TABLES
 
-    found = [space.spec["backbone"] for space in cache.spaces()]
-    names = sorted({str(one["name"]) for one in found if one["layer"] != TABLES})
+    found = {
+        canonical_json(space.spec["backbone"]): space.spec
+        for space in cache.spaces()
+        if space.spec["backbone"]["layer"] != TABLES
+    }
+    names = sorted({str(spec["backbone"]["name"]) for spec in found.values()})
+    if len(found) > 1:  # layers, say: each has a name of its own
+        names = sorted({WarmOptions.of_spec(spec, "").backbone for spec in found.values()})
     if len(names) != 1:
         raise typer.BadParameter(f"name a --backbone; stored: {', '.join(names) or 'none'}")
     return names[0]
