@@ -571,6 +571,21 @@ MISTAKES = [
         "error: {here}/cahce does not exist; name the folder of a feature cache",
     ),
     Mistake(
+        "weights to verify nothing with",
+        "verify --cache cache --weights random:0",
+        "error: --weights does nothing without --recompute: give both, or none",
+    ),
+    Mistake(
+        "a backbone of which nothing is drawn",
+        "report page.html --cache cache --backbone debug/random",
+        "error: --backbone does nothing without --movie: give both, or none",
+    ),
+    Mistake(
+        "a policy of no copies",
+        f"{WARM} --policy flips",
+        "error: --policy does nothing without --copies: give both, or none",
+    ),
+    Mistake(
         "a log that can't be written",
         f"{WARM} --log movie",
         "error: can't write the log movie: Is a directory",

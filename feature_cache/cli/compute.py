@@ -45,6 +45,7 @@ from .options import (
     complete_backbone,
     complete_pooling,
     parse_batch_size,
+    refuse_without,
     size_option,
 )
 from .output import count_text, print_table, regions_text, size_text
@@ -173,6 +174,7 @@ def warm(
 
     check_file(report)
     training = find_training(movies)
+    refuse_without(context, "copies", () if training else ("policy", "seed"))
     if backbone is None and not from_grids and (lost := [*filter(_is_lost, movies)]):
         raise MovieNotFoundError(f"no such file: {lost[0]}")  # before a backbone is asked for
     if training is not None:

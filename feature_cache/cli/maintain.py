@@ -15,6 +15,7 @@ from .options import (
     JsonOption,
     SpacesOption,
     age_option,
+    refuse_without,
     size_option,
 )
 from .output import count_text, make_bar, print_table, size_text, time_text
@@ -45,6 +46,7 @@ def parse_count(text: str) -> int | None:
 
 
 def verify(
+    context: typer.Context,
     cache: CacheOption,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move what is wrong to quarantine/.")
@@ -91,6 +93,7 @@ def verify(
     """
     from ..store import maintenance
 
+    refuse_without(context, "recompute", ("weights", "device", "batch_size", "seed"))
     count = None if recompute is None else parse_count(recompute)
     with make_bar("verifying", maintenance.count_packs(cache, space), "pack") as bar:
         findings = maintenance.verify(cache, deep=deep, spaces=space, progress=bar.update)

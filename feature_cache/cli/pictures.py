@@ -29,6 +29,7 @@ from .options import (
     SeedOption,
     WeightsOption,
     complete_backbone,
+    refuse_without,
 )
 from .output import count_text, make_bar, size_text
 
@@ -52,7 +53,15 @@ CopyOption = Annotated[
 ]
 
 
+_DRAWN = (
+    *("frames", "backbone", "weights", "pooling", "detections", "masks", "channel", "axes"),
+    *("compute_dtype", "dtype", "copy", "seed", "policy", "layer"),
+)
+"""Options of `report` that say how a movie is drawn."""
+
+
 def report(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
     cache: CacheOption,
     verify: Annotated[
@@ -92,6 +101,7 @@ def report(
     from ..report import Choice, render_page, survey_cache
     from ..report.page import load_templates
 
+    refuse_without(context, "movie", _DRAWN)
     check_file(out)
     load_templates()  # what is missing for the page is said before all is verified
     opened = FeatureCache(cache, "r", layers=layer)
