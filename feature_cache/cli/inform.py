@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,22 +69,19 @@ def _list_movies(store: Store, as_json: bool) -> None:
     from ..store import read_asked
 
     known, coverage = find_coverage(store.spaces(), read_asked(store.root))
-    rows: list[dict[str, Any]] = []
-    for number, movie in enumerate(known):
-        for one in coverage:
-            counts, draws = one.counts[number], movie.wanted.get(one.space, frozenset())
-            copies = [
-                n for n, column in enumerate(one.columns) if counts[n] or column.draw in draws
-            ]
-            if copies:
-                rows.append({
-                    "movie": " = ".join(movie.names),
-                    "space": one.space,
-                    "frames": movie.slots,
-                    "copies": len(copies),
-                    "records": sum(counts),
-                    "missing": (one.expected[number] or 0) * len(copies) - sum(counts),
-                })  # fmt: skip
+    rows = [
+        {
+            "movie": " = ".join(movie.names),
+            "space": one.space,
+            "frames": movie.slots,
+            "copies": copies,
+            "records": sum(one.counts[number]),
+            "missing": (one.expected[number] or 0) * copies - sum(one.counts[number]),
+        }
+        for number, movie in enumerate(known)
+        for one in coverage
+        if (copies := sum(one.wanted[number]))
+    ]
     print_table(rows, as_json)
 
 

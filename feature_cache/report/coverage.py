@@ -149,6 +149,9 @@ class Coverage:
     expected : tuple of int or None
         For each movie, how many there would be; None where the space wants masks, and the movie
         was never seen with any.
+    wanted : tuple of tuple of bool
+        For each movie, whether each copy was asked for: also where some of it is there, and of
+        movies of which nobody noted what was asked for.
     """
 
     space: str
@@ -156,6 +159,7 @@ class Coverage:
     columns: tuple[Column, ...]
     counts: tuple[tuple[int, ...], ...]
     expected: tuple[int | None, ...]
+    wanted: tuple[tuple[bool, ...], ...]
 
     def command(self, group: CopyGroup, cache: str) -> str | None:
         """Give the command that warms all copies of a group, with ``{movie}`` in it."""
@@ -367,9 +371,17 @@ def _cover(name: str, held: _Held, movies: Sequence[KnownMovie]) -> Coverage:
     masked = held.spec["pooling"] is not None
     columns = _find_columns(held.origins)
     cells = [held.cells[column.draw] for column in columns]
-    wanted = [movie.cover(held.context, masked) for movie in movies]
-    counts = tuple(tuple(len(contents & cell) for cell in cells) for contents, _ in wanted)
-    return Coverage(name, held.spec, columns, counts, tuple(expected for _, expected in wanted))
+    covered = [movie.cover(held.context, masked) for movie in movies]
+    counts = tuple(tuple(len(contents & cell) for cell in cells) for contents, _ in covered)
+    wanted = tuple(
+        tuple(
+            count > 0 or not movie.wanted or column.draw in movie.wanted.get(name, ())
+            for column, count in zip(columns, own, strict=True)
+        )
+        for movie, own in zip(movies, counts, strict=True)
+    )
+    expected = tuple(expected for _, expected in covered)
+    return Coverage(name, held.spec, columns, counts, expected, wanted)
 
 
 def _find_columns(origins: Mapping[str, Iterable[str]]) -> tuple[Column, ...]:
