@@ -170,7 +170,11 @@ def _other_draw(
     source: Mapping[str, Any], same: Sequence[Mapping[str, Any]], copies: Sequence[int]
 ) -> str:
     if source["origin"] and copies:
-        return f"{source['origin']} was never warmed ({_ranges(copies)} were)"
+        told = f"{_ranges(copies)} were" if any(copies) else "the movie itself was"
+        others = {str(row.get("origin") or "").partition(" of ")[2] for row in same}
+        others -= {"", source["origin"].partition(" of ")[2]}
+        also = f", and copies of {', '.join(sorted(others))}" if others else ""
+        return f"{source['origin']} was never warmed ({told}{also})"
     asked = canonical_json(source["draw"])
     stored = sorted({canonical_json(row["draw"]) for row in same}, key=len)
     return f"draw differs: {', '.join(stored[:3])} stored, {asked} asked"

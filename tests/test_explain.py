@@ -127,6 +127,15 @@ def test_a_copy_that_was_never_warmed(warm, small):
     assert str(explained).startswith("miss frame 3 of movie: copy 9")
 
 
+def test_copies_of_another_seed_are_told(warm, small):
+    movie = warm.movie(*small, FakeBackbone(), name="movie")
+    [explained] = movie.explain(Augmentations("default", copies=2, seed=7), 2, [3])
+    assert explained.reason == (
+        "copy 2 of seed 7 (default) was never warmed (the movie itself was, and copies of seed 42 "
+        "(default))"
+    )
+
+
 def test_another_draw(warm, small):
     for hit, reason in reasons(warm, small, draw=Draw.of(Brightness(1.5))):
         assert not hit
