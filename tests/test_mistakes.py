@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -570,6 +571,18 @@ MISTAKES = [
         "verify --cache cahce",
         "error: {here}/cahce does not exist; name the folder of a feature cache",
     ),
+    *(
+        Mistake(
+            f"nothing {what}",
+            command,
+            f"error: '{name}': is empty: expected the beginning of a name",
+        )
+        for what, command, name in (
+            ("to let go of", "gc --cache cache --max-size 0 --yes --space ''", "--space"),
+            ("to pin", "pin '' --cache cache", "[WHAT]"),
+            ("to inspect", "inspect '' --cache cache", "WHAT"),
+        )
+    ),
     Mistake(
         "weights to verify nothing with",
         "verify --cache cache --weights random:0",
@@ -625,7 +638,7 @@ def here(warmed, tmp_path, monkeypatch):
 def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
     pytest.importorskip(mistake.needs)
     mistake.arrange(here, monkeypatch)
-    status, _, err = run(*mistake.command.replace("{here}", str(here)).split())
+    status, _, err = run(*shlex.split(mistake.command.replace("{here}", str(here))))
     assert_says(without_progress(err), mistake.says, here)
     assert status == mistake.status
 

@@ -15,6 +15,7 @@ from .options import (
     JsonOption,
     SpacesOption,
     age_option,
+    parse_beginning,
     refuse_without,
     size_option,
 )
@@ -31,7 +32,11 @@ UrlArgument = Annotated[
 ]
 WhatArgument = Annotated[
     str | None,
-    typer.Argument(help="Beginning of a space's or pack's name or a record's key; or a movie."),
+    typer.Argument(
+        parser=parse_beginning,
+        metavar="[WHAT]",
+        help="Beginning of a space's or pack's name or a record's key; or a movie.",
+    ),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, only say what would go.")]
 

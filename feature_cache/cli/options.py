@@ -271,6 +271,21 @@ LayersOption = Annotated[
         help="A cache below, only read: a folder, or a URL that was pushed to. May be repeated.",
     ),
 ]
+
+
+def parse_beginning(text: str) -> str:
+    """Read the beginning of a name; with none, as of a shell's variable, everything begins."""
+    if not text.strip():
+        raise typer.BadParameter("is empty: expected the beginning of a name")
+    return text
+
+
 SpacesOption = Annotated[
-    list[str], typer.Option("--space", help="Only this space: the beginning of its name.")
+    list[str],
+    typer.Option(
+        "--space",
+        parser=parse_beginning,
+        metavar="TEXT",
+        help="Only this space: the beginning of its name.",
+    ),
 ]
