@@ -165,13 +165,23 @@ def _settings(cache: Path | None, cache_source: str) -> Iterator[Fact]:
 
 
 def _folder(cache: Path | None) -> Iterator[Fact]:
+    if cache is None:
+        yield Fact("cache", "folder", "name one to look at it: --cache, or FEATURE_CACHE_DIR")
+        return
+    try:
+        yield from _look_at(cache)
+    except FeatureCacheError as error:
+        yield Fact("cache", "folder", str(error), is_well=False)
+    except OSError as error:
+        told = f"can't be looked at: {error.strerror or error}"
+        yield Fact("cache", "folder", told, is_well=False)
+
+
+def _look_at(cache: Path) -> Iterator[Fact]:
     from .store import Store
     from .store.filesystem import find_file_system
     from .store.process import living
 
-    if cache is None:
-        yield Fact("cache", "folder", "name one to look at it: --cache, or FEATURE_CACHE_DIR")
-        return
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     system = find_file_system(there)
     kind = "a network file system" if system.is_network else "local"
@@ -182,11 +192,7 @@ def _folder(cache: Path | None) -> Iterator[Fact]:
     if not cache.exists():
         yield Fact("cache", "folder", "not there yet: the first warm makes it")
         return
-    try:
-        store = Store(cache, "r")
-    except FeatureCacheError as error:
-        yield Fact("cache", "folder", str(error), is_well=False)
-        return
+    store = Store(cache, "r")
     may_write = os.access(cache, os.W_OK)
     yield Fact("cache", "permission", "read and write" if may_write else "read only")
     yield Fact("cache", "spaces", str(len(store.spaces())))

@@ -116,7 +116,14 @@ def explain_miss(
         same_frame or others, key=lambda s: len(list(differences(s.spec, spec))), default=None
     )
     if own and not same_frame:
-        return "neither this frame nor this movie was ever computed with this backbone and pooling"
+        movie = source["movie"]
+        known = movie and any(True for stored in own for _ in stored.frames_of(movie))
+        what = (
+            "only other frames of this movie were"
+            if known
+            else ("neither this frame nor this movie was ever")
+        )
+        return f"{what} computed with this backbone and pooling"
     if nearest is None:
         return "the cache is empty"
     listed = "; ".join(_differences(nearest.spec, spec))
@@ -163,7 +170,11 @@ def _other_draw(
     source: Mapping[str, Any], same: Sequence[Mapping[str, Any]], copies: Sequence[int]
 ) -> str:
     if source["origin"] and copies:
-        return f"{source['origin']} was never warmed ({_ranges(copies)} were)"
+        told = f"{_ranges(copies)} were" if any(copies) else "the movie itself was"
+        others = {str(row.get("origin") or "").partition(" of ")[2] for row in same}
+        others -= {"", source["origin"].partition(" of ")[2]}
+        also = f", and copies of {', '.join(sorted(others))}" if others else ""
+        return f"{source['origin']} was never warmed ({told}{also})"
     asked = canonical_json(source["draw"])
     stored = sorted({canonical_json(row["draw"]) for row in same}, key=len)
     return f"draw differs: {', '.join(stored[:3])} stored, {asked} asked"

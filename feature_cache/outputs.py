@@ -16,20 +16,23 @@ class NotWrittenError(FeatureCacheError):
 
 def check_file(file: Path | None) -> None:
     """Raise NotWrittenError where a file can't be written later; leaves nothing behind."""
-    if file is None or (file.exists() and not file.is_file() and not file.is_dir()):
-        return  # a pipe, or a terminal: whoever reads it would take the trial for the end
-    is_new = not file.exists()
+    if file is None:
+        return
     with _saying(file):
+        is_new = not file.exists()
+        if not (is_new or file.is_file() or file.is_dir()):
+            return  # a pipe, or a terminal: whoever reads it would take the trial for the end
         file.open("ab").close()
         if is_new:
-            file.unlink()
+            file.resolve().unlink()  # not a link to it
 
 
 def check_folder(folder: Path) -> None:
     """Raise NotWrittenError where a folder can't be made, or written in; leaves nothing behind."""
-    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    with _saying(folder), TemporaryDirectory(dir=above):
-        pass
+    with _saying(folder):
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with TemporaryDirectory(dir=above):
+            pass
 
 
 def write_file(file: Path, content: bytes | str) -> None:

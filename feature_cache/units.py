@@ -17,11 +17,11 @@ def count_text(count: int, what: str) -> str:
 def size_text(count: float) -> str:
     """Write a number of bytes for people.
 
-    >>> size_text(1234567)
-    '1.23 MB'
+    >>> size_text(1234567), size_text(999_999)
+    ('1.23 MB', '1 MB')
     """
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}"
 

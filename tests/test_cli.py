@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import typer
 
 from feature_cache import Augmentations, FeatureCache, load_backbone
 from feature_cache.cli import app, main
+from feature_cache.cli.progress import RunProgress
 from feature_cache.movies import image_files, write_movie
 from feature_cache.store import Store
 from old_files import age, hurry
@@ -92,6 +94,19 @@ class TestWarm:
         [row] = json.loads(run("ls", "--cache", "cache", "--movies", "--json")[1])
         assert row["movie"] == " = ".join(sorted(f"{movie} TRA" for movie in movies))
         assert (row["frames"], row["records"], row["missing"]) == (6, 6, 0)
+
+    def test_movies_lack_what_was_asked_for_alone(self, run, small_folder):
+        """Another movie's copies, and another pooling of it, are none of theirs."""
+        one, two = small_folder("one"), small_folder("two", seed=3)
+        warm(run, one, options=["--copies", "2"])
+        warm(run, two)
+        warm(run, two, options=["--pooling", "nearest_patch"])
+        mean = ("--space", "efficientnet-lite0-mean")
+        run("gc", "--cache", "cache", "--max-size", "0", *mean, "--yes")
+        listed = json.loads(run("ls", "--cache", "cache", "--movies", "--json")[1])
+        found = [(row["space"].split("-")[2], row["copies"], row["missing"]) for row in listed]
+        assert found == [("mean_patches_exact", 3, 18), ("mean_patches_exact", 1, 6),
+                         ("nearest_patch", 1, 0)]  # fmt: skip
 
     @pytest.mark.filterwarnings("always::feature_cache.normalize.ConstantFrameWarning")
     def test_a_constant_frame_is_a_warning_of_one_line(self, run, small_folder):
@@ -457,12 +472,24 @@ def test_stats_count_over_processes(run, small_folder):
     }  # fmt: skip
     _, out, _ = run("stats", "--cache", "cache")
     assert "records       6" in out
+    head, *rows = [
+        line.split() for line in run("stats", "--cache", "cache", "--runs")[1].splitlines()
+    ]
+    assert head[:5] == ["host", "pid", "started", "ended", "hits"]
+    assert [row[1] for row in rows] == [str(os.getpid())] * 2
 
 
 def test_the_cache_can_be_named_by_the_environment(run, small_folder, monkeypatch):
     monkeypatch.setenv("FEATURE_CACHE_DIR", "cache")
     assert run("warm", small_folder(), *MODEL)[0] == 0
     assert "efficientnet-lite0" in run("ls")[1]
+
+
+def test_a_fast_run_tells_its_pace_in_full(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", iter([0.0, 1.0, 1.0]).__next__)
+    progress = RunProgress("hashing", 5000, "frame")
+    progress.update(1234)
+    assert progress.line().startswith("hashing: 1,234 of 5,000 frames, 1,234 a second, ")
 
 
 @pytest.mark.slow

@@ -186,6 +186,14 @@ def test_the_command_tells_all_of_it(run, monkeypatch):
     assert timm["well"]
 
 
+def test_a_folder_that_can_not_be_looked_at_is_told_beside_all_else(run):
+    code, out, _ = run("doctor", "--cache", "long" * 99)
+    assert (code, "warm" in out) == (1, True)
+    assert re.search(
+        r"^cache +folder +can't be looked at: File name too long  <-$", out, re.MULTILINE
+    )
+
+
 def test_a_memo_that_is_off_is_told(run, monkeypatch):
     monkeypatch.setenv("FEATURE_CACHE_MEMO", "off")
     assert re.search(

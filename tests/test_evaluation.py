@@ -315,6 +315,13 @@ def test_a_verdict_claims_chance_only_where_cells_are_many(tmp_path: Path) -> No
     assert "that 16 cells in 2 frames could show" in step.verdict
 
 
+def test_that_position_is_enough_is_claimed_of_no_two_cells(tmp_path: Path) -> None:
+    movie = tracked(tmp_path / "01", *textured(resting()[:3, :1]))
+    [step] = evaluate(movie, [load_backbone("debug/random")], tmp_path / "cache").steps
+    assert (step.position.value, step.chance) == (1, 1)
+    assert "that 2 cells in 2 frames could show" in step.verdict
+
+
 def test_cells_are_those_of_their_tracks(tmp_path: Path) -> None:
     """A bud is missing in a frame, where its mother lives on; another cell has no line."""
     frames, masks = textured(resting(), tiles())

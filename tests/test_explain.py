@@ -86,6 +86,12 @@ def test_another_movie(warm, small):
     assert reasons(warm, (other, small[1]), name="other") == [(False, expected)] * 6
 
 
+def test_a_frame_that_a_movie_got_later(warm, small):
+    frames, masks = (np.concatenate([part, part[:1, ::-1]]) for part in small)
+    expected = "only other frames of this movie were computed with this backbone and pooling"
+    assert reasons(warm, (frames, masks))[5:] == [(True, "stored"), (False, expected)]
+
+
 def ask(cache, frames, masks, name):
     """Bind a movie, and ask for it as whoever warms or wraps it does."""
     movie = cache.movie(frames, masks, FakeBackbone(), name=name)
@@ -119,6 +125,15 @@ def test_a_copy_that_was_never_warmed(warm, small):
     assert not explained.hit
     assert explained.reason == "copy 9 of seed 42 (default) was never warmed (0-2 were)"
     assert str(explained).startswith("miss frame 3 of movie: copy 9")
+
+
+def test_copies_of_another_seed_are_told(warm, small):
+    movie = warm.movie(*small, FakeBackbone(), name="movie")
+    [explained] = movie.explain(Augmentations("default", copies=2, seed=7), 2, [3])
+    assert explained.reason == (
+        "copy 2 of seed 7 (default) was never warmed (the movie itself was, and copies of seed 42 "
+        "(default))"
+    )
 
 
 def test_another_draw(warm, small):

@@ -15,7 +15,7 @@ import pytest
 
 from feature_cache import FeatureCache
 from feature_cache.cli.options import parse_age, parse_size
-from feature_cache.store import Store
+from feature_cache.store import NewRecord, Pack, Store
 from test_cli import MODEL, run, warm
 from test_recompute import change, spoil
 
@@ -61,6 +61,18 @@ class TestVerify:
         assert len(packs()) == 1
         code, out, _ = warm(run, *warmed)
         assert "6 were there, 6 computed" in out
+
+    def test_what_is_there_twice_is_for_compact(self, run, warmed):
+        [space] = Store("cache").spaces()
+        pack = Pack(packs()[0])
+        key = pack.keys[0].tobytes()
+        space.write([NewRecord(key, pack.record(0), {"movie": "one"})], {})
+        end = "1 pack with records that are there twice: run feature-cache compact\n"
+        for option in ([], ["--repair"]):
+            code, out, _ = run("verify", "--cache", "cache", *option)
+            assert (code, out.partition("one of each\n")[2]) == (1, end)
+        run("compact", "--cache", "cache")
+        assert run("verify", "--cache", "cache")[0] == 0
 
     def test_wrong_numbers_are_found_set_aside_and_warmed_again(self, run, warmed):
         recompute = ("verify", "--cache", "cache", *MODEL[2:], "--recompute")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -570,6 +571,33 @@ MISTAKES = [
         "verify --cache cahce",
         "error: {here}/cahce does not exist; name the folder of a feature cache",
     ),
+    *(
+        Mistake(
+            f"nothing {what}",
+            command,
+            f"error: '{name}': is empty: expected the beginning of a name",
+        )
+        for what, command, name in (
+            ("to let go of", "gc --cache cache --max-size 0 --yes --space ''", "--space"),
+            ("to pin", "pin '' --cache cache", "[WHAT]"),
+            ("to inspect", "inspect '' --cache cache", "WHAT"),
+        )
+    ),
+    Mistake(
+        "weights to verify nothing with",
+        "verify --cache cache --weights random:0",
+        "error: --weights does nothing without --recompute: give both, or none",
+    ),
+    Mistake(
+        "a backbone of which nothing is drawn",
+        "report page.html --cache cache --backbone debug/random",
+        "error: --backbone does nothing without --movie: give both, or none",
+    ),
+    Mistake(
+        "a policy of no copies",
+        f"{WARM} --policy flips",
+        "error: --policy does nothing without --copies: give both, or none",
+    ),
     Mistake(
         "a log that can't be written",
         f"{WARM} --log movie",
@@ -610,7 +638,7 @@ def here(warmed, tmp_path, monkeypatch):
 def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
     pytest.importorskip(mistake.needs)
     mistake.arrange(here, monkeypatch)
-    status, _, err = run(*mistake.command.replace("{here}", str(here)).split())
+    status, _, err = run(*shlex.split(mistake.command.replace("{here}", str(here))))
     assert_says(without_progress(err), mistake.says, here)
     assert status == mistake.status
 
@@ -623,6 +651,8 @@ def test_the_command_line_says_what_to_do(run, here, monkeypatch, mistake):
         "report nowhere/out --cache new --verify",
         "show movie/01 --cache new --frame 3 --output nowhere/out",
         "track movie/01 --cache new --model general_2d --output empty/out",
+        f"report {'long' * 99} --cache new --verify",
+        f"track movie/01 --cache new --model general_2d --output {'long' * 99}",
     ],
 )
 def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, here, command):
@@ -630,7 +660,7 @@ def test_what_cant_be_written_at_the_end_is_said_before_anything_is_done(run, he
         pytest.importorskip("trackastra")
     (here / "empty").touch()
     status, _, err = run(*command.split())
-    assert re.fullmatch(r"error: can't write (nowhere|empty)/out: \w+.*\n", err)
+    assert re.fullmatch(r"error: can't write ((nowhere|empty)/out|(long)+): \w+.*\n", err)
     assert status == 2
     assert not (here / "new").exists()
 
@@ -655,6 +685,13 @@ def test_what_runs_a_script_says_it_in_one_line(here, monkeypatch, capsys, words
         running.main()
     assert ended.value.code == 2
     assert_says(capsys.readouterr().err.strip(), says, here)
+
+
+def test_trying_whether_a_link_can_be_written_to_leaves_it_there(run, here):
+    (here / "page.html").symlink_to("elsewhere.html")
+    assert run("report", "page.html", "--cache", "cache")[0] == 0
+    assert (here / "page.html").is_symlink()
+    assert "Coverage" in (here / "elsewhere.html").read_text()
 
 
 def test_a_training_that_cant_write_its_model_says_so_first(here, capsys):

@@ -280,6 +280,29 @@ class TestCoverage:
         cache.gc(dry_run=False)
         assert len(survey_cache(read_only(cache).store).movies) == 1
 
+    def test_movies_of_one_name_in_two_places_are_two(self, cache, small_folder, monkeypatch):
+        """As two people have who warm from their own folders, or one has of two channels."""
+        movies = [small_folder(name, seed=seed).parent for seed, name in enumerate(("a", "b"))]
+        for folder in movies:
+            monkeypatch.chdir(folder)
+            run_warm(plan_warm(cache, [Source("01")], FakeBackbone()))
+        survey = survey_cache(read_only(cache).store)
+        assert [movie.names for movie in survey.movies] == [
+            (f"01 TRA ({folder / '01'})",) for folder in movies
+        ]
+        assert [(movie.slots, movie.versions) for movie in survey.movies] == [(6, 0)] * 2
+        assert (survey.coverage[0].counts, survey.coverage[0].expected) == (((6,), (6,)), (6, 6))
+
+        frames = tifffile.imread(sorted(Path("01").glob("*.tif")))
+        np.save("stack.npy", np.stack([frames, frames[::-1] + 1], axis=1))
+        for channel in (0, 1):
+            source = Source("stack.npy", None, channel=channel, axes="TCYX")
+            run_warm(plan_warm(cache, [source], FakeBackbone(), pooling=None))
+        movies = survey_cache(read_only(cache).store).movies[2:]
+        assert [movie.names[0].partition(" --axes")[0] for movie in movies] == [
+            f"stack.npy ({Path('stack.npy').absolute()} --channel {channel}" for channel in (0, 1)
+        ]
+
     def test_changed_masks_count_for_themselves(self, cache, small_folder):
         root = small_folder()
         warm(cache, root)
@@ -659,9 +682,37 @@ class TestCommands:
         assert code == 2
         assert "name a --backbone; stored: none" in " ".join(err.split())
 
+    def test_the_only_layer_that_is_stored_is_drawn_and_warmed(self, run, small_folder):
+        root, words = small_folder(), ("--cache", "cache", "--backbone")
+        name = "efficientnet-lite0?layer=stride-8"
+        assert run("warm", root, *words, f"{name}&weights=random:0")[0] == 0
+        shown = ("show", root, "--cache", "cache", "--frame", 0)
+        assert run(*shown)[0] == 0
+        code, _, err = run(*shown, "--pooling", "nearest_patch")
+        assert (code, f"--backbone '{name}' --pooling" in err) == (1, True)
+        assert run("warm", root, *words, "efficientnet-lite0", "--weights", "random:0")[0] == 0
+        code, _, err = run(*shown)
+        assert (code, err) == (
+            2, f"error: name a --backbone; stored: efficientnet-lite0, {name}\n"
+        )  # fmt: skip
+
     def test_a_page_that_can_not_be_written(self, run, cache):
         code, _, err = run("report", "no/where.html", "--cache", cache.store.root)
         assert (code, err) == (2, "error: can't write no/where.html: No such file or directory\n")
+
+    def test_what_the_page_needs_is_said_before_anything_is_done(self, run, cache, monkeypatch):
+        monkeypatch.setitem(sys.modules, "jinja2", None)
+        page.load_templates.cache_clear()
+        done = "feature_cache.store.maintenance.verify", "feature_cache.evaluation.evaluate"
+        for name in done:
+            monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it was done"))
+        cached = ("--cache", cache.store.root)
+        for words in (
+            ("report", "out.html", *cached, "--verify"),
+            ("evaluate", "movie", *cached, "--backbone", "debug/random", "--page", "out.html"),
+        ):
+            code, _, err = run(*words)
+            assert (code, "feature-cache[report]" in err) == (2, True)
 
     def test_show(self, run, cache, small_folder):
         root = small_folder()
@@ -674,6 +725,16 @@ class TestCommands:
         assert err.startswith(f"error: frame 3 of {root} TRA is not in the cache")
         assert err.rstrip().endswith("--backbone fake --pooling nearest_patch")
         assert not Path("x.png").exists()
+
+    def test_a_picture_is_not_put_among_the_frames(self, run, cache, small_folder, monkeypatch):
+        root = small_folder()
+        warm(cache, root)
+        words = ("--cache", cache.store.root, "--frame", 3)
+        monkeypatch.chdir(root)
+        code, _, err = run("show", ".", *words)
+        assert (code, "01-frame-3.png would lie among the frames of .: name" in err) == (2, True)
+        assert len(Movie.open(root)) == 6
+        assert run("show", ".", *words, "-o", "../frame.png")[:2] == (0, "../frame.png\n")
 
     def test_show_draws_where_the_terminal_can(self, run, cache, small_folder, monkeypatch):
         root = small_folder()

@@ -14,6 +14,7 @@ from feature_cache.report import Choice, look_at, render_page, survey_cache
 from feature_cache.report.coverage import Column, CopyGroup, KnownMovie, SeenByModel
 from feature_cache.spec import Context
 from feature_cache.testing import FakeBackbone
+from feature_cache.warm import plan_warm, run_warm
 from synthetic import make_movie
 
 CHROMIUM = shutil.which("chromium")
@@ -241,8 +242,47 @@ def many_movies(report, number):
     columns = tuple(Column(CopyGroup(1, "default"), copy, f"[{copy}]") for copy in range(15))
     counts = tuple(tuple((i + copy) % 10 for copy in range(15)) for i in range(number))
     [space] = report.coverage
-    coverage = replace(space, columns=columns, counts=counts, expected=(None, *(9,) * (number - 1)))
+    coverage = replace(
+        space,
+        columns=columns,
+        counts=counts,
+        expected=(None, *(9,) * (number - 1)),
+        wanted=((True,) * 15,) * number,
+    )
     return replace(report, movies=movies, coverage=(coverage,))
+
+
+def test_copies_that_nobody_asked_for_are_no_gaps(browser, cache, small_folder, tmp_path):
+    """As of the movies of validation."""
+    movies = [Source(str(small_folder(name, seed=seed))) for seed, name in enumerate("ab")]
+    copies = Augmentations("flips", copies=2)
+    run_warm(plan_warm(cache, movies, FakeBackbone(), augmentations=copies,
+                       without_copies=movies[1:]))  # fmt: skip
+    file = tmp_path / "asked.html"
+    file.write_text(render_page(survey_cache(cache.store)))
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    texts = [row.locator("td.cell").all_inner_texts() for row in rows_of(page).all()]
+    assert texts == [["✓", "✓"], ["✓", "-"]]
+    expect(page.locator("#shown")).to_have_text("2 of 2 movies, 0 with gaps: 0 records missing")
+    page.close()
+
+
+def test_draws_that_no_command_makes_hide_none_that_one_does(
+    browser, cache, small_folder, tmp_path
+):
+    movie = Movie.open(small_folder())
+    cache.movie(movie, None, FakeBackbone()).warm()
+    report = survey_cache(cache.store)
+    columns = Column(CopyGroup(0), 0, "[]"), Column(CopyGroup(2), 1, "[1]")
+    space = replace(report.coverage[0], columns=columns, counts=((5, 0),), wanted=((True, True),))
+    file = tmp_path / "draws.html"
+    file.write_text(render_page(replace(report, coverage=(space,))))
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    rows_of(page).get_by_role("button").click()
+    expect(page.locator("#matrix .command")).to_have_count(1)
+    page.close()
 
 
 def test_many_movies_come_in_parts(browser, cache, small, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import re
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
+import yaml
 from joblib import parallel_config
 from trackastra.data import CTCData
 from typer.testing import CliRunner
@@ -332,6 +334,25 @@ def test_the_command_line_knows_what_is_kept(tmp_path, cache):
         == 0
     )
     assert FeatureCache(cache.store.root).stats()["records"] == 0
+
+
+@pytest.mark.parametrize("features", ["pretrained_feats", "wrfeat"])
+def test_a_movie_that_can_not_be_built_costs_no_other(tmp_path, monkeypatch, features):
+    """Nor the report of what was computed before."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        write(Path(name, "01"))
+    Path("two/01_GT/TRA/man_track.txt").unlink()
+    training = {"input_train": ["two/01", "one/01"], "features": features, "window": 3}
+    Path("train.yaml").write_text(
+        yaml.safe_dump({**training, "pretrained_feats_model": "debug/random"})
+    )
+    words = ["warm", "train.yaml", "--cache", "cache", "--report", "out.json"]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, "training data of 1 movie built" in done.output) == (1, True)
+    [failed] = json.loads(Path("out.json").read_text())["errors"]
+    assert failed["what"] == "training data of two/01"
+    assert len(kept(Path("one/01"), FeatureCache("cache", "r"), window_size=3)) == 5
 
 
 def test_a_mask_that_changes_after_opening_is_refused(tmp_path, cache):

@@ -73,6 +73,7 @@ class TestSources:
     def test_paths_and_patterns(self):
         assert self.paths("b/01", "*/01", "b/01") == ["b/01", "a/01", "c/01"]
         assert self.paths("a/*") == ["a/01"]
+        assert self.paths("b/01/", "b/01") == ["b/01"]
 
     def test_lists(self, folders):
         (folders / "list.txt").write_text("# mine\na/01\n\n[bc]/01\n")
@@ -118,6 +119,7 @@ class TestSources:
             ("[{path: a/01, detections: [[TRA]]}]", "detections: [['TRA']], expected"),
             ("[list.yaml]", "names itself"),
             (f"[{'a' * 300}.txt]", "too long"),
+            ("['?/01/t000.tif']", "no folder fits it, and its files, such as a/01/t000.tif, are"),
         ],
     )
     def test_wrong_lists_fail_with_a_reason(self, folders, text, message):
@@ -482,6 +484,20 @@ class TestGrids:
         code, out, _ = command(*words[:4], *pooling, *fake)
         assert (code, "6 were there" in out) == (0, True)
 
+    def test_grids_of_other_weights_are_not_taken(self, command, small_folder):
+        words = ("warm", small_folder(), "--cache", "cache", "--backbone", "efficientnet-lite0")
+        assert command(*words, "--weights", "random:0", "--dense", "original")[0] == 0
+        pooled = (*words, "--from-grids", "--pooling", "nearest_patch", "--json", "--weights")
+        code, _, err = command(*pooled, "random:1")
+        assert (code, "unknown space of grids 'efficientnet-lite0?weights=random:1'" in err) == (
+            2,
+            1,
+        )
+        code, out, _ = command(*pooled, "random:0")
+        assert (code, json.loads(out)["computed"]) == (0, 6)
+        code, _, err = command(*pooled[:4], *pooled[6:], "random:0")
+        assert (code, "Name its --backbone" in err) == (2, True)
+
     def test_several_spaces_of_grids_want_a_name(self, cache, small_folder):
         movie = Movie.open(small_folder())
         with pytest.raises(MissingRecordError, match="holds no grids in float32"):
@@ -493,6 +509,16 @@ class TestGrids:
             StoredGrids.find(cache)
         [name, _] = [space.name for space in cache.spaces()]
         assert StoredGrids.find(cache, name).spec.width in (3, 4)
+
+    def test_parts_of_a_movie_are_no_copies(self, command, small_folder):
+        root = small_folder()
+        parts = [{"path": str(root), "slice_pct": part} for part in ([0, 0.5], [0.5, 1])]
+        Path("movies.yaml").write_text(yaml.safe_dump(parts))
+        words = ("warm", "movies.yaml", "--cache", "cache", "--backbone", "debug/random")
+        for copies in (0, 2):
+            _, out, _ = command(*words, "--plan", "--copies", copies)
+            row = out.splitlines()[3].split()
+            assert row[-6:-3] == [str(1 + copies), "0", str(6 * (1 + copies))]
 
 
 class TestBudget:

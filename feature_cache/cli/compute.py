@@ -6,7 +6,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +45,7 @@ from .options import (
     complete_backbone,
     complete_pooling,
     parse_batch_size,
+    refuse_without,
     size_option,
 )
 from .output import count_text, print_table, regions_text, size_text
@@ -53,7 +54,7 @@ from .progress import LogFile, RunProgress, show_failures
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
     from ..cache import FeatureCache
-    from ..warm import Recipe, WarmPlan, WarmReport
+    from ..warm import Failure, Recipe, WarmPlan, WarmReport
 
 PoolingsOption = Annotated[
     list[str],
@@ -173,6 +174,7 @@ def warm(
 
     check_file(report)
     training = find_training(movies)
+    refuse_without(context, "copies", () if training else ("policy", "seed"))
     if backbone is None and not from_grids and (lost := [*filter(_is_lost, movies)]):
         raise MovieNotFoundError(f"no such file: {lost[0]}")  # before a backbone is asked for
     if training is not None:
@@ -182,8 +184,8 @@ def warm(
             if source is not None and source.name != "DEFAULT":
                 said[name] = context.params[name]
         if said["backbone"] is None and not from_grids:
-            _build_training(training, cache, plan)
-            _show_report(WarmReport(0, 0, 0, 0.0), as_json, report)
+            built, lost = _build_training(training, cache, plan)
+            _show_report(WarmReport(0, 0, 0, 0.0, lost), as_json, report, built)
             return
         backbone, weights, pooling, copies, seed, policy = said.values()
     named = backbone and name_with_dtype(backbone, compute_dtype)
@@ -227,7 +229,8 @@ def warm(
             done = _run(work, where, model, at_once, max_size, push)
             store.counter.save()
             if training is not None and store.store.mode == "a":
-                _build_training(training, cache, plan)
+                _, lost = _build_training(training, cache, plan)
+                done = replace(done, failures=(*done.failures, *lost))
             _show_report(done, as_json, report)
 
 
@@ -246,14 +249,23 @@ def _said_by(training: Namespace, backbone: str | None) -> dict[str, Any]:
     }
 
 
-def _build_training(training: Namespace, root: Path, plan: bool) -> None:
-    """Build the training data of a configuration that the cache lacks; where trackastra is."""
-    if plan or find_spec("trackastra") is None:
-        return
-    from ..trackastra.starts import warm_starts
+def _build_training(training: Namespace, root: Path, plan: bool) -> tuple[int, tuple[Failure, ...]]:
+    """Build the training data of a configuration that the cache lacks; where trackastra is.
 
-    count = warm_starts(training, root)
+    Gives of how many movies, and what failed: what was computed before is told all the same.
+    """
+    from ..warm import Failure
+
+    if plan or find_spec("trackastra") is None:
+        return 0, ()
+    try:
+        from ..trackastra.starts import warm_starts
+
+        count, failures = warm_starts(training, root)
+    except FeatureCacheError as error:
+        return 0, (Failure("training data", str(error), 0),)
     typer.echo(f"training data of {count_text(count, 'movie')} built", err=True)
+    return count, failures
 
 
 def _is_lost(word: str) -> bool:
@@ -274,6 +286,8 @@ class _Where:
     def check(self, from_grids: bool, dense: str) -> None:
         if self.backbone is None and not from_grids:
             raise typer.BadParameter("name a --backbone, or pool --from-grids")
+        if self.backbone is None and self.weights is not None:
+            raise typer.BadParameter("--weights of which network? Name its --backbone, too")
         if from_grids and dense != "none":
             raise typer.BadParameter("--from-grids reads grids, --dense makes them: choose one")
         if self.scheduler is not None and self.local_workers is not None:
@@ -310,12 +324,16 @@ def _open(
     """Find what stands for the backbone; only stored grids need the cache for that."""
     if not from_grids:
         return None, where.load()
+    from ..backbones.name import join_name, split_name
     from ..cache import FeatureCache, open_to_fill
     from ..warm import StoredGrids
 
     FeatureCache(root, "r")
-    cache = open_to_fill(root, codec, layers)
-    return cache, StoredGrids.find(cache, where.backbone)
+    cache, named = open_to_fill(root, codec, layers), where.backbone
+    if named is not None and where.weights is not None:
+        name, told = split_name(named)
+        named = join_name(name, {**told, "weights": where.weights})
+    return cache, StoredGrids.find(cache, named)
 
 
 def _run(
@@ -394,14 +412,15 @@ def _sum_copies(plan: WarmPlan) -> list[dict[str, object]]:
             kept = {"movie": row.movie, "space": row.space, "copies": 0}
             kept |= {"present": 0, "missing": 0, "from_grids": 0, "bytes": 0}
             rows[row.movie, row.space] = kept
-        kept["copies"] = int(str(kept["copies"])) + 1
+        # not counted: parts or channels of a movie have its name
+        kept["copies"] = max(int(str(kept["copies"])), row.copy + 1)
         for name, count in zip(("present", "missing", "from_grids", "bytes"), counts, strict=True):
             before = kept[name]
             kept[name] = None if count is None or before is None else int(str(before)) + count
     return list(rows.values())
 
 
-def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
+def _show_report(report: WarmReport, as_json: bool, file: Path | None, built: int = 0) -> None:
     text = json.dumps(report.to_json())
     _write_report(file, text)
     show_failures(report.failures)
@@ -414,7 +433,7 @@ def _show_report(report: WarmReport, as_json: bool, file: Path | None) -> None:
             f"{_regions_of(report)}"
         )
     if report.failures:
-        raise typer.Exit(1 if report.present + report.computed else 2)
+        raise typer.Exit(1 if report.present + report.computed + built else 2)
 
 
 def _regions_of(report: WarmReport) -> str:

@@ -112,6 +112,10 @@ def evaluate(
     from ..evaluation import evaluate as compare
 
     check_file(page)
+    if page is not None:
+        from ..report.page import load_templates
+
+        load_templates()  # what is missing for the page is said before anything is computed
     options = {"masks": masks, "channel": channel, "axes": axes}
     opened, failures = find_movies(movies, [detections], options)
     if not opened:

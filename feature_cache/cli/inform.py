@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import CacheOption, JsonOption, OptionalCacheOption, complete_backbone
+from .options import (
+    CacheOption,
+    JsonOption,
+    OptionalCacheOption,
+    complete_backbone,
+    parse_beginning,
+)
 from .output import print_table, size_text
 
 if TYPE_CHECKING:
@@ -16,7 +22,12 @@ if TYPE_CHECKING:
 
 def inspect(
     what: Annotated[
-        str, typer.Argument(help="Beginning of a space's or pack's name, or of a record's key.")
+        str,
+        typer.Argument(
+            parser=parse_beginning,
+            metavar="WHAT",
+            help="Beginning of a space's or pack's name, or of a record's key.",
+        ),
     ],
     cache: CacheOption,
 ) -> None:
@@ -74,12 +85,13 @@ def _list_movies(store: Store, as_json: bool) -> None:
             "movie": " = ".join(movie.names),
             "space": one.space,
             "frames": movie.slots,
-            "copies": len(one.columns),
+            "copies": copies,
             "records": sum(one.counts[number]),
-            "missing": (one.expected[number] or 0) * len(one.columns) - sum(one.counts[number]),
+            "missing": (one.expected[number] or 0) * copies - sum(one.counts[number]),
         }
         for number, movie in enumerate(known)
         for one in coverage
+        if (copies := sum(one.wanted[number]))
     ]
     print_table(rows, as_json)
 

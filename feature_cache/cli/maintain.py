@@ -15,6 +15,8 @@ from .options import (
     JsonOption,
     SpacesOption,
     age_option,
+    parse_beginning,
+    refuse_without,
     size_option,
 )
 from .output import count_text, make_bar, print_table, size_text, time_text
@@ -30,7 +32,11 @@ UrlArgument = Annotated[
 ]
 WhatArgument = Annotated[
     str | None,
-    typer.Argument(help="Beginning of a space's or pack's name or a record's key; or a movie."),
+    typer.Argument(
+        parser=parse_beginning,
+        metavar="[WHAT]",
+        help="Beginning of a space's or pack's name or a record's key; or a movie.",
+    ),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do it; without, only say what would go.")]
 
@@ -45,6 +51,7 @@ def parse_count(text: str) -> int | None:
 
 
 def verify(
+    context: typer.Context,
     cache: CacheOption,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move what is wrong to quarantine/.")
@@ -91,6 +98,7 @@ def verify(
     """
     from ..store import maintenance
 
+    refuse_without(context, "recompute", ("weights", "device", "batch_size", "seed"))
     count = None if recompute is None else parse_count(recompute)
     with make_bar("verifying", maintenance.count_packs(cache, space), "pack") as bar:
         findings = maintenance.verify(cache, deep=deep, spaces=space, progress=bar.update)
@@ -163,11 +171,16 @@ def _print_findings(findings: list[Finding], repaired: bool) -> None:
         typer.echo(f"warm again: {record}")
     if len(lost) > 20:
         typer.echo(f"warm again: and {len(lost) - 20:,} more (all with --json)")
-    if repaired:
-        typer.echo(f"{len(findings)} found, and repaired")
-    else:
+    twice = sum(finding.kind == "duplicate" for finding in findings)
+    others = len(findings) - twice
+    if others and repaired:
+        typer.echo(f"{others} found, and repaired")
+    elif others:
         then = ", then warm again what is named above" if lost else ""
-        typer.echo(f"{len(findings)} found: run feature-cache verify --repair{then}")
+        typer.echo(f"{others} found: run feature-cache verify --repair{then}")
+    if twice:
+        packs = count_text(twice, "pack")
+        typer.echo(f"{packs} with records that are there twice: run feature-cache compact")
 
 
 def gc(

@@ -40,6 +40,21 @@ def parse_age(text: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
+def refuse_without(context: typer.Context, wanted: str, names: Iterable[str]) -> None:
+    """Refuse options that were given and do nothing without another."""
+
+    def is_given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    for name in names if not is_given(wanted) else ():
+        if is_given(name):
+            option = name.replace("_", "-")
+            raise typer.BadParameter(
+                f"--{option} does nothing without --{wanted}: give both, or none"
+            )
+
+
 def size_option(text: str, **more: Any) -> Any:
     """Make an option that takes a size."""
     return typer.Option(parser=parse_size, metavar="SIZE", help=text, **more)
@@ -256,6 +271,21 @@ LayersOption = Annotated[
         help="A cache below, only read: a folder, or a URL that was pushed to. May be repeated.",
     ),
 ]
+
+
+def parse_beginning(text: str) -> str:
+    """Read the beginning of a name; with none, as of a shell's variable, everything begins."""
+    if not text.strip():
+        raise typer.BadParameter("is empty: expected the beginning of a name")
+    return text
+
+
 SpacesOption = Annotated[
-    list[str], typer.Option("--space", help="Only this space: the beginning of its name.")
+    list[str],
+    typer.Option(
+        "--space",
+        parser=parse_beginning,
+        metavar="TEXT",
+        help="Only this space: the beginning of its name.",
+    ),
 ]

@@ -62,7 +62,7 @@ def _cell(name: str, value: object) -> str:
         return time_text(value)
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and name != "pid" else str(value)
 
 
 def regions_text(regions: tuple[int, float, int]) -> str:

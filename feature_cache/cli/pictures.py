@@ -29,8 +29,9 @@ from .options import (
     SeedOption,
     WeightsOption,
     complete_backbone,
+    refuse_without,
 )
-from .output import count_text, make_bar
+from .output import count_text, make_bar, size_text
 
 if TYPE_CHECKING:
     from ..cache import FeatureCache
@@ -52,7 +53,15 @@ CopyOption = Annotated[
 ]
 
 
+_DRAWN = (
+    *("frames", "backbone", "weights", "pooling", "detections", "masks", "channel", "axes"),
+    *("compute_dtype", "dtype", "copy", "seed", "policy", "layer"),
+)
+"""Options of `report` that say how a movie is drawn."""
+
+
 def report(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
     cache: CacheOption,
     verify: Annotated[
@@ -90,8 +99,11 @@ def report(
     from ..cache import FeatureCache
     from ..movies import Source
     from ..report import Choice, render_page, survey_cache
+    from ..report.page import load_templates
 
+    refuse_without(context, "movie", _DRAWN)
     check_file(out)
+    load_templates()  # what is missing for the page is said before all is verified
     opened = FeatureCache(cache, "r", layers=layer)
     strips: list[Strip] = []
     failed: dict[str, str] = {}
@@ -108,7 +120,7 @@ def report(
     findings = _verify(cache) if verify else None
     page = render_page(survey_cache(opened.store, findings), strips)
     write_file(out, page)
-    typer.echo(f"{out}, {len(page) / 1e6:.1f} MB")
+    typer.echo(f"{out}, {size_text(len(page))}")
     if findings:
         found = count_text(len(findings), "problem")
         typer.echo(f"{found} found: see the page, or run feature-cache verify", err=True)
@@ -127,10 +139,18 @@ def _verify(cache: Path) -> list[Finding]:
 
 
 def _only_backbone(cache: FeatureCache) -> str:
+    from ..hashing import canonical_json
+    from ..report.warm_command import WarmOptions
     from ..spec import TABLES
 
-    found = [space.spec["backbone"] for space in cache.spaces()]
-    names = sorted({str(one["name"]) for one in found if one["layer"] != TABLES})
+    found = {
+        canonical_json(space.spec["backbone"]): space.spec
+        for space in cache.spaces()
+        if space.spec["backbone"]["layer"] != TABLES
+    }
+    names = sorted({str(spec["backbone"]["name"]) for spec in found.values()})
+    if len(found) > 1:  # layers, say: each has a name of its own
+        names = sorted({WarmOptions.of_spec(spec, "").backbone for spec in found.values()})
     if len(names) != 1:
         raise typer.BadParameter(f"name a --backbone; stored: {', '.join(names) or 'none'}")
     return names[0]
@@ -190,6 +210,7 @@ def show(
     from ..report.thumbnails import encode_png
 
     file = output or Path(_default_name(movie, frame, copy))
+    _check_apart(file, movie)
     check_file(file)
     opened = FeatureCache(cache, "r", layers=layer)
     pooled = _pooling_of(pooling)
@@ -210,6 +231,17 @@ def show(
         columns, _ = shutil.get_terminal_size()
         typer.echo(draw_in_terminal(picture, columns), nl=False)
     typer.echo(str(file))
+
+
+def _check_apart(file: Path, movie: str) -> None:
+    """Refuse a picture among the frames of a movie, which is no movie then."""
+    from ..movies.formats import image_folder
+
+    frames = image_folder(Path(movie).expanduser())
+    if file.absolute().parent.resolve() == frames.resolve():
+        raise typer.BadParameter(
+            f"{file} would lie among the frames of {movie}: name another place (--output)"
+        )
 
 
 def _default_name(movie: str, frame: int, copy: int) -> str:

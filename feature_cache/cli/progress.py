@@ -84,7 +84,8 @@ class RunProgress:
         left = self.total - self.done - self.failed
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s"]
         if self.done:
-            parts.append(f"{rate:.3g} a second, {_span(left / rate)} left")
+            told = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+            parts.append(f"{told} a second, {_span(left / rate)} left")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         return ", ".join(parts)

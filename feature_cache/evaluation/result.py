@@ -147,9 +147,9 @@ class Step:
         best = self.best
         if best is not None:
             return f"{best.setup}: {best.gain.signed()}{self._beside(best)}"
-        if self.position.value >= _ENOUGH:
+        if self._is_enough(self.position):
             return "position is enough here: features add nothing"
-        if self.shape.value >= _ENOUGH:
+        if self._is_enough(self.shape):
             return "position and shape are enough here: features add nothing"
         if self._is_chance(self.position) and self._is_chance(self.shape):
             return (
@@ -163,6 +163,10 @@ class Step:
             f"{self.frames} frames could show ({most:+.3f} at most)"
             f"{shape if self.shape_gain.is_positive else ''}"
         )
+
+    def _is_enough(self, share: Share) -> bool:
+        """Whether a share leaves little to gain, and is surely more than half of all."""
+        return share.value >= _ENOUGH and share.low > 0.5
 
     def _is_chance(self, share: Share) -> bool:
         """Whether a share is at chance, and so surely that it isn't halfway to finding all."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from ..hashing import JSON, canonical_json
 from ..movies import Source
 from ..movies.check import summarize
 from ..spec import Context
 from ..store import Asked, Space, record_regions, record_sources
-from .warm_command import WarmOptions
+from .warm_command import WarmOptions, quote_movie
 
 _ORIGIN = re.compile(r"copy (\d+) of seed (\d+) \((.+)\)")
 _IDENTITY = "[]"
 _ALONE = Context()
+_Place: TypeAlias = tuple[str, str]
+"""A movie's name, and what tells it from others of that name; empty where it came from no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class KnownMovie:
         By what backbones see around a frame.
     regions : (int, float, int) or None
         Least, median and most regions of a frame; None where no record of the movie itself has any.
+    wanted : mapping of str to frozenset of str
+        By space, the draws that were asked for.
     """
 
     names: tuple[str, ...]
@@ -76,6 +80,7 @@ class KnownMovie:
     source: Source | None
     contents: Mapping[Context, SeenByModel]
     regions: tuple[int, float, int] | None = None
+    wanted: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def cover(self, context: Context, masked: bool) -> tuple[frozenset[Any], int | None]:
         """Give what a complete copy holds, and how many records these are, if that is known."""
@@ -144,6 +149,9 @@ class Coverage:
     expected : tuple of int or None
         For each movie, how many there would be; None where the space wants masks, and the movie
         was never seen with any.
+    wanted : tuple of tuple of bool
+        For each movie, whether each copy was asked for: also where some of it is there, and of
+        movies of which nobody noted what was asked for.
     """
 
     space: str
@@ -151,6 +159,7 @@ class Coverage:
     columns: tuple[Column, ...]
     counts: tuple[tuple[int, ...], ...]
     expected: tuple[int | None, ...]
+    wanted: tuple[tuple[bool, ...], ...]
 
     def command(self, group: CopyGroup, cache: str) -> str | None:
         """Give the command that warms all copies of a group, with ``{movie}`` in it."""
@@ -162,9 +171,10 @@ class Coverage:
 
 @dataclass
 class _Seen:
-    """What provenance says of one name."""
+    """What provenance says of what has one name, and is opened from one place."""
 
     source: Source | None = None
+    wanted: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     contents: dict[Context, set[tuple[int, int | None]]] = field(
         default_factory=lambda: defaultdict(set)
     )
@@ -175,6 +185,14 @@ class _Seen:
     def add(self, slot: tuple[str, str], frame: int, mask: int | None) -> None:
         self.contents[_ALONE].add((frame, mask))
         self.slots[slot].add((frame, mask))
+
+    def join(self, other: _Seen) -> None:
+        for context, seen in other.contents.items():
+            self.contents[context] |= seen
+        for slot, seen in other.slots.items():
+            self.slots[slot] |= seen
+        for space, draws in other.wanted.items():
+            self.wanted[space] |= draws
 
     @property
     def versions(self) -> int:
@@ -230,7 +248,7 @@ class _Survey:
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
         self._draws: dict[str, str] = {}
-        self._seen: dict[str, _Seen] = defaultdict(_Seen)
+        self._seen: dict[_Place, _Seen] = defaultdict(_Seen)
         self._regions: dict[tuple[int, int], int] = {}
 
     def read(self, space: Space) -> _Held:
@@ -246,7 +264,7 @@ class _Survey:
                 mask = self._number(source["mask_digest"])
             file = source.get("file")
             slot = ("file", str(file)) if file else ("number", str(source.get("frame")))
-            seen = self._seen[str(source.get("movie") or "")]
+            seen = self._seen[_place_of(str(source.get("movie") or ""), source.get("source"))]
             seen.add(slot, frame, mask)
             if seen.source is None and isinstance(source.get("source"), dict):
                 seen.source = Source.from_json(source["source"])
@@ -266,7 +284,7 @@ class _Survey:
 
     def add(self, asked: Asked, held: Mapping[str, _Held]) -> None:
         """Take in a movie and its copies as they were asked for."""
-        seen = self._seen[asked.movie]
+        seen = self._seen[_place_of(asked.movie, asked.source)]
         masks = [None if mask is None else self._number(mask) for _, _, mask in asked.frames]
         for (place, frame, _), mask in zip(asked.frames, masks, strict=True):
             slot = ("number", place) if place.isdecimal() else ("file", place)
@@ -279,6 +297,7 @@ class _Survey:
         if seen.source is None and asked.source is not None:
             seen.source = Source.from_json(dict(asked.source))
         for space, draws in asked.wanted.items():
+            seen.wanted[space].update(draws)
             for draw, origin in draws.items() if space in held else ():
                 held[space].cells[draw].update(())
                 held[space].origins[draw].add(origin)
@@ -293,20 +312,52 @@ class _Survey:
         return self._draws[text]
 
     def movies(self) -> list[KnownMovie]:
-        same: dict[frozenset[tuple[Context, SeenByModel]], list[str]] = defaultdict(list)
-        for name, seen in self._seen.items():
+        same: dict[frozenset[tuple[Context, SeenByModel]], list[_Place]] = defaultdict(list)
+        for place, seen in self._by_place().items():
             made_of = {context: SeenByModel.of(pairs) for context, pairs in seen.contents.items()}
-            same[frozenset(made_of.items())].append(name)
-        found = [self._movie(sorted(names), dict(made_of)) for made_of, names in same.items()]
-        return sorted(found, key=lambda movie: movie.names)
+            same[frozenset(made_of.items())].append(place)
+        found = [self._movie(sorted(places), dict(made_of)) for made_of, places in same.items()]
+        counts = Counter(name for movie in found for name in movie.names)
+        told = [_tell_apart(movie) if counts[movie.names[0]] > 1 else movie for movie in found]
+        return sorted(told, key=lambda movie: movie.names)
 
-    def _movie(self, names: Sequence[str], contents: Mapping[Context, SeenByModel]) -> KnownMovie:
-        first, pairs = self._seen[names[0]], contents[_ALONE].pairs
+    def _by_place(self) -> Mapping[_Place, _Seen]:
+        """Give what was seen; what came from no file with the one movie of its name that did."""
+        for name in [name for name, place in self._seen if not place]:
+            others = [one for one in self._seen if one[0] == name and one[1]]
+            if len(others) == 1:
+                self._seen[others[0]].join(self._seen.pop((name, "")))
+        return self._seen
+
+    def _movie(
+        self, places: Sequence[_Place], contents: Mapping[Context, SeenByModel]
+    ) -> KnownMovie:
+        names, pairs = sorted({name for name, _ in places}), contents[_ALONE].pairs
+        first, wanted = self._seen[places[0]], dict[str, frozenset[str]]()
+        for place in places:
+            for space, draws in self._seen[place].wanted.items():
+                wanted[space] = wanted.get(space, frozenset()) | draws
         source = first.source
         if source is None and all(kind == "file" for kind, _ in first.slots):
             source = _guess_source(names[0], bool(pairs))
         regions = summarize([self._regions[pair] for pair in pairs if pair in self._regions])
-        return KnownMovie(tuple(names), len(first.slots), first.versions, source, contents, regions)
+        slots, versions = len(first.slots), first.versions
+        return KnownMovie(tuple(names), slots, versions, source, contents, regions, wanted)
+
+
+def _place_of(name: str, source: Any) -> _Place:
+    """Tell movies of one name apart, parts of one aside: by file and channel, if from any."""
+    if not isinstance(source, dict):
+        return name, ""
+    told = (source.get(one) for one in ("path", "channel", "downscale_spatial"))
+    return name, " ".join(map(str, told))
+
+
+def _tell_apart(movie: KnownMovie) -> KnownMovie:
+    """Add to names that several movies have how each is opened."""
+    if movie.source is None:
+        return movie
+    return replace(movie, names=tuple(f"{n} ({quote_movie(movie.source)})" for n in movie.names))
 
 
 def _guess_source(name: str, masked: bool) -> Source:
@@ -320,9 +371,17 @@ def _cover(name: str, held: _Held, movies: Sequence[KnownMovie]) -> Coverage:
     masked = held.spec["pooling"] is not None
     columns = _find_columns(held.origins)
     cells = [held.cells[column.draw] for column in columns]
-    wanted = [movie.cover(held.context, masked) for movie in movies]
-    counts = tuple(tuple(len(contents & cell) for cell in cells) for contents, _ in wanted)
-    return Coverage(name, held.spec, columns, counts, tuple(expected for _, expected in wanted))
+    covered = [movie.cover(held.context, masked) for movie in movies]
+    counts = tuple(tuple(len(contents & cell) for cell in cells) for contents, _ in covered)
+    wanted = tuple(
+        tuple(
+            count > 0 or not movie.wanted or column.draw in movie.wanted.get(name, ())
+            for column, count in zip(columns, own, strict=True)
+        )
+        for movie, own in zip(movies, counts, strict=True)
+    )
+    expected = tuple(expected for _, expected in covered)
+    return Coverage(name, held.spec, columns, counts, expected, wanted)
 
 
 def _find_columns(origins: Mapping[str, Iterable[str]]) -> tuple[Column, ...]:

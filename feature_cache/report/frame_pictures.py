@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..augment import Augmentations
 from ..backbones import load_backbone
-from ..backbones.from_spec import is_named
+from ..backbones.from_spec import is_named, name_in_full
 from ..backbones.name import split_name
 from ..cache import FeatureCache, MovieFeatures
 from ..errors import CorruptRecordError, MovieError
@@ -197,13 +197,15 @@ def look_at(
         movie, None, backbone, pooling=choice.pooling, dtype=choice.dtype, draw=draw
     )
     viewer = _Viewer(cache, features, numbers)
+    # a bare name stands for whatever is stored, but for the defaults where it is warmed
+    named = choice.backbone if "?" in choice.backbone else name_in_full(backbone.spec)
     return Strip(
         movie=movie.name,
         space=spec.folder_name,
         copy=choice.augmentations.name_of(choice.copy) if choice.copy else "",
         slice=viewer.slice,
         masked=choice.pooling is not None,
-        command=choice.warm_options(cache.store.root).command(wanted),
+        command=replace(choice, backbone=named).warm_options(cache.store.root).command(wanted),
         frames=tuple(viewer.view(t) for t in numbers),
     )
 

@@ -114,6 +114,7 @@ def _coverage_json(report: Report) -> JSON:
             {
                 "counts": one.counts,
                 "expected": one.expected,
+                "wanted": one.wanted,
                 "groups": list(_groups_json(one, str(report.root))),
             }
             for one in report.coverage

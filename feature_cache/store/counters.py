@@ -85,7 +85,8 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         """Give all by name."""
         plain = asdict(self)
-        return {**plain, **plain.pop("usage")}
+        usage = plain.pop("usage")
+        return {**plain, **usage}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Run:

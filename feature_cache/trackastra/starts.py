@@ -27,8 +27,15 @@ from numpy.typing import NDArray
 from trackastra.data import data as _ctc
 
 from ..cache import FeatureCache
+from ..engine import Failure
 from ..engine.commit import versions
-from ..errors import MissingRecordError, MovieError, MovieNotFoundError, NoMasksError
+from ..errors import (
+    FeatureCacheError,
+    MissingRecordError,
+    MovieError,
+    MovieNotFoundError,
+    NoMasksError,
+)
 from ..hashing import (
     DIGEST_BYTES,
     JSON,
@@ -55,6 +62,8 @@ PACKAGES = ("trackastra", "scikit-image", "scipy", "numpy")
 WORTH_FRAMES = 64
 """So many frames that are to be built are worth processes of their own."""
 _LOOK_SECONDS = 0.5
+_FAILS = FeatureCacheError, ValueError, OSError
+"""What upstream and we say of a movie that can't be loaded."""
 _log = logging.getLogger(__name__)
 
 
@@ -136,10 +145,19 @@ def load_all(
     return loaded
 
 
-def warm_starts(training: Namespace, cache: FeatureCache | str | os.PathLike[str]) -> int:
-    """Build the training data of a configuration that a cache lacks; give of how many movies.
+def warm_starts(
+    training: Namespace, cache: FeatureCache | str | os.PathLike[str]
+) -> tuple[int, tuple[Failure, ...]]:
+    """Build the training data of a configuration that a cache lacks.
 
-    The configuration is from `feature_cache.train_options.parse_training`. Errors as `load_ctc`.
+    Gives of how many movies, and those that failed; the others are built.
+
+    The configuration is from `feature_cache.train_options.parse_training`.
+
+    Raises
+    ------
+    BackboneError
+        The model that is named is none, or not there.
     """
     cache, window = _open(cache), training.window
     if window is None and training.model is not None:
@@ -149,9 +167,17 @@ def warm_starts(training: Namespace, cache: FeatureCache | str | os.PathLike[str
     space = cache.space(start_spec())
     space.refresh()
     before = len(space)
-    load_all([(root, options) for root in roots], cache)
+    failures = []
+    try:
+        load_all([(root, options) for root in roots], cache)
+    except _FAILS:
+        for root in roots:  # by itself: what is built already is read
+            try:
+                load_all([(root, options)], cache)
+            except _FAILS as error:
+                failures.append(Failure(f"training data of {root}", str(error), 0))
     space.refresh()
-    return len(space) - before
+    return len(space) - before, tuple(failures)
 
 
 def _build(root: str | os.PathLike[str], options: Mapping[str, Any], cache: FeatureCache) -> None:

@@ -113,6 +113,7 @@ class _Defaults:
 
     def sources(self, path: str) -> Iterator[Source]:
         several = len(self.detections) > 1
+        path = path.rstrip("/") or path  # as shells complete it, it is the same movie
         for detections in self.detections:
             yield Source(path, detections, optional=several, **self.options)
 
@@ -140,6 +141,11 @@ def _match(pattern: str) -> list[str]:
         return movies
     if found and is_pattern(Path(expanded)) and not glob.has_magic(str(Path(expanded).parent)):
         return [expanded]
+    if files := [one for one in found if Path(one).is_file()]:
+        raise MovieNotFoundError(
+            f"no movie at {pattern}: no folder fits it, and its files, such as {files[0]}, are in "
+            "several folders: name each, or list them, each on a line of a .txt"
+        )
     raise MovieNotFoundError(f"no movie at {pattern}: no folder or file fits the pattern")
 
 

@@ -20,10 +20,13 @@ function showCoverage(data) {
 
   const space = () => data.spaces[choice.value];
   const columns = () => space().groups.flatMap((group) => group.columns);
+  const lacks = (row, place) => {
+    const { counts, expected, wanted } = space();
+    return wanted[row][place] ? expected[row] - counts[row][place] : 0;
+  };
   const missing = (row) => {
-    const { counts, expected } = space();
-    if (expected[row] === null) return 0;
-    return counts[row].reduce((sum, count) => sum + expected[row] - count, 0);
+    if (space().expected[row] === null) return 0;
+    return columns().reduce((sum, _, place) => sum + lacks(row, place), 0);
   };
 
   function head() {
@@ -45,14 +48,17 @@ function showCoverage(data) {
     table.tHead.replaceChildren(top, below);
   }
 
-  function cell(count, expected, first) {
-    const state = count === 0 ? "none" : count < expected ? "part" : "full";
-    const text = { none: "0", part: `${count}/${expected}`, full: "✓" }[state];
+  function cell(row, place, first) {
+    const { counts, expected, wanted } = space();
+    const count = counts[row][place];
+    const state = count === 0 ? "none" : count < expected[row] ? "part" : "full";
+    const none = wanted[row][place] ? "0" : "-";
+    const text = { none, part: `${count}/${expected[row]}`, full: "✓" }[state];
     return make("td", text, { class: `cell ${state}${first ? " group" : ""}` });
   }
 
   function line(row) {
-    const { counts, expected, groups } = space();
+    const { expected, groups } = space();
     const movie = data.movies[row];
     const tr = make("tr");
     const name = make("th", movie.names[0] || "(no name)", { scope: "row" });
@@ -69,7 +75,7 @@ function showCoverage(data) {
     tr.append(gap(row, tr));
     let place = 0;
     for (const group of groups) {
-      group.columns.forEach((_, i) => tr.append(cell(counts[row][place++], expected[row], i === 0)));
+      group.columns.forEach((_, i) => tr.append(cell(row, place++, i === 0)));
     }
     return tr;
   }
@@ -103,19 +109,16 @@ function showCoverage(data) {
   }
 
   function commandsFor(row) {
-    const { counts, expected, groups } = space();
     let place = 0;
-    const wanting = groups.filter((group) => {
-      const own = counts[row].slice(place, (place += group.columns.length));
-      return own.some((count) => count < expected[row]);
+    const wanting = space().groups.filter((group) => {
+      const lacking = group.columns.filter(() => lacks(row, place++) > 0);
+      return group.command !== null && lacking.length > 0;
     });
     // What makes copies makes the movie itself too.
     const chosen = wanting.some((group) => group.copies) ? wanting.filter((g) => g.copies) : wanting;
     const argument = data.movies[row].argument;
     if (argument === null) return [];
-    return chosen
-      .filter((group) => group.command !== null)
-      .map((group) => group.command.replace("{movie}", () => argument));
+    return chosen.map((group) => group.command.replace("{movie}", () => argument));
   }
 
   function extend() {
