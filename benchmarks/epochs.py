@@ -19,7 +19,8 @@ from torch import Tensor
 
 from feature_cache import CachedFeatureDataset, FeatureCache, load_backbone
 from feature_cache.normalize import normalize
-from feature_cache.pooling import pool, region_labels
+from feature_cache.pooling import pool
+from feature_cache.regions import Regions
 from feature_cache.service import close_all
 from feature_cache.spec import Normalization
 
@@ -33,7 +34,9 @@ class Windows(torch.utils.data.Dataset[dict[str, Any]]):
     """Each window's tokens."""
 
     def __init__(self, masks: NDArray[Any]) -> None:
-        self.labels = [torch.from_numpy(region_labels(mask).astype(np.int64)) for mask in masks]
+        self.labels = [
+            torch.from_numpy(Regions.of_mask(mask).labels.astype(np.int64)) for mask in masks
+        ]
 
     def __len__(self) -> int:
         return len(self.labels) - WINDOW + 1

@@ -21,7 +21,8 @@ from skimage.measure import regionprops
 
 from feature_cache import Augmentations, Draw
 from feature_cache.normalize import normalize
-from feature_cache.pooling import POOLINGS, Regions, pool, pool_frame, region_labels
+from feature_cache.pooling import POOLINGS, pool, pool_frame
+from feature_cache.regions import Regions
 from feature_cache.spec import Normalization
 
 from .data import load_real, make_grids
@@ -52,10 +53,10 @@ def run(options: Options) -> list[Case]:
 def make_mask(folder: Path, count: int) -> NDArray[np.int32]:
     """Give a mask with so many cells of HeLa: from a frame, or from several, made smaller."""
     mask = load_real(folder)["masks"][0].astype(np.int32)
-    times = math.ceil(math.sqrt(count / len(region_labels(mask))))
+    times = math.ceil(math.sqrt(count / len(Regions.of_mask(mask).labels)))
     more = [np.where(mask > 0, mask + i * mask.max(), 0) for i in range(times**2)]
     mask = np.block([more[i : i + times] for i in range(0, times**2, times)])[::times, ::times]
-    labels = region_labels(mask)
+    labels = Regions.of_mask(mask).labels
     kept = labels[np.linspace(0, len(labels) - 1, count).astype(int)]
     return np.where(np.isin(mask, kept), mask, 0)
 
@@ -161,7 +162,7 @@ def make_frame(folder: Path) -> tuple[NDArray[np.uint16], NDArray[np.int32]]:
     corner = np.arange(SIDE) * 11 // 10
     more = [np.where(mask > 0, mask + i * mask.max(), 0) for i in range(4)]
     square = np.block([more[:2], more[2:]])[np.ix_(corner, corner)]
-    labels = region_labels(square)
+    labels = Regions.of_mask(square).labels
     kept = labels[np.linspace(0, len(labels) - 1, CELLS).astype(int)]
     return np.tile(frame, (2, 2))[np.ix_(corner, corner)], np.where(
         np.isin(square, kept), square, 0

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .errors import FrameError
 from .forks import cached_property
-from .pooling import EPSILON, ORDINARY, GridShape, steps_of
+from .pooling import EPSILON, ORDINARY, steps_of
+from .regions import GridShape
 
 _VOTES_AT_ONCE = 1 << 24
 """Pairs of region and cell that are counted at once: 128 MB as float64."""

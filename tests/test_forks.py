@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from feature_cache import BackboneError, forks
-from feature_cache.backbones.state import exact_float32
+from feature_cache.backbones.network_state import exact_float32
 from feature_cache.forks import Lock, cached_property
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -16,8 +16,9 @@ import feature_cache
 PACKAGE = Path(feature_cache.__file__).parent
 LAYERS = [
     {"errors", "system"},
-    {"command_errors", "forks", "hashing", "outputs", "units"},
-    {"pooling", "memo"},
+    {"command_errors", "forks", "hashing", "output_files", "units"},
+    {"regions", "memo"},
+    {"pooling"},
     {"spec", "movies"},
     {"augment", "backbones", "normalize", "pooling_torch"},
     {"key", "train_options"},

@@ -12,7 +12,8 @@ from scipy import sparse
 
 from feature_cache import IDENTITY, POOLINGS, Draw, FrameError, UnknownNameError, pooling
 from feature_cache.augment import Affine, Brightness, Elastic, Scale, hflip, quarter_turn, vflip
-from feature_cache.pooling import Regions, pool, pool_frame, region_labels
+from feature_cache.pooling import pool, pool_frame
+from feature_cache.regions import Regions
 
 AGGREGATE = {"mean": np.mean, "max": np.max, "median": np.median}
 
@@ -223,7 +224,7 @@ def drawn_frames(draw):
 def test_a_drawn_frame_is_pooled_as_region_by_region_to_the_bit(case, draw):
     grid, mask = case
     regions = Regions.of_mask(mask)
-    assert np.array_equal(regions.labels, region_labels(mask))
+    assert np.array_equal(regions.labels, np.unique(mask[mask != 0]))
     together = pool_frame(grid, regions, draw, POOLINGS)
     for mode, pooled in zip(POOLINGS, together, strict=True):
         assert pooled.dtype == np.float32
@@ -278,7 +279,7 @@ def test_input_is_not_changed():
 
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1))
 def test_labels_ascend_without_background(values):
-    labels = region_labels(np.array([values]))
+    labels = Regions.of_mask(np.array([values])).labels
     assert labels.dtype == np.int32
     assert labels.tolist() == sorted(set(values) - {0})
 

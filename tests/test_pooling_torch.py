@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from feature_cache import IDENTITY, POOLINGS, Draw, FrameError, UnknownNameError, pooling_torch
 from feature_cache.augment import Affine, Elastic, Scale, hflip, quarter_turn
-from feature_cache.pooling import Regions, pool_frame
+from feature_cache.pooling import pool_frame
 from feature_cache.pooling_torch import pool_on
+from feature_cache.regions import Regions
 from feature_cache.rounding import ROUNDING
 
 BOUND = ROUNDING["float32"] / 256

@@ -215,7 +215,7 @@ class Draw:
         Parameters
         ----------
         rows : (Z, H, W), integer
-            `feature_cache.pooling.Regions.rows`, or masks of one shape. Never changed; the result
+            `feature_cache.regions.Regions.rows`, or masks of one shape. Never changed; the result
             may share its memory.
 
         Returns

@@ -20,8 +20,8 @@ from ..hashing import Digest, state_digest
 from ..memo import Memo, remembered_digest
 from ..spec import BackboneSpec
 from .name import COMPUTE_DTYPES
+from .network_state import NetworkState, exact_float32
 from .preprocessing import round_up
-from .state import NetworkState, exact_float32
 
 ROUND_UP = "round-up-"
 """Before the rule of a resize: to the least size of whole cells, where a spec has no input size."""

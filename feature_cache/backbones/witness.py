@@ -14,8 +14,8 @@ from torch import nn
 
 from ..errors import BackboneError
 from ..spec import BackboneSpec, differences
+from .network_state import NetworkState
 from .several_layers import specs_of
-from .state import NetworkState
 from .tiles import Tiled
 
 if TYPE_CHECKING:

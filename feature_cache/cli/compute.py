@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import FeatureCacheError, MovieNotFoundError
-from ..outputs import check_file, write_file
+from ..output_files import check_file, write_file
 from .movies import MOVIES, find_movies, pairs_text
 from .options import (
     COMPUTING,
@@ -259,9 +259,9 @@ def _build_training(training: Namespace, root: Path, plan: bool) -> tuple[int, t
     if plan or find_spec("trackastra") is None:
         return 0, ()
     try:
-        from ..trackastra.starts import warm_starts
+        from ..trackastra.training_data import warm_training_data
 
-        count, failures = warm_starts(training, root)
+        count, failures = warm_training_data(training, root)
     except FeatureCacheError as error:
         return 0, (Failure("training data", str(error), 0),)
     typer.echo(f"training data of {count_text(count, 'movie')} built", err=True)

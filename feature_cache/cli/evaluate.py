@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..outputs import check_file, write_file
+from ..output_files import check_file, write_file
 from .movies import MOVIES, find_movies
 from .options import (
     COMPUTING,

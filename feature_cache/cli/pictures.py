@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..outputs import check_file, write_file
+from ..output_files import check_file, write_file
 from .options import (
     COPIES,
     FEATURES,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..augment import Draw
 from ..backbones.base import TorchBackbone, mixes_sizes
+from ..backbones.network_state import undisturbed
 from ..backbones.several_layers import Layers
-from ..backbones.state import undisturbed
 from ..errors import BackboneError
 from ..key import Record
 from ..pooling import pool_frame

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..backbones.state import undisturbed
+from ..backbones.network_state import undisturbed
 from ..errors import FrameError
 from ..key import Record
 from ..normalize import normalize_on

@@ -15,7 +15,7 @@ from ..forks import Lock
 from ..hashing import Digest, digest_bytes
 from ..key import window_digest
 from ..normalize import normalize
-from ..pooling import Regions
+from ..regions import Regions
 from ..spec import Normalization
 
 

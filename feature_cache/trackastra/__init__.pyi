@@ -9,7 +9,7 @@ from .metrics import write_tracks as write_tracks
 from .model_features import ModelFeatures as ModelFeatures
 from .patching import patch as patch
 from .shallow import SHALLOW_FEATURES as SHALLOW_FEATURES
-from .starts import load_ctc as load_ctc
+from .training_data import load_ctc as load_ctc
 from .training import BestModel as BestModel
 from .training import TrackingModule as TrackingModule
 from .training import association_loss as association_loss

@@ -18,7 +18,7 @@ from ..movies.image_files import ImageFiles
 from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
 from .lazy_arrays import HeldMasks, MaskFrames, Stack, count_masks
-from .starts import load_ctc
+from .training_data import load_ctc
 
 
 def load_data(given: Any, options: Mapping[str, Any], cache: FeatureCache) -> Any:

@@ -26,7 +26,7 @@ from .ctc_options import check_options
 from .ctc_source import check_inputs
 from .seeds import mix_seeds, seeded_numpy
 from .shallow import Props
-from .starts import load_all
+from .training_data import load_all
 from .wrapping import Geometry, PlacedCTCData, wrap
 
 if TYPE_CHECKING:

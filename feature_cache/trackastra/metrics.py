@@ -16,7 +16,7 @@ from ..errors import MovieError, MovieNotFoundError, importing
 from ..movies import ReadOptions, Tracks, read_image, read_tracks
 from ..movies.formats import list_images
 from ..movies.times import order_files
-from ..outputs import check_folder
+from ..output_files import check_folder
 
 with importing("traccuracy", "scoring tracks", 'pip install "feature-cache[trackastra]"'):
     from traccuracy import TrackingGraph

@@ -30,7 +30,7 @@ from ..backbones import load_backbone
 from ..cache import FeatureCache
 from ..errors import BackboneError, FeatureCacheError, importing
 from ..movies import ReadOptions, read_image
-from ..outputs import check_folder
+from ..output_files import check_folder
 from ..spec import SpaceSpec
 from ..train_options import (
     ARCHITECTURE,

@@ -50,8 +50,8 @@ from ..train_options import ARCHITECTURE, data_options
 from .ctc_options import check_options
 from .lazy_arrays import Stack, order_tracks
 from .model_features import find_model
-from .start_inputs import Inputs, find_detections
-from .start_tables import Arrays, Detections, from_record, to_record
+from .training_data_inputs import Inputs, find_detections
+from .training_data_tables import Arrays, Detections, from_record, to_record
 
 START_NAME = "trackastra-start"
 """What the space of these records has in the place of a backbone."""
@@ -131,7 +131,7 @@ def load_all(
     for i, (root, options) in enumerate(movies):
         try:
             loaded[i] = _load_data(root, cache, options, build=False)
-        except MissingStartError as error:
+        except MissingTrainingDataError as error:
             missing.append((i, error.frames))
     jobs = min(len(missing), joblib.cpu_count())
     enough = sum(frames for _, frames in missing) >= WORTH_FRAMES
@@ -145,7 +145,7 @@ def load_all(
     return loaded
 
 
-def warm_starts(
+def warm_training_data(
     training: Namespace, cache: FeatureCache | str | os.PathLike[str]
 ) -> tuple[int, tuple[Failure, ...]]:
     """Build the training data of a configuration that a cache lacks.
@@ -164,7 +164,7 @@ def warm_starts(
         window = yaml.safe_load((find_model(training.model) / "config.yaml").read_text())["window"]
     options = {**data_options(training), "window_size": window or ARCHITECTURE["window"][1]}
     roots = dict.fromkeys([*training.input_train, *training.input_val])
-    space = cache.space(start_spec())
+    space = cache.space(training_data_spec())
     space.refresh()
     before = len(space)
     failures = []
@@ -188,13 +188,13 @@ def _open(cache: FeatureCache | str | os.PathLike[str]) -> FeatureCache:
     return cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
 
 
-class MissingStartError(MissingRecordError):
+class MissingTrainingDataError(MissingRecordError):
     """The tables of a movie are not in the cache, and not to be built now."""
 
     frames = 0
 
 
-def start_spec() -> SpaceSpec:
+def training_data_spec() -> SpaceSpec:
     """Give the space of these records, for the versions that are installed."""
     return SpaceSpec(
         BackboneSpec(
@@ -241,12 +241,12 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         super().__init__(root=os.fspath(root), **options)
 
     def _load(self) -> list[dict[str, Any]]:
-        return self._start(super()._load)
+        return self._recall(super()._load)
 
     def _load_wrfeat(self) -> list[dict[str, Any]]:
-        return self._start(super()._load_wrfeat)
+        return self._recall(super()._load_wrfeat)
 
-    def _start(self, build: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _recall(self, build: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Take the tables from the cache, or have them built there; give the windows."""
         if self.gt_mask_folder is None:
             raise NoMasksError(f"{self.root} has no masks {self.detection_folders[0]!r}")
@@ -262,12 +262,12 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{count} in {place}" for place, count in counts.items())
             raise MovieError(f"{self.root} has images {found}: expected as many of each")
-        cache, spec = self._own_cache, start_spec()
+        cache, spec = self._own_cache, training_data_spec()
         key = digest_json([spec.digest.hex(), self._own_inputs.to_json(self._own_options)])
         space, keys = cache.space(spec), np.frombuffer(key, np.uint8).reshape(1, DIGEST_BYTES)
         record = space.read(keys)[0]
         if record is None and not self._own_build:
-            error = MissingStartError(f"the tables of {self.root} are not in {cache!r}")
+            error = MissingTrainingDataError(f"the tables of {self.root} are not in {cache!r}")
             error.frames = len(self._own_inputs.hashed[self.gt_mask_folder].digests)
             raise error
         if record is not None:
