@@ -9,11 +9,11 @@ from .metrics import write_tracks as write_tracks
 from .model_features import ModelFeatures as ModelFeatures
 from .patching import patch as patch
 from .shallow import SHALLOW_FEATURES as SHALLOW_FEATURES
-from .training_data import load_ctc as load_ctc
 from .training import BestModel as BestModel
 from .training import TrackingModule as TrackingModule
 from .training import association_loss as association_loss
 from .training import make_model as make_model
+from .training_data import load_ctc as load_ctc
 from .wrapping import CachedConcatDataset as CachedConcatDataset
 from .wrapping import CachedCTCData as CachedCTCData
 from .wrapping import wrap as wrap
