@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from cold_trainings import make_dataset, make_loader, nothing_left, sockets, wait_until
-from feature_cache import FeatureCache, MissingRecordError, ServiceError
+from feature_cache import BackboneError, FeatureCache, MissingRecordError, ServiceError
+from feature_cache.cache.movie_keys import MovieKeys
 from feature_cache.movies import Source
 from feature_cache.service import Service, addresses, list_servers, runtime_folder, wire
 from feature_cache.service import client as asking
@@ -248,6 +249,22 @@ def test_pixels_are_sent_where_the_server_reads_other_files_or_none(
     answer = client.fetch(Ask(stored, [1, 2], 2, 8))
     client.close()
     assert same(answer.records, movie.cache.get_or_compute(*make_movie()[:2], movie.backbone)[1:3])
+
+
+@pytest.mark.parametrize("step", ["read", "key"])
+def test_what_nobody_expects_in_the_server_is_told(server, movie, small_folder, monkeypatch, step):
+    stored, own = movie.cache.movie(small_folder(), None, movie.backbone), getattr(MovieKeys, step)
+
+    def fail(self, t):
+        if threading.current_thread().name.startswith("feature_cache"):
+            raise MemoryError("no memory left")
+        return own(self, t)
+
+    monkeypatch.setattr(MovieKeys, step, fail)
+    client = Client(server.address)
+    with pytest.raises(BackboneError, match="MemoryError: no memory left"):
+        raise client.fetch(Ask(stored, [1], 1, 8)).records[0]
+    client.close()
 
 
 def same(records, expected):

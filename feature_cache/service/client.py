@@ -177,7 +177,7 @@ class Client:
         except FeatureCacheError:
             self.close()  # in the middle of a conversation
             raise
-        except (*GONE, KeyError, TypeError, ValueError) as error:
+        except (*GONE, LookupError, TypeError, ValueError) as error:
             self.close()
             raise ServiceError(self._say(f"is gone ({error!r})")) from error
 
