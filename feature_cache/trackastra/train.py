@@ -399,9 +399,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     try:
         said = train(options)
     except (
-        FeatureCacheError, FloatingPointError, ValueError, FileNotFoundError, yaml.YAMLError,
+        FeatureCacheError, FloatingPointError, ValueError, OSError, yaml.YAMLError,
+        torch.OutOfMemoryError,
     ) as error:  # fmt: skip
         text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"{text.splitlines()[0]} Take a smaller --batch_size, --crop_size or --window"
         if text.startswith("Caught "):  # in a DataLoader worker, and its traceback
             text = text.strip().splitlines()[-1]
         print(f"error: {text}", file=sys.stderr)
