@@ -247,10 +247,16 @@ def remembered_digest(file: Path, purpose: str, compute: Callable[[], Digest]) -
 def _identify(files: Sequence[Path]) -> list[_Identity] | None:
     """Give the identity of each file; None where one can't be looked at."""
     try:
-        found = [file.stat() for file in files]
+        found = [_look_at(file) for file in files]
     except OSError:
         return None
     return [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for s in found]
+
+
+def _look_at(file: Path) -> os.stat_result:
+    # Opened: a client of NFS asks its server then, and else tells what it knew a minute ago.
+    with file.open("rb", buffering=0) as opened:
+        return os.fstat(opened.fileno())
 
 
 def _old_enough(identities: list[_Identity], now_ns: int) -> bool:

@@ -282,6 +282,18 @@ def test_a_remote_that_is_away_is_asked_once_and_left_out_for_a_while(
     assert len(tries) == {"pull_pack": 1, "version": 3}[part]  # each space by itself, grids too
 
 
+def test_a_remote_that_no_thread_can_read_is_left_out(tmp_path, small, shared, web, monkeypatch):
+    folder, url = web
+    push(shared[0], open_remote(f"file://{folder}/features"))
+    cache, backbone = FeatureCache(tmp_path / "own", layers=[url]), Counting()
+
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr("feature_cache.store.remote.streams.ThreadPoolExecutor.submit", refuse)
+    assert cache.get(*small, backbone) == [None] * 6
+
+
 def test_a_web_server_is_no_place_to_push_to_or_to_pull_from(tmp_path, shared, web):
     _, url = web
     with pytest.raises(StoreError, match=r"can't write to http://.*--layer"):

@@ -58,6 +58,19 @@ def old_file(tmp_path: Path, text: str = "weights") -> Path:
     return file
 
 
+def test_what_a_client_of_a_network_file_system_knew_before_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host wrote the file; `stat` tells so a minute later, and opening it at once."""
+    file = old_file(tmp_path, "before")
+    reader, known, look = Reader(file), file.stat(), Path.stat
+    remembered_digest(file, "weights", reader)
+    file.write_text("after.")
+    monkeypatch.setattr(Path, "stat", lambda self, **_: known if self == file else look(self))
+    assert remembered_digest(file, "weights", reader) == b"after.".ljust(16)
+    assert reader.times == 2
+
+
 def test_an_unchanged_file_is_read_once(tmp_path):
     reader = Reader(old_file(tmp_path))
     digests = {remembered_digest(reader.file, "test", reader) for _ in range(3)}

@@ -9,18 +9,24 @@ import socket
 import struct
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cold_trainings import make_dataset, make_loader, nothing_left, sockets, wait_until
-from feature_cache import FeatureCache, MissingRecordError, ServiceError
+from feature_cache import BackboneError, FeatureCache, MissingRecordError, ServiceError
+from feature_cache.cache.movie_keys import MovieKeys
 from feature_cache.movies import Source
 from feature_cache.service import Service, addresses, list_servers, runtime_folder, wire
 from feature_cache.service import client as asking
 from feature_cache.service.client import Ask, Client, connect
 from feature_cache.service.server import Server
+from feature_cache.system import HAS_ABSTRACT, SOCKET_FAMILY
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
 
@@ -248,6 +254,51 @@ def test_pixels_are_sent_where_the_server_reads_other_files_or_none(
     answer = client.fetch(Ask(stored, [1, 2], 2, 8))
     client.close()
     assert same(answer.records, movie.cache.get_or_compute(*make_movie()[:2], movie.backbone)[1:3])
+
+
+@pytest.mark.skipif(not HAS_ABSTRACT, reason="what a full queue does is the system's")
+def test_who_comes_with_many_others_waits_for_a_turn(server):
+    address = replace(server.address, name=f"{server.address.name}-full")
+    with socket.socket(SOCKET_FAMILY) as full, ExitStack() as stack:
+        full.bind(address.socket)
+        full.listen(0)
+        full.settimeout(10)
+        others = []
+
+        def comes_in():
+            others.append(stack.enter_context(socket.socket(SOCKET_FAMILY)))
+            others[-1].setblocking(False)
+            return others[-1].connect_ex(address.socket) == 0
+
+        while comes_in():
+            pass
+
+        def serve():
+            for _ in others[:-1]:
+                time.sleep(0.1)
+                full.accept()[0].close()
+            wire.greet(full.accept()[0], address.authkey, server=True).close()
+
+        with ThreadPoolExecutor(1) as threads:
+            served = threads.submit(serve)
+            connect(address).close()
+            served.result()
+
+
+@pytest.mark.parametrize("step", ["read", "key"])
+def test_what_nobody_expects_in_the_server_is_told(server, movie, small_folder, monkeypatch, step):
+    stored, own = movie.cache.movie(small_folder(), None, movie.backbone), getattr(MovieKeys, step)
+
+    def fail(self, t):
+        if threading.current_thread().name.startswith("feature_cache"):
+            raise MemoryError("no memory left")
+        return own(self, t)
+
+    monkeypatch.setattr(MovieKeys, step, fail)
+    client = Client(server.address)
+    with pytest.raises(BackboneError, match="MemoryError: no memory left"):
+        raise client.fetch(Ask(stored, [1], 1, 8)).records[0]
+    client.close()
 
 
 def same(records, expected):

@@ -229,7 +229,7 @@ def test_movies_that_are_no_use_are_named(
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore"),
-            "CUDA out of memory. Tried 2 GiB. Pass a smaller --batch-size or --window",
+            "CUDA out of memory. Tried 2 GiB. Take a smaller --batch_size, --crop_size or --window",
         ),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
     ],
@@ -244,6 +244,42 @@ def test_an_error_is_one_line(monkeypatch, capsys, raised, line):
         training.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "model.pt"), "No space left on device: 'model.pt'"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory. Take a smaller"),
+    ],
+)
+def test_a_full_disk_or_device_is_one_line(config, monkeypatch, capsys, error, said):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(training, "train", fail)
+    with pytest.raises(SystemExit) as ended:
+        training.main(config())
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_model_that_does_not_fit_the_disk_leaves_the_one_before(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    model.config = {}
+    save_model(model, tmp_path)
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for write in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, write, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "model.pt"]
 
 
 def test_a_folder_that_exists_is_gone_on_with_or_an_error(config, tmp_path):

@@ -151,6 +151,16 @@ class Engine:
         """Count the records that were computed here and are committed."""
         return self._commits.committed
 
+    @property
+    def late(self) -> StoreError | None:
+        """Say, after `close`, that something is still not committed, for which nobody waits."""
+        if self.ended or not self._flights.uncommitted:
+            return None
+        return StoreError(
+            f"the cache has not taken what was computed last in {CLOSING_SECONDS:.0f} s: look "
+            "at its disk or network, and run the same again; what was committed is kept"
+        )
+
     # What others call
 
     def run(self, requests: Iterable[Request], until: Callable[[], bool] = lambda: False) -> None:
@@ -185,11 +195,8 @@ class Engine:
             raise
         if self.error is not None:
             raise self.error
-        if not self.ended and self._flights.uncommitted:
-            raise StoreError(
-                f"the cache has not taken what was computed last in {CLOSING_SECONDS:.0f} s: look "
-                "at its disk or network, and run the same again; what was committed is kept"
-            )
+        if (late := self.late) is not None:
+            raise late
 
     def _feed(self, requests: Iterable[Request], until: Callable[[], bool]) -> None:
         for request in requests:

@@ -26,7 +26,7 @@ from .wire import GONE, Connection
 
 SILENT_SECONDS = 60.0
 """A server that says nothing for so long hangs."""
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS, _FULL_SECONDS = 5.0, 0.01
 _LOOK_SECONDS = 0.5
 _log = logging.getLogger(__name__)
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -110,8 +110,7 @@ def connect(address: Address) -> Connection:
     """
     opened = socket.socket(SOCKET_FAMILY, socket.SOCK_STREAM)
     try:
-        opened.settimeout(_CONNECT_SECONDS)
-        opened.connect(address.socket)
+        _connect_in_turn(opened, address)
         return wire.greet(opened, address.authkey, server=False)
     except (ConnectionRefusedError, FileNotFoundError) as error:
         # one that can't be seen from here may well listen, where others reach it: its files stay
@@ -123,6 +122,20 @@ def connect(address: Address) -> Connection:
     finally:
         # `greet` has taken the descriptor out of it by then
         opened.close()
+
+
+def _connect_in_turn(opened: socket.socket, address: Address) -> None:
+    """Connect; where many workers come at once, when there is room for one more."""
+    opened.settimeout(_CONNECT_SECONDS)
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            opened.connect(address.socket)
+            return
+        except BlockingIOError:  # at once, whatever the limit: the queue of the socket is full
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_FULL_SECONDS)
 
 
 class Client:
@@ -177,7 +190,7 @@ class Client:
         except FeatureCacheError:
             self.close()  # in the middle of a conversation
             raise
-        except (*GONE, KeyError, TypeError, ValueError) as error:
+        except (*GONE, LookupError, TypeError, ValueError) as error:
             self.close()
             raise ServiceError(self._say(f"is gone ({error!r})")) from error
 

@@ -225,7 +225,7 @@ class Server:
             if isinstance(error, FeatureCacheError):
                 wire.send(connection, {"error": wire.error_text(error)})
             raise
-        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:
             wire.send(connection, {"error": wire.error_text(error)})
             # Only before pixels are sent is it known where the next message begins.
             raise EOFError from error
@@ -356,7 +356,7 @@ class _Conversation:
             except TimeoutError:
                 self.engine.check()
                 wire.send(self.connection, {"wait": True})
-            except FeatureCacheError as error:
+            except Exception as error:  # noqa: BLE001 - it goes to who asked for the record
                 return error
 
     def _send_records(self, records: Sequence[Record | Exception]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from .filling import Progress
 
 if TYPE_CHECKING:
     from ..backbones.base import Backbone
+
+_log = logging.getLogger(__name__)
 
 
 class Service:
@@ -77,4 +80,6 @@ class Service:
     def close(self) -> None:
         """Commit what is computed, and end."""
         self.engine.close()
+        if (late := self.engine.late) is not None:
+            _log.error("%s", late)
         self.progress.close()

@@ -266,7 +266,8 @@ class ArrayFile:
             with self._open_file(index) as file:
                 places = self._read_places(file, index)
                 chunks += [self._decode_chunk(file, index, *places[n % in_file]) for n in group]
-        return np.concatenate(chunks)[start - numbers.start * rows :][: stop - start]
+        wanted = np.concatenate(chunks)[start - numbers.start * rows :][: stop - start]
+        return wanted.copy()  # or a few rows would keep whole chunks in memory
 
     def _decode_chunk(
         self, file: BinaryIO, index: tuple[int, ...], place: int, size: int

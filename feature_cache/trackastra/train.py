@@ -392,14 +392,13 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> None:
     options = parse_options(words, prog)
     try:
         said = train(options)
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        print(f"error: {first} Pass a smaller --batch-size or --window", file=sys.stderr)
-        sys.exit(2)
     except (
         FeatureCacheError, FloatingPointError, ValueError, OSError, yaml.YAMLError,
+        torch.OutOfMemoryError,
     ) as error:  # fmt: skip
         text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"{text.splitlines()[0]} Take a smaller --batch_size, --crop_size or --window"
         if text.startswith("Caught "):  # in a DataLoader worker, and its traceback
             text = text.strip().splitlines()[-1]
         print(f"error: {text}", file=sys.stderr)

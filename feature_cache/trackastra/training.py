@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -305,10 +306,16 @@ class TrackingModule(LightningModule):
 def save_model(model: Any, folder: Path) -> None:
     """Write ``config.yaml`` and ``model.pt``; whoever reads finds old or new weights, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(model.config))
-    unfinished = folder / f"model.pt.{os.getpid()}"
-    torch.save(model.state_dict(), unfinished)
-    unfinished.replace(folder / "model.pt")
+    config, text = folder / "config.yaml", yaml.safe_dump(model.config)
+    if not config.exists() or config.read_text() != text:  # on a full disk nothing would be left
+        config.write_text(text)
+    unfinished, weights = folder / f"model.pt.{os.getpid()}", BytesIO()
+    torch.save(model.state_dict(), weights)  # which says of no full disk that it is full
+    try:
+        unfinished.write_bytes(weights.getbuffer())
+        unfinished.replace(folder / "model.pt")
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class BestModel(Callback):

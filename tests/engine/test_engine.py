@@ -13,6 +13,7 @@ import torch
 from feature_cache import BackboneError, FeatureCache, ServiceError, StoreError
 from feature_cache.engine import Promise, cpu, request_frame
 from feature_cache.key import Keys
+from feature_cache.service import Service
 from feature_cache.store import Space
 from feature_cache.testing import FakeBackbone
 from forked_processes import Scene, apart, finish, fork, start
@@ -162,10 +163,10 @@ def test_the_last_batch_holds_up_no_commit(tmp_path, small):
     )
     promises = [Promise() for _ in range(2)]
     engine.submit(request_frame(model, t, [(movie, one)], 1) for t, one in enumerate(promises))
-    promises[0].wait(30)
     assert begun.wait(30)
+    wait_until(lambda: any(one.done for one in promises), "the batch before")
     engine.stop()
-    wait_until(lambda: movie.contains([0]).all(), "the commit of what is computed")
+    wait_until(lambda: movie.contains([0, 1]).any(), "the commit of what is computed")
     go.set()
     engine.close()
 
@@ -184,3 +185,22 @@ def test_a_run_whose_last_commit_takes_too_long_says_so(tmp_path, small, monkeyp
         movie.compute(range(6))
     go.set()
     wait_until(lambda: movie.contains().all(), "the last commit")
+
+
+def test_a_training_whose_last_commit_takes_too_long_says_so(tmp_path, small, monkeypatch, caplog):
+    go, write = threading.Event(), Space.write
+
+    def write_late(*args: Any) -> list[str]:
+        assert go.wait(30)
+        return write(*args)
+
+    monkeypatch.setattr(Space, "write", write_late)
+    monkeypatch.setattr("feature_cache.engine.engine.CLOSING_SECONDS", 0.1)
+    movie = FeatureCache(tmp_path).movie(*small, FakeBackbone())
+    service = Service(movie.cache)
+    service.add_backbone(movie.backbone)
+    service.submit(movie, {0: 0}, 1, ahead=False)[0].wait(30)
+    service.close()
+    assert "not taken what was computed last" in caplog.text
+    go.set()
+    wait_until(lambda: movie.contains([0]).all(), "the last commit")

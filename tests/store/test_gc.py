@@ -23,6 +23,7 @@ from feature_cache.store.maintenance import (
     run_gc,
     verify,
 )
+from feature_cache.store.maintenance.removal import remove_tree
 from feature_cache.store.process import GONE_SECONDS, this_host
 from feature_cache.store.requested_movies import ASKED_SECONDS
 from samples import (
@@ -397,6 +398,18 @@ def test_a_pack_written_again_just_before_it_is_removed_stays(
     assert run_gc(store, plan).evicted == 3
     assert contents(Store(root).space(make_spec()), [1]) == expected([1])
     assert verify(root) == []
+
+
+def test_a_pack_used_since_it_was_chosen_is_not_touched(
+    root: Path, space: Space, packs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gc that is killed between taking it and giving it back would lose it."""
+    pack = space.packs_folder / packs[0]
+    last_use = pack.stat().st_mtime
+    os.utime(pack)
+    monkeypatch.setattr(Path, "rename", pytest.fail)
+    assert not remove_tree(pack, "somebody", last_use=last_use)
+    assert contents(Store(root).space(make_spec()), [1]) == expected([1])
 
 
 def test_a_pack_written_again_and_removed_before_it_is_given_back_stays(

@@ -139,6 +139,9 @@ def test_big_compressed_regions_are_chunked_and_read_across_chunks(tmp_path: Pat
     assert [content(pack.record(i)) for i in (3, 0, 2, 1)] == [
         content(records[i]) for i in (3, 0, 2, 1)
     ]
+    features = pack.record(1).features
+    base = features.base
+    assert base is None or base.nbytes == features.nbytes  # not of whole chunks
 
 
 @pytest.mark.parametrize("codec", CODECS)

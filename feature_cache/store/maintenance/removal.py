@@ -36,17 +36,22 @@ def remove_tree(path: Path, writer: str, *, last_use: float = inf) -> bool:
     """
     doomed = path.with_name(f"{TEMPORARY_PREFIX}{writer}-{secrets.token_hex(8)}")
     try:
-        if not rename_folder(path, doomed):
+        # What is known to be used is not touched: killed before it gave it back, this lost it.
+        if _is_used(path, last_use) or not rename_folder(path, doomed):
             return False
     except FileNotFoundError:
         return False
-    # Looked at after the rename: before it, a writer could still find the pack there, and take
-    # it for committed.
-    if doomed.lstat().st_mtime > last_use + _TICK_SECONDS:
+    # And after the rename: before it, a writer could still find the pack there, and take it for
+    # committed.
+    if _is_used(doomed, last_use):
         _put_back(doomed, path)
         return False
     _remove(doomed)
     return True
+
+
+def _is_used(path: Path, last_use: float) -> bool:
+    return path.lstat().st_mtime > last_use + _TICK_SECONDS
 
 
 def _put_back(taken: Path, path: Path) -> None:

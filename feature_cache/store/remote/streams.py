@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
+from ...errors import StoreError
 from ..files import make_folders
 
 PIECE_BYTES = 8 << 20
@@ -52,10 +53,16 @@ def tell(progress: Progress | None, count: int) -> None:
 
 
 def each(act: Callable[[T], R], items: Iterable[T], at_once: int) -> list[R]:
-    """Do something with many items at once; the first error cancels those not begun."""
+    """Do something with many items at once; the first error cancels those not begun.
+
+    StoreError where no thread starts, as while an interpreter ends.
+    """
     # It is left when none runs any more: the caller may remove the files that they write.
     with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(act, item) for item in items]
+        try:
+            futures = [pool.submit(act, item) for item in items]
+        except RuntimeError as error:
+            raise StoreError(f"no thread starts to move packs: {error}") from error
         try:
             return [future.result() for future in as_completed(futures)]
         finally:
