@@ -246,25 +246,6 @@ def test_an_error_is_one_line(monkeypatch, capsys, raised, line):
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (OSError(28, "No space left on device", "model.pt"), "No space left on device: 'model.pt'"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory. Take a smaller"),
-    ],
-)
-def test_a_full_disk_or_device_is_one_line(config, monkeypatch, capsys, error, said):
-    def fail(options):
-        raise error
-
-    monkeypatch.setattr(training, "train", fail)
-    with pytest.raises(SystemExit) as ended:
-        training.main(config())
-    assert ended.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert said in line
-
-
 def test_a_model_that_does_not_fit_the_disk_leaves_the_one_before(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
     model.config = {}
