@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from pathlib import Path
 
 import distributed
@@ -129,6 +130,26 @@ def test_no_scheduler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) 
         cluster.open_client("tcp://127.0.0.1:1"),
     ):
         pass
+
+
+def test_a_scheduler_without_workers_is_told(
+    lab: Lab, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.1)
+    recipe = Recipe("debug/random")
+    movie = lab.write_movie("movie", 4, 0)
+    plan = plan_warm(FeatureCache(lab.root / "cache"), [movie], recipe.load())
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as local,
+        distributed.Client(local, set_as_default=False) as client,
+    ):
+        later = threading.Timer(1.0, local.scale, [1])
+        later.start()
+        report = cluster.run_on_cluster(plan, recipe, client)
+        later.join()
+    assert report.computed == 4
+    [told] = [record for record in caplog.messages if "no worker is at inproc://" in record]
+    assert "waiting for one (dask worker inproc://" in told
 
 
 @pytest.mark.slow
