@@ -312,8 +312,8 @@ def _address(client: Client) -> str:
 
 def _gone(client: Client) -> str:
     return (
-        f"the Dask scheduler at {_address(client)} is gone: what is computed is in the cache; run the same "
-        "again when there is a scheduler"
+        f"the Dask scheduler at {_address(client)} is gone: what is computed is in the cache; run "
+        "the same again when there is a scheduler"
     )
 
 
