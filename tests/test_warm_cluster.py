@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed
@@ -130,6 +131,28 @@ def test_no_scheduler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) 
         cluster.open_client("tcp://127.0.0.1:1"),
     ):
         pass
+
+
+def test_two_caches_that_lack_the_same_get_it_both(lab: Lab) -> None:
+    """On one scheduler at once, where what has one name runs once."""
+    recipe = Recipe("debug/random")
+    movie = lab.write_movie("movie", 4, 0)
+    caches = [FeatureCache(lab.root / name) for name in ("one", "two")]
+    plans = [plan_warm(cache, [movie], recipe.load()) for cache in caches]
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as local,
+        distributed.Client(local, set_as_default=False) as one,
+        distributed.Client(local, set_as_default=False) as two,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        runs = [
+            threads.submit(cluster.run_on_cluster, plan, recipe, client)
+            for plan, client in zip(plans, (one, two), strict=True)
+        ]
+        wait_until(lambda: len(local.scheduler.tasks) == 2, "both to be asked for")
+        local.scale(1)
+        assert [run.result().computed for run in runs] == [4, 4]
+    assert [FeatureCache(cache.store.root, "r").stats()["records"] for cache in caches] == [4, 4]
 
 
 def test_a_scheduler_without_workers_is_told(

@@ -1,13 +1,14 @@
 """A run of a plan on a Dask cluster: workers compute and commit, and give back only counts.
 
-A unit's Dask key is a digest of its records' keys, so that two runs that want the same meet on the
-scheduler. Workers claim what they compute, as any process does; nothing rests on Dask but who
+A unit's Dask key is a digest of its records' keys and the cache's folder, so that two runs that want
+the same there meet on the scheduler. Workers claim what they compute, as any process does; nothing rests on Dask but who
 does what. A worker loads the backbone once, under the name that the run was given.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -153,8 +154,9 @@ def _order(
 
 
 def unit_key(unit: Unit) -> str:
-    """Name a unit by its content: a digest of the keys of its records."""
-    return f"warm-{digest_bytes(*unit.keys()).hex()}"
+    """Name a unit by its content and where it goes: a digest of its records' keys and the cache."""
+    root = os.fsencode(unit.task.movie.cache.store.root)
+    return f"warm-{digest_bytes(*unit.keys(), root).hex()}"
 
 
 @dataclass(eq=False)
