@@ -1,8 +1,9 @@
 """A run of a plan on a Dask cluster: workers compute and commit, and give back only counts.
 
-A unit's Dask key is a digest of its records' keys and the cache's folder, so that two runs that want
-the same there meet on the scheduler. Workers claim what they compute, as any process does; nothing rests on Dask but who
-does what. A worker loads the backbone once, under the name that the run was given.
+A unit's Dask key is a digest of its records' keys and the cache's folder, so that two runs that
+want the same there meet on the scheduler. Workers claim what they compute, as any process does;
+nothing rests on Dask but who does what. A worker loads the backbone once, under the name that the
+run was given.
 """
 
 from __future__ import annotations
