@@ -51,24 +51,20 @@ class Stored:
     spec : mapping
     sources : sequence of mapping
         As the records say: for whoever stored them first.
-    asked : sequence of (Asked, mapping)
-        Movies that were asked for in this space, and where each of their draws came from.
+    name : str
+        Of the space.
+    asked : sequence of Asked
+        Movies that were asked for, in this space among others.
     """
 
     spec: Mapping[str, Any]
     sources: Sequence[Mapping[str, Any]]
-    asked: Sequence[tuple[Asked, Mapping[str, str]]] = ()
+    name: str = ""
+    asked: Sequence[Asked] = ()
 
     def was_asked(self, source: Mapping[str, Any]) -> bool:
         """Tell whether this very record was asked for."""
-        draw, frame = canonical_json(source["draw"]), source["frame_digest"]
-        seen = {*source.get("window", ())}
-        return any(
-            f == frame and source["mask_digest"] in (None, m)
-            for movie, draws in self.asked
-            if draw in draws and seen <= {f for _, f, _ in movie.frames}
-            for _, f, m in movie.frames
-        )
+        return any(movie.asked_for(self.name)(source) for movie in self.asked)
 
     def frames_of(self, movie: str) -> Iterator[tuple[str, str]]:
         """Give place and digest of a movie's frames as records name them, and as asked for."""
@@ -76,7 +72,7 @@ class Stored:
             if row.get("movie") == movie:
                 yield _place(row), str(row.get("frame_digest"))
         there = {row.get("frame_digest") for row in self.sources}
-        for asked, _ in self.asked:
+        for asked in self.asked:
             if asked.movie == movie:
                 yield from ((place, frame) for place, frame, _ in asked.frames if frame in there)
 
