@@ -743,6 +743,7 @@ class TestCommands:
         monkeypatch.chdir(root)
         code, _, err = run("show", ".", *words)
         assert (code, "01-frame-3.png would lie among the frames of .: name" in err) == (2, True)
+        assert run("show", "t*.tif", "--masks", "../01_GT/TRA", *words)[0] == 2
         assert len(Movie.open(root)) == 6
         assert run("show", ".", *words, "-o", "../frame.png")[:2] == (0, "../frame.png\n")
 
