@@ -166,11 +166,12 @@ def _other_draw(
     source: Mapping[str, Any], same: Sequence[Mapping[str, Any]], copies: Sequence[int]
 ) -> str:
     if source["origin"] and copies:
-        told = f"{_ranges(copies)} were" if any(copies) else "the movie itself was"
-        others = {str(row.get("origin") or "").partition(" of ")[2] for row in same}
-        others -= {"", source["origin"].partition(" of ")[2]}
-        also = f", and copies of {', '.join(sorted(others))}" if others else ""
-        return f"{source['origin']} was never warmed ({told}{also})"
+        told = f"{_ranges(copies)} were"
+        if not any(copies):
+            others = {str(row.get("origin") or "").partition(" of ")[2] for row in same} - {""}
+            also = f", and copies of {', '.join(sorted(others))}" if others else ""
+            told = f"the movie itself was{also}"
+        return f"{source['origin']} was never warmed ({told})"
     asked = canonical_json(source["draw"])
     stored = sorted({canonical_json(row["draw"]) for row in same}, key=len)
     return f"draw differs: {', '.join(stored[:3])} stored, {asked} asked"
