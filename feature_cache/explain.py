@@ -51,24 +51,20 @@ class Stored:
     spec : mapping
     sources : sequence of mapping
         As the records say: for whoever stored them first.
-    asked : sequence of (Asked, mapping)
-        Movies that were asked for in this space, and where each of their draws came from.
+    name : str
+        Of the space.
+    asked : sequence of Asked
+        Movies that were asked for, in this space among others.
     """
 
     spec: Mapping[str, Any]
     sources: Sequence[Mapping[str, Any]]
-    asked: Sequence[tuple[Asked, Mapping[str, str]]] = ()
+    name: str = ""
+    asked: Sequence[Asked] = ()
 
     def was_asked(self, source: Mapping[str, Any]) -> bool:
         """Tell whether this very record was asked for."""
-        draw, frame = canonical_json(source["draw"]), source["frame_digest"]
-        seen = {*source.get("window", ())}
-        return any(
-            f == frame and source["mask_digest"] in (None, m)
-            for movie, draws in self.asked
-            if draw in draws and seen <= {f for _, f, _ in movie.frames}
-            for _, f, m in movie.frames
-        )
+        return any(movie.asked_for(self.name)(source) for movie in self.asked)
 
     def frames_of(self, movie: str) -> Iterator[tuple[str, str]]:
         """Give place and digest of a movie's frames as records name them, and as asked for."""
@@ -76,7 +72,7 @@ class Stored:
             if row.get("movie") == movie:
                 yield _place(row), str(row.get("frame_digest"))
         there = {row.get("frame_digest") for row in self.sources}
-        for asked, _ in self.asked:
+        for asked in self.asked:
             if asked.movie == movie:
                 yield from ((place, frame) for place, frame, _ in asked.frames if frame in there)
 
@@ -170,11 +166,12 @@ def _other_draw(
     source: Mapping[str, Any], same: Sequence[Mapping[str, Any]], copies: Sequence[int]
 ) -> str:
     if source["origin"] and copies:
-        told = f"{_ranges(copies)} were" if any(copies) else "the movie itself was"
-        others = {str(row.get("origin") or "").partition(" of ")[2] for row in same}
-        others -= {"", source["origin"].partition(" of ")[2]}
-        also = f", and copies of {', '.join(sorted(others))}" if others else ""
-        return f"{source['origin']} was never warmed ({told}{also})"
+        told = f"{_ranges(copies)} were"
+        if not any(copies):
+            others = {str(row.get("origin") or "").partition(" of ")[2] for row in same} - {""}
+            also = f", and copies of {', '.join(sorted(others))}" if others else ""
+            told = f"the movie itself was{also}"
+        return f"{source['origin']} was never warmed ({told})"
     asked = canonical_json(source["draw"])
     stored = sorted({canonical_json(row["draw"]) for row in same}, key=len)
     return f"draw differs: {', '.join(stored[:3])} stored, {asked} asked"

@@ -312,7 +312,7 @@ def _words_of(plain: Mapping[str, Any], parser: argparse.ArgumentParser) -> Iter
     known = {name: action for action in parser._actions for name in action.option_strings}
     for name, value in plain.items():
         action = known.get(f"--{name}")
-        if value in NOTHING and not isinstance(action, _Ignored):
+        if (value in NOTHING or value == []) and not isinstance(action, _Ignored):
             continue
         if isinstance(value, list):
             yield from (f"--{name}", *map(str, value))

@@ -303,6 +303,8 @@ def test_too_few_frames(cache: FeatureCache) -> None:
     two = evaluate([Movie.of(frames, masks), Movie.of(frames, masks)], [FakeBackbone()], cache)
     assert two.steps[0].cells == 2 * CELLS
     assert list(two.movies) == ["movie 1", "movie 2"]
+    movies = [Movie(Path("same"), one.frames, one.masks) for one in [Movie.of(frames, masks)] * 2]
+    assert list(evaluate(movies, [FakeBackbone()], cache).movies) == ["same", "same (2)"]
 
 
 def test_a_verdict_claims_chance_only_where_cells_are_many(tmp_path: Path) -> None:

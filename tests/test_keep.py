@@ -213,6 +213,17 @@ class TestGarbage:
         assert code == 2
         assert f"{what!r} is not pinned" in err
 
+    def test_a_movie_keeps_what_it_shares_with_another(self, run, warmed):
+        """Whose records name the other, who was first."""
+        two = warmed[0].parent.with_name("three") / "01"
+        shutil.copytree(warmed[0].parent, two.parent)
+        (two / "t005.tif").unlink()
+        Path(f"{two}_GT/TRA/man_track005.tif").unlink()
+        assert "5 were there" in warm(run, two)[1]
+        assert run("pin", two, "--cache", "cache")[1].split()[-1] == "5"
+        run("gc", "--cache", "cache", "--max-size", "0", "--yes")
+        assert "5 were there" in warm(run, two)[1]
+
     def test_a_pin_of_nothing(self, run, warmed):
         code, _, err = run("pin", "nope", "--cache", "cache")
         assert code == 2

@@ -611,6 +611,16 @@ class TestPage:
         assert "Nothing is stored here yet" in html
         assert "Not verified" in html
 
+    def test_no_command_warms_other_frames_than_are_missing(self, cache, small_folder):
+        root = small_folder()
+        for size in (1, 2):
+            run_warm(plan_warm(cache, [Source(str(root), downscale_spatial=size)], FakeBackbone()))
+        movies = data_of(render_page(survey_cache(read_only(cache).store)))["movies"]
+        assert {tuple(movie["names"]): movie["argument"] for movie in movies} == {
+            (f"{root} TRA ({root})",): str(root),
+            (f"{root} TRA ({root}, downscaled by 2)",): None,
+        }
+
     def test_specs_stand_in_full(self, cache, small_folder):
         warm(cache, small_folder())
         html = render_page(survey_cache(read_only(cache).store))
@@ -733,6 +743,7 @@ class TestCommands:
         monkeypatch.chdir(root)
         code, _, err = run("show", ".", *words)
         assert (code, "01-frame-3.png would lie among the frames of .: name" in err) == (2, True)
+        assert run("show", "t*.tif", "--masks", "../01_GT/TRA", *words)[0] == 2
         assert len(Movie.open(root)) == 6
         assert run("show", ".", *words, "-o", "../frame.png")[:2] == (0, "../frame.png\n")
 

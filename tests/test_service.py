@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
+from typer.testing import CliRunner
 
 from cold_trainings import (
     FRAMES,
@@ -48,7 +49,7 @@ from feature_cache import (
     ServiceError,
 )
 from feature_cache.cache import grid_spec
-from feature_cache.cli import serve
+from feature_cache.cli import app, serve
 from feature_cache.engine import engine
 from feature_cache.service import Misses, StandIn, close_all, list_servers, misses, open_host
 from feature_cache.service.client import Client
@@ -572,6 +573,16 @@ def test_an_idle_server_ends(tmp_path):
     serving = start_serving(tmp_path / "cache", "--idle", "0.5s")
     assert serving.wait(30) == 0
     serving.stderr.close()
+
+
+def test_a_server_whose_engine_failed_says_so(tmp_path, monkeypatch):
+    def fail(host, _):
+        host.service.engine.error = RuntimeError("the device is lost")
+
+    monkeypatch.setattr(serve, "_wait", fail)
+    words = ["serve", "--cache", str(tmp_path / "cache"), "--backbone", "debug/random"]
+    with pytest.raises(ServiceError, match="what computes has ended: the device is lost"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 def test_a_server_ends_when_its_last_user_is_gone(monkeypatch):

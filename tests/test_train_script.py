@@ -85,6 +85,7 @@ def test_upstreams_files_are_understood(config, capsys):
     [
         ({"epoch": 3}, "train.yaml: unknown key 'epoch': did you mean 'epochs'? Known: "),
         ({"input_val": ["nowhere"]}, "no such movie folder: nowhere"),
+        ({"input_val": []}, "no movies in input_val: name at least one"),
         (
             {"input_val": [__file__]},
             "a training reads folders of one TIFF a timepoint, with tracks",

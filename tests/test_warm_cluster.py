@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed
@@ -129,6 +131,48 @@ def test_no_scheduler_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) 
         cluster.open_client("tcp://127.0.0.1:1"),
     ):
         pass
+
+
+def test_two_caches_that_lack_the_same_get_it_both(lab: Lab) -> None:
+    """On one scheduler at once, where what has one name runs once."""
+    recipe = Recipe("debug/random")
+    movie = lab.write_movie("movie", 4, 0)
+    caches = [FeatureCache(lab.root / name) for name in ("one", "two")]
+    plans = [plan_warm(cache, [movie], recipe.load()) for cache in caches]
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as local,
+        distributed.Client(local, set_as_default=False) as one,
+        distributed.Client(local, set_as_default=False) as two,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        runs = [
+            threads.submit(cluster.run_on_cluster, plan, recipe, client)
+            for plan, client in zip(plans, (one, two), strict=True)
+        ]
+        wait_until(lambda: len(local.scheduler.tasks) == 2, "both to be asked for")
+        local.scale(1)
+        assert [run.result().computed for run in runs] == [4, 4]
+    assert [FeatureCache(cache.store.root, "r").stats()["records"] for cache in caches] == [4, 4]
+
+
+def test_a_scheduler_without_workers_is_told(
+    lab: Lab, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.1)
+    recipe = Recipe("debug/random")
+    movie = lab.write_movie("movie", 4, 0)
+    plan = plan_warm(FeatureCache(lab.root / "cache"), [movie], recipe.load())
+    with (
+        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as local,
+        distributed.Client(local, set_as_default=False) as client,
+    ):
+        later = threading.Timer(1.0, local.scale, [1])
+        later.start()
+        report = cluster.run_on_cluster(plan, recipe, client)
+        later.join()
+    assert report.computed == 4
+    [told] = [record for record in caplog.messages if "no worker is at inproc://" in record]
+    assert "waiting for one (dask worker inproc://" in told
 
 
 @pytest.mark.slow

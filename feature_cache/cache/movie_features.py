@@ -264,7 +264,6 @@ class MovieFeatures(MovieKeys):
         for store in self.cache.stores():
             asked = list(read_asked(store.root))
             for space in store.spaces():
-                wanted = [
-                    (one, one.wanted[space.name]) for one in asked if space.name in one.wanted
-                ]
-                yield Stored(space.spec, [source for _, source in record_sources(space)], wanted)
+                sources = [source for _, source in record_sources(space)]
+                wanted = [one for one in asked if space.name in one.wanted]
+                yield Stored(space.spec, sources, space.name, wanted)

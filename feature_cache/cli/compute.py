@@ -184,8 +184,8 @@ def warm(
             if source is not None and source.name != "DEFAULT":
                 said[name] = context.params[name]
         if said["backbone"] is None and not from_grids:
-            built, failed = _build_training(training, cache, plan)
-            _show_report(WarmReport(0, 0, 0, 0.0, failed), as_json, report, built)
+            built, unbuilt = _build_training(training, cache, plan)
+            _show_report(WarmReport(0, 0, 0, 0.0, unbuilt), as_json, report, built)
             return
         backbone, weights, pooling, copies, seed, policy = said.values()
     named = backbone and name_with_dtype(backbone, compute_dtype)
@@ -229,8 +229,8 @@ def warm(
             done = _run(work, where, model, at_once, max_size, push)
             store.counter.save()
             if training is not None and store.store.mode == "a":
-                _, failed = _build_training(training, cache, plan)
-                done = replace(done, failures=(*done.failures, *failed))
+                _, unbuilt = _build_training(training, cache, plan)
+                done = replace(done, failures=(*done.failures, *unbuilt))
             _show_report(done, as_json, report)
 
 

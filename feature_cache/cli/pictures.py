@@ -235,9 +235,10 @@ def show(
 
 def _check_apart(file: Path, movie: str) -> None:
     """Refuse a picture among the frames of a movie, which is no movie then."""
-    from ..movies.formats import image_folder
+    from ..movies.formats import image_folder, is_pattern
 
-    frames = image_folder(Path(movie).expanduser())
+    place = Path(movie).expanduser()
+    frames = place.parent if is_pattern(place) else image_folder(place)
     if file.absolute().parent.resolve() == frames.resolve():
         raise typer.BadParameter(
             f"{file} would lie among the frames of {movie}: name another place (--output)"

@@ -59,6 +59,7 @@ def serve(
     from ..backbones.name import name_with_dtype
     from ..cache import FeatureCache
     from ..engine import say_kept
+    from ..errors import ServiceError
     from ..service import open_host
 
     model = load_backbone(name_with_dtype(backbone, compute_dtype), weights, device)
@@ -71,6 +72,8 @@ def serve(
     typer.echo(f"serving {model.spec.name} for {opened.store.root}; Ctrl-C ends it", err=True)
     try:
         _wait(host, idle)
+        if (error := host.service.engine.error) is not None:
+            raise ServiceError(f"what computes has ended: {error}") from error
     except (KeyboardInterrupt, SystemExit) as end:
         host.close()
         say_kept(host.service.engine.kept)

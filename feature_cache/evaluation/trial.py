@@ -138,7 +138,10 @@ def evaluate(
                 trial.add(features)
         del arm, views, space
     found = tuple(trial.finish(list(setups.values()), len(trials)) for trial in trials)
-    truths = {one.movie or f"movie {n}": one.truth for n, one in enumerate(cells, start=1)}
+    truths: dict[str, str] = {}
+    for number, one in enumerate(cells, start=1):
+        name = one.movie or f"movie {number}"
+        truths[f"{name} ({number})" if name in truths else name] = one.truth  # as of two channels
     return Evaluation(truths, found)
 
 

@@ -357,7 +357,9 @@ def _tell_apart(movie: KnownMovie) -> KnownMovie:
     """Add to names that several movies have how each is opened."""
     if movie.source is None:
         return movie
-    return replace(movie, names=tuple(f"{n} ({quote_movie(movie.source)})" for n in movie.names))
+    size = movie.source.downscale_spatial
+    how = quote_movie(movie.source) + (f", downscaled by {size}" if size != 1 else "")
+    return replace(movie, names=tuple(f"{name} ({how})" for name in movie.names))
 
 
 def _guess_source(name: str, masked: bool) -> Source:

@@ -19,7 +19,7 @@ from ..errors import importing
 from ..hashing import JSON
 from ..units import count_text, size_text, time_text
 from .colours import Directions, Palette
-from .coverage import Coverage
+from .coverage import Coverage, KnownMovie
 from .frame_pictures import FrameView, Strip
 from .health import AGES
 from .outlines import trace_outlines
@@ -106,7 +106,7 @@ def _coverage_json(report: Report) -> JSON:
                 "frames": movie.slots,
                 "versions": movie.versions,
                 "regions": movie.regions,
-                "argument": None if movie.source is None else quote_movie(movie.source),
+                "argument": _argument_of(movie),
             }
             for movie in report.movies
         ],
@@ -120,6 +120,12 @@ def _coverage_json(report: Report) -> JSON:
             for one in report.coverage
         ],
     }
+
+
+def _argument_of(movie: KnownMovie) -> str | None:
+    """Write a movie as the command ``warm`` takes it; None where it can't be told that."""
+    source = movie.source
+    return None if source is None or source.downscale_spatial != 1 else quote_movie(source)
 
 
 def _groups_json(coverage: Coverage, root: str) -> Iterator[JSON]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +71,23 @@ class Asked:
         """Name the file of this movie with these very frames and masks."""
         made_of: JSON = [self.movie, [list(frame) for frame in self.frames]]
         return root / "asked" / f"{digest_json(made_of).hex()}.json"
+
+    def asked_for(self, space: str) -> Callable[[Mapping[str, Any]], bool]:
+        """Give what tells of a record of a space, as its writer described it, if it is wanted."""
+        frames = {frame for _, frame, _ in self.frames}
+        pairs = {(frame, mask) for _, frame, mask in self.frames}
+        draws = self.wanted.get(space, {})
+
+        def is_wanted(source: Mapping[str, Any]) -> bool:
+            frame, mask = source.get("frame_digest"), source.get("mask_digest")
+            there = frame in frames if mask is None else (frame, mask) in pairs
+            return (
+                there
+                and canonical_json(source.get("draw", [])) in draws
+                and frames.issuperset(source.get("window", ()))
+            )
+
+        return is_wanted
 
     def joined(self, other: Asked) -> Asked:
         """Give it with what else was wanted of the same movie."""

@@ -1,12 +1,15 @@
 """A run of a plan on a Dask cluster: workers compute and commit, and give back only counts.
 
-A unit's Dask key is a digest of its records' keys, so that two runs that want the same meet on the
-scheduler. Workers claim what they compute, as any process does; nothing rests on Dask but who
-does what. A worker loads the backbone once, under the name that the run was given.
+A unit's Dask key is a digest of its records' keys and the cache's folder, so that two runs that
+want the same there meet on the scheduler. Workers claim what they compute, as any process does;
+nothing rests on Dask but who does what. A worker loads the backbone once, under the name that the
+run was given.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +34,8 @@ from .worker import Order, Outcome, Recipe, compute_order, stop_orders
 Client: TypeAlias = Any
 Future: TypeAlias = Any
 """Those of distributed, which is annotated in part."""
+
+_log = logging.getLogger(__name__)
 
 RETRIES = 2
 """How often a unit whose worker raised an error is tried again, on any worker."""
@@ -148,7 +153,8 @@ class _Run:
     """Keeps a window of units on the cluster; `waiting` are the others, the next one last.
 
     A budget is shared out among the units of a window; where a share was too small for anything,
-    one unit at a time gets all that is left (`narrow`).
+    one unit at a time gets all that is left (`narrow`). Where there is no worker, it says so once
+    (`told`).
     """
 
     plan: WarmPlan
@@ -159,6 +165,7 @@ class _Run:
     running: dict[Future, tuple[Unit, Order]] = field(default_factory=dict)
     finished: SimpleQueue[Future] = field(default_factory=SimpleQueue)
     narrow: bool = False
+    told: bool = False
 
     def work_off(self) -> None:
         """Run units until each is done or has failed."""
@@ -190,8 +197,9 @@ class _Run:
             future.add_done_callback(self.finished.put)
 
     def _name(self, unit: Unit) -> str:
-        """Name a unit by its content: a digest of the keys of its records."""
-        name = f"warm-{digest_bytes(*unit.keys()).hex()}"
+        """Name a unit by its content and where it goes: by its records' keys and the cache."""
+        root = os.fsencode(self.plan.cache.store.root)
+        name = f"warm-{digest_bytes(*unit.keys(), root).hex()}"
         # a unit that may stop early is not the same as one that may not
         return name if self.budget is None else f"{name}-{secrets.token_hex(4)}"
 
@@ -260,6 +268,12 @@ class _Run:
     def _check(self) -> None:
         if self.client.status not in ("running", "connecting"):
             raise SchedulerGoneError(_gone(self.client))
+        with _reaching(self.client):
+            alone = not self.client.ncores()
+        if alone and not self.told:
+            address = _address(self.client)
+            _log.warning("no worker is at %s: waiting for one (dask worker %s)", address, address)
+        self.told = alone
 
     def _give_up(self, units: Sequence[tuple[Unit, Order]], reason: str) -> None:
         """Report units that nobody will do, at once; what is there by now is not among them."""
@@ -286,11 +300,14 @@ class _Run:
                 self._take(future)
 
 
+def _address(client: Client) -> str:
+    return str(getattr(client.scheduler, "address", "the address given"))
+
+
 def _gone(client: Client) -> str:
-    address = getattr(client.scheduler, "address", "the address given")
     return (
-        f"the Dask scheduler at {address} is gone: what is computed is in the cache; run the same "
-        "again when there is a scheduler"
+        f"the Dask scheduler at {_address(client)} is gone: what is computed is in the cache; run "
+        "the same again when there is a scheduler"
     )
 
 

@@ -101,7 +101,7 @@ function showCoverage(data) {
     const commands = commandsFor(row);
     for (const command of commands) td.append(make("code", command, { class: "command" }));
     if (!commands.length) {
-      td.textContent = "Made from arrays, or with a policy of its own: warm it where it was made.";
+      td.textContent = "Made from arrays, downscaled or with a policy of its own: warm it where it was made.";
     }
     const tr = make("tr");
     tr.append(td);

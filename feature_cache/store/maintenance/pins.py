@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ...hashing import JSON, canonical_json, digest_json
 from ..files import make_folder, read_each, read_json, reading, write_text, writing
 from ..inspection import record_sources
 from ..pack_contents import read_keys
+from ..requested_movies import Asked, read_asked
 from ..space import Space
 from ..store import Store
 
@@ -66,7 +67,8 @@ def add_pin(store: Store, what: str) -> list[Pin]:
     StoreError
         The pin can't be written.
     """
-    pins = [pin for space in store.spaces() for pin in _find(space, what)]
+    asked = [one for one in read_asked(store.root) if _names_movie(what, one.movie)]
+    pins = [pin for space in store.spaces() for pin in _find(space, what, asked)]
     if not pins:
         raise MissingRecordError(
             f"{what!r} is no space, pack, record or movie in {store.root}: see feature-cache ls"
@@ -137,7 +139,8 @@ def _file_name(pin: Pin) -> str:
     return f"{readable}-{digest_json([pin.what, pin.space]).hex()[:16]}.json"
 
 
-def _find(space: Space, what: str) -> Iterator[Pin]:
+def _find(space: Space, what: str, asked: Sequence[Asked]) -> Iterator[Pin]:
+    """Find what a word stands for; `asked` are the movies of that name."""
     if space.name.startswith(what):
         yield Pin(what, space.name, None)
         return
@@ -151,8 +154,11 @@ def _find(space: Space, what: str) -> Iterator[Pin]:
             keys.update(held)
         if len(what) >= _SHORTEST:
             keys.update(key for key in held if key.hex().startswith(what))
+    wanted = [movie.asked_for(space.name) for movie in asked]
     for key, source in record_sources(space):
-        if _names_movie(what, str(source.get("movie", ""))):
+        # a record that two movies share says which of them was first
+        named = _names_movie(what, str(source.get("movie", "")))
+        if named or any(is_wanted(source) for is_wanted in wanted):
             keys.add(key)
     if keys:
         yield Pin(what, space.name, frozenset(keys))
