@@ -115,7 +115,9 @@ def _find_missing(
     """Hash frames, some at once; give each with those of its copies that have no record."""
     recent = Recent()
     for movie in movies:
-        copies = [replace(copy, recent=recent) for copy in movie]
+        # copies of equal draws are one: their records have the same keys
+        unlike = {(copy.spec, copy.draw): copy for copy in movie}
+        copies = [replace(copy, recent=recent) for copy in unlike.values()]
         first = copies[0]
         each = first.hash_each(range(len(first)), tally, len(copies))
         while good := list(islice(each, _HASHED_AT_ONCE)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from ..errors import MovieError
+from ..hashing import mask_labels
+from .image_files import IMAGE_SUFFIXES
 from .text import read_text
 
 Masks: TypeAlias = NDArray[np.int32]
@@ -45,8 +48,10 @@ def write_movie(
     frames: Iterable[NDArray[Any]],
     masks: Iterable[NDArray[Any]],
     tracks: Tracks,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Write a movie as ``<root>`` and ``<root>_GT/TRA``.
+    """Write a movie as ``<root>`` and ``<root>_GT/TRA``; one that is there already stays.
 
     Parameters
     ----------
@@ -55,34 +60,82 @@ def write_movie(
     frames, masks : arrays (T, H, W) or (T, Z, H, W), or as many images
         A label is the same cell over time.
     tracks : (N, 4) int64
+    overwrite : bool
+        Whether images and tracks that are there, and other ones, are replaced.
 
     Raises
     ------
     MovieError
-        Other numbers of frames and masks; or there are images of another movie. Nothing is written.
+        Other numbers of frames and masks; tracks that are none; or there are images or tracks of
+        another movie. Nothing is written.
+    FrameError
+        A mask has labels that are none.
     """
     root = Path(root)
     truth = root.with_name(f"{root.name}_GT") / "TRA"
     frames, masks = (one if isinstance(one, Sized) else list(one) for one in (frames, masks))
     if len(frames) != len(masks):
         raise MovieError(f"{len(frames)} frames and {len(masks)} masks: expected as many masks")
-    names = {root: "t{:03d}.tif", truth: "man_track{:03d}.tif"}
-    for folder, name in names.items():
-        own = {name.format(t) for t in range(len(frames))}
-        others = sorted({*folder.glob("*.tif")} - {folder / one for one in own})
-        if others:
-            raise MovieError(
-                f"{folder} holds {len(others)} other images, first {others[0].name}, which would "
-                f"belong to this movie of {len(frames)} frames: remove them, or choose another "
-                "folder"
-            )
-    for folder in names:
-        folder.mkdir(parents=True, exist_ok=True)
-    for t, (frame, mask) in enumerate(zip(frames, masks, strict=True)):
-        _write_tiff(root / names[root].format(t), frame)
-        labels = np.asarray(mask, np.uint16 if np.max(mask) < 1 << 16 else np.int32)
-        _write_tiff(truth / names[truth].format(t), labels)
-    np.savetxt(truth / "man_track.txt", tracks, fmt="%d")
+    table = np.asarray(tracks)
+    if table.ndim != 2 or table.shape[1] != 4 or table.dtype.kind not in "iu":
+        raise MovieError(
+            f"tracks have shape {table.shape} and dtype {table.dtype}: expected (N, 4) whole "
+            "numbers (label, first, last, parent), as tracks_of_labels gives"
+        )
+    parts = (_Part(root, "t{:03d}.tif", frames), _Part(truth, "man_track{:03d}.tif", masks))
+    others = [file for part in parts for file in part.find_others()]
+    if others and not overwrite:
+        raise MovieError(
+            f"{others[0].parent} holds images already, of which {others[0].name} is none of this "
+            f"movie of {len(frames)} frames: choose another folder, or pass overwrite=True"
+        )
+    file = truth / "man_track.txt"
+    if file.exists() and not overwrite and not np.array_equal(read_tracks(file), table):
+        raise MovieError(f"{file} has other tracks: choose another folder, or pass overwrite=True")
+    for other in others:
+        other.unlink()
+    for part in parts:
+        part.write()
+    np.savetxt(file, table, fmt="%d")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Frames or masks, and where they are written."""
+
+    folder: Path
+    name: str
+    images: Iterable[Any]
+
+    def each(self) -> Iterator[tuple[Path, NDArray[Any]]]:
+        """Give file and image of each time; FrameError for a mask that is none."""
+        for t, image in enumerate(self.images):
+            array = np.asarray(image)
+            if "track" in self.name:
+                array = mask_labels(array, f"mask {t}")
+                array = array.astype(np.uint16) if array.max() < 1 << 16 else array
+            yield self.folder / self.name.format(t), array
+
+    def find_others(self) -> list[Path]:
+        """List images in the folder that are none of these."""
+        there = {f for f in self.folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES}
+        for file, image in self.each():
+            if file in there and _holds(file, image):
+                there.remove(file)
+        return sorted(there)
+
+    def write(self) -> None:
+        """Write all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file, image in self.each():
+            _write_tiff(file, image)
+
+
+def _holds(file: Path, image: NDArray[Any]) -> bool:
+    try:
+        return np.array_equal(tifffile.imread(file), image)
+    except (OSError, ValueError):  # cut short
+        return False
 
 
 def _write_tiff(file: Path, image: NDArray[Any]) -> None:

@@ -129,7 +129,7 @@ def test_records_are_computed_again_from_their_windows(tmp_path, cache):
     assert recompute([chosen], backbones=[BACKBONE]).agree == 6
     frames, *rest = make_movie()
     frames[2, 1, 1] += 1
-    write_movie(tmp_path / "01", frames, *rest)
+    write_movie(tmp_path / "01", frames, *rest, overwrite=True)
     again = recompute([chosen], backbones=[BACKBONE])
     assert (again.agree, again.unknown.total()) == (2, 4)
 

@@ -9,7 +9,14 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_cache import FeatureCache, Movie, MovieError, MovieNotFoundError, NoMasksError
+from feature_cache import (
+    FeatureCache,
+    FrameError,
+    Movie,
+    MovieError,
+    MovieNotFoundError,
+    NoMasksError,
+)
 from feature_cache.movies import link_by_overlap, read_tracks, tracks_of_labels, write_movie
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
@@ -426,10 +433,48 @@ def test_a_movie_is_written_whole_or_not_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
     for _ in range(2):  # over itself, too
         write_movie(tmp_path / "01", frames, masks, tracks)
-    says = r"01 holds 2 other images, first t003.tif, which would belong to this movie of 3 frames"
+    says = r"01 holds images already, of which t003.tif is none of this movie of 3 frames: choose"
     with pytest.raises(MovieError, match=says):
         write_movie(tmp_path / "01", frames[:3], masks[:3], tracks)
     assert len(Movie.open(tmp_path / "01")) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f, m, t: (f + 1, m, t), "01 holds images already, of which t000.tif is none of"),
+        (lambda f, m, t: (f, m * 2, t * [2, 1, 1, 2]), "of which man_track000.tif is none of"),
+        (lambda f, m, t: (f, m, t[:-1]), "man_track.txt has other tracks: choose another folder"),
+        (lambda f, m, t: (f, m + 0.7, t), "mask 0 has dtype float64: expected integer labels"),
+        (
+            lambda f, m, t: (f, m, t[:, :3]),
+            r"tracks have shape \(.*, 3\) and dtype int64: expected",
+        ),
+    ],
+)
+def test_a_movie_that_is_there_stays(tmp_path, change, says):
+    root, (frames, masks, tracks) = tmp_path / "01", make_movie(5)
+    frames, masks = np.stack(list(frames)), np.stack(list(masks))
+    write_movie(root, frames, masks, tracks)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.t*")}
+    others = change(frames, masks, tracks)
+    with pytest.raises((MovieError, FrameError), match=says):
+        write_movie(root, *others)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.t*")} == before
+    if "none of" in says or "other tracks" in says:
+        write_movie(root, *(part[:4] for part in others[:2]), others[2], overwrite=True)
+        written = Movie.open(root)
+        assert len(written) == 4
+        assert np.array_equal(written.tracks, others[2])
+        assert np.array_equal(written.frames[0], others[0][0])
+
+
+def test_frames_of_ones_own_stay_whatever_their_names(tmp_path):
+    (tmp_path / "01").mkdir()
+    (tmp_path / "01" / "raw1.png").write_bytes(b"mine")
+    with pytest.raises(MovieError, match=r"of which raw1.png is none of this movie"):
+        write_movie(tmp_path / "01", *make_movie(5))
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["raw1.png"]
 
 
 def test_no_labels_are_no_tracks():
