@@ -86,6 +86,8 @@ def explain_miss(
     source: Mapping[str, Any],
     spaces: Sequence[Stored],
     copies_present: Sequence[int],
+    *,
+    is_known: bool = False,
 ) -> str:
     """Say how a request differs from the nearest that is stored.
 
@@ -99,6 +101,8 @@ def explain_miss(
         All there are.
     copies_present : sequence of int
         Which copies of the same augmentations are stored for this frame.
+    is_known : bool
+        Whether other frames of the movie are stored, whatever its name.
     """
     asked = canonical_json(spec)
     own = [s for s in spaces if canonical_json(s.spec) == asked]
@@ -113,11 +117,11 @@ def explain_miss(
     )
     if own and not same_frame:
         movie = source["movie"]
-        known = movie and any(True for stored in own for _ in stored.frames_of(movie))
+        named = movie and any(True for stored in own for _ in stored.frames_of(movie))
         what = (
             "only other frames of this movie were"
-            if known
-            else ("neither this frame nor this movie was ever")
+            if is_known or named
+            else "neither this frame nor this movie was ever"
         )
         return f"{what} computed with this backbone and pooling"
     if nearest is None:

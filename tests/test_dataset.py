@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from feature_cache import (
+    Augmentations,
     CachedFeatureDataset,
     DrawError,
     FrameError,
@@ -147,6 +148,13 @@ def test_grids_have_no_rows(cache, small):
     movie = cache.movie(small[0], None, FakeBackbone(), pooling=None)
     with pytest.raises(FrameError, match="choose a pooling"):
         CachedFeatureDataset(Tokens(small[1]), [movie])[3]
+
+
+def test_copies_that_share_records_are_computed_and_counted_once(cache, small):
+    movie, copies = cache.movie(*small, FakeBackbone()), Augmentations("flips", copies=20)
+    dataset = CachedFeatureDataset(Tokens(small[1]), [movie], augmentations=copies)
+    assert dataset.warm() == 4 * 6 == cache.stats()["computed"]
+    assert dataset.warm() == 0
 
 
 def test_warming_reads_each_file_once_and_computes_while_it_reads(cache, tmp_path, monkeypatch):

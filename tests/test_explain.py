@@ -90,6 +90,7 @@ def test_a_frame_that_a_movie_got_later(warm, small):
     frames, masks = (np.concatenate([part, part[:1, ::-1]]) for part in small)
     expected = "only other frames of this movie were computed with this backbone and pooling"
     assert reasons(warm, (frames, masks))[5:] == [(True, "stored"), (False, expected)]
+    assert reasons(warm, (frames, masks), name="no such name")[6] == (False, expected)
 
 
 def ask(cache, frames, masks, name):

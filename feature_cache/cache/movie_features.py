@@ -253,7 +253,9 @@ class MovieFeatures(MovieKeys):
             others = [k for k, found in enumerate(present) if found[i]]
             reason = "stored"
             if not there[i]:
-                reason = explain_miss(spec, self.provenance(t), stored, others)
+                reason = explain_miss(
+                    spec, self.provenance(t), stored, others, is_known=bool(there.any())
+                )
             explanations.append(
                 Explanation(self.where(t), self.key(t).hex(), bool(there[i]), reason)
             )

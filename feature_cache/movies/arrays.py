@@ -21,6 +21,7 @@ from .axes import LaidOut, are_known, check_image, ends_in_channels, plan_layout
 from .chunks import check_given
 from .image_files import IMAGE_SUFFIXES, ImageFiles
 from .images import Images, InOneFile, ReadOptions
+from .times import order_files
 
 
 def images_of(
@@ -37,8 +38,8 @@ def images_of(
         `Images`, which are given back as they are; an array (T, H, W) or (T, Z, H, W) of NumPy,
         PyTorch (on any device), Dask, Zarr, h5py, xarray or the like, whose images are read one
         at a time; a list of images (H, W) or (Z, H, W), not all of one shape perhaps; or a list
-        of paths of image files, in the order of time. Where an array names its axes, as those of
-        xarray and Zarr may, these count.
+        of paths of image files, in the order of time, as are the numbers in their names. Where an
+        array names its axes, as those of xarray and Zarr may, these count.
     options : ReadOptions
     name : str
         What to call it in an error.
@@ -50,7 +51,7 @@ def images_of(
     FrameError
         An array of another shape.
     MovieError
-        Named axes that are no movie's.
+        Named axes that are no movie's; listed files in another order than that of their numbers.
     """
     _check_kind(given, name)
     if isinstance(given, Images):
@@ -59,10 +60,27 @@ def images_of(
     if isinstance(shape, tuple):
         return _plan_array(given, tuple(shape), options, name)
     if _are_paths(given, name):
-        return ImageFiles(tuple(Path(file).expanduser() for file in given), options)
+        files = tuple(Path(file).expanduser() for file in given)
+        _check_order(files, name)
+        return ImageFiles(files, options)
     if type(given) in (list, tuple):
         return ListedImages(tuple(_check_item(one, f"{name}[{t}]") for t, one in enumerate(given)))
     return ListedImages(given)
+
+
+def _check_order(files: Sequence[Path], name: str) -> None:
+    """Raise MovieError where the numbers in names tell another order of time than the list."""
+    try:
+        in_time = order_files(files, files[0].parent, name).files
+    except MovieError:  # the names tell no time: what is listed first is first
+        return
+    for t, (file, expected) in enumerate(zip(files, in_time, strict=True)):
+        if file != expected:
+            raise MovieError(
+                f"{name}[{t}] is {file.name}, expected {expected.name}, by the numbers in the "
+                "names: list them in the order of time (sorted() puts t10 before t2), or pass "
+                "the folder"
+            )
 
 
 def _check_kind(given: Any, name: str) -> None:

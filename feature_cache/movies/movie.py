@@ -22,7 +22,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ..errors import MovieError, MovieNotFoundError, NoMasksError
+from ..errors import FrameTypeError, MovieError, MovieNotFoundError, NoMasksError
 from ..forks import cached_property
 from ..hashing import JSON
 from .arrays import images_of
@@ -151,6 +151,14 @@ class Movie:
     detection_folder: Path | None = None
     source: Source | None = None
     times: tuple[int, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse paths and arrays."""
+        if not isinstance(self.frames, Series) or not isinstance(self.masks, Series | None):
+            raise FrameTypeError(
+                "Movie(…) is made of what is open already: open paths by Movie.open(frames, "
+                "masks), and make one of arrays by Movie.of(frames, masks)"
+            )
 
     @classmethod
     def open(
