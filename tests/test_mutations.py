@@ -59,7 +59,9 @@ class World:
         self.past = [(self.frames[0], self.masks[0])]
         self.options = {name: values[0] for name, values in OPTIONS.items()}
         self.networks = {f"random:{seed}": Tiny("tiny", f"random:{seed}", "cpu") for seed in (0, 1)}
-        write_movie(self.root, self.frames, self.masks, np.array([[1, 0, FRAMES - 1, 0]]))
+        write_movie(
+            self.root, self.frames, self.masks, np.array([[1, 0, FRAMES - 1, 0]]), overwrite=True
+        )
         for t in range(FRAMES):
             self.write(t)
         self.write_weights("random:0")

@@ -103,7 +103,7 @@ def crop(root: Path) -> None:
     movie = Movie.open(root)
     parts = (np.stack(list(part))[:, 256:512, 256:896] for part in (movie.frames, movie.masks))
     frames, masks = parts
-    write_movie(root, frames, *link_by_overlap(masks))
+    write_movie(root, frames, *link_by_overlap(masks), overwrite=True)
 
 
 @pytest.mark.slow

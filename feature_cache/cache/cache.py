@@ -98,7 +98,8 @@ class FeatureCache(OpenCache):
         """Bind a movie to a space of this cache; reads, hashes and computes nothing yet.
 
         Parameters as `get_or_compute`; `name` is how errors and provenance call the movie, by
-        default as it calls itself.
+        default as it calls itself. A frame of an array is hashed once: bind an array anew that was
+        changed in place.
         """
         if isinstance(backbone, str):
             raise TypeError(
