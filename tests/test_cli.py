@@ -663,6 +663,7 @@ def test_completion_can_be_shown(shell, monkeypatch):
     assert "_FEATURE_CACHE_COMPLETE=complete_" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_installed_command(tmp_path, small_folder):
     command = Path(sys.executable).with_name("feature-cache")
     words = ["warm", str(small_folder()), "--cache", "cache", *MODEL, "--json"]

@@ -140,8 +140,15 @@ def check_same(images: Any, movie: np.ndarray) -> None:
         assert frame_digest(images[t]) == frame_digest(image)
 
 
-@pytest.mark.parametrize("movie", [PLANES, VOLUMES], ids=["planes", "volumes"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "movie"),
+    [
+        pytest.param(kind, movie, id=f"{kind}, {name}", marks=[] if quick else pytest.mark.slow)
+        for kind in KINDS
+        for name, movie in (("planes", PLANES), ("volumes", VOLUMES))
+        for quick in [name == "planes" or "OME" in kind or kind in ("v3", "v3, sharded", "v2")]
+    ],
+)
 def test_any_zarr_is_the_same_movie(tmp_path, movie, kind):
     KINDS[kind](tmp_path / "movie.zarr", movie)
     images = open_zarr(tmp_path / "movie.zarr")
