@@ -18,10 +18,8 @@ from feature_cache.cli.options import parse_age, parse_size
 from feature_cache.movies import write_movie
 from feature_cache.store import NewRecord, Pack, Store
 from synthetic import make_movie
-from test_cli import MODEL, run, warm
+from test_cli import MODEL, warm
 from test_recompute import change, spoil
-
-__all__ = ["run"]
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,6 @@ from feature_cache.movies import write_movie
 from feature_cache.store.maintenance import add_pin
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
-from test_cli import run
-
-__all__ = ["run"]
 
 MODEL = "--backbone debug/random"
 LOOK_OR_TIDY = {

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec
 
 from feature_cache import MovieError, MovieNotFoundError
 from feature_cache.errors import NoMasksError
@@ -84,7 +84,6 @@ def write_ome(
     return folder
 
 
-SHARDED = ShardingCodec(chunk_shape=(1, 10, 10), codecs=[BytesCodec(), ZstdCodec()])
 BLOSC = numcodecs.Blosc(cname="zstd", shuffle=numcodecs.Blosc.BITSHUFFLE)
 KINDS: dict[str, Write] = {
     "v3": write_array,
