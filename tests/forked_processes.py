@@ -5,16 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import zarr  # noqa: F401 - loaded once, here, instead of in every forked process
 
 from feature_cache import FeatureCache
@@ -25,18 +28,35 @@ from feature_cache.store import NewRecord, Space, process
 from feature_cache.testing import FakeBackbone
 
 fork = multiprocessing.get_context("fork")
+fork_server = multiprocessing.get_context("forkserver")
 ALARM_SECONDS = 500
+
+
+def start_fork_server() -> None:
+    """Have a process that has loaded everything, has no threads, and forks: see `fork_server`."""
+    fork_server.set_forkserver_preload(["callers", "forked_processes"])  # what of it is found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 looks there alone
+        forkserver.ensure_running()
 
 
 def apart(work: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a new process, from which it may fork; give its result."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_strictly, work, *args).result(560)
+    start_fork_server()
+    with ProcessPoolExecutor(1, fork_server) as pool:
+        return pool.submit(_strictly, dict(os.environ), work, *args).result(560)
 
 
-def _strictly(work: Callable[..., Any], *args: Any) -> Any:
+def _strictly(environment: dict[str, str], work: Callable[..., Any], *args: Any) -> Any:
+    restore(environment)
     warnings.simplefilter("error")
     return work(*args)
+
+
+def restore(environment: dict[str, str]) -> None:
+    """Have the environment of a test: the server that forks has that of its first one."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def start(work: Callable[..., Any], *args: Any) -> ForkProcess:

@@ -177,12 +177,12 @@ def servers(folder: Path) -> list[str]:
     return [one.name for one in list_servers() if one.root == str(folder / "cache")]
 
 
-def train(folder: Path) -> float:
-    """Train on a cold cache, with two workers that inherit nothing; give the last loss."""
+def train(folder: Path, workers: int) -> float:
+    """Train on a cold cache, with workers that inherit nothing; give the last loss."""
     dataset = make_dataset(folder / "cache", FakeBackbone(dim=4, log=folder / "log"))
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    for sample in make_loader(dataset, 2, "spawn"):
+    for sample in make_loader(dataset, workers, "spawn"):
         loss = (model(sample["pretrained_feats"]) - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -219,8 +219,9 @@ def store(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if "all" in sys.argv:
+    everything = "all" in sys.argv
+    if everything:
         import_all()
     here = Path(sys.argv[2])
-    print(f"trained to {train(here):.3f}")
+    print(f"trained to {train(here, 2 if everything else 1):.3f}")
     store(here)

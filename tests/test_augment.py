@@ -136,7 +136,7 @@ words = st.lists(st.one_of(turns, turns, identities, pixels), max_size=7)
 
 
 @given(words, shapes, st.integers(0, 3))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_canonical_form_never_changes_pixels_masks_or_points(word, shape, seed):
     draw, frames, mask = Draw.of(*word), make_frames(shape, 2, seed), make_mask(shape, seed)
     expected = apply_one_by_one(word, frames)
@@ -436,13 +436,14 @@ def test_mapped_regions_lie_where_their_pixels_points_go(draw):
     mapped_mask = draw.apply_mask(mask)
     whole = [label for label in range(1, mask.max() + 1) if is_whole(mapped_mask == label)]
     assert len(whole) > 20
+    pixels = np.argwhere(mask)
+    every_area = np.abs(np.linalg.det(draw.jacobians(pixels, shape)))
+    every_point, labels = draw.map_points(pixels, shape), mask[mask > 0]
     errors, growth = [], []
     for label in whole:
-        pixels = np.argwhere(mask == label)
-        areas = np.abs(np.linalg.det(draw.jacobians(pixels, shape)))
-        expected = areas @ draw.map_points(pixels, shape) / areas.sum()
+        areas, points = every_area[labels == label], every_point[labels == label]
         found = np.argwhere(mapped_mask == label)
-        errors.append(found.mean(axis=0) - expected)
+        errors.append(found.mean(axis=0) - areas @ points / areas.sum())
         growth.append(len(found) / areas.sum() - 1.0)
     # Nearest-neighbour edges can move a disk's flat sides by half a pixel a resampling; on
     # average they don't.
@@ -738,11 +739,11 @@ import sys
 from tests.test_augment import fingerprint
 print(fingerprint(int(sys.argv[1]), reverse=True))
 """
-COPIES = 100
+COPIES = 20
 
 
 def fingerprint(copies: int, *, reverse: bool = False) -> str:
-    """Digest JSON and pixels of copies 1 to 100 of every preset, drawn one way or the other."""
+    """Digest JSON and pixels of copies 1 to 20 of every preset, drawn one way or the other."""
     frames = make_frames((14, 17), 2)
     digests, parts = digests_of(frames), {}
     order = range(COPIES, 0, -1) if reverse else range(1, COPIES + 1)
@@ -755,7 +756,7 @@ def fingerprint(copies: int, *, reverse: bool = False) -> str:
     return digest_json(parts).hex()
 
 
-def test_500_draws_are_the_same_in_another_process_order_and_with_more_copies():
+def test_draws_are_the_same_in_another_process_order_and_with_more_copies():
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", REPRODUCE, "1000"]

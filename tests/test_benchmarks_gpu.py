@@ -32,6 +32,7 @@ from feature_cache.pooling import POOLINGS
 from feature_cache.rounding import ROUNDING
 from feature_cache.spec import SpaceSpec
 from feature_cache.testing import FakeBackbone
+from forked_processes import fork_server, start_fork_server
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,21 +121,18 @@ def test_what_was_measured_is_kept_whatever_comes_after(tmp_path):
     assert "- b failed: RuntimeError: no more" in file.with_suffix(".md").read_text()
 
 
+def hang(file: Path) -> None:
+    part = Part("hang", 0.0, lambda: time.sleep(60))
+    Run(results(), file, 0.5, time.perf_counter()).do([part])
+
+
 def test_a_run_whose_time_is_over_keeps_its_results(tmp_path):
-    program = """
-import sys, time
-from pathlib import Path
-from benchmarks.gpu import Part, Run
-from test_benchmarks_gpu import results
-hang = Part("hang", 0.0, lambda: time.sleep(60))
-Run(results(), Path(sys.argv[1]), 0.5, time.perf_counter()).do([hang])
-"""
     file = tmp_path / "out.json"
-    done = subprocess.run(
-        [sys.executable, "-c", program, file], cwd=ROOT, check=False,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    start_fork_server()
+    run = fork_server.Process(target=hang, args=(file,))
+    run.start()
+    run.join(60)
+    assert run.exitcode == 1
     written = json.loads(file.read_text())
     assert written["left_out"] == ["all from here on: the time was over during hang"]
     assert len(written["rows"]) == 1

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import weakref
 from contextlib import suppress
@@ -31,7 +30,7 @@ from feature_cache import (
 )
 from feature_cache.pooling import POOLINGS, pool
 from feature_cache.testing import FakeBackbone
-from forked_processes import content
+from forked_processes import apart, content
 
 
 @pytest.fixture
@@ -48,6 +47,10 @@ def equal(records, others) -> bool:
         np.array_equal(a.features, b.features) and np.array_equal(a.labels, b.labels)
         for a, b in zip(records, others, strict=True)
     )
+
+
+def compute_all(root, small):
+    FeatureCache(root).get_or_compute(*small, FakeBackbone())
 
 
 class TestHitsAndMisses:
@@ -140,18 +143,8 @@ class TestHitsAndMisses:
                 record.labels[0] = 0
 
     def test_stats_of_all_processes(self, cache, small):
-        code = (
-            "import sys, numpy as np; from feature_cache import FeatureCache;"
-            "from feature_cache.testing import FakeBackbone;"
-            "f, m = np.load(sys.argv[2]), np.load(sys.argv[3]);"
-            "FeatureCache(sys.argv[1]).get_or_compute(f, m, FakeBackbone())"
-        )
-        root = cache.store.root
-        for name, array in zip("fm", small, strict=True):
-            np.save(root.parent / f"{name}.npy", array)
         for _ in range(2):
-            files = [root, root.parent / "f.npy", root.parent / "m.npy"]
-            subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True)
+            apart(compute_all, cache.store.root, small)
         total = cache.stats(lifetime=True)
         assert {k: total[k] for k in ("hits", "misses", "computed")} == {
             "hits": 6,
@@ -224,7 +217,7 @@ def ask(cache, request):
 
 class TestNeverStale:
     @pytest.mark.parametrize("name", CHANGES)
-    @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_what_changes_the_numbers_is_a_miss(self, tmp_path_factory, small, name, data):
         cache = FeatureCache(tmp_path_factory.mktemp("cache"))
@@ -525,17 +518,19 @@ def test_a_pickled_cache_holds_no_data(cache, small):
     assert copied.stats()["computed"] == 0
 
 
+def open_movies(root, small, poolings):
+    """Bind a movie with one pooling after the other; give what was logged of each."""
+    said = {pooling: io.StringIO() for pooling in poolings}
+    for pooling, stream in said.items():
+        logging.basicConfig(stream=stream, force=True)
+        for _ in range(2):
+            FeatureCache(root).movie(*small, FakeBackbone(), pooling=pooling)
+    return {pooling: stream.getvalue() for pooling, stream in said.items()}
+
+
 def test_nearest_patch_says_once_what_it_costs(cache, small):
-    program = (
-        "import sys, logging; logging.basicConfig()\n"
-        "from feature_cache import FeatureCache; from feature_cache.testing import FakeBackbone\n"
-        "import numpy as np; frames, masks = np.ones((1, 8, 8)), np.ones((1, 8, 8), int)\n"
-        "for pooling in ('mean_patches_exact', 'nearest_patch', 'nearest_patch'):\n"
-        f"    FeatureCache({str(cache.store.root)!r}).movie(frames, masks, FakeBackbone(), "
-        "pooling=pooling); print(pooling, file=sys.stderr)\n"
-    )
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr
-    before, after = said.split("mean_patches_exact\n", 1)
+    poolings = ("mean_patches_exact", "nearest_patch")
+    before, after = apart(open_movies, cache.store.root, small, poolings).values()
     assert before == ""
     assert after.count("nearest_patch takes the one cell") == 1
     assert "10 to 14 of 100 parents fewer" in after

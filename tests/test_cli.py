@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import tifffile
 import typer
 
 from feature_cache import Augmentations, FeatureCache, load_backbone
-from feature_cache.cli import app, main
+from feature_cache.cli import app
 from feature_cache.cli.progress import RunProgress
 from feature_cache.movies import image_files, write_movie
 from feature_cache.store import Store
@@ -25,22 +24,6 @@ from old_files import age, hurry
 from synthetic import make_movie
 
 MODEL = ("--backbone", "efficientnet-lite0", "--weights", "random:0", "--device", "cpu")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command line here; give its exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def run_command(*words):
-        monkeypatch.setattr(sys, "argv", ["feature-cache", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run_command
 
 
 @pytest.fixture
@@ -663,6 +646,7 @@ def test_completion_can_be_shown(shell, monkeypatch):
     assert "_FEATURE_CACHE_COMPLETE=complete_" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_installed_command(tmp_path, small_folder):
     command = Path(sys.executable).with_name("feature-cache")
     words = ["warm", str(small_folder()), "--cache", "cache", *MODEL, "--json"]

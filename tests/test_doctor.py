@@ -15,9 +15,6 @@ from feature_cache import FeatureCache, doctor, list_backbones, load_backbone
 from feature_cache.backbones.catalogue import BACKBONES
 from feature_cache.backbones.weights import torch_hub_folder
 from feature_cache.train_options import MODEL_INSTALL, MODEL_PACKAGE
-from test_cli import run
-
-__all__ = ["run"]
 
 INFOS = {info.name: info for info in list_backbones()}
 ON_THE_HUB = [info for info in BACKBONES if info.hub is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -38,38 +39,33 @@ EXAMINE = "from feature_cache.doctor import examine"
 HEAVY = {"torch", "zarr", "timm", "transformers", "sam2", "trackastra", "tensorstore", "obstore"}
 
 
-def loaded_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(out.stdout.split())
+STEPS = {
+    "from feature_cache.cli import app; app(['warm', '--help'], standalone_mode=False)": (
+        HEAVY | {"numpy", "dask", "scipy", "jinja2", "imagecodecs"}
+    ),
+    "import feature_cache": {"torch", "zarr", "scipy", "trackastra", "timm"},
+    "import feature_cache.cli": {"torch", "zarr", "jinja2", "imagecodecs"},
+    "import feature_cache.backbones": {"torch", "zarr", "timm"},
+    f"{EXAMINE}_backbone as look, list_backbones; [*map(look, list_backbones())]": HEAVY,
+    f"{EXAMINE}_job as look; look('', ('trackastra', 'bench', 'remote'))": HEAVY,
+    "import feature_cache.augment": {"torch", "zarr"},
+    "import feature_cache.normalize": {"torch", "zarr"},
+    "import feature_cache.store": {"torch", "timm", "trackastra"},
+    "import feature_cache.cache, feature_cache.engine": {"timm", "trackastra"},
+    "import feature_cache.backbones.efficientnet": {"timm"},
+    "import feature_cache.report": {"jinja2", "timm", "trackastra"},
+}
+"""One after the other, and what none of them until then loads."""
 
 
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
-        ("import feature_cache", {"torch", "zarr", "scipy", "trackastra", "timm"}),
-        ("import feature_cache.store", {"torch", "timm", "trackastra"}),
-        ("import feature_cache.augment", {"torch", "zarr"}),
-        ("import feature_cache.backbones", {"torch", "zarr", "timm"}),
-        pytest.param(
-            "import feature_cache.backbones.efficientnet", {"zarr", "timm"}, marks=pytest.mark.slow
-        ),
-        ("import feature_cache.normalize", {"torch", "zarr"}),
-        ("import feature_cache.cache, feature_cache.engine", {"timm", "trackastra"}),
-        ("import feature_cache.cli", {"torch", "zarr", "jinja2", "imagecodecs"}),
-        (
-            "from feature_cache.cli import app; app(['warm', '--help'], standalone_mode=False)",
-            HEAVY | {"numpy", "dask"},
-        ),
-        (f"{EXAMINE}_backbone as look, list_backbones; [*map(look, list_backbones())]", HEAVY),
-        (f"{EXAMINE}_job as look; look('', ('trackastra', 'bench', 'remote'))", HEAVY),
-        pytest.param(
-            "import feature_cache.report", {"jinja2", "timm", "trackastra"}, marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_importing_is_light(statement, absent):
-    assert not loaded_after(statement) & absent
+def test_importing_is_light():
+    code = "import json, sys\nfor step in json.loads(sys.argv[1]):\n    exec(step)\n"
+    code += "    print('\\nloaded', *sys.modules)\n"
+    command = [sys.executable, "-c", code, json.dumps([*STEPS])]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loaded = [line.split() for line in out.splitlines() if line.startswith("loaded ")]
+    for (step, absent), modules in zip(STEPS.items(), loaded, strict=True):
+        assert not absent & {*modules}, step
 
 
 def test_all_public_names_exist_and_are_sorted_in_the_stub():

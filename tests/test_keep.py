@@ -15,19 +15,28 @@ import pytest
 
 from feature_cache import FeatureCache
 from feature_cache.cli.options import parse_age, parse_size
+from feature_cache.movies import write_movie
 from feature_cache.store import NewRecord, Pack, Store
-from test_cli import MODEL, run, warm
+from synthetic import make_movie
+from test_cli import MODEL, warm
 from test_recompute import change, spoil
 
-__all__ = ["run"]
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A folder for two movies, and for a cache of theirs of which each test has a copy."""
+    return tmp_path_factory.mktemp("stock")
 
 
 @pytest.fixture
-def warmed(run, small_folder):
-    """A cache of two movies, two packs; the movies' folders."""
-    movies = small_folder("one"), small_folder("two", seed=3)
-    for movie in movies:
-        assert warm(run, movie)[0] == 0
+def warmed(run, stock):
+    """A cache of two movies, two packs; the movies' folders, which all tests share."""
+    movies = stock / "one" / "01", stock / "two" / "01"
+    if not (stock / "cache").exists():
+        for movie, seed in zip(movies, (0, 3), strict=True):
+            write_movie(movie, *make_movie(seed=seed))
+            assert warm(run, movie, cache=stock / "cache")[0] == 0
+    shutil.copytree(stock / "cache", "cache")
     return movies
 
 
@@ -95,12 +104,14 @@ class TestVerify:
         assert "11 were there, 1 computed" in warm(run, *warmed)[1]
         assert run(*recompute, "all")[1].startswith("12 records computed again: 12 agree")
 
-    def test_what_can_not_be_compared_is_counted(self, run, warmed):
-        shutil.rmtree(warmed[0])
+    def test_what_can_not_be_compared_is_counted(self, run, small_folder):
+        movies = small_folder("one"), small_folder("two", seed=3)
+        warm(run, *movies)
+        shutil.rmtree(movies[0])
         code, out, _ = run("verify", "--cache", "cache", *MODEL[2:], "--recompute", "all")
         assert code == 0
         assert out.splitlines() == [
-            f"not compared: 6 records: no movie at {warmed[0]}: no such folder",
+            f"not compared: 6 records: no movie at {movies[0]}: no such folder",
             "12 records computed again: 6 agree, 0 differ, 6 can't be compared, as their movie is "
             "gone or changed",
             "nothing wrong was found in what could be compared",
@@ -113,11 +124,11 @@ class TestVerify:
         given = ("--weights", "random:6", "--weights", "random:7", "--device", "cpu")
         assert run(*words, *given)[1].startswith("3 records computed again: 3 agree, 0 differ\n")
 
-    @pytest.mark.parametrize("number", ["0", "some", "-1"])
-    def test_a_number_that_is_none(self, run, warmed, number):
-        code, _, err = run("verify", "--cache", "cache", "--recompute", number)
-        assert code == 2
-        assert f"{number!r} is no number of records: expected 1 or more, or all" in err
+    def test_a_number_that_is_none(self, run, warmed):
+        for number in ("0", "some", "-1"):
+            code, _, err = run("verify", "--cache", "cache", "--recompute", number)
+            assert code == 2
+            assert f"{number!r} is no number of records: expected 1 or more, or all" in err
 
     def test_what_is_no_cache(self, run, tmp_path):
         code, _, err = run("verify", "--cache", tmp_path / "nothing")
@@ -192,26 +203,23 @@ class TestGarbage:
         assert (done["evicted"], done["records"]) == (1, 6)
         assert "one" in (packs()[0] / "zarr.json").read_text()
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
+    def test_wrong_words(self, run, warmed):
+        for options, message in (
             (["--max-size", "much"], "'much' is no size: expected such as 500M"),
             (["--max-size", "9" * 400], "9' is no size: expected such as 500M"),
             (["--older-than", "30"], "'30' is no age: expected such as 12h"),
             (["--yes", "--dry-run"], "contradict"),
             (["--space", "nope"], "no space begins with 'nope'"),
-        ],
-    )
-    def test_wrong_words(self, run, warmed, options, message):
-        code, _, err = run("gc", "--cache", "cache", *options)
-        assert code == 2
-        assert message in err
+        ):
+            code, _, err = run("gc", "--cache", "cache", *options)
+            assert code == 2
+            assert message in err
 
-    @pytest.mark.parametrize("what", ["nope", "two"])
-    def test_unknown_pins(self, run, warmed, what):
-        code, _, err = run("unpin", what, "--cache", "cache")
-        assert code == 2
-        assert f"{what!r} is not pinned" in err
+    def test_unknown_pins(self, run, warmed):
+        for what in ("nope", "two"):
+            code, _, err = run("unpin", what, "--cache", "cache")
+            assert code == 2
+            assert f"{what!r} is not pinned" in err
 
     def test_a_movie_keeps_what_it_shares_with_another(self, run, warmed):
         """Whose records name the other, who was first."""

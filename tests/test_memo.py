@@ -404,7 +404,7 @@ class TestMemo:
 import random, sys, time
 from pathlib import Path
 from feature_cache.memo import Fingerprint, Memo
-files, until = sorted(Path(sys.argv[1]).iterdir()), time.time() + 3
+files, until = sorted(Path(sys.argv[1]).iterdir()), time.time() + 1.5
 while time.time() < until:
     with Memo() as memo:
         number = random.randrange(len(files))

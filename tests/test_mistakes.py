@@ -35,9 +35,6 @@ from feature_cache.movies import write_movie
 from feature_cache.service import close_all
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
-from test_cli import run
-
-__all__ = ["run"]
 
 WARM = "warm movie/01 --cache cache --backbone debug/random"
 FRESH = "warm movie/01 --cache new --backbone debug/random"

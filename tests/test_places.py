@@ -18,9 +18,6 @@ from feature_cache.movies import write_movie
 from feature_cache.store.maintenance import add_pin
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
-from test_cli import run
-
-__all__ = ["run"]
 
 MODEL = "--backbone debug/random"
 LOOK_OR_TIDY = {
@@ -68,8 +65,14 @@ def test_every_command_with_a_cache_is_tried() -> None:
     assert asking == {words.split()[0] for words in EVERY.values()}
 
 
-@pytest.mark.parametrize("given", ["--cache", "FEATURE_CACHE_DIR"])
-@pytest.mark.parametrize("url", ["s3://lab/features", "s3:/lab/features", "https://lab/features"])
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [
+        ("s3://lab/features", "--cache"),
+        ("https://lab/features", "FEATURE_CACHE_DIR"),
+        pytest.param("s3:/lab/features", "--cache", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("words", EVERY.values(), ids=EVERY)
 def test_a_url_is_no_folder(run, here, monkeypatch, words, url, given):
     before = names(here)

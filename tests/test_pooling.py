@@ -219,7 +219,7 @@ def drawn_frames(draw):
     return (grid, mask) if depth else (grid[0], mask[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=drawn_frames(), draw=st.sampled_from(DRAWS))
 def test_a_drawn_frame_is_pooled_as_region_by_region_to_the_bit(case, draw):
     grid, mask = case

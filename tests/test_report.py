@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import imagecodecs
@@ -27,7 +26,6 @@ from feature_cache import (
     Policy,
 )
 from feature_cache.augment import Entry
-from feature_cache.cli import main
 from feature_cache.dataset import Copies, TokenFeatures
 from feature_cache.movies import Movie, Source, write_movie
 from feature_cache.movies.arrays import ListedImages
@@ -643,22 +641,6 @@ class TestPage:
         page.load_templates.cache_clear()
         with pytest.raises(MissingDependencyError, match=r"feature-cache\[report\]"):
             render_page(survey_cache(cache.store))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command line here; give its exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def run_command(*words):
-        monkeypatch.setattr(sys, "argv", ["feature-cache", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run_command
 
 
 class TestCommands:

@@ -96,10 +96,10 @@ def check(samples, expected):
     ("workers", "method", "persistent"),
     [
         (0, None, False),
-        (1, "fork", False),
+        pytest.param(1, "fork", False, marks=pytest.mark.slow),
         (2, "fork", False),
         (2, "fork", True),
-        (4, "fork", False),
+        pytest.param(4, "fork", False, marks=pytest.mark.slow),
         (1, "spawn", True),
         pytest.param(2, "spawn", False, marks=pytest.mark.slow),
         pytest.param(4, "spawn", True, marks=pytest.mark.slow),
@@ -567,12 +567,6 @@ def test_a_server_that_is_killed_is_replaced_by_the_training(tmp_path):
     outcome(serving, 30)
     assert len(list(loader)) == len(dataset) - 1
     assert dataset.tokens.movies[0].cache.counter.total.computed > 0
-
-
-def test_an_idle_server_ends(tmp_path):
-    serving = start_serving(tmp_path / "cache", "--idle", "0.5s")
-    assert serving.wait(30) == 0
-    serving.stderr.close()
 
 
 def test_a_server_whose_engine_failed_says_so(tmp_path, monkeypatch):

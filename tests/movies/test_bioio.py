@@ -19,6 +19,7 @@ from feature_cache.hashing import frame_digest
 from feature_cache.movies import ReadOptions
 from feature_cache.movies.arrays import images_of
 from feature_cache.movies.bioformats import open_bioio
+from test_zarr import check_same, read_after_fork
 
 VOLUMES = np.random.default_rng(0).integers(0, 60000, (4, 2, 3, 40, 50)).astype(np.uint16)
 """(T, C, Z, Y, X)."""
@@ -99,15 +100,6 @@ def write_lif(file: Path, images: dict[str, np.ndarray]) -> Path:
             head = size + struct.pack("<BI", 0x2A, len(text)) + text.encode("utf-16-le")
             opened.write(struct.pack("<II", 0x70, len(head)) + head + pixels)
     return file
-
-
-def check_same(images: Any, movie: np.ndarray) -> None:
-    assert len(images) == len(movie)
-    assert images.shape == movie.shape[1:]
-    for t, image in enumerate(movie):
-        assert type(images[t]) is np.ndarray
-        assert images[t].shape == image.shape
-        assert frame_digest(images[t]) == frame_digest(image)
 
 
 @pytest.mark.parametrize("channel", [0, 1])
@@ -199,11 +191,6 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=r'pip install "feature-cache\[bioio\]"'):
         open_bioio(file)
-
-
-def read_after_fork(images: Any, digests: Any) -> None:
-    for t in range(len(images)):
-        digests.put(frame_digest(images[t]))
 
 
 class TestShared:

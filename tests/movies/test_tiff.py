@@ -50,7 +50,6 @@ from tiffs import (
 
 BITS = PLANE > 100
 SMALL = PLANE.astype("uint8")
-INDEX = {"photometric": "palette", "dtype": "uint8"}
 MASKS = ReadOptions(labels=True)
 GREEN = GRAY_MAP * np.array([[0], [1], [0]], "uint16")
 THUMBNAIL = (PLANE[::2, ::2], {"subfiletype": 1})

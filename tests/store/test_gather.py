@@ -48,7 +48,7 @@ def damage_record(space: Space, number: int) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=st.lists(st.integers(0, 29), max_size=12))
 def test_every_record_that_is_there_is_in_one_span_at_its_place(
     tmp_path: Path, kind: str, codec: str, asked: list[int]

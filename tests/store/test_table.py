@@ -91,10 +91,10 @@ def mix_up(space: Space) -> None:
     [
         lambda space: None,
         lambda space: table_of(space).unlink(),
-        lambda space: table_of(space).write_bytes(b""),
+        pytest.param(lambda space: table_of(space).write_bytes(b""), marks=pytest.mark.slow),
         lambda space: (table_of(space).unlink(), table_of(space).mkdir()),
         damage,
-        shorten,
+        pytest.param(shorten, marks=pytest.mark.slow),
     ],
     ids=["sound", "gone", "empty", "a folder", "damaged", "cut short"],
 )
@@ -104,30 +104,26 @@ def test_nothing_depends_on_it(many: Space, change: Callable[[Space], object]) -
     assert [f for f in verify(many.root) if f.kind != "unknown"] == []
 
 
-def forge(column: int, rows: slice, value: int) -> Callable[[Space], None]:
-    """Have it say something, with a right checksum, that nobody wrote."""
-
-    def change(space: Space) -> None:
-        old = read_table(table_of(space))
-        packs = old.packs.copy()
-        packs[rows, column] += value
-        write_table(space.root, table_of(space), replace(old, packs=packs))
-        assert read_table(table_of(space)).names == ()
-
-    return change
-
-
-LIES = {
-    "other places": swap,
-    "other packs": mix_up,
-    "counts that wrap to their sum": forge(0, slice(0, 4), 1 << 62),
-    "a size below 0": forge(1, slice(3, 4), -(1 << 40)),
-    "a salt below 0": forge(2, slice(0, 1), -1),
-    "a salt that has too many bits": forge(2, slice(0, 1), 1 << 32),
+FORGED = {
+    "counts that wrap to their sum": (0, slice(0, 4), 1 << 62),
+    "a size below 0": (1, slice(3, 4), -(1 << 40)),
+    "a salt below 0": (2, slice(0, 1), -1),
+    "a salt that has too many bits": (2, slice(0, 1), 1 << 32),
 }
+"""A column and rows, and what is added to what stands there."""
 
 
-@pytest.mark.parametrize("change", LIES.values(), ids=LIES)
+def test_one_with_numbers_that_nobody_wrote_is_none(many: Space) -> None:
+    sound = read_table(table_of(many))
+    for what, (column, rows, value) in FORGED.items():
+        packs = sound.packs.copy()
+        packs[rows, column] += value
+        write_table(many.root, table_of(many), replace(sound, packs=packs))  # a right checksum
+        assert read_table(table_of(many)).names == (), what
+    all_right(many)
+
+
+@pytest.mark.parametrize("change", [swap, mix_up], ids=["other places", "other packs"])
 def test_one_that_lies_gives_no_wrong_numbers(many: Space, change: Callable[[Space], None]) -> None:
     change(many)
     all_right(many)

@@ -137,8 +137,9 @@ def test_a_flipped_bit_is_found_in_each_file(sound: Path) -> None:
 def test_a_file_that_is_none_any_more_is_found_repaired_and_never_wrong(
     sound: Path, how: str
 ) -> None:
-    for relative in sorted({file.relative_to(sound) for file in cache_files(sound)}):
-        file = sound / relative
+    parts = {file: file.relative_to(sound).parts for file in cache_files(sound)}
+    alike = {(*part[:3], *part[4:]): file for file, part in parts.items()}  # in other packs
+    for file in alike.values():
         data = file.read_bytes()
         aside = file.rename(sound.parent / "aside")
         if how == "truncated":
