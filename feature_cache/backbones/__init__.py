@@ -132,10 +132,11 @@ def list_options(name: str) -> tuple[OptionInfo, ...]:
 
 def find_factory(name: str) -> Callable[..., object]:
     """Give what makes a backbone of this bare name; errors as `load_backbone`."""
-    known = list_backbones()
-    info = next((info for info in known if info.fits(name)), None)
+    # ours first: looking for those of other packages reads what all packages say of themselves
+    found = (info for known in (lambda: BACKBONES, list_backbones) for info in known())
+    info = next((info for info in found if info.fits(name)), None)
     if info is None:
-        names = [info.name for info in known]
+        names = [info.name for info in list_backbones()]
         listing = f"feature-cache backbones; or name it {' or '.join(_name_elsewhere(name))}"
         raise UnknownNameError("backbone", name, names, listing)
     try:
