@@ -146,7 +146,7 @@ def test_wrong_words(movie, small, options, error, message):
 def test_grids_have_no_rows(cache, small):
     movie = cache.movie(small[0], None, FakeBackbone(), pooling=None)
     with pytest.raises(FrameError, match="choose a pooling"):
-        CachedFeatureDataset(Tokens(small[1]), [movie])[3]
+        CachedFeatureDataset(Tokens(small[1]), [movie])
 
 
 def test_warming_reads_each_file_once_and_computes_while_it_reads(cache, tmp_path, monkeypatch):
