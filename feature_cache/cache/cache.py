@@ -112,7 +112,7 @@ class FeatureCache(OpenCache):
                 f"backbone is the class {backbone.__name__}: expected a backbone; make an instance "
                 f"of it, {backbone.__name__}(…)"
             )
-        if not (hasattr(backbone, "spec") and hasattr(backbone, "embed")):
+        if not hasattr(backbone, "spec"):
             raise TypeError(
                 f"backbone is a {type(backbone).__name__}: expected a backbone, which has spec and "
                 "embed; pass frames, masks and backbone in this order"
