@@ -14,14 +14,25 @@ from torch.utils.data import Dataset
 from .augment import Augmentations, Draw
 from .batch import Batch, Sample, Tokens, begin_batch
 from .cache import MovieFeatures, check_batch_size, warm_movies
-from .errors import DrawError, MissingRecordError, UnknownNameError
+from .errors import DrawError, FrameError, MissingRecordError, UnknownNameError
 from .forks import cached_property
 from .hashing import DIGEST_BYTES, Digest, digest_json
 from .key import Record
+from .pooling import pooling_revision
 from .service import Misses, StandIn, check_writable
 from .store import Space, Usage
 
 OnMiss = Literal["compute", "error"]
+
+
+def check_pooling(pooling: str | None) -> None:
+    """Raise where a pooling gives no rows for labels: UnknownNameError, or FrameError for none."""
+    if pooling is None:
+        raise FrameError(
+            "pooling is None, and whole grids have no rows for labels: choose a pooling, such as "
+            "'mean_patches_exact'"
+        )
+    pooling_revision(pooling)
 
 
 def choose_copy(seed: int, epoch: int, index: int, copies: int, *more: int) -> int:
@@ -186,6 +197,7 @@ class TokenFeatures:
             raise UnknownNameError("on_miss", self.on_miss, get_args(OnMiss))
         check_batch_size(self.batch_size)
         for movie in self.movies:
+            check_pooling(movie.spec.pooling)
             movie.want([movie] if self.copies is None else self.copies.of_movie(movie))
         if self.on_miss == "compute":
             self._misses.open()
@@ -428,8 +440,17 @@ def _need(unfinished: Unfinished, lookups: dict[Digest, Lookup]) -> list[Lookup]
     return row
 
 
-def _are_movies(given: object) -> bool:
-    return isinstance(given, Sequence) and all(isinstance(one, MovieFeatures) for one in given)
+def _check_movies(given: object) -> None:
+    wrong = "movies", given
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        others = (n for n, one in enumerate(given) if not isinstance(one, MovieFeatures))
+        if (n := next(others, None)) is None:
+            return
+        wrong = f"movies[{n}]", given[n]
+    raise TypeError(
+        f"{wrong[0]} is a {type(wrong[1]).__name__}: expected a list of what FeatureCache.movie "
+        "gives, such as [cache.movie(frames, masks, backbone)]"
+    )
 
 
 class CachedFeatureDataset(Dataset[Sample]):
@@ -485,11 +506,7 @@ class CachedFeatureDataset(Dataset[Sample]):
         batch_size: int = 8,
         progress: bool = True,
     ) -> None:
-        if not _are_movies(movies):
-            raise TypeError(
-                f"movies is a {type(movies).__name__}: expected a list of what FeatureCache.movie "
-                "gives, such as [cache.movie(frames, masks, backbone)]"
-            )
+        _check_movies(movies)
         if not movies:
             raise ValueError("movies is empty: expected what FeatureCache.movie gives, of each")
         if movie_of is None and len(movies) != 1:

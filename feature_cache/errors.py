@@ -92,6 +92,8 @@ class UnknownNameError(FeatureCacheError, LookupError):
 def find_nearest(name: str, known: Collection[str], count: int = 1) -> list[str]:
     """Find the names that were probably meant: those that contain it, or are spelled much alike.
 
+    Those that begin with it are equally near, and the first of them counts.
+
     Examples
     --------
     >>> find_nearest("fp16", ["float16", "float32"]), find_nearest("channel", ["halo", "dtype"])
@@ -99,7 +101,8 @@ def find_nearest(name: str, known: Collection[str], count: int = 1) -> list[str]
     """
     holding = [one for one in known if len(name) > 2 and name.casefold() in one.casefold()]
     alike = [one for one in known if one[:1].casefold() == name[:1].casefold()]
-    close = get_close_matches(name, holding, count, cutoff=0.0)
+    close = [one for one in holding if one.casefold().startswith(name.casefold())][:count]
+    close += get_close_matches(name, holding, count, cutoff=0.0)
     close += get_close_matches(name, known, count) or get_close_matches(name, alike, count, 0.5)
     return list(dict.fromkeys(close))[:count]
 

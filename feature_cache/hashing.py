@@ -210,7 +210,10 @@ def _without_mask(array: NDArray[np.generic], where: str) -> NDArray[np.generic]
 def _check_mask(mask: NDArray[np.generic], where: str) -> NDArray[np.generic]:
     mask = _without_mask(mask, where)
     if mask.dtype.kind not in "bui":
-        raise FrameTypeError(f"{where} has dtype {mask.dtype}: expected integer labels")
+        raise FrameTypeError(
+            f"{where} has dtype {mask.dtype}: expected integer labels; whole numbers become such "
+            "by .astype(int)"
+        )
     if mask.ndim not in (2, 3) or mask.size == 0:
         raise FrameError(
             f"{where} has shape {mask.shape}: expected (H, W) or (Z, H, W), none of them 0"
@@ -218,7 +221,8 @@ def _check_mask(mask: NDArray[np.generic], where: str) -> NDArray[np.generic]:
     always_fits = mask.dtype.kind in "bu" and mask.dtype.itemsize < 4
     if not always_fits and (mask.min() < 0 or mask.max() > _LARGEST):
         raise FrameError(
-            f"{where} has labels from {mask.min()} to {mask.max()}: expected 0 to {_LARGEST}"
+            f"{where} has labels from {mask.min()} to {mask.max()}: expected 0 to {_LARGEST}; "
+            "relabel it, with 0 as background"
         )
     return mask
 

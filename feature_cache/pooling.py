@@ -245,7 +245,12 @@ def pooling_revision(mode: str) -> int:
 
 
 def steps_of(mode: str) -> Steps:
-    """Give what a pooling does; UnknownNameError for none."""
-    if mode not in [*_MODES]:  # a list, as what is no mode may have no hash
+    """Give what a pooling does; UnknownNameError for none, TypeError for what is no name."""
+    if not isinstance(mode, str):
+        raise TypeError(
+            f"pooling is {mode!r}: expected one name, such as 'mean_patches_exact'; several in one "
+            "run are for plan_warm"
+        )
+    if mode not in _MODES:
         raise UnknownNameError("pooling", mode, POOLINGS)
     return _MODES[mode]

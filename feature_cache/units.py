@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from numbers import Real
 
 
 def count_text(count: int, what: str) -> str:
@@ -12,6 +13,12 @@ def count_text(count: int, what: str) -> str:
     ('1 pack', '2,000 packs')
     """
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def check_amount(name: str, amount: object, example: str) -> None:
+    """Raise TypeError for an amount that is neither a number nor None."""
+    if amount is not None and not isinstance(amount, Real):
+        raise TypeError(f"{name} is {amount!r}: expected a number, such as {example}")
 
 
 def size_text(count: float) -> str:

@@ -147,7 +147,7 @@ def test_wrong_words(movie, small, options, error, message):
 def test_grids_have_no_rows(cache, small):
     movie = cache.movie(small[0], None, FakeBackbone(), pooling=None)
     with pytest.raises(FrameError, match="choose a pooling"):
-        CachedFeatureDataset(Tokens(small[1]), [movie])[3]
+        CachedFeatureDataset(Tokens(small[1]), [movie])
 
 
 def test_copies_that_share_records_are_computed_and_counted_once(cache, small):

@@ -32,7 +32,7 @@ from feature_cache import (
 )
 from feature_cache.cli import app
 from feature_cache.movies import write_movie
-from feature_cache.service import close_all
+from feature_cache.service import ReadAhead, close_all
 from feature_cache.testing import FakeBackbone
 from synthetic import make_movie
 
@@ -168,8 +168,8 @@ MISTAKES = [
         "no masks",
         WARM,
         "error: movie/01 has no masks 'TRA': looked for movie/01/TRA, movie/01_TRA, "
-        "movie/01_GT/TRA; name the detection folder (--detections), or the place of the masks "
-        "(--masks)",
+        "movie/01_GT/TRA; name the detection folder (detections=…, --detections), or the place of "
+        "the masks (masks=…, --masks)",
         remove_masks,
     ),
     Mistake(
@@ -228,7 +228,7 @@ MISTAKES = [
         "labels below zero",
         FRESH,
         "failed: mask 2 of movie/01 TRA (man_track002.tif) has labels from -1 to -1: expected 0 "
-        "to 2147483647",
+        "to 2147483647; relabel it, with 0 as background",
         draw("01_GT/TRA/man_track002.tif", np.full((48, 64), -1, np.int16)),
         status=1,
     ),
@@ -354,7 +354,7 @@ MISTAKES = [
         "an unknown key in a list",
         WARM.replace("movie/01", "list.yaml"),
         "error: list.yaml, the entry of movie/01: unknown key 'downscale': did you mean "
-        "'downscale_spatial'? Known: path, detections, masks, channel, axes, slice_pct, "
+        "'downscale_temporal'? Known: path, detections, masks, channel, axes, slice_pct, "
         "downscale_temporal, downscale_spatial",
         write("list.yaml", "- path: movie/01\n  downscale: 2\n"),
     ),
@@ -379,7 +379,13 @@ MISTAKES = [
         "a URL without a scheme",
         f"{FRESH} --push bucket/features",
         "error: unknown kind of remote 'bucket/features': Known: s3://, gs://, az://, "
-        "hf://datasets/, file://, https://, http://",
+        "hf://datasets/, file:///absolute/path, https:// or http:// (as a layer)",
+    ),
+    Mistake(
+        "a web server to send to",
+        f"{FRESH} --push https://nowhere.invalid/features",
+        "error: can't write to https://nowhere.invalid/features: …--layer…, and send to s3://, …",
+        needs="obstore",
     ),
     Mistake(
         "a remote without its extra",
@@ -408,12 +414,14 @@ MISTAKES = [
     Mistake(
         "a cache below a file",
         FRESH.replace("new", "movie/01/t000.tif/new"),
-        "error: can't make {here}/movie/01/t000.tif/new: File exists; name another folder",
+        "error: can't make {here}/movie/01/t000.tif/new: {here}/movie/01/t000.tif is a "
+        "file; name another folder",
     ),
     Mistake(
         "a remote below a file",
         "push file://{here}/movie/01/t000.tif/new --cache cache",
-        "error: can't make {here}/movie/01/t000.tif/new: File exists; name another folder",
+        "error: can't make {here}/movie/01/t000.tif/new: {here}/movie/01/t000.tif is a "
+        "file; name another folder",
         needs="obstore",
     ),
     Mistake(
@@ -787,6 +795,25 @@ def wrap_detections_that_are_not_there() -> None:
     wrap(data, "cache", FakeBackbone())
 
 
+def wrap_without_pooling() -> None:
+    pytest.importorskip("trackastra")
+    from feature_cache.trackastra import wrap
+
+    wrap("not looked at", "cache", FakeBackbone(), pooling=None)  # type: ignore[arg-type]
+
+
+def load_volumes_as_images() -> None:
+    frames, masks, tracks = make_movie()
+    write_movie("volumes/01", *(np.stack([one] * 2, 1) for one in (frames, masks)), tracks)
+    load_training_data("volumes/01")
+
+
+def call_channels_slices() -> None:
+    tifffile.imwrite("frames.tif", np.zeros((6, 2, 40, 50), np.uint8), metadata={"axes": "TCYX"})
+    tifffile.imwrite("masks.tif", np.ones((6, 40, 50), np.uint8))
+    ask_for(Movie.open("frames.tif", "masks.tif", axes="TZYX"), None)
+
+
 def make_a_model_of_unknown_properties() -> None:
     pytest.importorskip("trackastra")
     from feature_cache.trackastra import make_model
@@ -812,13 +839,13 @@ def score(result: str) -> None:
         ),
         (
             lambda: give_masks_of(np.float32, 0.5),
-            "FrameTypeError: mask 0 has dtype float32: expected integer labels; and 5 other frames "
-            "failed",
+            "FrameTypeError: mask 0 has dtype float32: expected integer labels; whole numbers "
+            "become such by .astype(int); and 5 other frames failed",
         ),
         (
             lambda: give_masks_of(np.int16, -1),
-            "FrameError: mask 0 has labels from -1 to -1: expected 0 to 2147483647; and 5 other "
-            "frames failed",
+            "FrameError: mask 0 has labels from -1 to -1: expected 0 to 2147483647; relabel it, "
+            "with 0 as background; and 5 other frames failed",
         ),
         (
             lambda: FeatureCache("cache").movie(*make_movie()[:2], "efficientnet-lite0"),
@@ -827,8 +854,17 @@ def score(result: str) -> None:
         ),
         (
             lambda: FeatureCache("cache").movie(make_movie()[0], FakeBackbone(), make_movie()[1]),
-            "TypeError: backbone is a ndarray: expected a backbone; pass frames, masks and "
-            "backbone in this order",
+            "TypeError: backbone is a ndarray: expected a backbone, which has spec and embed; "
+            "pass frames, masks and backbone in this order",
+        ),
+        (
+            lambda: FeatureCache("cache").movie(*make_movie()[:2], FakeBackbone),  # type: ignore[arg-type]
+            "TypeError: backbone is the class FakeBackbone: expected a backbone; make an instance "
+            "of it, FakeBackbone(…)",
+        ),
+        (
+            lambda: FeatureCache("cache").movie(*make_movie()[:2], torch.nn.Identity()),  # type: ignore[arg-type]
+            "TypeError: backbone is a Identity: expected a backbone, which has spec and embed; …",
         ),
         (
             lambda: FeatureCache(None),
@@ -852,6 +888,10 @@ def score(result: str) -> None:
             lambda: ask_for(["t000.tif"], np.zeros((1, 40, 50), int)),
             "MovieError: can't read t000.tif: No such file or directory; restore the file or leave "
             "it out",
+        ),
+        (
+            lambda: CachedFeatureDataset([], ["b/png"]),  # type: ignore[arg-type, list-item]
+            "TypeError: movies[0] is a str: expected a list of what FeatureCache.movie gives, …",
         ),
         (
             lambda: CachedFeatureDataset([], FeatureCache("cache")),
@@ -887,8 +927,66 @@ def score(result: str) -> None:
         ),
         (
             lambda: bind(pooling=["nearest_patch"]),
-            "UnknownNameError: unknown pooling ['nearest_patch']: did you mean 'nearest_patch'? "
-            "Known: …",
+            "TypeError: pooling is ['nearest_patch']: expected one name, such as "
+            "'mean_patches_exact'; several in one run are for plan_warm",
+        ),
+        (
+            lambda: bind(pooling="mean"),
+            "UnknownNameError: unknown pooling 'mean': did you mean 'mean_patches_exact'? …",
+        ),
+        (
+            lambda: Movie.open(*make_movie()[:2]),
+            "TypeError: path is a ndarray: expected a path; images in memory go to "
+            "FeatureCache.movie or get_or_compute as they are, or to Movie.of(frames, masks)",
+        ),
+        (
+            lambda: Movie.open("movie/01", make_movie()[1]),
+            "TypeError: masks is a ndarray: expected a path; …",
+        ),
+        (
+            lambda: ask_for([Movie.open("movie/01")], None),
+            "FrameTypeError: frames[0] is a Movie: expected an image (H, W) or (Z, H, W); a movie "
+            "is passed by itself, not in a list",
+        ),
+        (
+            lambda: ask_for([Movie.open("movie/01").frames], [Movie.open("movie/01").masks]),
+            "FrameTypeError: frames[0] is a Series: expected an image …",
+        ),
+        (
+            lambda: ask_for(np.zeros((1, 2, 40, 50)), np.zeros((1, 40, 50), int)),
+            "MovieError: frame 0 has shape (2, 40, 50) and its mask (40, 50): expected the same; "
+            "if these are 2 channels, a frame has one: of an array pass frames[:, 0], of a file "
+            "say axes='TCYX' and channel=0 (--axes TCYX --channel 0)",
+        ),
+        (
+            call_channels_slices,
+            "MovieError: frame 0 of frames.tif masks.tif (frames.tif[0]) has shape (2, 40, 50) and "
+            "its mask (40, 50): expected the same; …axes='TCYX' and channel=0…",
+        ),
+        (
+            lambda: FeatureCache("cache").gc(max_bytes="100G"),  # type: ignore[arg-type]
+            "TypeError: max_bytes is '100G': expected a number, such as 100 * 10**9 for 100 GB",
+        ),
+        (
+            lambda: FeatureCache("cache").gc(max_age_seconds="30d"),  # type: ignore[arg-type]
+            "TypeError: max_age_seconds is '30d': expected a number, such as 30 * 86400 for …",
+        ),
+        (
+            lambda: FeatureCache("cache").push("folder"),
+            "UnknownNameError: unknown kind of remote 'folder': Known: …file:///absolute/path, …",
+        ),
+        (
+            lambda: FeatureCache("cache").push(Path("cache")),  # type: ignore[arg-type]
+            "StoreError: cache is a folder in the place of a URL: write file://{here}/cache",
+        ),
+        (
+            lambda: FeatureCache("cache").push(None),  # type: ignore[arg-type]
+            "TypeError: url is a NoneType: expected such as 's3://bucket/prefix'",
+        ),
+        (
+            lambda: next(iter(ReadAhead([3, 1], make_dataset("cache")))),  # type: ignore[list-item]
+            "TypeError: batch_sampler gives the index 3: expected batches, each a list of indices; "
+            "put the sampler in torch's BatchSampler(sampler, batch_size, drop_last)",
         ),
         (
             lambda: bind().get_or_compute(2),  # type: ignore[arg-type]
@@ -918,6 +1016,24 @@ def score(result: str) -> None:
         (
             lambda: load_training_data("movie/03"),
             "MovieNotFoundError: no movie at movie/03: no such folder",
+        ),
+        (
+            lambda: load_training_data("movie"),
+            "NoMasksError: movie has no ground truth: looked for movie_GT/TRA and movie/TRA; put …",
+        ),
+        (
+            lambda: load_training_data("movie/01", use_gt=False, detection_folders=["SEG"]),
+            "NoMasksError: movie/01 has no masks 'SEG': looked for movie/01/SEG, …",
+        ),
+        (
+            load_volumes_as_images,
+            "MovieError: volumes/01 has images of shape (2, 48, 64): expected (H, W), as ndim is "
+            "2; for a movie of volumes pass ndim=3",
+        ),
+        (
+            wrap_without_pooling,
+            "FrameError: pooling is None, and whole grids have no rows for labels: choose a "
+            "pooling, such as 'mean_patches_exact'",
         ),
         (
             lambda: load_training_data(["movie/01"]),

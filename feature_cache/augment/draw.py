@@ -202,7 +202,10 @@ class Draw:
             If its shape is not (H, W).
         """
         if mask.dtype.kind not in "bui":
-            raise TypeError(f"the mask has dtype {mask.dtype}: expected integer labels")
+            raise TypeError(
+                f"the mask has dtype {mask.dtype}: expected integer labels; whole numbers become "
+                "such by .astype(int)"
+            )
         if mask.ndim != 2 or mask.size == 0:
             raise FrameError(f"the mask has shape {mask.shape}: expected (H, W), none of them 0")
         for operation in self.operations:

@@ -108,10 +108,15 @@ class FeatureCache(OpenCache):
             )
         if backbone is None:
             raise TypeError("no backbone was given: pass backbone=load_backbone(name)")
+        if isinstance(backbone, type):
+            raise TypeError(
+                f"backbone is the class {backbone.__name__}: expected a backbone; make an instance "
+                f"of it, {backbone.__name__}(…)"
+            )
         if not hasattr(backbone, "spec"):
             raise TypeError(
-                f"backbone is a {type(backbone).__name__}: expected a backbone; pass frames, masks "
-                "and backbone in this order"
+                f"backbone is a {type(backbone).__name__}: expected a backbone, which has spec and "
+                "embed; pass frames, masks and backbone in this order"
             )
         if pooling == "nearest_patch":
             _say_what_nearest_costs()

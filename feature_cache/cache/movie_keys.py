@@ -29,6 +29,7 @@ from ..hashing import (
 from ..key import Keys, record_key, window_digest
 from ..memo import Fingerprint, Memo
 from ..movies import Series, Source
+from ..movies.axes import channel_hint
 from ..spec import KEY_VERSION, SpaceSpec
 from ..store import Asked, Space, add_asked
 from ..system import count_cores
@@ -411,11 +412,9 @@ class MovieKeys:
 
     def _check_shapes(self, t: int, frame: tuple[int, ...], mask: tuple[int, ...]) -> None:
         if frame != mask:
-            is_colour = len(frame) == 3 and frame[:-1] == mask
-            hint = "; a frame has one channel: pass one, such as frames[..., 0]"
             raise MovieError(
                 f"{self.where(t)} has shape {frame} and its mask {mask}: expected the same"
-                f"{hint if is_colour else ''}"
+                f"{channel_hint(frame, mask)}"
             )
 
     def where(self, t: int, kind: str = "frame") -> str:

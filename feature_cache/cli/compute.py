@@ -492,11 +492,11 @@ def _check_names(
 
 
 def _check_remote(url: str | None) -> None:
-    """Find that a URL is none, or its package is missing, before anything is computed."""
+    """Find that nothing can be sent to a URL before anything is computed."""
     from ..store.remote import open_remote
 
     if url is not None:
-        open_remote(url)
+        open_remote(url).check_writable()
 
 
 def explain(

@@ -130,6 +130,11 @@ def _check_item(item: Any, where: str) -> Any:
     with reading(where):
         image = item if hasattr(item, "shape") else np.asarray(item)
     shape = tuple(image.shape)
+    if not shape or isinstance(item, Images):
+        raise FrameTypeError(
+            f"{where} is a {type(item).__name__}: expected an image (H, W) or (Z, H, W); a movie "
+            "is passed by itself, not in a list"
+        )
     if len(shape) not in (2, 3):
         hint = "; for a movie of one image pass [image]" if len(shape) == 1 else ""
         raise FrameError(f"{where} has shape {shape}: expected (H, W) or (Z, H, W){hint}")

@@ -144,6 +144,21 @@ def ends_in_channels(shape: Sequence[int]) -> bool:
     )
 
 
+def channel_hint(frame: tuple[int, ...], mask: tuple[int, ...]) -> str:
+    """Say what to do where a frame seems to have channels that its mask hasn't; empty elsewhere."""
+    for inside, array, file in (
+        (frame[:-1], "frames[..., 0]", "TYXC"),
+        (frame[1:], "frames[:, 0]", "TCYX"),
+    ):
+        if len(frame) == 3 and inside == mask:
+            return (
+                f"; if these are {frame[0 if file == 'TCYX' else -1]} channels, a frame has one: "
+                f"of an array pass {array}, of a file say axes={file!r} and channel=0 (--axes "
+                f"{file} --channel 0)"
+            )
+    return ""
+
+
 def _check_x(layout: Layout, where: str) -> None:
     axes, shape = layout.axes, layout.shape
     if ends_in_channels(shape):

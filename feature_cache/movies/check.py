@@ -20,6 +20,7 @@ from scipy import ndimage
 from ..errors import FrameError, MovieError
 from ..hashing import JSON, frame_pixels, mask_labels
 from ..system import count_cores
+from .axes import channel_hint
 from .images import Images
 from .tracks import Tracks, read_tracks
 
@@ -257,8 +258,9 @@ def _look_at(frames: Images, masks: Images | None, t: int) -> _Look:
         problems.append(_error(error))
     if frame is not None and mask is not None and frame.shape != mask.shape:
         text = f"{frame.where} has shape {frame.shape} and {mask.where} {mask.shape}"
+        hint = channel_hint(frame.shape, mask.shape)
         problems.append(
-            Problem("shapes of frame and mask", f"{text}: expected the same", is_error=True)
+            Problem("shapes of frame and mask", f"{text}: expected the same{hint}", is_error=True)
         )
     return _Look(frame, mask, tuple(problems))
 

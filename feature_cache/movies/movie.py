@@ -205,7 +205,16 @@ class Movie:
         MovieError
             What is there is no movie; file names don't tell the order of time, or frames and masks
             are not of the same times.
+        TypeError
+            A path is none.
         """
+        for name, given in (("path", path), ("masks", "" if masks is None else masks)):
+            if not _is_path(given):
+                raise TypeError(
+                    f"{name} is a {type(given).__name__}: expected a path; images in memory go to "
+                    "FeatureCache.movie or get_or_compute as they are, or to Movie.of(frames, "
+                    "masks)"
+                )
         source = Source(
             os.fspath(path), detections, slice_pct, downscale_temporal, downscale_spatial,
             None if masks is None else os.fspath(masks), channel, axes,
@@ -374,6 +383,10 @@ def _find_masks(source: Source, frames: Found) -> Found:
         axes = "TYX" if len(frames.images.shape) == 2 else "TZYX"
         with suppress(MovieError):  # what is wrong without axes is what the file itself says
             return find_images(path, ReadOptions(None, axes, labels=True), "masks")
+        with suppress(MovieError):  # of frames told to have Z, which may be channels: shapes say so
+            found = find_images(path, ReadOptions(None, "TYX", labels=True), "masks")
+            if source.axes is not None and len(found.images) == len(frames.images):
+                return found
         raise
 
 
@@ -431,7 +444,8 @@ def _check_counts(frames: Found, masks: Found) -> None:
     if frames.images.files_of(0) == masks.images.files_of(0) != ():
         raise MovieError(
             f"{frames.images.place} was named for the frames and for the masks: name the folder or "
-            "file of the masks (--detections, --masks), or open frames alone"
+            "file of the masks (detections=… or masks=…; --detections, --masks), or open frames "
+            "alone (detections=None)"
         )
     if frames.timed is not None and masks.timed is not None:
         check_pairs(frames.timed, masks.timed)
@@ -506,7 +520,8 @@ def _find_detections(root: Path, name: str) -> Path:
             return folder
     raise NoMasksError(
         f"{root} has no masks {name!r}: looked for {', '.join(map(str, guesses))}; name the "
-        "detection folder (--detections), or the place of the masks (--masks)"
+        "detection folder (detections=…, --detections), or the place of the masks (masks=…, "
+        "--masks)"
     )
 
 

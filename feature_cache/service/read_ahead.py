@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any, Protocol
 
 
@@ -58,7 +59,14 @@ class ReadAhead:
     def __iter__(self) -> Iterator[list[int]]:
         """Give the batches as they are, each some time after it was drawn."""
         coming = deque[list[int]]()
-        for batch in self.batch_sampler:
+        drawn: Iterable[Any] = self.batch_sampler
+        for batch in drawn:
+            if isinstance(batch, Integral):
+                raise TypeError(
+                    f"batch_sampler gives the index {batch}: expected batches, each a list of "
+                    "indices; put the sampler in torch's BatchSampler(sampler, batch_size, "
+                    "drop_last)"
+                )
             self.dataset.prefetch(batch)
             coming.append(batch)
             if len(coming) > self.batches:

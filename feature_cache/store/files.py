@@ -316,7 +316,8 @@ def writing(place: Path, *, is_new: bool = False) -> Iterator[None]:
                 "name a folder you can write, or open the cache with mode='r'"
             ) from error
         if is_new and error.errno not in _IS_FULL:
-            told = error.strerror or error
+            files = [str(one) for one in (place, *place.parents) if one.is_file()]
+            told = f"{files[0]} is a file" if files else error.strerror or error
             raise StoreError(f"can't make {place}: {told}; name another folder") from error
         if error.errno == errno.ENOENT and not place.exists():
             raise _gone(place) from error

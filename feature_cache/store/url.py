@@ -11,7 +11,8 @@ from ..errors import NotACacheError, StoreError
 
 READ_ONLY = ("https://", "http://")
 HUB = "hf://datasets/"
-SCHEMES = ("s3://", "gs://", "az://", HUB, "file://", *READ_ONLY)
+WRITABLE = ("s3://", "gs://", "az://", HUB, "file://")
+SCHEMES = (*WRITABLE, *READ_ONLY)
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 """With one slash as well: pathlib takes the other away."""

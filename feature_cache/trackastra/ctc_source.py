@@ -19,6 +19,7 @@ from ..movies.movie import detection_places, silver_folder
 from ..movies.times import TimedFiles, check_pairs, check_steps, order_files
 from .lazy_arrays import HeldMasks, MaskFrames, Stack, count_masks
 from .training_data import load_ctc
+from .training_data_inputs import missing_detections
 
 
 def load_data(given: Any, options: Mapping[str, Any], cache: FeatureCache) -> Any:
@@ -125,12 +126,7 @@ def folders_of(data: Any) -> list[str]:
     """Name the detection folders that it was loaded from: `CTCData` skips what it can't find."""
     folders = [name for name in data.detection_folders if name in data.det_masks]
     if not folders:
-        names = data.detection_folders
-        places = [str(place) for name in names for place in detection_places(data.root, name)]
-        raise NoMasksError(
-            f"{data.root} has no masks {', '.join(map(repr, names))}: looked for "
-            f"{', '.join(places)}; name the detection folder (detection_folders)"
-        )
+        raise missing_detections(data.root, data.detection_folders)
     return folders
 
 

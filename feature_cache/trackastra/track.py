@@ -70,7 +70,10 @@ def track_movie(
         As `write_tracks`; before it begins.
     """
     if movie.masks is None:
-        raise NoMasksError(f"{movie.name} has no masks: name them (--detections, --masks)")
+        raise NoMasksError(
+            f"{movie.name} has no masks: name them, as for Movie.open (detections=… or masks=…; "
+            "--detections, --masks)"
+        )
     if len(movie) < 2:
         raise MovieError(f"{movie.name} has {len(movie)} frame: expected 2 or more, to link cells")
     if mode not in MODES:

@@ -50,7 +50,7 @@ from ..train_options import ARCHITECTURE, data_options
 from .ctc_options import check_options
 from .lazy_arrays import Stack, order_tracks
 from .model_features import find_model
-from .training_data_inputs import Inputs, find_detections
+from .training_data_inputs import Inputs, find_detections, missing_detections
 from .training_data_tables import Arrays, Detections, from_record, to_record
 
 START_NAME = "trackastra-start"
@@ -249,7 +249,7 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
     def _recall(self, build: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Take the tables from the cache, or have them built there; give the windows."""
         if self.gt_mask_folder is None:
-            raise NoMasksError(f"{self.root} has no masks {self.detection_folders[0]!r}")
+            raise missing_detections(self.root, self.detection_folders[:1])
         names = list(self.gt_mask_folder.glob("*.tif"))
         self.start_frame, self.end_frame = (int(len(names) * part) for part in self.slice_pct)
         if names and self.start_frame == self.end_frame:
@@ -368,6 +368,27 @@ class _Loader(_ctc.CTCData):  # type: ignore[misc]
         return {"movie": str(self.root), "origin": "training data", "draw": [], **own}
 
     # What upstream's code calls
+
+    def _guess_mask_folder(self, root: Path, truth: Path) -> Path:
+        folder: Path
+        try:
+            folder = super()._guess_mask_folder(root, truth)
+        except ValueError as error:
+            raise NoMasksError(
+                f"{root} has no ground truth: looked for {root}_GT/TRA and {root}/TRA; put masks "
+                "and man_track.txt there, or train on other detections alone (use_gt=False, "
+                "detection_folders=[…])"
+            ) from error
+        return folder
+
+    def _check_dimensions(self, x: NDArray[Any]) -> NDArray[Any]:
+        if self.ndim == 2 and x.ndim == 4:
+            raise MovieError(
+                f"{self.root} has images of shape {x.shape[1:]}: expected (H, W), as ndim is 2; "
+                "for a movie of volumes pass ndim=3"
+            )
+        checked: NDArray[Any] = super()._check_dimensions(x)
+        return checked
 
     def _load_tracklet_links(self, folder: Path) -> pd.DataFrame:
         # once: what upstream reads must be what the key stands for

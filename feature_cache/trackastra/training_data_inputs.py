@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.movie_keys import in_files
+from ..errors import NoMasksError
 from ..hashing import (
     JSON,
     Digest,
@@ -132,6 +133,15 @@ class Inputs:
         emptied = truth.frames if data.compress else None
         frames = ImageFrames(self.hashed[self.frames], data.ndim == 3, emptied, data.features)
         return Stack(frames, truth.times, shape, np.float32)
+
+
+def missing_detections(root: Path, names: Sequence[str]) -> NoMasksError:
+    """Say where detections of some names were looked for."""
+    places = [str(place) for name in names for place in detection_places(root, name)]
+    return NoMasksError(
+        f"{root} has no masks {', '.join(map(repr, names))}: looked for {', '.join(places)}; name "
+        "the detection folder (detection_folders)"
+    )
 
 
 def find_detections(data: Any, name: str) -> Path | None:

@@ -17,7 +17,15 @@ from ..augment import Augmentations, Draw
 from ..backbones import load_backbone
 from ..batch import Batch
 from ..cache import FeatureCache, MovieFeatures
-from ..dataset import Copies, OnMiss, TokenFeatures, Unfinished, finish, warm_tokens
+from ..dataset import (
+    Copies,
+    OnMiss,
+    TokenFeatures,
+    Unfinished,
+    check_pooling,
+    finish,
+    warm_tokens,
+)
 from ..errors import UnknownNameError
 from ..movies import Source
 from ..movies.check import check_movie
@@ -295,13 +303,14 @@ def wrap(
     ValueError
         The dataset's own shallow features can't be exchanged or mapped.
     """
+    check_words(geometry, on_miss)
+    check_props(additional_props)
+    check_pooling(pooling)
     cache = cache if isinstance(cache, FeatureCache) else FeatureCache(cache)
     backbone = load_backbone(backbone) if isinstance(backbone, str) else backbone
     ctc_data = load_data(ctc_data, dataset_options or {}, cache)
     concat = isinstance(ctc_data, ConcatDataset)
     members: list[Any] = ctc_data.datasets if concat else [ctc_data]
-    check_words(geometry, on_miss)
-    check_props(additional_props)
     for data in members:
         mapped = augmentations is not None and geometry == "map"
         _check_dataset(data, additional_props, mapped=mapped)

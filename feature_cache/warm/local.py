@@ -11,6 +11,7 @@ from ..engine import Budget, Failure, FailureListener, Tally
 from ..errors import MissingRecordError
 from ..movies.check import summarize
 from ..store import Usage, add_asked, count_regions
+from ..units import check_amount
 from .frame_rates import remember_rate
 from .plan import Unit, WarmPlan
 from .push import Pushing
@@ -68,7 +69,8 @@ def run_warm(
 
 
 def open_budget(cache: FeatureCache, max_bytes: int) -> Budget:
-    """Look at what the packs of a cache take now."""
+    """Look at what the packs of a cache take now; TypeError for a limit that is no number."""
+    check_amount("max_bytes", max_bytes, "100 * 10**9 for 100 GB")
     return Budget(max_bytes, sum(space.disk_bytes() for space in cache.store.spaces()))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import MissingRecordError, StoreError
 from ...hashing import DIGEST_BYTES, JSON
+from ...units import check_amount
 from ..claims import Claims
 from ..counters import merge_runs
 from ..files import TEMPORARY_PREFIX, list_folder, tree_bytes, writing
@@ -156,7 +157,11 @@ def plan_gc(
         No space of such a name.
     StoreError
         A pin is damaged, or files can't be read.
+    TypeError
+        What is to be a number is none.
     """
+    check_amount("max_bytes", max_bytes, "100 * 10**9 for 100 GB")
+    check_amount("max_age_seconds", max_age_seconds, "30 * 86400 for 30 days")
     chosen = choose_spaces(store.spaces(), spaces)
     uses = known_uses(store.root)
     pinned: list[Eviction] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...errors import StoreError
 from ...system import sync_file, sync_folder
 from ..files import share_with_group, writing
-from ..url import READ_ONLY, url_folder
+from ..url import READ_ONLY, WRITABLE, url_folder
 from .connection import connect, enter_process, talking
 from .streams import PIECE_BYTES, Progress, each, read_pieces, tell
 
@@ -54,7 +54,8 @@ class Objects:
         if not self.is_listed:
             raise StoreError(
                 f"can't {doing} {self.url}: a web server only gives what is asked for by name; "
-                f"read it below a folder, with --layer {self.url}"
+                f"read it below a folder (layers=[{self.url!r}], --layer {self.url}), and send to "
+                f"{', '.join(WRITABLE)} alone"
             )
 
     def size(self, name: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from ..pack_contents import read_keys
 from ..pack_table import NO_PACKS, PackTable, encode_table, parse_table, read_rows
 from ..space import PACK_NAME
 from ..store import FORMAT_VERSION, ROOT_TEXT, TAG, check_version, own_attributes
-from ..url import HUB, SCHEMES, find_folder, parse_url
+from ..url import HUB, READ_ONLY, SCHEMES, WRITABLE, find_folder, parse_url
 from ..writer import install_pack
 from .hugging_face import HubObjects
 from .layout import (
@@ -42,6 +43,7 @@ from .layout import (
 from .objects import Objects
 from .streams import Progress, cut, each, make_files, tell
 
+_KINDS = (*WRITABLE[:-1], "file:///absolute/path", f"{' or '.join(READ_ONLY)} (as a layer)")
 _OBJECTS_AT_ONCE = 8
 _OWN_NAMES = {"CACHEDIR.TAG", "spaces", "tables", "zarr.json"}
 _log = logging.getLogger(__name__)
@@ -73,13 +75,18 @@ def open_remote(url: str, **options: Any) -> Remote:
     StoreError
         For a folder that is not written as ``file://`` URL, or such a URL that names none of this
         host.
+    TypeError
+        For what is no text.
     """
+    if not isinstance(url, str | os.PathLike):
+        raise TypeError(f"url is a {type(url).__name__}: expected such as 's3://bucket/prefix'")
+    url = os.fspath(url)
     if parse_url(url) is None and url and (url[0] in "/.~" or Path(url).is_dir()):
         raise StoreError(
             f"{url} is a folder in the place of a URL: write {find_folder(url).as_uri()}"
         )
     if not url.startswith(SCHEMES):
-        raise UnknownNameError("kind of remote", url, SCHEMES)
+        raise UnknownNameError("kind of remote", url, _KINDS)
     package, extra = ("huggingface_hub", "hub") if url.startswith(HUB) else ("obstore", "remote")
     with importing(package, f"the remote {url}", f"pip install 'feature-cache[{extra}]'"):
         import_module(package)
@@ -127,6 +134,10 @@ class Remote:
     def is_listed(self) -> bool:
         """Whether it says what is in it; a plain web server does not."""
         return self._objects.is_listed
+
+    def check_writable(self) -> None:
+        """Raise StoreError where nothing can be sent: to a plain web server."""
+        self._objects.check_listed("write to")
 
     def spaces(self) -> dict[str, dict[str, Any]]:
         """Give the specs of all spaces, as JSON, by name; StoreError for one that is none."""
@@ -296,7 +307,7 @@ class Remote:
 
         StoreError where a space there has another spec.
         """
-        self._objects.check_listed("write to")
+        self.check_writable()
         version = self.version()
         if self.folder is not None:
             with writing(self.folder, is_new=version is None):

@@ -121,6 +121,7 @@ def plan_push(root: Path, remote: Remote, *, spaces: Sequence[str] | None = None
     StoreError
         If one of the sides is no cache, or can't be read.
     """
+    remote.check_writable()
     with reading(root):
         chosen = _choose(_local_spaces(root), spaces)
         here = {name: _local(root, name, spec).pack_names() for name, spec in chosen.items()}
