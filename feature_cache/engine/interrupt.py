@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -62,8 +61,10 @@ def _exit(number: int, frame: FrameType | None) -> None:
     global _terminated
     # what is raised in a hook of a fork is ignored, and that one may have just begun
     if _forking.now or (frame is not None and frame.f_code is _hold_back.__code__):
-        # so it is sent again, until the fork is over; by another thread, as this one is to go on
-        again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        # so it is sent again, until the fork is over; by another thread, as this one is to go on,
+        # and to this one: what another thread takes doesn't wake it from what it waits for
+        here = threading.get_ident()
+        again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (here, number))
         again.daemon = True
         start(again)
         return

@@ -78,7 +78,8 @@ def be_ended(number):
 signal.getsignal = be_ended
 if not os.fork():
     os._exit(0)
-time.sleep(20)
+for _ in range(200):
+    time.sleep(0.1)
 """
 
 
