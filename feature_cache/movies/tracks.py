@@ -82,7 +82,10 @@ def write_movie(
             f"tracks have shape {table.shape} and dtype {table.dtype}: expected (N, 4) whole "
             "numbers (label, first, last, parent), as tracks_of_labels gives"
         )
-    parts = (_Part(root, "t{:03d}.tif", frames), _Part(truth, "man_track{:03d}.tif", masks))
+    parts = (
+        _Part(root, "t{:03d}.tif", frames),
+        _Part(truth, "man_track{:03d}.tif", masks, are_labels=True),
+    )
     others = [file for part in parts for file in part.find_others()]
     if others and not overwrite:
         raise MovieError(
@@ -106,12 +109,13 @@ class _Part:
     folder: Path
     name: str
     images: Iterable[Any]
+    are_labels: bool = False
 
     def each(self) -> Iterator[tuple[Path, NDArray[Any]]]:
         """Give file and image of each time; FrameError for a mask that is none."""
         for t, image in enumerate(self.images):
             array = np.asarray(image)
-            if "track" in self.name:
+            if self.are_labels:
                 array = mask_labels(array, f"mask {t}")
                 array = array.astype(np.uint16) if array.max() < 1 << 16 else array
             yield self.folder / self.name.format(t), array
