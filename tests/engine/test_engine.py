@@ -171,15 +171,21 @@ def test_the_last_batch_holds_up_no_commit(tmp_path, small):
     engine.close()
 
 
-def test_a_run_whose_last_commit_takes_too_long_says_so(tmp_path, small, monkeypatch):
-    go, write = threading.Event(), Space.write
+@pytest.fixture
+def go(monkeypatch):
+    """Let what is computed be committed, which takes longer than anybody waits."""
+    told, write = threading.Event(), Space.write
 
     def write_late(*args: Any) -> list[str]:
-        assert go.wait(30)
+        assert told.wait(30)
         return write(*args)
 
     monkeypatch.setattr(Space, "write", write_late)
     monkeypatch.setattr("feature_cache.engine.engine.CLOSING_SECONDS", 0.1)
+    return told
+
+
+def test_a_run_whose_last_commit_takes_too_long_says_so(tmp_path, small, go):
     movie = FeatureCache(tmp_path).movie(*small, FakeBackbone())
     with pytest.raises(StoreError, match="not taken what was computed last"):
         movie.compute(range(6))
@@ -187,15 +193,7 @@ def test_a_run_whose_last_commit_takes_too_long_says_so(tmp_path, small, monkeyp
     wait_until(lambda: movie.contains().all(), "the last commit")
 
 
-def test_a_training_whose_last_commit_takes_too_long_says_so(tmp_path, small, monkeypatch, caplog):
-    go, write = threading.Event(), Space.write
-
-    def write_late(*args: Any) -> list[str]:
-        assert go.wait(30)
-        return write(*args)
-
-    monkeypatch.setattr(Space, "write", write_late)
-    monkeypatch.setattr("feature_cache.engine.engine.CLOSING_SECONDS", 0.1)
+def test_a_training_whose_last_commit_takes_too_long_says_so(tmp_path, small, go, caplog):
     movie = FeatureCache(tmp_path).movie(*small, FakeBackbone())
     service = Service(movie.cache)
     service.add_backbone(movie.backbone)
